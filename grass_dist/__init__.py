@@ -1,0 +1,1 @@
+"""GRASS layer-wise training for FSDP2, DDP and single-process PyTorch models."""

@@ -1,0 +1,168 @@
+"""`GrassConfig`: every setting of the method, under the names of the paper's symbols (docs/method.md)."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from grass_dist.errors import ConfigError
+
+Role = Literal["embeddings", "final_norm", "lm_head"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+class StrictModel(BaseModel):
+    """Frozen and strict; an unknown key or a wrong type is a `ConfigError` of one sentence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _one_sentence(error, type(self)) from None
+
+
+class GrassConfig(StrictModel):
+    """How many layers train, which, and when they change.
+
+    Symbols in brackets are those of the paper (arXiv 2604.07808). Steps are optimizer steps, never
+    micro-batches.
+
+    Raises:
+        ConfigError: a field that cannot work; the message names the field, the value and the fix.
+    """
+
+    active_layers: int = Field(default=4, ge=1)
+    """Decoder layers that train at a time (γ)."""
+
+    sampling_interval: int = Field(default=50, ge=1)
+    """Steps between two draws of the active layers (T_s). The paper finds 25 to 50 best."""
+
+    update_interval: int = Field(default=50, ge=1)
+    """Steps between two refreshes of the importances and probabilities (T_u)."""
+
+    probe_steps: int | None = Field(default=None, ge=0)
+    """Steps at the start that measure every layer and update none (T_p). Left out: 8 for a sampler that
+    uses gradient norms, 0 for the others."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature (τ): higher is nearer to uniform."""
+
+    ema_alpha: float = Field(default=0.5, gt=0, le=1)
+    """Weight of the newest measurement in a layer's moving average (α)."""
+
+    sampler: str = "grass"
+    """Name in the sampler registry: grass, grass-static, uniform, cyclic, random-cyclic, weight-norm, fixed,
+    or one that was added with `register_sampler`."""
+
+    importance_scale: Literal["mean", "none"] = "mean"
+    """"mean" divides the importances by their mean over the layers before the softmax, which frees τ of the
+    model's scale; "none" is the formula to the letter."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the draws. They depend on (seed, round) alone: not on torch's generators, not on the rank."""
+
+    always_active: tuple[Role, ...] = ROLES
+    """Parameters outside the layers that train at every step. With none of them the backward stops at the
+    lowest active layer."""
+
+    fixed_layers: tuple[int, ...] = ()
+    """The layers that ``sampler="fixed"`` trains, `active_layers` of them."""
+
+    layers: str | None = None
+    """FQN of the layer stack, e.g. ``"model.layers"``. Left out: found by its structure."""
+
+    @field_validator("always_active", "fixed_layers", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("temperature", "ema_alpha", mode="before")
+    @classmethod
+    def _finite_number(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ValueError("must be finite")
+            return float(value)
+        return value
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> GrassConfig:
+        if len(set(self.always_active)) != len(self.always_active):
+            raise ConfigError("always_active", self.always_active, "a role is listed twice", "list each role once")
+        if self.sampler == "fixed":
+            if len(self.fixed_layers) != self.active_layers or len(set(self.fixed_layers)) != self.active_layers:
+                raise ConfigError(
+                    "fixed_layers",
+                    self.fixed_layers,
+                    f"sampler='fixed' needs active_layers={self.active_layers} different layers",
+                    "list that many layer indices, or change active_layers",
+                )
+        elif self.fixed_layers:
+            raise ConfigError(
+                "fixed_layers",
+                self.fixed_layers,
+                f"is read by sampler='fixed' only, and sampler={self.sampler!r}",
+                "set sampler='fixed' or leave fixed_layers out",
+            )
+        return self
+
+
+def check_num_layers(config: GrassConfig, num_layers: int) -> None:
+    """Checks what can only be known with the model at hand: its number of layers.
+
+    Raises:
+        ConfigError: γ is larger than the number of layers, or a fixed layer does not exist.
+    """
+    if config.active_layers > num_layers:
+        raise ConfigError(
+            "active_layers",
+            config.active_layers,
+            f"the model has {num_layers} layers",
+            f"use 1 to {num_layers} ({num_layers} trains them all)",
+        )
+    outside = [i for i in config.fixed_layers if not 0 <= i < num_layers]
+    if outside:
+        raise ConfigError(
+            "fixed_layers", outside, f"the model has layers 0 to {num_layers - 1}", "list indices in that range"
+        )
+
+
+def _one_sentence(error: ValidationError, model: type[BaseModel]) -> ConfigError:
+    """The first problem of a pydantic error as a `ConfigError`; how many more there are is said with it."""
+    details = error.errors(include_url=False)
+    first = details[0]
+    field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    more = f" (and {len(details) - 1} more such errors)" if len(details) > 1 else ""
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        found = cause.under(field) if field else cause
+        return ConfigError(found.field, found.value, found.problem, found.fix + more)
+    if first["type"] == "extra_forbidden":
+        names = _fields_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
+        fix = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(names)}"
+        return ConfigError(field, first["input"], "there is no such setting", fix.rstrip("?") + more)
+    if first["type"] == "missing":
+        return ConfigError(field, None, "this setting is required", "give it a value" + more)
+    if cause is not None:
+        return ConfigError(field, first["input"], f"it {cause}", "give it another value" + more)
+    fix = first["msg"][:1].lower() + first["msg"][1:].replace("Input", "the value").replace("input", "the value")
+    return ConfigError(field, first["input"], "this value cannot be used", fix.replace("input should", "it should") + more)
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the (nested) model that stands at ``path`` below ``model``."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        options = [annotation, *get_args(annotation)]
+        nested = [t for t in options if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not nested:
+            break
+        model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,42 @@
+"""Errors that a user sees: one sentence each, with the field, the value and the fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GrassError(Exception):
+    """Base class of every error that grass_dist raises on purpose."""
+
+
+class ConfigError(GrassError, ValueError):
+    """A setting that cannot work.
+
+    Args:
+        field: dotted name of the setting, e.g. ``"grass.active_layers"``.
+        value: what it was set to.
+        problem: what is wrong with it, without a full stop.
+        fix: what to write instead, without a full stop.
+    """
+
+    def __init__(self, field: str, value: Any, problem: str, fix: str) -> None:
+        self.field, self.value, self.problem, self.fix = field, value, problem, fix
+        super().__init__(f"{field}={_shorten(value)}: {problem}; {fix}.")
+
+    def under(self, prefix: str) -> ConfigError:
+        """The same error, with its field below ``prefix``."""
+        field = f"{prefix}.{self.field}" if self.field else prefix
+        return ConfigError(field, self.value, self.problem, self.fix)
+
+
+class UnsupportedModel(GrassError, ValueError):
+    """A model, or a way of wrapping it, that this version cannot train layer by layer."""
+
+
+class RanksDisagree(GrassError, RuntimeError):
+    """Ranks that must be identical (configuration, model, importances, choice of layers) are not."""
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -152,7 +152,9 @@ def _one_sentence(error: ValidationError, model: type[BaseModel]) -> ConfigError
     if cause is not None:
         return ConfigError(field, first["input"], f"it {cause}", "give it another value" + more)
     fix = first["msg"][:1].lower() + first["msg"][1:].replace("Input", "the value").replace("input", "the value")
-    return ConfigError(field, first["input"], "this value cannot be used", fix.replace("input should", "it should") + more)
+    return ConfigError(
+        field, first["input"], "this value cannot be used", fix.replace("input should", "it should") + more
+    )
 
 
 def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -1,0 +1,45 @@
+"""Ranks compare what must be equal before any work, so that a mistake on one ends all of them with one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grass_dist.backends import Backend
+from grass_dist.errors import GrassError, RanksDisagree
+
+
+def agree_at_start(backend: Backend, problem: Exception | None, fingerprint: Mapping[str, Any]) -> None:
+    """Raises on every rank if one has a problem, or if ``fingerprint`` differs between two of them.
+
+    Over the wire: one all-gather of the fingerprints, a few kB each.
+
+    Raises:
+        GrassError: another rank has a problem; the message says which and what. This rank's own is raised as it is.
+        RanksDisagree: names the first entry that differs and the ranks' values.
+    """
+    shown = {name: repr(value) for name, value in fingerprint.items()}
+    reports = backend.gather_objects((str(problem) if problem else None, shown))
+    if problem is not None:
+        raise problem
+    raise_if_ranks_differ(reports)
+
+
+def raise_if_ranks_differ(reports: list[Any]) -> None:
+    """Judges the (problem or None, {name: value as text}) of all ranks, in rank order; equal on every rank."""
+    for rank, (problem, _) in enumerate(reports):
+        if problem:
+            raise GrassError(f"rank {rank}: {problem}")
+    first = reports[0][1]
+    for rank, (_, shown) in enumerate(reports):
+        for name, value in shown.items():
+            if value != first.get(name):
+                raise RanksDisagree(
+                    f"{name} is {_short(value)} on rank {rank} and {_short(first.get(name))} on rank 0; "
+                    "start all ranks with the same configuration, model and versions."
+                )
+
+
+def _short(text: str | None) -> str:
+    text = str(text)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,269 @@
+"""`GrassOptimizer`: layer-wise training behind the interface of a torch optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from grass_dist.agreement import agree_at_start
+from grass_dist.backends import Backend, backend_for
+from grass_dist.clipping import clip_grads
+from grass_dist.config import GrassConfig, check_num_layers
+from grass_dist.discovery import LayerMap, Unit, find_layers
+from grass_dist.engine import GrassEngine
+from grass_dist.errors import ConfigError, GrassError, UnsupportedModel
+from grass_dist.events import Observer
+from grass_dist.offload import ResidentStates
+from grass_dist.optimizer import UnitOptimizer
+from grass_dist.samplers import make_sampler
+
+ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+
+class GrassOptimizer(torch.optim.Optimizer):
+    """Trains γ layers of a model at a time, chosen by their gradient norms (GRASS, arXiv 2604.07808).
+
+    The model may be plain, wrapped in `DistributedDataParallel`, or sharded by `fully_shard` (FSDP2, HSDP); wrap it
+    first. Frozen layers have ``requires_grad=False``: no gradient, no reduction, no decay, no step. For the first
+    `probe_steps` calls of `step` nothing is updated; gradients are measured and freed in the backward.
+
+    Args:
+        model: its decoder layers are found by structure, or named by ``config.layers``.
+        optimizer_class: a `torch.optim.Optimizer` class with per-parameter state, e.g. `torch.optim.AdamW`.
+        optimizer_kwargs: its arguments, e.g. ``{"lr": 1e-5, "weight_decay": 0.01}``.
+        config: `GrassConfig`, equal on all ranks.
+        params: parameters or parameter groups to train, as for any optimizer; default all of the model's. Groups
+            (decay and no decay, say) stay groups in `param_groups`.
+        gradient_accumulation_steps: micro-batches of a step. Only the probe needs it, which frees gradients after
+            each micro-batch and sums them in host memory.
+        observers: called with each `Refreshed` and `Sampled`, from the first draw on.
+
+    Attributes:
+        grass: the `GrassEngine`: phase, step, round, active_layers, importances, probabilities, add_observer.
+
+    Raises:
+        ConfigError: a setting that cannot work with this model.
+        UnsupportedModel: no layer stack was found, or the model is wrapped in something unknown.
+        RanksDisagree: ranks were given different configurations, models or groups. Each of these is raised on every
+            rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer_class: type[torch.optim.Optimizer],
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+        *,
+        config: GrassConfig,
+        params: ParamGroups | None = None,
+        gradient_accumulation_steps: int = 1,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        kwargs = dict(optimizer_kwargs or {})
+        backend = backend_for(model, gradient_accumulation_steps)
+        problem: Exception | None = None
+        found: LayerMap | None = None
+        groups: list[dict[str, Any]] = []
+        try:
+            if gradient_accumulation_steps < 1:
+                raise ConfigError(
+                    "gradient_accumulation_steps", gradient_accumulation_steps, "is below 1", "use 1 or more"
+                )
+            found = find_layers(model, config.layers)
+            check_num_layers(config, len(found.layers))
+            make_sampler(config, len(found.layers))
+            groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
+            layers, roles = _choose_units(found, config, groups)
+        except (GrassError, ValueError, TypeError) as error:  # also a bad lr, which the optimizer class refuses
+            problem = error
+        agree_at_start(backend, problem, _fingerprint(config, found, groups, optimizer_class, kwargs))
+        super().__init__(groups, defaults)
+        self._model, self._backend = model, backend
+        self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
+        self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
+        self._states = ResidentStates(self._layer_optimizers)
+        self.grass = GrassEngine(config, layers, roles, backend, self._states, observers)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Ends an optimizer step: updates the active layers (nothing in the probe), then advances the method.
+
+        Call it once for each global batch, on every rank, after the last micro-batch's backward.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.grass.finish_gradients()
+        if self.grass.phase == "train":
+            for layer in reversed(self.grass.active_layers):  # the order in which the backward finished them
+                self._update(self._states.ready(layer))
+            for optimizer in self._role_optimizers:
+                self._update(optimizer)
+        self.grass.advance()
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Clips the global gradient norm of the trainable parameters, over all shards and ranks.
+
+        Returns:
+            The norm before clipping, a 0-dim tensor; 0 in the probe, where there is no gradient left to clip.
+        """
+        self.grass.finish_gradients()
+        params = [p for unit in self.grass.trainable_units() for _, p in unit.params if p.grad is not None]
+        return clip_grads(params, max_norm, norm_type, self._backend)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state (masters, moments) that rest on this rank's device."""
+        return self._states.device_bytes + sum(optimizer.nbytes for optimizer in self._role_optimizers)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: layers and their parameters are fixed then."""
+        if hasattr(self, "grass"):
+            raise GrassError("GrassOptimizer cannot take another parameter group; pass all of them as params=.")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every layer that was ever active, of the method, and the parameter groups.
+
+        ``state[i]`` belongs to the i-th parameter in the order of `param_groups`, this rank's shard of it, with its
+        fp32 ``master`` if the weights are 16-bit. To be loaded on the same rank of as many ranks.
+        """
+        position = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        state: dict[int, dict[str, Any]] = {}
+        for optimizer in self._unit_optimizers:
+            for at, (_, param) in enumerate(optimizer.unit.params):
+                if own := optimizer.state_of(at):
+                    state[position[id(param)]] = own
+        groups, start = [], 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            groups.append({**group, "params": list(range(start, start + count))})
+            start += count
+        return {"state": dict(sorted(state.items())), "param_groups": groups, "grass": self.grass.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from `state_dict`: the same model, groups and number of ranks.
+
+        Raises:
+            ValueError: the groups are not those of this optimizer.
+        """
+        saved, mine = state_dict["param_groups"], self.param_groups
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in mine]:
+            raise ValueError(
+                "The saved state is of parameter groups with "
+                f"{[len(g['params']) for g in saved]} parameters, this optimizer's have "
+                f"{[len(g['params']) for g in mine]}; build it with the same model and groups."
+            )
+        for group, other in zip(mine, saved, strict=True):
+            group.update({k: v for k, v in other.items() if k != "params"})
+        position = {id(p): i for i, p in enumerate(p for g in mine for p in g["params"])}
+        for optimizer in self._unit_optimizers:
+            states = [state_dict["state"].get(position[id(p)], {}) for _, p in optimizer.unit.params]
+            optimizer.load_state(states, mine)
+            self._show_state(optimizer)
+        self.grass.load_state_dict(state_dict["grass"])
+
+    @property
+    def _unit_optimizers(self) -> list[UnitOptimizer]:
+        return [*self._layer_optimizers, *self._role_optimizers]
+
+    def _update(self, optimizer: UnitOptimizer) -> None:
+        newborn = not optimizer.born
+        with torch.profiler.record_function(f"GRASS::update ({optimizer.unit.name})"):
+            optimizer.step(self.param_groups)
+        if newborn:
+            self._show_state(optimizer)
+
+    def _show_state(self, optimizer: UnitOptimizer) -> None:
+        """Makes ``self.state[param]`` the very dict in which the layer's optimizer keeps that parameter's state."""
+        for at, (_, param) in enumerate(optimizer.unit.params):
+            if optimizer.inner is not None:
+                self.state[param] = optimizer.inner.state[optimizer.updated[at]]
+
+    def _make_unit_optimizers(
+        self, units: Sequence[Unit], optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]
+    ) -> list[UnitOptimizer]:
+        group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        return [
+            UnitOptimizer(unit, [group_of[id(p)] for _, p in unit.params], optimizer_class, kwargs, self._backend)
+            for unit in units
+        ]
+
+
+def _full_groups(
+    model: nn.Module,
+    params: ParamGroups | None,
+    optimizer_class: type[torch.optim.Optimizer],
+    kwargs: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The user's groups with every hyperparameter filled in by the optimizer class, and its defaults.
+
+    The class is made over one-element stand-ins, since some classes make their state when they are made.
+    """
+    given: list[Any] = list(params) if params is not None else list(model.parameters())
+    if not given:
+        raise ConfigError("params", given, "there is no parameter to train", "pass the model's parameters")
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    groups = [{**g, "params": [g["params"]] if torch.is_tensor(g["params"]) else list(g["params"])} for g in groups]
+    stand_ins = [{**g, "params": [nn.Parameter(torch.zeros(1)) for _ in g["params"]]} for g in groups]
+    template = optimizer_class([g for g in stand_ins if g["params"]], **kwargs)
+    filled = iter(template.param_groups)
+    full = [{**next(filled), "params": g["params"]} if g["params"] else g for g in groups]
+    return full, dict(template.defaults)
+
+
+def _choose_units(
+    found: LayerMap, config: GrassConfig, groups: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
+    """The layers and the always-active roles, each with those of its parameters that the groups train."""
+    trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
+
+    def narrowed(unit: Unit) -> Unit:
+        return dataclasses.replace(unit, params=tuple((n, p) for n, p in unit.params if id(p) in trained))
+
+    layers = tuple(narrowed(unit) for unit in found.layers)
+    if empty := [unit.name for unit in layers if not unit.params]:
+        raise UnsupportedModel(
+            f"{len(empty)} of {len(layers)} layers have no parameter to train ({empty[0]}, ...); "
+            "every layer of the stack competes for sampling, so leave their requires_grad on and pass them in params."
+        )
+    # Tied embeddings are one parameter in the role embeddings: they train if either of their two roles does.
+    wanted = set(config.always_active)
+    if "lm_head" in wanted and "lm_head" not in {unit.name for unit in found.roles}:
+        wanted.add("embeddings")
+    roles = tuple(narrowed(unit) for unit in found.roles if unit.name in wanted)
+    idle = [unit for unit in found.roles if unit.name not in wanted]
+    for param in [p for _, p in found.other] + [p for unit in idle for _, p in unit.params]:
+        param.requires_grad_(False)
+    return layers, tuple(unit for unit in roles if unit.params)
+
+
+def _fingerprint(
+    config: GrassConfig,
+    found: LayerMap | None,
+    groups: Sequence[Mapping[str, Any]],
+    optimizer_class: type,
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What must be equal on all ranks, by the names that an error shows."""
+    layers = [(u.name, u.numel, len(u.params)) for u in (*found.layers, *found.roles)] if found else None
+    return {
+        **{f"grass.{name}": value for name, value in config.model_dump().items()},
+        "model layers": layers,
+        "optimizer": (optimizer_class.__name__, sorted(kwargs.items(), key=repr)),
+        "parameter groups": [len(group["params"]) for group in groups],
+        "torch version": torch.__version__,
+    }
+
+
+__all__: Sequence[str] = ["Backend", "GrassOptimizer"]

@@ -1,0 +1,174 @@
+"""What the engine asks of a backend, and the hooks that the PyTorch backends share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from grass_dist.backends.host_sums import HostSums
+from grass_dist.discovery import Unit
+from grass_dist.errors import GrassError
+
+GradientSink = Callable[[int, int, torch.Tensor], None]
+"""(layer index, slot below the layer's number of parameters, this rank's part of the sum of squares: fp64 scalar on
+the device). A slot that is given twice in a step keeps the later value."""
+
+
+class Backend(ABC):
+    """How one way of wrapping a model reduces gradients.
+
+    The engine calls, in this order: `attach` once; then for every optimizer step `finish_gradients`, and whenever
+    the trainable layers change `set_trainable`. Between them the backend reports each layer's reduced gradient to
+    the sink, and in a probe frees it at once.
+    """
+
+    name: str
+    group: dist.ProcessGroup | None = None
+    """Ranks that train one model together; None is a process alone."""
+    bytes_reduced: int = 0
+    """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
+
+    @abstractmethod
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, *, probe: bool) -> None:
+        """Hooks into the gradients of ``layers`` and ``roles``; ``probe`` says whether a probe phase will come."""
+
+    @abstractmethod
+    def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
+        """Lets ``units`` have gradients and nothing else; takes effect with the next forward."""
+
+    @abstractmethod
+    def finish_gradients(self) -> None:
+        """Makes every gradient of the global batch final, before it is clipped or used."""
+
+    @abstractmethod
+    def counts(self, param: nn.Parameter) -> bool:
+        """Whether this rank's shard of ``param`` counts in a sum over the group: a replica is counted once."""
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a parameter or gradient, sharing its memory."""
+        return tensor
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of ``tensor`` over the group, by one all-reduce, on the tensor's own device."""
+        if self.group is None:
+            return tensor
+        carried = tensor.to(self._wire_device())
+        dist.all_reduce(carried, group=self.group)
+        return carried.to(tensor.device)
+
+    def gather_bytes(self, payload: bytes) -> list[bytes]:
+        """``payload`` of every rank, in rank order; of the same length on all of them."""
+        if self.group is None:
+            return [payload]
+        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self._wire_device())
+        theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(theirs, mine, group=self.group)
+        return [bytes(row) for row in torch.stack(theirs).tolist()]
+
+    def gather_objects(self, item: object) -> list[object]:
+        """``item`` of every rank, in rank order."""
+        if self.group is None:
+            return [item]
+        items: list[object] = [None] * self.world_size
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def _wire_device(self) -> torch.device:
+        nccl = "nccl" in dist.get_backend(self.group)
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """Σ x² in fp64, a 0-dim tensor on the device; the entries are widened one by one, with no fp64 copy."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+
+
+class HookedBackend(Backend):
+    """The way of a gradient in plain PyTorch: post-accumulate hook → (host sums, in a probe with accumulation) →
+    reduction, by the subclass → sum of squares to the sink → freed, in a probe.
+
+    A hook fires for each micro-batch with the gradient accumulated so far, so the norm of the last one stands: that
+    of the global batch, before any clipping. In a probe there is nothing to accumulate into on the device. There the
+    micro-batches' gradients are summed in host memory (`HostSums`), 4 bytes for each parameter of the layers that
+    this rank holds, and only where ``accumulation_steps > 1``.
+    """
+
+    def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
+        self.model = model
+        self.accumulation_steps = accumulation_steps
+        self._probing = self._measuring = False
+        self._fired: Counter[tuple[str, int]] = Counter()
+        self._sums: HostSums | None = None
+
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, *, probe: bool) -> None:
+        self._units = [*layers, *roles]
+        self._by_name = {unit.name: unit for unit in self._units}
+        self._sink = sink
+        for unit in self._units:
+            for slot, (_, param) in enumerate(unit.params):
+                param.register_post_accumulate_grad_hook(partial(self._on_gradient, unit, slot))
+        if probe and self.accumulation_steps > 1:
+            self._sums = HostSums(
+                {(u.name, i): self.local(p.detach()) for u in layers for i, (_, p) in enumerate(u.params)}
+            )
+
+    def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
+        on = {unit.name for unit in units}
+        for unit in self._units:
+            for _, param in unit.params:
+                param.requires_grad_(unit.name in on)
+                if unit.name not in on:
+                    param.grad = None
+        self._probing, self._measuring = probing, measuring
+        if not probing:
+            self._sums = None
+
+    def finish_gradients(self) -> None:
+        if self._probing and self._sums is not None:
+            for name, slot in self._sums.pending():
+                unit = self._by_name[name]
+                self._reduce(unit, slot, unit.params[slot][1], self._sums.take((name, slot)))
+        self._fired.clear()
+
+    def counts(self, param: nn.Parameter) -> bool:
+        return self.rank == 0
+
+    def _on_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
+        assert param.grad is not None
+        grad = self.local(param.grad)
+        if self._probing:
+            key = (unit.name, slot)
+            self._fired[key] += 1
+            if self._fired[key] > self.accumulation_steps:
+                raise GrassError(
+                    f"gradient_accumulation_steps={self.accumulation_steps}: the probe saw one backward more than "
+                    "that before optimizer.step(); pass GrassOptimizer the number of micro-batches of a step."
+                )
+            if self._sums is not None:
+                param.grad = None
+                whole = self._sums.add(key, grad, last=self._fired[key] == self.accumulation_steps)
+                if whole is None:
+                    return
+                grad = whole
+        self._reduce(unit, slot, param, grad)
+
+    def _reduce(self, unit: Unit, slot: int, param: nn.Parameter, grad: torch.Tensor) -> None:
+        """Reduces ``grad`` over the ranks and delivers it; here it has been reduced before the hook fired."""
+        if self._measuring and unit.index is not None and self.counts(param):
+            self._sink(unit.index, slot, sum_of_squares(grad))
+        if self._probing:
+            param.grad = None

@@ -1,0 +1,153 @@
+"""DistributedDataParallel: the wrapper stays, its reducer rests, and the trainable layers are reduced here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from grass_dist.backends.base import GradientSink, HookedBackend, sum_of_squares
+from grass_dist.discovery import Unit
+from grass_dist.errors import UnsupportedModel
+
+
+class _Bucket:
+    """The gradients of one unit (and dtype), averaged over the ranks by one all-reduce."""
+
+    def __init__(self, unit: Unit, slots: Sequence[int], number: int) -> None:
+        self.unit, self.number = unit, number
+        self.params = {slot: unit.params[slot][1] for slot in slots}
+        self.numel = sum(p.numel() for p in self.params.values())
+        self.flat: torch.Tensor | None = None
+        self.missing = set(slots)
+        self.work: dist.Work | None = None
+
+    def put(self, slot: int, grad: torch.Tensor | None, world_size: int) -> None:
+        """Copies ``grad / world_size`` in (zeros for None) and makes the parameter's ``.grad`` a view of it."""
+        param = self.params[slot]
+        if self.flat is None:
+            self.flat = torch.empty(self.numel, dtype=param.dtype, device=param.device)
+        start = sum(p.numel() for s, p in self.params.items() if s < slot)
+        view = self.flat.narrow(0, start, param.numel()).view(param.shape)
+        if grad is None:
+            view.zero_()
+        elif grad.dtype == view.dtype:
+            torch.mul(grad, 1 / world_size, out=view)
+        else:
+            view.copy_(grad / world_size)
+        param.grad = view
+        self.missing.discard(slot)
+
+
+class DdpBackend(HookedBackend):
+    """DDP whose trainable set may change between any two steps.
+
+    DDP's own reducer is fixed to the parameters of its construction and would wait for the frozen ones for ever, or
+    search the graph for them at every step (``find_unused_parameters``). So while DDP's forward runs it is told that
+    this micro-batch does not synchronise, which leaves its reducer at rest, and the hooks here do its work for the
+    trainable layers alone:
+
+    1. A parameter's gradient is ready: it is copied into its layer's flat bucket, divided by the world size.
+    2. A layer's bucket is full, and those of the layers above have been sent: one asynchronous all-reduce, under the
+       backward of the layers below. The order is that of the layers, so it is the same on all ranks.
+    3. The last bucket has been sent: all are waited for. ``param.grad`` are views of the buckets.
+
+    Over the wire, for each synchronising micro-batch: an all-reduce of the trainable parameters' bytes. ``no_sync()``
+    is honoured. A parameter that took no part in a forward gets a zero gradient.
+    """
+
+    name = "ddp"
+
+    @staticmethod
+    def knows(model: nn.Module) -> bool:
+        return isinstance(model, DistributedDataParallel)
+
+    def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
+        super().__init__(model, accumulation_steps)
+        assert isinstance(model, DistributedDataParallel)
+        if model.static_graph:
+            raise UnsupportedModel(
+                "DistributedDataParallel(static_graph=True) expects every step to train the same parameters; "
+                "leave static_graph out."
+            )
+        self.group = model.process_group
+        self._sync = True
+        model.register_forward_pre_hook(self._before_forward)
+        model.register_forward_hook(self._after_forward, always_call=True)
+        self._all_buckets: list[_Bucket] = []
+        self._order: list[_Bucket] = []
+        self._sent = 0
+
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, *, probe: bool) -> None:
+        super().attach(layers, roles, sink, probe=probe)
+        tail = [u for u in roles if u.name != "embeddings"]
+        head = [u for u in roles if u.name == "embeddings"]
+        for unit in [*reversed(tail), *reversed(layers), *head]:  # the order in which the backward finishes them
+            dtypes = dict.fromkeys(p.dtype for _, p in unit.params)
+            for number, dtype in enumerate(dtypes):
+                slots = [i for i, (_, p) in enumerate(unit.params) if p.dtype == dtype]
+                self._all_buckets.append(_Bucket(unit, slots, number))
+        self._bucket_of = {(b.unit.name, slot): b for b in self._all_buckets for slot in b.params}
+
+    def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
+        super().set_trainable(units, probing=probing, measuring=measuring)
+        on = {unit.name for unit in units}
+        self._order = [b for b in self._all_buckets if b.unit.name in on]
+
+    def finish_gradients(self) -> None:
+        super().finish_gradients()
+        unsent = self._order[self._sent :]
+        # Left over: buckets that wait for a parameter without a gradient, and all if the last backward was no_sync.
+        if any(p.grad is not None for bucket in unsent for p in bucket.params.values()) and (
+            self._sent or any(b.flat is not None for b in unsent) or not self._sync
+        ):
+            for bucket in unsent:
+                for slot in sorted(bucket.missing):
+                    bucket.put(slot, bucket.params[slot].grad, self.world_size)
+            self._send_full_buckets()
+
+    def _before_forward(self, ddp: nn.Module, _: object) -> None:
+        self._user_sync = ddp.require_backward_grad_sync
+        if torch.is_grad_enabled():
+            self._sync = bool(self._user_sync)
+        ddp.require_backward_grad_sync = False  # type: ignore[assignment]
+
+    def _after_forward(self, ddp: nn.Module, *_: object) -> None:
+        ddp.require_backward_grad_sync = self._user_sync
+
+    def _reduce(self, unit: Unit, slot: int, param: nn.Parameter, grad: torch.Tensor) -> None:
+        if not (self._sync or self._probing):
+            return
+        self._bucket_of[unit.name, slot].put(slot, grad, self.world_size)
+        self._send_full_buckets()
+
+    def _send_full_buckets(self) -> None:
+        while self._sent < len(self._order) and not self._order[self._sent].missing:
+            bucket = self._order[self._sent]
+            assert bucket.flat is not None
+            bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+            self.bytes_reduced += bucket.flat.nbytes
+            self._sent += 1
+            if self._probing and self._sent > 1:  # a probe holds two layers' gradients: this one's and the next one's
+                self._deliver(self._order[self._sent - 2])
+        if self._sent == len(self._order):
+            for bucket in self._order:
+                self._deliver(bucket)
+            self._sent = 0
+
+    def _deliver(self, bucket: _Bucket) -> None:
+        if bucket.work is None or bucket.flat is None:
+            return
+        bucket.work.wait()
+        if self._measuring and bucket.unit.index is not None:
+            # Every rank has the whole average: each squares its own 1/N of it, and replicas are counted once.
+            mine = bucket.flat.tensor_split(self.world_size)[self.rank]
+            self._sink(bucket.unit.index, bucket.number, sum_of_squares(mine))
+        bucket.work = bucket.flat = None
+        bucket.missing = set(bucket.params)
+        if self._probing:
+            for param in bucket.params.values():
+                param.grad = None

@@ -1,0 +1,55 @@
+"""Sums of micro-batch gradients in host memory, so that a probe accumulates without device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+
+
+class HostSums:
+    """One fp32 host buffer a parameter shard; pinned where the gradients live on a CUDA device.
+
+    Each micro-batch moves 4 bytes an element each way, on the stream that the gradient was made on. All buffers are
+    made here, before training communicates: pinning memory later can block collectives.
+
+    Args:
+        shards: this rank's shard of each parameter, by key.
+    """
+
+    def __init__(self, shards: Mapping[Hashable, torch.Tensor]) -> None:
+        self._sums = {
+            key: torch.empty(shard.shape, dtype=torch.float32, pin_memory=shard.is_cuda)
+            for key, shard in shards.items()
+        }
+        self._device = {key: shard.device for key, shard in shards.items()}
+        self._begun: dict[Hashable, None] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._sums.values())
+
+    def add(self, key: Hashable, grad: torch.Tensor, *, last: bool) -> torch.Tensor | None:
+        """Adds a micro-batch's gradient; gives the whole sum on the gradient's device if it was the last one."""
+        host = self._sums[key]
+        if key in self._begun:
+            total = host.to(grad.device, non_blocking=True) if grad.is_cuda else host
+            total.add_(grad)
+        else:
+            total = grad.float()
+        if last:
+            self._begun.pop(key, None)
+            return total
+        self._begun[key] = None
+        if total is not host:
+            host.copy_(total, non_blocking=True)
+        return None
+
+    def pending(self) -> list:
+        """Keys of the sums that have begun and whose last micro-batch has not come."""
+        return list(self._begun)
+
+    def take(self, key: Hashable) -> torch.Tensor:
+        """The sum so far, on the gradient's device; begins anew."""
+        self._begun.pop(key)
+        return self._sums[key].to(self._device[key])

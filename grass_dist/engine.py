@@ -1,0 +1,195 @@
+"""The engine: measures gradient norms, agrees on them with the other ranks, and says which layers train."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from grass_dist.backends import Backend
+from grass_dist.backends.base import sum_of_squares
+from grass_dist.config import GrassConfig
+from grass_dist.discovery import Unit
+from grass_dist.errors import RanksDisagree
+from grass_dist.events import Event, Observer, Refreshed, Sampled
+from grass_dist.importance import ImportanceTracker
+from grass_dist.measurement import SquareSums
+from grass_dist.offload import LayerStates
+from grass_dist.samplers import draw_layers, make_sampler
+from grass_dist.schedule import Phase, Schedule
+
+DEFAULT_PROBE_STEPS = 8
+
+
+class GrassEngine:
+    """Drives one model through probe, refreshes and draws; `GrassOptimizer.grass` is one of these.
+
+    For each optimizer step `finish_gradients` closes the step's measurement and `advance` moves the clock.
+
+    Over the wire: per refresh ONE all-reduce of the measured steps' sums of squares, fp64, T_u × γ × 8 bytes (T_p × L
+    × 8 after the probe); per draw one all-gather of a 32-byte digest from each rank. Nothing else, and no
+    synchronisation of host and device between refreshes.
+
+    Attributes:
+        step: optimizer steps completed, those of the probe included.
+        active_layers: indices of the layers that train in the next step; all of them in the probe.
+    """
+
+    def __init__(
+        self,
+        config: GrassConfig,
+        layers: tuple[Unit, ...],
+        roles: tuple[Unit, ...],
+        backend: Backend,
+        states: LayerStates,
+        observers: Iterable[Observer] = (),
+    ) -> None:
+        self.config, self.layers, self.roles = config, layers, roles
+        self.backend, self.states = backend, states
+        self._sampler = make_sampler(config, len(layers))
+        probe_steps = config.probe_steps
+        if probe_steps is None:
+            probe_steps = DEFAULT_PROBE_STEPS if self._sampler.importance == "gradient" else 0
+        self.schedule = Schedule(probe_steps, config.update_interval, config.sampling_interval)
+        self._tracker = ImportanceTracker([unit.numel for unit in layers], config.ema_alpha)
+        self._observers = list(observers)
+        self.step = 0
+        self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
+        device = backend.local(layers[0].params[0][1].detach()).device
+        self._sums = SquareSums([len(unit.params) for unit in layers], device)
+        backend.attach(layers, roles, self._sums.put, probe=probe_steps > 0)
+        if self.phase == "probe":
+            self._set_trainable()
+        else:
+            self._refresh_from_weights()
+            self._draw()
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the next optimizer step: "probe" (nothing is updated) or "train"."""
+        return self.schedule.phase(self.step)
+
+    @property
+    def round(self) -> int:
+        """Number of the draw whose layers are active, from 0; -1 in the probe."""
+        return self.schedule.round(self.step)
+
+    @property
+    def importances(self) -> tuple[float, ...]:
+        """m_l, the mean RMS gradient of each layer; NaN where it has not been measured."""
+        return tuple(self._tracker.importances.tolist())
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """p_l of the next draw, one float a layer."""
+        return tuple(self._sampler.probabilities(self._tracker.importances).tolist())
+
+    @property
+    def dropped(self) -> int:
+        """Steps whose measurement was thrown away on all ranks because a norm was not finite, as of the last
+        refresh."""
+        return self._tracker.dropped
+
+    @property
+    def bytes_reduced(self) -> int:
+        """Gradient bytes that this rank has put into reductions since the start."""
+        return self.backend.bytes_reduced
+
+    def add_observer(self, observer: Observer) -> None:
+        """Calls ``observer`` with every `Refreshed` and `Sampled` from now on, on this rank."""
+        self._observers.append(observer)
+
+    def trainable_units(self) -> list[Unit]:
+        """What has gradients in the next step: in the probe every layer and no role."""
+        active = [self.layers[i] for i in self.active_layers]
+        return active if self.phase == "probe" else [*active, *self.roles]
+
+    def finish_gradients(self) -> None:
+        """Makes the gradients of the global batch final, on all ranks alike. May be called again in a step."""
+        self.backend.finish_gradients()
+
+    def advance(self) -> None:
+        """Ends an optimizer step: keeps its measurement, then refreshes and draws if that is due."""
+        if self._measuring:
+            self._sums.close_step(self.active_layers)
+        self.step += 1
+        if self.schedule.probe_ends(self.step) or self.schedule.refresh_due(self.step):
+            self._refresh()
+        if self.schedule.draw_due(self.step):
+            self._draw()
+
+    @property
+    def _measuring(self) -> bool:
+        return self._sampler.importance == "gradient" and (self._sampler.refreshed or self.phase == "probe")
+
+    def _refresh(self) -> None:
+        if self._sampler.importance == "weight":
+            self._refresh_from_weights()
+        elif self._sums:
+            squares, layers = self._sums.take()
+            self._tracker.observe(self.backend.sum_over_ranks(squares).cpu().numpy(), layers)
+        else:
+            return
+        self._tell(Refreshed(self.step, self.importances, self.probabilities, self.dropped))
+
+    def _refresh_from_weights(self) -> None:
+        if self._sampler.importance != "weight":
+            return
+        zero = torch.zeros((), dtype=torch.float64)
+        mine = [
+            sum(
+                (sum_of_squares(self.backend.local(p.detach())).cpu() for _, p in u.params if self.backend.counts(p)),
+                zero,
+            )
+            for u in self.layers
+        ]
+        self._tracker.replace(self.backend.sum_over_ranks(torch.stack(mine)).numpy())
+
+    def _draw(self) -> None:
+        before = self.active_layers if self.round > 0 else ()
+        chosen = draw_layers(self._sampler, self._tracker.importances, self.config, self.round)
+        self._agree_on(chosen)
+        for layer in sorted(set(before) - set(chosen)):
+            self.states.evict(layer)
+        self.active_layers = chosen
+        self._set_trainable()
+        for layer in chosen:
+            self.states.prefetch(layer)
+        self._tell(Sampled(self.step, self.round, chosen, self.probabilities))
+
+    def _agree_on(self, chosen: tuple[int, ...]) -> None:
+        importances = self._tracker.importances.astype("<f8").tobytes()
+        choice = np.asarray([self.step, self.round, *chosen], dtype="<i8").tobytes()
+        digests = self.backend.gather_bytes(hashlib.sha256(importances + choice).digest())
+        common = max(set(digests), key=digests.count)
+        if odd := [rank for rank, digest in enumerate(digests) if digest != common]:
+            raise RanksDisagree(
+                f"Draw {self.round} at step {self.step} came out differently on the ranks: {odd} disagree with the "
+                f"other {len(digests) - len(odd)}; this rank drew {list(chosen)}. All ranks must run the same code, "
+                "configuration and sampler, and call optimizer.step() equally often."
+            )
+
+    def _set_trainable(self) -> None:
+        self.backend.set_trainable(self.trainable_units(), probing=self.phase == "probe", measuring=self._measuring)
+
+    def _tell(self, event: Event) -> None:
+        for observer in self._observers:
+            observer(event)
+
+    def state_dict(self) -> dict:
+        """Position of the run and all that the next draw depends on; measurements are those of this rank."""
+        return {
+            "step": self.step,
+            "active_layers": list(self.active_layers),
+            "tracker": self._tracker.state_dict(),
+            "measured": self._sums.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = int(state["step"])
+        self.active_layers = tuple(state["active_layers"])
+        self._tracker.load_state_dict(state["tracker"])
+        self._sums.load_state_dict(state["measured"])
+        self._set_trainable()

@@ -1,0 +1,33 @@
+"""What observers of a run are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Refreshed:
+    """The probe has ended, or T_u steps have: importances and probabilities are new."""
+
+    step: int
+    """Optimizer steps completed."""
+    importances: tuple[float, ...]
+    """m_l for each layer; NaN where it has not been measured."""
+    probabilities: tuple[float, ...]
+    dropped: int
+    """Steps whose measurement was not finite, since the start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """New layers have been drawn; they train from the next step on."""
+
+    step: int
+    round: int
+    active_layers: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+Event = Refreshed | Sampled
+Observer = Callable[[Event], None]

@@ -1,0 +1,111 @@
+"""Importance of a layer, and the probability that it is sampled: pure arithmetic on host arrays in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grass_dist.errors import ConfigError
+
+FloatArray = NDArray[np.float64]
+
+
+def mean_gradient_norm(squares: FloatArray, numel: FloatArray) -> FloatArray:
+    """RMS gradient of each layer at each step, ``sqrt(||g||^2 / N_l)`` (paper section 3.1, MGN for one step).
+
+    Args:
+        squares: sums of squared gradient entries, shape (steps, layers).
+        numel: parameter counts N_l, broadcastable to ``squares``.
+    """
+    return np.sqrt(squares / numel)
+
+
+def sampling_probabilities(importances: FloatArray, *, temperature: float, scale: str = "mean") -> FloatArray:
+    """``p_l = exp(m_l / τ) / Σ_i exp(m_i / τ)`` (paper section 3.2).
+
+    Args:
+        importances: m_l, shape (L,); NaN where a layer has not been measured yet: such a layer counts as an
+            average one.
+        temperature: τ.
+        scale: "mean" divides m by its mean over the layers first, "none" does not.
+
+    Returns:
+        float64 array of shape (L,) that sums to one.
+
+    Raises:
+        ConfigError: τ is so small that a probability is 0 in float64, so that its layer could never train.
+    """
+    known = ~np.isnan(importances)
+    if not known.any():
+        return np.full(len(importances), 1.0 / len(importances))
+    mean = importances[known].mean()
+    m = np.where(known, importances, mean)
+    if scale == "mean":
+        m = m / mean if mean > 0 else np.ones_like(m)
+    logits = m / temperature
+    weights = np.exp(logits - logits.max())
+    p = weights / weights.sum()
+    if (p < np.finfo(np.float64).tiny).any():
+        lowest = int(p.argmin())
+        raise ConfigError(
+            "temperature",
+            temperature,
+            f"the sampling probability of layer {lowest} underflows to {p[lowest]:.3g}, so it would never train",
+            f"use a temperature of at least {(logits.max() - logits.min()) * temperature / 600:.3g}",
+        )
+    return p
+
+
+class ImportanceTracker:
+    """The importances m_l of all layers and how measurements change them (paper section 3.2).
+
+    Args:
+        numel: N_l, the parameter count of each layer over all shards, length L.
+        ema_alpha: α, the weight of the newest measurement.
+    """
+
+    def __init__(self, numel: Sequence[int], ema_alpha: float) -> None:
+        self.numel = np.asarray(numel, dtype=np.float64)
+        self.ema_alpha = ema_alpha
+        self.importances: FloatArray = np.full(len(numel), np.nan)
+        self.dropped = 0
+        """Steps whose measurement was thrown away because a norm in it was not finite."""
+
+    def observe(self, squares: FloatArray, layers: Sequence[Sequence[int]]) -> None:
+        """Takes the measurements of some steps in.
+
+        A step with a non-finite entry is dropped whole. Each measured layer then moves to
+        ``α · measured + (1 - α) · old`` where *measured* is its mean over the steps in which it was active;
+        its first measurement is taken as it is. A layer that was not active keeps its importance.
+
+        Args:
+            squares: sums of squares of the *global* batch's gradient, shape (steps, γ).
+            layers: for each step the γ layer indices that the columns stand for.
+        """
+        finite = np.isfinite(squares).all(axis=1)
+        self.dropped += int((~finite).sum())
+        total, count = np.zeros(len(self.numel)), np.zeros(len(self.numel))
+        for row, active in zip(squares[finite], np.asarray(layers, dtype=np.int64)[finite], strict=True):
+            total[active] += mean_gradient_norm(row, self.numel[active])
+            count[active] += 1
+        seen = count > 0
+        measured = total[seen] / count[seen]
+        old = self.importances[seen]
+        moved = self.ema_alpha * measured + (1 - self.ema_alpha) * old
+        self.importances[seen] = np.where(np.isnan(old), measured, moved)
+
+    def replace(self, squares: FloatArray) -> None:
+        """Sets all importances at once from sums of squares of shape (L,), as for weight norms."""
+        if np.isfinite(squares).all():
+            self.importances = mean_gradient_norm(squares, self.numel)
+        else:
+            self.dropped += 1
+
+    def state_dict(self) -> dict[str, object]:
+        return {"importances": self.importances.tolist(), "dropped": self.dropped}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.importances = np.asarray(state["importances"], dtype=np.float64)
+        self.dropped = int(state["dropped"])

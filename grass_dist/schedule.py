@@ -1,0 +1,45 @@
+"""When what happens: the method's clock, in optimizer steps (paper section 3; docs/method.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["probe", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Answers, for a number of completed optimizer steps, what is due before the next one.
+
+    Training step ``s`` is optimizer step ``probe_steps + s``. Where a refresh and a draw fall on the same
+    step, the refresh comes first, so that the draw uses the new probabilities.
+    """
+
+    probe_steps: int
+    """T_p."""
+    update_interval: int
+    """T_u."""
+    sampling_interval: int
+    """T_s."""
+
+    def phase(self, step: int) -> Phase:
+        """Phase of the optimizer step that follows ``step`` completed ones."""
+        return "probe" if step < self.probe_steps else "train"
+
+    def round(self, step: int) -> int:
+        """Number of the draw whose layers train after ``step`` completed steps; -1 in the probe."""
+        return -1 if step < self.probe_steps else (step - self.probe_steps) // self.sampling_interval
+
+    def probe_ends(self, step: int) -> bool:
+        return step == self.probe_steps > 0
+
+    def refresh_due(self, step: int) -> bool:
+        """Whether T_u training steps have been measured since the last refresh."""
+        trained = step - self.probe_steps
+        return trained > 0 and trained % self.update_interval == 0
+
+    def draw_due(self, step: int) -> bool:
+        """Whether new layers are drawn: at the first training step and every T_s after it."""
+        trained = step - self.probe_steps
+        return trained >= 0 and trained % self.sampling_interval == 0

@@ -1,0 +1,63 @@
+"""The small Llama, its data and its optimizer settings that parity is measured on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LAYERS, GLOBAL_BATCH, LENGTH, VOCAB = 8, 8, 16, 128
+ADAMW = {"lr": 1e-3, "eps": 1e-6}
+CLIP = 0.5
+
+
+def small_llama(dtype: torch.dtype = torch.float32, layers: int = LAYERS, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+        tie_word_embeddings=tied,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def global_batch(step: int, size: int = GLOBAL_BATCH) -> torch.Tensor:
+    """Token ids (size, LENGTH) of one optimizer step; uneven word frequencies, so that layers differ."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return (torch.rand(size, LENGTH, generator=generator) ** 3 * VOCAB).long()
+
+
+def decay_groups(model: nn.Module) -> list[dict]:
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for n, p in named if "norm" not in n], "weight_decay": 0.1},
+        {"params": [p for n, p in named if "norm" in n], "weight_decay": 0.0},
+    ]
+
+
+def schedule(step: int) -> float:
+    return 1 / (1 + 0.1 * step)
+
+
+def wrapped(model: nn.Module, backend: str, world_size: int, reduce_dtype: torch.dtype | None = None) -> nn.Module:
+    if backend == "ddp":
+        return DistributedDataParallel(model)
+    if backend in ("fsdp2", "hsdp"):
+        shape = (world_size,) if backend == "fsdp2" else (2, world_size // 2)
+        names = ("dp_shard",) if backend == "fsdp2" else ("dp_replicate", "dp_shard")
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model

@@ -1,0 +1,83 @@
+"""GRASS in one process, written out by hand from the paper: no code of grass_dist, one torch AdamW a layer."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from integration_tests.model import ADAMW, CLIP, LAYERS, global_batch, schedule, small_llama
+
+
+def draw(p: list[float], count: int, seed: int, round: int) -> tuple[int, ...]:
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, round], dtype=np.uint64)))
+    times = [-math.log1p(-u) / q for u, q in zip(generator.random(len(p)), p, strict=True)]
+    return tuple(sorted(sorted(range(len(p)), key=lambda i: times[i])[:count]))
+
+
+def probabilities(m: list[float], temperature: float) -> list[float]:
+    mean = sum(m) / len(m)
+    weights = [math.exp(x / mean / temperature) for x in m]
+    return [w / sum(weights) for w in weights]
+
+
+def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32) -> dict:
+    model = small_llama(dtype)
+    units = [[p for p in layer.parameters()] for layer in model.model.layers]
+    names = {id(p): n for n, p in model.named_parameters()}
+    in_layers = {id(p) for unit in units for p in unit}
+    roles = [p for p in model.parameters() if id(p) not in in_layers]
+    sizes = [sum(p.numel() for p in unit) for unit in units]
+    master = {id(p): p.detach().clone().float().requires_grad_() for p in model.parameters()}
+
+    def adamw(params):
+        groups = [
+            {"params": [master[id(p)] for p in params if "norm" not in names[id(p)]], "weight_decay": 0.1},
+            {"params": [master[id(p)] for p in params if "norm" in names[id(p)]], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([g for g in groups if g["params"]], **ADAMW)
+
+    optimizers = [adamw(unit) for unit in units]
+    role_optimizer = adamw(roles)
+    probe, interval, update = settings["probe_steps"], settings["sampling_interval"], settings["update_interval"]
+    alpha, tau, gamma, seed = (settings[k] for k in ("ema_alpha", "temperature", "active_layers", "seed"))
+    m = [math.nan] * LAYERS
+    measured: list[list[float]] = [[] for _ in range(LAYERS)]
+    active: tuple[int, ...] = tuple(range(LAYERS))
+    log = {"active": [], "importances": [], "losses": [], "norms": []}
+    for step in range(steps):
+        trained = step - probe
+        if trained == 0 or (trained > 0 and trained % update == 0):
+            for i, values in enumerate(measured):
+                if values:
+                    new = sum(values) / len(values)
+                    m[i] = new if math.isnan(m[i]) else alpha * new + (1 - alpha) * m[i]
+            measured = [[] for _ in range(LAYERS)]
+        if trained >= 0 and trained % interval == 0:
+            active = draw(probabilities(m, tau), gamma, seed, trained // interval)
+        log["active"].append(active)
+        log["importances"].append(list(m))
+        model.zero_grad()
+        x = global_batch(step)
+        loss = model(input_ids=x, labels=x).loss
+        loss.backward()
+        log["losses"].append(loss.item())
+        for i in active:
+            measured[i].append(math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in units[i]) / sizes[i]))
+        if trained < 0:
+            continue
+        live = [p for i in active for p in units[i]] + roles
+        for p in live:
+            master[id(p)].grad = p.grad.float()
+        log["norms"].append(torch.nn.utils.clip_grad_norm_([master[id(p)] for p in live], CLIP).item())
+        for optimizer in [*[optimizers[i] for i in active], role_optimizer]:
+            for group in optimizer.param_groups:
+                group["lr"] = ADAMW["lr"] * schedule(step)
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for p in live:
+                p.copy_(master[id(p)])
+    log["params"] = {n: p.detach().float().clone() for n, p in model.named_parameters()}
+    return log

@@ -21,6 +21,8 @@ def agree_at_start(backend: Backend, problem: Exception | None, fingerprint: Map
     shown = {name: repr(value) for name, value in fingerprint.items()}
     reports = backend.gather_objects((str(problem) if problem else None, shown))
     if problem is not None:
+        if isinstance(problem, GrassError):
+            problem.on_every_rank = True
         raise problem
     raise_if_ranks_differ(reports)
 
@@ -29,7 +31,9 @@ def raise_if_ranks_differ(reports: list[Any]) -> None:
     """Judges the (problem or None, {name: value as text}) of all ranks, in rank order; equal on every rank."""
     for rank, (problem, _) in enumerate(reports):
         if problem:
-            raise GrassError(f"rank {rank}: {problem}")
+            error = GrassError(f"rank {rank}: {problem}")
+            error.on_every_rank = True
+            raise error
     first = reports[0][1]
     for rank, (_, shown) in enumerate(reports):
         for name, value in shown.items():

@@ -118,7 +118,9 @@ class GrassOptimizer(torch.optim.Optimizer):
             The norm before clipping, a 0-dim tensor; 0 in the probe, where there is no gradient left to clip.
         """
         self.grass.finish_gradients()
-        params = [p for unit in self.grass.trainable_units() for _, p in unit.params if p.grad is not None]
+        trainable = {id(p) for unit in self.grass.trainable_units() for _, p in unit.params}
+        # In the model's order, as clip_grad_norm_(model.parameters()) would take them: a sum's last bit depends on it.
+        params = [p for p in self._model.parameters() if id(p) in trainable and p.grad is not None]
         return clip_grads(params, max_norm, norm_type, self._backend)
 
     @property

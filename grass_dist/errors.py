@@ -8,6 +8,9 @@ from typing import Any
 class GrassError(Exception):
     """Base class of every error that grass_dist raises on purpose."""
 
+    on_every_rank = False
+    """Whether all ranks are known to raise it, so that one of them may speak for all."""
+
 
 class ConfigError(GrassError, ValueError):
     """A setting that cannot work.
@@ -35,6 +38,8 @@ class UnsupportedModel(GrassError, ValueError):
 
 class RanksDisagree(GrassError, RuntimeError):
     """Ranks that must be identical (configuration, model, importances, choice of layers) are not."""
+
+    on_every_rank = True
 
 
 def _shorten(value: Any, limit: int = 80) -> str:

@@ -9,7 +9,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
-from integration_tests.model import ADAMW, CLIP, GLOBAL_BATCH, decay_groups, global_batch, schedule, small_llama, wrapped
+from integration_tests.model import (
+    ADAMW,
+    CLIP,
+    GLOBAL_BATCH,
+    decay_groups,
+    global_batch,
+    schedule,
+    small_llama,
+    wrapped,
+)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,9 +58,7 @@ def train_grass(
         active, probing = grass.active_layers, grass.phase == "probe"
         log["active"].append(active)
         log["importances"].append(grass.importances)
-        still = [
-            p for i, params in enumerate(layer_params) if i not in active or probing for _, p in params
-        ]
+        still = [p for i, params in enumerate(layer_params) if i not in active or probing for _, p in params]
         before = [local(p).clone() for p in still]
         x, total = global_batch(step), 0.0
         for micro in range(accumulation):

@@ -51,6 +51,7 @@ class Fsdp2Backend(HookedBackend):
                 f"{dist.get_world_size()} ranks; use a mesh over all ranks, or of one dimension."
             )
         model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe)
+        self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, *, probe: bool) -> None:
         super().attach(layers, roles, sink, probe=probe)
@@ -78,6 +79,27 @@ class Fsdp2Backend(HookedBackend):
     def _reduce_each_micro_batch_in_probe(self, *_: object) -> None:
         if self._probing and self.accumulation_steps > 1 and isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(True)
+
+    def _settle_dtypes(self, *_: object) -> None:
+        """Lets every module of FSDP2 take its reduce dtype from its parameters as if all of them trained.
+
+        FSDP2 takes it at the first forward from the parameters that are trainable then; a module that is frozen
+        then would reduce in the weights' dtype, not in `MixedPrecisionPolicy.reduce_dtype`, for ever after.
+        `FSDPModule.unshard` takes it anew. FSDP2's own pre-forward hook has run when this one does. Over the wire:
+        one all-gather of each layer, once.
+        """
+        self._first_forward.remove()
+        for module in self.model.modules():
+            if not isinstance(module, FSDPModule):
+                continue
+            flags = [(p, p.requires_grad) for p in module.parameters()]
+            for param, _ in flags:
+                param.requires_grad_(True)
+            module.unshard()
+            if module is not self.model:  # the root has just been gathered for this forward and stays so
+                module.reshard()
+            for param, flag in flags:
+                param.requires_grad_(flag)
 
 
 def reduce_dtype(model: nn.Module) -> torch.dtype | None:

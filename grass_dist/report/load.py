@@ -1,0 +1,293 @@
+"""Reads the folder of a run: run.json, config.yaml and metrics.jsonl, whose last line may be half-written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from grass_dist.errors import GrassError
+
+Reading = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
+"""A number that was measured; None for one that is missing, infinite or not a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """run.json: what was trained, on what, and with which settings."""
+
+    name: str
+    model: str
+    backend: str
+    world_size: Annotated[int, Field(ge=1)]
+    device: str
+    dtype: str
+    num_layers: Annotated[int, Field(ge=1)]
+    layer_names: tuple[str, ...]
+    layer_numel: tuple[int, ...]
+    params_total: Annotated[int, Field(ge=1)]
+    params_always_active: int
+    grass: dict[str, Any]
+    train: dict[str, Any]
+    data: dict[str, Any]
+    started: str = ""
+    versions: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """One step: the optimizer has done ``step`` steps when it ends."""
+
+    step: int
+    phase: Literal["probe", "train"]
+    loss: Reading
+    lr: float
+    grad_norm: Reading
+    seconds: float
+    tokens: int
+    bytes_reduced: int
+    state_bytes: int
+    active_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalEvent:
+    """The held-out loss after ``step`` steps."""
+
+    step: int
+    loss: Reading
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshEvent:
+    """New importances and probabilities after ``step`` steps; an importance is None until it is measured."""
+
+    step: int
+    importances: tuple[Reading, ...]
+    probabilities: tuple[Reading, ...]
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleEvent:
+    """The draw of the layers that train after ``step`` steps."""
+
+    step: int
+    round: int
+    active_layers: tuple[int, ...]
+    probabilities: tuple[Reading, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerEvent:
+    """What the model answered before or after the training."""
+
+    when: Literal["before", "after"]
+    prompt: str
+    text: str
+    expected: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndEvent:
+    """The run came to its end after ``step`` steps and ``seconds`` seconds."""
+
+    step: int
+    seconds: float
+
+
+Event = StepEvent | EvalEvent | RefreshEvent | SampleEvent | AnswerEvent | EndEvent
+
+_EVENTS: dict[str, TypeAdapter[Event]] = {
+    "step": TypeAdapter(StepEvent),
+    "eval": TypeAdapter(EvalEvent),
+    "refresh": TypeAdapter(RefreshEvent),
+    "sample": TypeAdapter(SampleEvent),
+    "answer": TypeAdapter(AnswerEvent),
+    "end": TypeAdapter(EndEvent),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Training steps ``first`` to ``last``, both included, that trained the same layers."""
+
+    first: int
+    last: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as it was recorded; events are in the order of their steps."""
+
+    folder: Path
+    info: RunInfo
+    config_text: str
+    steps: tuple[StepEvent, ...] = ()
+    evals: tuple[EvalEvent, ...] = ()
+    refreshes: tuple[RefreshEvent, ...] = ()
+    samples: tuple[SampleEvent, ...] = ()
+    answers: tuple[AnswerEvent, ...] = ()
+    end: EndEvent | None = None
+    notes: tuple[str, ...] = ()
+    """Sentences about what the record lacks, for the reader of the page."""
+
+    @property
+    def probe_steps(self) -> list[StepEvent]:
+        """The steps that measured every layer and trained none."""
+        return [step for step in self.steps if step.phase == "probe"]
+
+    @property
+    def train_steps(self) -> list[StepEvent]:
+        """The steps that trained their active layers."""
+        return [step for step in self.steps if step.phase == "train"]
+
+    def times_trained(self) -> list[int]:
+        """Number of training steps of each layer; steps of the probe, which train no layer, do not count."""
+        counts = [0] * self.info.num_layers
+        for step in self.train_steps:
+            for layer in step.active_layers:
+                counts[layer] += 1
+        return counts
+
+    def intervals(self) -> list[Interval]:
+        """The training steps, cut where the trained layers change."""
+        found: list[Interval] = []
+        for step in self.train_steps:
+            layers = tuple(sorted(step.active_layers))
+            if found and found[-1].layers == layers and found[-1].last == step.step - 1:
+                found[-1] = Interval(found[-1].first, step.step, layers)
+            else:
+                found.append(Interval(step.step, step.step, layers))
+        return found
+
+    def probability_events(self) -> list[RefreshEvent | SampleEvent]:
+        """Everything that says the sampling probabilities, in the order of the steps."""
+        return sorted([*self.refreshes, *self.samples], key=lambda event: event.step)
+
+    def has_importances(self) -> bool:
+        """Whether any layer's importance was ever recorded."""
+        return any(value is not None for event in self.refreshes for value in relative(event.importances))
+
+
+def relative(importances: Sequence[float | None]) -> list[float | None]:
+    """Importances over the mean of those measured; None for one that is not, and for all if the mean is zero."""
+    measured = [value for value in importances if value is not None]
+    mean = sum(measured) / len(measured) if measured else 0.0
+    return [value / mean if value is not None and mean > 0 else None for value in importances]
+
+
+def load_run(folder: Path) -> Run:
+    """Reads the run in ``folder``.
+
+    Raises:
+        GrassError: the folder, run.json or metrics.jsonl is missing, is not that of a run, or is damaged anywhere
+            but in the last line of metrics.jsonl.
+    """
+    if not folder.is_dir():
+        raise GrassError(f"{folder}: there is no such folder; give the folder of a run, e.g. runs/NAME.")
+    info = _read_info(folder / "run.json")
+    events, notes = _read_events(folder / "metrics.jsonl", info.num_layers)
+    ends = [event for event in events if isinstance(event, EndEvent)]
+    if not ends:
+        notes.append("The record has no end: the run was cut off, or was still going when this page was made.")
+    config = folder / "config.yaml"
+    if not config.is_file():
+        notes.append("The folder has no config.yaml.")
+    return Run(
+        folder=folder,
+        info=info,
+        config_text=config.read_text("utf-8", errors="replace") if config.is_file() else "",
+        steps=_by_step(event for event in events if isinstance(event, StepEvent)),
+        evals=_by_step(event for event in events if isinstance(event, EvalEvent)),
+        refreshes=_by_step(event for event in events if isinstance(event, RefreshEvent)),
+        samples=_by_step(event for event in events if isinstance(event, SampleEvent)),
+        answers=tuple(event for event in events if isinstance(event, AnswerEvent)),
+        end=ends[-1] if ends else None,
+        notes=tuple(notes),
+    )
+
+
+_Stepped = TypeVar("_Stepped", StepEvent, EvalEvent, RefreshEvent, SampleEvent)
+
+
+def _by_step(events: Iterable[_Stepped]) -> tuple[_Stepped, ...]:
+    """Sorted by step; of two records of a step (a resumed run repeats some) the later one counts."""
+    latest = {event.step: event for event in events}
+    return tuple(latest[step] for step in sorted(latest))
+
+
+def _read_info(path: Path) -> RunInfo:
+    try:
+        info = TypeAdapter(RunInfo).validate_python(json.loads(_read(path)))
+    except ValidationError as error:
+        raise GrassError(f"{path}: this is not the record of a run; {_first_problem(error)}.") from None
+    except ValueError as error:
+        raise GrassError(f"{path}: this is not JSON; {_lower(str(error))}.") from None
+    for field, value in (("layer_names", info.layer_names), ("layer_numel", info.layer_numel)):
+        if len(value) != info.num_layers:
+            raise GrassError(
+                f"{path}: {field} has {len(value)} entries and num_layers={info.num_layers}; they must be as many."
+            )
+    return info
+
+
+def _read_events(path: Path, num_layers: int) -> tuple[list[Event], list[str]]:
+    """All events that this version knows, and the note about a half-written last line."""
+    lines = [(number, line) for number, line in enumerate(_read(path).split(b"\n"), start=1) if line.strip()]
+    events: list[Event] = []
+    for position, (number, line) in enumerate(lines):
+        try:
+            event = _parse(line, num_layers)
+        except ValueError as error:
+            if position == len(lines) - 1:
+                return events, [f"The last line of metrics.jsonl (line {number}) was half-written; it is left out."]
+            problem = _first_problem(error) if isinstance(error, ValidationError) else _lower(str(error))
+            raise GrassError(f"{path}, line {number}: this line is damaged; {problem}.") from None
+        if event is not None:
+            events.append(event)
+    return events, []
+
+
+def _parse(line: bytes, num_layers: int) -> Event | None:
+    """The event of a line, None for a kind of event that this version does not know."""
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        raise ValueError('it is not an object with an "event"')
+    adapter = _EVENTS.get(record["event"])
+    if adapter is None:
+        return None
+    encodable = {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in record.items()}
+    event = adapter.validate_python(encodable)
+    if isinstance(event, StepEvent | SampleEvent) and any(not 0 <= i < num_layers for i in event.active_layers):
+        raise ValueError(f"active_layers names a layer outside 0 to {num_layers - 1}")
+    for field in ("importances", "probabilities"):
+        values = getattr(event, field, None)
+        if values is not None and len(values) != num_layers:
+            raise ValueError(f"{field} has {len(values)} entries for {num_layers} layers")
+    return event
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        problem = "this file is missing" if missing else f"this file cannot be read ({error.strerror})"
+        raise GrassError(f"{path}: {problem}, so {path.parent} is not the folder of a run.") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return f"{field}: {_lower(first['msg'])}" if field else _lower(first["msg"])
+
+
+def _lower(sentence: str) -> str:
+    return (sentence[:1].lower() + sentence[1:]).rstrip(".")

@@ -1,0 +1,297 @@
+"""The page of a run: its key figures, pictures, layers, answers and configuration in one HTML file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from grass_dist.report.load import EvalEvent, Run, relative
+from grass_dist.report.plots import byte_unit
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What the key figures are made of; None where the record does not say."""
+
+    steps: int
+    probe_steps: int
+    tokens_per_second: float | None
+    trained_params: float
+    """Parameters that train in a step: the active layers, on average, and what is always active."""
+    share: float
+    """`trained_params` over all parameters."""
+    bytes_train: float | None
+    """Gradient bytes that a training step reduces, on average."""
+    bytes_probe: float | None
+    """The same for a step of the probe, which reduces every layer."""
+    state_peak: int | None
+    state_full: float | None
+    """Optimizer state if every parameter trained, at the bytes a parameter of the peak."""
+    first_eval: EvalEvent | None
+    last_eval: EvalEvent | None
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A key figure as the page shows it."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """A line of the table of layers."""
+
+    index: int
+    name: str
+    numel: int
+    times_trained: int
+    importance: float | None
+    probability: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture with its two sentences; ``data`` is a data URL, None where there is nothing to draw."""
+
+    name: str
+    heading: str
+    caption: str
+    missing: str
+    data: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt with what the model answered before and after the training."""
+
+    prompt: str
+    expected: str | None
+    before: str | None
+    after: str | None
+
+
+_PICTURES = {
+    "loss": (
+        "Loss",
+        "The faint line is the loss of each step, the strong one its running mean, and the diamonds are the loss on "
+        "examples held out of the training. The diamonds should fall; if they rise while the line falls, the model "
+        "has begun to memorise.",
+        "No loss was recorded, so there is no picture of it.",
+    ),
+    "importance": (
+        "Importance",
+        "Each row is a layer, with the input at the bottom; its colour is the root-mean-square gradient of the layer "
+        "over the mean of all layers, held until the next refresh. A layer at 2 has gradients twice the average, and "
+        "rows that change colour along the run are why the probabilities are refreshed.",
+        "No importances were recorded: this sampler does not measure them, or the run ended before the first refresh.",
+    ),
+    "probability": (
+        "Sampling",
+        "The colour is the probability with which a draw picks the layer, and the white marks are the layers that "
+        "were drawn and trained. Bright rows should carry more marks than dark ones; the bars below count every "
+        "step.",
+        "No sampling probabilities were recorded, so there is no picture of them.",
+    ),
+    "counts": (
+        "Coverage",
+        "Each bar counts the steps that trained the layer; the probe trains none and is not counted. The dashed line "
+        "is where every bar would end if all layers were drawn equally often.",
+        "No training step was recorded, so no layer was trained.",
+    ),
+    "cost": (
+        "Cost",
+        "From top to bottom: how long each step took, how many bytes of gradients this rank put into reduce-scatter "
+        "or all-reduce, and how much optimizer state it held. A probe measures every layer, so its reduced bytes are "
+        "those of training every layer; the drop after it is what training a few layers saves.",
+        "No step was recorded, so there is no picture of its cost.",
+    ),
+}
+
+
+def render(run: Run, pictures: Mapping[str, Path | None]) -> str:
+    """The whole page, with the pictures inside it."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        info=run.info,
+        summary=_summary(run),
+        facts=_facts(run),
+        notes=run.notes,
+        cards=cards(numbers(run), run),
+        pictures=[_picture(name, pictures.get(name)) for name in _PICTURES],
+        layers=layer_rows(run),
+        answers=pair_answers(run),
+        config_text=run.config_text,
+    )
+
+
+def numbers(run: Run) -> Numbers:
+    """Computes the key figures. Without a training step, the share is that of γ layers of average size."""
+    info, train, probe = run.info, run.train_steps, run.probe_steps
+    trained = [_trained_params(run, step.active_layers) for step in train]
+    active = info.grass.get("active_layers")
+    expected = sum(info.layer_numel) * (active if isinstance(active, int) else info.num_layers) / info.num_layers
+    mean_trained = sum(trained) / len(trained) if trained else expected + info.params_always_active
+    seconds = sum(step.seconds for step in train)
+    peak = max(zip(train, trained, strict=True), key=lambda pair: pair[0].state_bytes, default=None)
+    return Numbers(
+        steps=run.steps[-1].step if run.steps else 0,
+        probe_steps=len(probe),
+        tokens_per_second=sum(step.tokens for step in train) / seconds if seconds > 0 else None,
+        trained_params=mean_trained,
+        share=mean_trained / info.params_total,
+        bytes_train=sum(step.bytes_reduced for step in train) / len(train) if train else None,
+        bytes_probe=sum(step.bytes_reduced for step in probe) / len(probe) if probe else None,
+        state_peak=peak[0].state_bytes if peak else None,
+        state_full=peak[0].state_bytes * info.params_total / peak[1] if peak and peak[1] else None,
+        first_eval=run.evals[0] if run.evals else None,
+        last_eval=run.evals[-1] if run.evals else None,
+    )
+
+
+def cards(found: Numbers, run: Run) -> list[Card]:
+    """The row of key figures."""
+    limit = run.info.train.get("max_steps")
+    planned = f" of {limit:,}" if isinstance(limit, int) and limit != found.steps else ""
+    rate = found.tokens_per_second
+    share = f"{_count(found.trained_params)} of {_count(run.info.params_total)}"
+    return [
+        _loss_card(found.first_eval, found.last_eval),
+        Card("Steps", f"{found.steps:,}{planned}", f"{found.probe_steps:,} of them the probe"),
+        Card("Tokens a second", _count(rate) if rate else "—", "in training steps; evaluation is left out"),
+        Card("Parameters trained at a time", _percent(found.share), f"{share}, counting those outside the layers"),
+        _bytes_card(found),
+        _state_card(found),
+    ]
+
+
+def layer_rows(run: Run) -> list[LayerRow]:
+    """The table of layers, with the last importance over the mean and the last probability."""
+    info = run.info
+    unknown: list[float | None] = [None] * info.num_layers
+    importances = relative(run.refreshes[-1].importances) if run.refreshes else unknown
+    events = run.probability_events()
+    probabilities = events[-1].probabilities if events else unknown
+    columns = (info.layer_names, info.layer_numel, run.times_trained(), importances, probabilities)
+    return [LayerRow(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
+
+
+def pair_answers(run: Run) -> list[Answer]:
+    """One entry a prompt, in the order of the record; the last answer to a prompt counts."""
+    before = {answer.prompt: answer for answer in run.answers if answer.when == "before"}
+    after = {answer.prompt: answer for answer in run.answers if answer.when == "after"}
+    pairs = [(prompt, before.get(prompt), after.get(prompt)) for prompt in {**before, **after}]
+    return [
+        Answer(
+            prompt,
+            next((answer.expected for answer in (first, last) if answer and answer.expected is not None), None),
+            first.text if first else None,
+            last.text if last else None,
+        )
+        for prompt, first, last in pairs
+    ]
+
+
+def _trained_params(run: Run, layers: tuple[int, ...]) -> int:
+    return sum(run.info.layer_numel[i] for i in layers) + run.info.params_always_active
+
+
+def _loss_card(first: EvalEvent | None, last: EvalEvent | None) -> Card:
+    label = "Held-out loss"
+    if first is None or last is None:
+        return Card(label, "—", "no evaluation was recorded")
+    if first.step == last.step:
+        return Card(label, _loss(first.loss), f"at step {first.step:,} only")
+    change = f", {last.loss / first.loss - 1:+.1%}".replace("-", "−") if first.loss and last.loss else ""
+    return Card(label, f"{_loss(first.loss)} → {_loss(last.loss)}", f"steps {first.step:,} and {last.step:,}{change}")
+
+
+def _bytes_card(found: Numbers) -> Card:
+    label = "Gradients reduced a step"
+    if found.bytes_train is None:
+        return Card(label, "—", "no training step was recorded")
+    if not found.bytes_train:
+        return Card(label, "0", "nothing is reduced, as in a run on one process")
+    note = f"by parameters, {_percent(found.share)} of full fine-tuning"
+    if found.bytes_probe:
+        measured = _percent(found.bytes_train / found.bytes_probe)
+        note = f"{measured} of the {_bytes(found.bytes_probe)} that a probe step reduces; {note}"
+    return Card(label, _bytes(found.bytes_train), note)
+
+
+def _state_card(found: Numbers) -> Card:
+    label = "Optimizer state a rank"
+    if found.state_peak is None or found.state_full is None:
+        return Card(label, "—", "no training step was recorded")
+    note = f"peak; full fine-tuning would hold {_bytes(found.state_full)} at the same bytes a parameter"
+    return Card(label, _bytes(found.state_peak), note)
+
+
+def _summary(run: Run) -> str:
+    info = run.info
+    ranks = "1 rank" if info.world_size == 1 else f"{info.world_size} ranks"
+    layers = f"γ = {info.grass.get('active_layers', '?')} of {info.num_layers} layers"
+    sampler = f"sampler {info.grass.get('sampler', '?')}"
+    return " · ".join([info.model, f"{info.backend} on {ranks}", f"{info.device}, {info.dtype}", sampler, layers])
+
+
+def _facts(run: Run) -> str:
+    data, versions = run.info.data, run.info.versions or {}
+    examples = [f"{data[key]:,} {what}" for key, what in _EXAMPLES.items() if isinstance(data.get(key), int)]
+    named = f"data {data['name']}" if "name" in data else ""
+    parts = [
+        f"{named} ({', '.join(examples)})" if named and examples else named or ", ".join(examples),
+        f"started {run.info.started}" if run.info.started else "",
+        f"took {_duration(run.end.seconds)}" if run.end else "",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+_EXAMPLES = {"train_examples": "training examples", "eval_examples": "held out"}
+
+
+def _picture(name: str, path: Path | None) -> Picture:
+    heading, caption, missing = _PICTURES[name]
+    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path else None
+    return Picture(name, heading, caption, missing, data)
+
+
+def _loss(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if share < 0.0995 else f"{100 * share:.0f}%"
+
+
+def _bytes(count: float) -> str:
+    scale, unit = byte_unit(count)
+    return f"{count / scale:.3g} {unit}"
+
+
+def _count(count: float) -> str:
+    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
+        if count >= scale:
+            return f"{count / scale:.4g}{unit}"
+    return f"{count:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,299 @@
+"""The pictures of a run, one function each; a function returns None where the record has nothing to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from grass_dist.report.load import Run, relative
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5C9E"
+INK, MUTED, PROBE, UNKNOWN = "#1f2933", "#66727f", "#e8e4d8", "#dfe3e8"
+COLUMNS = 1000  # at most, in a heatmap; also the bins of a long line
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5,
+    "legend.fontsize": 10,
+    "legend.edgecolor": "none",
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e9ed",
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
+    **dict.fromkeys(["text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"], INK),
+    **dict.fromkeys(["axes.edgecolor", "xtick.color", "ytick.color"], MUTED),
+}
+
+
+def plot_loss(run: Run, folder: Path) -> Path | None:
+    """Training loss, raw and smoothed, and the held-out loss."""
+    steps = np.array([s.step for s in run.steps])
+    loss = _numbers([s.loss for s in run.steps])
+    evals = [e for e in run.evals if e.loss is not None]
+    if not np.isfinite(loss).any() and not evals:
+        return None
+    with _picture(folder / "loss.png", 4.6) as (ax,):
+        probe = _shade_probe(ax, run)
+        if len(steps) >= 10:
+            ax.plot(*_envelope(steps, loss), color=BLUE, alpha=0.3, lw=0.9, label="training loss, each step")
+            window = max(3, len(steps) // 15)
+            smooth = _rolling_mean(loss, window)
+            ax.plot(*_envelope(steps, smooth), color=BLUE, lw=2, label=f"training loss, mean of {window:,} steps")
+        elif len(steps):
+            ax.plot(steps, loss, color=BLUE, lw=1.5, marker="o", ms=4, label="training loss, each step")
+        if evals:
+            size = 6.5 if len(evals) <= 60 else 3
+            marker: dict[str, Any] = {"marker": "D", "ms": size, "mec": "white", "mew": 0.8, "clip_on": False}
+            held_out = _numbers([e.loss for e in evals])
+            ax.plot([e.step for e in evals], held_out, color=ORANGE, lw=1.2, label="held-out loss", zorder=4, **marker)
+        ax.set(title="Training and held-out loss", ylabel="loss (nats a token)")
+        _step_axis(ax, [*steps, *(e.step for e in evals)])
+        ax.legend(handles=[*ax.get_legend_handles_labels()[0], *probe], ncols=2)
+    return folder / "loss.png"
+
+
+def plot_importance(run: Run, folder: Path) -> Path | None:
+    """Heatmap of the importances over their mean, by layer and step."""
+    if not run.has_importances():
+        return None
+    columns = _columns(run, run.refreshes[-1].step)
+    grid = _held(run.refreshes, columns, lambda event: relative(event.importances), run.info.num_layers)
+    with _picture(folder / "importance.png", _height(run)) as (ax,):
+        _heatmap(ax, grid, columns, "viridis", "importance / mean over the layers")
+        ax.set_title("Importance of each layer")
+        _unknown_legend(ax, grid, [], "not measured yet")
+    return folder / "importance.png"
+
+
+def plot_probability(run: Run, folder: Path) -> Path | None:
+    """Heatmap of the sampling probabilities, by layer and step, with the trained layers marked."""
+    events = [e for e in run.probability_events() if any(p is not None for p in e.probabilities)]
+    if not events:
+        return None
+    columns = _columns(run, events[-1].step)
+    grid = _held(events, columns, lambda event: event.probabilities, run.info.num_layers)
+    with _picture(folder / "probability.png", _height(run)) as (ax,):
+        _heatmap(ax, grid, columns, "cividis", "probability that a draw picks the layer")
+        ax.set_title("Sampling probability of each layer")
+        _unknown_legend(ax, grid, _mark_trained(ax, run), "no probabilities yet")
+    return folder / "probability.png"
+
+
+def plot_counts(run: Run, folder: Path) -> Path | None:
+    """Bars of the number of steps that trained each layer."""
+    counts = run.times_trained()
+    if not any(counts):
+        return None
+    mean = sum(counts) / len(counts)
+    with _picture(folder / "counts.png", 3.8) as (ax,):
+        ax.bar(range(len(counts)), counts, color=BLUE, width=0.8)
+        ax.axhline(mean, color=ORANGE, ls="--", lw=1.6, label=f"mean over the layers: {mean:,.4g} steps")
+        ax.set(title="Steps that trained each layer", xlabel="layer", ylabel="training steps")
+        ax.set(xlim=(-0.6, len(counts) - 0.4), ylim=(0, max(counts) * 1.18))
+        _whole_numbers(ax.xaxis, bins=16)
+        _whole_numbers(ax.yaxis, bins=7)
+        ax.grid(axis="x", visible=False)
+        ax.legend(loc="upper right")
+    return folder / "counts.png"
+
+
+def plot_cost(run: Run, folder: Path) -> Path | None:
+    """Time, reduced bytes and bytes of optimizer state of each step."""
+    if not run.steps:
+        return None
+    steps = np.array([s.step for s in run.steps])
+    seconds = _numbers([s.seconds for s in run.steps])
+    line: dict[str, Any] = {"lw": 1.6, "drawstyle": "steps-mid", "marker": "o" if len(steps) < 10 else "", "ms": 4}
+    with _picture(folder / "cost.png", 7.2, rows=3) as (top, middle, bottom):
+        probe = [_shade_probe(ax, run) for ax in (top, middle, bottom)][-1]
+        if probe:
+            top.legend(handles=probe, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        if len(steps) < 200:
+            top.plot(steps, seconds, color=BLUE, **line)
+        else:
+            top.plot(*_envelope(steps, seconds), color=BLUE, alpha=0.3, lw=0.9)
+            top.plot(*_envelope(steps, _rolling_mean(seconds, len(steps) // 50)), color=BLUE, lw=2)
+        top.set(title="Step time", ylabel="seconds")
+        _usual_seconds(top, seconds)
+        reduced, state = np.array([[s.bytes_reduced, s.state_bytes] for s in run.steps], dtype=float).T
+        for ax, values, color in ((middle, reduced, GREEN), (bottom, state, PURPLE)):
+            scale, unit = byte_unit(values.max())
+            ax.plot(*_envelope(steps, values / scale), color=color, clip_on=False, zorder=3, **line)
+            ax.set(ylabel=unit, ylim=(0, values.max() / scale * 1.12 or 1))
+            ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        middle.set_title("Gradient bytes this rank reduced")
+        bottom.set_title("Optimizer state on this rank")
+        _step_axis(bottom, steps)
+    return folder / "cost.png"
+
+
+PLOTS = {plot.__name__[5:]: plot for plot in (plot_loss, plot_importance, plot_probability, plot_counts, plot_cost)}
+
+
+def plot_all(run: Run, folder: Path) -> dict[str, Path | None]:
+    """Draws every picture into ``folder``; None, and no file, for one that the record has nothing for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PLOTS:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    return {name: plot(run, folder) for name, plot in PLOTS.items()}
+
+
+def byte_unit(largest: float) -> tuple[float, str]:
+    """Decimal unit for numbers of bytes up to ``largest``, as its size and its name."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if largest >= scale:
+            return scale, unit
+    return 1.0, "bytes"
+
+
+@contextmanager
+def _picture(path: Path, height: float, rows: int = 1) -> Iterator[list[Axes]]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, height), layout="constrained")
+        yield list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+        figure.savefig(path, dpi=150)
+
+
+def _height(run: Run) -> float:
+    return float(np.clip(2.4 + 0.085 * run.info.num_layers, 3.2, 7.5))
+
+
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    """As floats, NaN for None."""
+    return np.array(values, dtype=float)
+
+
+def _whole_numbers(axis: Axis, bins: int = 10) -> None:
+    axis.set_major_locator(MaxNLocator(nbins=bins, steps=[1, 2, 5, 10], integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _step_axis(ax: Axes, steps: Sequence[int] | np.ndarray) -> None:
+    ax.set(xlabel="optimizer step", xlim=(min(steps) - 0.5, max(steps) + 0.5))
+    _whole_numbers(ax.xaxis)
+
+
+def _shade_probe(ax: Axes, run: Run) -> list[Patch]:
+    """Shades the steps of the probe and returns their entry in the legend, if there are any."""
+    steps = [s.step for s in run.probe_steps]
+    if not steps:
+        return []
+    ax.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=PROBE, lw=0, zorder=0)
+    return [Patch(color=PROBE, label="probe: measures every layer, trains none")]
+
+
+def _rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the finite values in a centred window, which is shorter at the two ends; NaN where there is none."""
+    known, kernel = np.isfinite(values), np.ones(window)
+    counts = np.convolve(known, kernel, mode="same")
+    return np.convolve(np.where(known, values, 0), kernel, mode="same") / np.where(counts > 0, counts, np.nan)
+
+
+def _envelope(x: np.ndarray, y: np.ndarray, bins: int = COLUMNS) -> tuple[np.ndarray, np.ndarray]:
+    """The line itself, or the lowest and highest value of each of ``bins`` bins where it has many more points."""
+    if len(x) <= 2 * bins:
+        return x, y
+    edges = np.linspace(0, len(x), bins + 1).astype(int)[:-1]
+    low, high = np.fmin.reduceat(y, edges), np.fmax.reduceat(y, edges)
+    return np.repeat(x[edges], 2), np.stack([low, high], axis=1).reshape(-1)
+
+
+def _usual_seconds(ax: Axes, seconds: np.ndarray) -> None:
+    """y from 0 to the usual times; the few steps that took far longer (the first, say) are told in the panel."""
+    known = seconds[np.isfinite(seconds)]
+    usual = known[known <= 5 * np.median(known)] if known.size else np.ones(1)
+    outside = known.size - usual.size
+    if outside > max(1, known.size // 50):
+        usual = known
+    elif outside > 0:
+        text = f"{outside:,} {'step' if outside == 1 else 'steps'} off the scale, up to {known.max():,.3g} s"
+        ax.text(0.99, 0.95, text, transform=ax.transAxes, ha="right", va="top", color=MUTED, fontsize=9.5)
+    ax.set_ylim(0, usual.max() * 1.35 or 1)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+
+
+def _columns(run: Run, last_event: int) -> np.ndarray:
+    """The step that each column of a heatmap shows: every step of the run, or `COLUMNS` of them."""
+    first = run.steps[0].step if run.steps else 1
+    last = max(run.steps[-1].step if run.steps else 1, last_event + 1)
+    total = last - first + 1
+    return first + ((np.arange(min(total, COLUMNS)) + 0.5) * total / min(total, COLUMNS)).astype(int)
+
+
+def _held(events: Sequence[Any], columns: np.ndarray, values: Callable[[Any], Any], num_layers: int) -> np.ndarray:
+    """Layer × column: the values of the last event before each column's step (an event is after its own step)."""
+    latest = np.searchsorted([event.step for event in events], columns, side="left") - 1
+    rows = {i: _numbers(values(events[i])) for i in set(latest.tolist()) if i >= 0}
+    unknown = np.full(num_layers, np.nan)
+    return np.stack([rows.get(i, unknown) for i in latest.tolist()], axis=1)
+
+
+def _norm(grid: np.ndarray) -> Normalize:
+    """Colours on a log scale where the values span more than a factor of 8, else on a linear one from 0."""
+    seen = grid[np.isfinite(grid) & (grid > 0)]
+    low, high = (float(seen.min()), float(seen.max())) if seen.size else (1.0, 1.0)
+    if high > 8 * low:
+        return LogNorm(max(low, high / 1000), high, clip=True)
+    return Normalize(0, high if high > 1.01 * low else 2 * high)
+
+
+def _heatmap(ax: Axes, grid: np.ndarray, columns: np.ndarray, colors: str, label: str) -> None:
+    half = 0.5 * (columns[-1] - columns[0]) / max(len(columns) - 1, 1) or 0.5
+    extent = (columns[0] - half, columns[-1] + half, -0.5, len(grid) - 0.5)
+    look: dict[str, Any] = {"cmap": matplotlib.colormaps[colors].with_extremes(bad=UNKNOWN), "norm": _norm(grid)}
+    known = np.ma.masked_invalid(grid)
+    image = ax.imshow(known, origin="lower", aspect="auto", interpolation="nearest", extent=extent, **look)
+    ax.grid(visible=False)
+    ax.set(xlabel="optimizer step", ylabel="layer")
+    _whole_numbers(ax.xaxis)
+    _whole_numbers(ax.yaxis)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.015, aspect=30)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    log = isinstance(look["norm"], LogNorm)
+    bar.set_label(label + (" (log scale)" if log else ""))
+    if log:
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark_trained(ax: Axes, run: Run) -> list[Any]:
+    """Outlines the trained layers of each interval, or dots them where there are many; returns the legend."""
+    intervals = run.intervals()
+    if not intervals:
+        return []
+    halo = [withStroke(linewidth=3, foreground=INK)]
+    if len(intervals) <= 40 and run.info.num_layers <= 64:
+        box: dict[str, Any] = {"fill": False, "ec": "white", "lw": 1.4, "path_effects": halo}
+        for part in intervals:
+            for layer in part.layers:
+                corner = (part.first - 0.5, layer - 0.5)
+                ax.add_patch(Rectangle(corner, part.last - part.first + 1, 1, **box, clip_on=False, zorder=3))
+        return [Rectangle((0, 0), 1, 1, **box, label="trained")]
+    stride = -(-len(intervals) // 150)
+    points = [((p.first + p.last) / 2, layer) for p in intervals[::stride] for layer in p.layers]
+    size = 3.4 if run.info.num_layers <= 64 else 2.4
+    look: dict[str, Any] = {"marker": "o", "ms": size, "mfc": "white", "mec": INK, "mew": 0.5, "ls": ""}
+    ax.plot([x for x, _ in points], [y for _, y in points], **look, zorder=3)
+    label = "trained" if stride == 1 else f"trained (one draw in {stride} is shown)"
+    return [Line2D([], [], **look, label=label)]
+
+
+def _unknown_legend(ax: Axes, grid: np.ndarray, handles: list[Any], label: str) -> None:
+    unknown = [Patch(color=UNKNOWN, label=label)] if np.isnan(grid).any() else []
+    if handles := [*handles, *unknown]:
+        ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.3, ncols=2)

@@ -1,0 +1,1 @@
+"""What launch/finetune.py is made of: data, batches and models. Needs the extra ``grass-dist[train]``."""

@@ -1,0 +1,34 @@
+"""One answer before and after, so that a person sees what the fine-tune did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
+    """The model's greedy continuation of ``prompt_ids``, up to its end-of-sequence token."""
+    training = model.training
+    ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
+    out = model.eval().generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.train(training)
+    return tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True).strip()
+
+
+def answer_from_folder(folder: str, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
+    """The same from a model that was saved as a Hugging Face folder, loaded as anybody would load it."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
+    return greedy_answer(model, tokenizer, prompt_ids, max_new_tokens)

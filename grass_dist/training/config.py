@@ -1,0 +1,193 @@
+"""`RunConfig`: the one YAML file of a fine-tune, with dotted overrides, validated whole before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from grass_dist.config import GrassConfig, StrictModel
+from grass_dist.errors import ConfigError
+from grass_dist.training.data_config import DataConfig
+
+
+class ModelConfig(StrictModel):
+    """Which model."""
+
+    name: str = Field(min_length=1)
+    """Hugging Face model name or folder, or "packaged:smollm2-135m"."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the weights. bfloat16 weights have fp32 masters in the state of their layer and are reduced in fp32.
+    "auto": bfloat16 on a GPU, float32 on a CPU."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the model to run."""
+
+
+class TrainConfig(StrictModel):
+    """How it is trained."""
+
+    max_steps: int = Field(ge=1)
+    """Optimizer steps, those of the probe included."""
+    global_batch_size: int = Field(default=8, ge=1)
+    """Sequences of a step, over all ranks and micro-batches."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences that a rank takes at a time; the steps of accumulation follow from the world size."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Of the learning rate after the warm-up, down to `min_learning_rate_ratio`."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Of the steps that update; the probe does not count."""
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """On matrices; not on norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad_norm: float | None = Field(default=1.0, gt=0)
+    eval_every: int = Field(default=50, ge=0)
+    """Steps between evaluations on the held-out examples; 0 evaluates at the start and the end only."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of the order of the data and of dropout. The order depends on it and on the global batch size alone."""
+    timeout_seconds: int = Field(default=600, ge=1)
+    """After which a collective that a rank does not join ends the run."""
+
+    @field_validator("learning_rate", "weight_decay", "eps", "clip_grad_norm", "min_learning_rate_ratio")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
+            raise ValueError("must be finite")
+        return value
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> TrainConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                "global_batch_size",
+                self.global_batch_size,
+                f"it is no multiple of micro_batch_size={self.micro_batch_size}",
+                "change one of them",
+            )
+        return self
+
+
+class ParallelConfig(StrictModel):
+    """How the ranks share the work. ``parallel: fsdp2`` is short for ``parallel: {backend: fsdp2}``."""
+
+    backend: Literal["fsdp2", "ddp", "single"] = "fsdp2"
+    replicate: int = Field(default=1, ge=1)
+    """fsdp2 only: number of replicas of the sharded model (HSDP); it must divide the number of ranks."""
+
+    @model_validator(mode="after")
+    def _replicas_are_of_shards(self) -> ParallelConfig:
+        if self.replicate > 1 and self.backend != "fsdp2":
+            raise ConfigError("replicate", self.replicate, f"backend={self.backend} has no shards", "leave it out")
+        return self
+
+
+class RunConfig(StrictModel):
+    """A fine-tune."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's folder is ``output_dir/name``."""
+    output_dir: str = "runs"
+    overwrite: bool = False
+    """Whether a folder of an earlier run by this name is written over."""
+    save_model: bool = True
+    """Write the fine-tuned model as a Hugging Face folder, ``model/`` in the run's folder."""
+    sample_prompt: str | None = None
+    """A prompt to answer before and after; left out, the first held-out one."""
+    answer_tokens: int = Field(default=128, ge=0)
+    """Tokens of that answer at most; 0 asks nothing."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    grass: GrassConfig
+    parallel: ParallelConfig = ParallelConfig()
+
+    @field_validator("parallel", mode="before")
+    @classmethod
+    def _name_of_a_backend(cls, value: Any) -> Any:
+        return {"backend": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> RunConfig:
+        probe = self.grass.probe_steps
+        if probe is not None and probe >= self.train.max_steps:
+            raise ConfigError(
+                "grass.probe_steps",
+                probe,
+                f"the run ends after train.max_steps={self.train.max_steps} with nothing trained",
+                "use fewer probe steps or more steps",
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides such as ``train.learning_rate=1e-5``.
+
+    Raises:
+        ConfigError: the file, an override or a setting cannot be used.
+    """
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(
+            "--config", str(path), f"it cannot be read ({error.strerror})", "give an existing file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise ConfigError("--config", str(path), f"it is not YAML: {where}", "correct it there") from None
+    if not isinstance(data, dict):
+        raise ConfigError("--config", str(path), "it holds no settings", "see configs/ for examples")
+    for override in overrides:
+        _override(data, override)
+    return RunConfig(**{str(key): value for key, value in data.items()})
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose 1e-5 is a number (YAML 1.2), where PyYAML's 1.1 wants 1.0e-5."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError("override", override, "it is not of the form section.field=value", "write it like that")
+    try:
+        value = yaml.load(text, _Loader) if text else None
+    except yaml.YAMLError:
+        raise ConfigError(key, text, "the value is not YAML", "quote it") from None
+    *path, last = key.split(".")
+    at = data
+    for part in path:
+        below = at.get(part)
+        if isinstance(below, str) and part == "parallel":  # parallel: ddp, then parallel.replicate=2
+            below = {"backend": below}
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise ConfigError(key, text, f"{part} is {below!r} in the file, not a section", f"override {part} itself")
+        at[part] = below
+        at = below
+    at[last] = value

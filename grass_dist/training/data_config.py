@@ -1,0 +1,182 @@
+"""`DataConfig`: what to train on, under ``data:`` in the configuration file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from grass_dist.config import StrictModel
+from grass_dist.errors import ConfigError
+
+GENERATED = "reasoning-gym:"
+"""Prefix of the name of a generated set."""
+
+SPLIT = "split:"
+"""Prefix of a `DataConfig.eval` that means another split of the training set's dataset."""
+
+
+class DataConfig(StrictModel):
+    """Which examples to train on, how they are put into words, and which are held out.
+
+    Raises:
+        ConfigError: a field that cannot work; the message names the field, the value and the fix.
+    """
+
+    name: str = Field(min_length=1)
+    """A dataset of the Hub, a local folder, a .json or .jsonl file (a JSON list of objects, or one object a
+    line), or ``"reasoning-gym:<task>"`` for generated examples, e.g. ``"reasoning-gym:gsm_symbolic"``."""
+
+    config_name: str | None = None
+    """Configuration (subset) of a Hub dataset."""
+
+    split: str = "train"
+    """Split to train on; for a Hub dataset or a file also a slice such as ``"train[:10%]"``."""
+
+    prompt: str | None = None
+    """What the model is given: a column, or a template such as ``"{instruction}\\n{input}"`` (double the braces
+    that are meant literally). No loss on it."""
+
+    completion: str | None = None
+    """What the model learns to answer: a column or a template."""
+
+    text: str | None = None
+    """Plain text to learn in full: a column or a template. In the place of prompt and completion."""
+
+    eval: str | None = None
+    """Where the held-out examples come from: ``"split:NAME"`` for another split of the same dataset, or a name
+    as in `name`, read with the same split. Left out: they are split off the training set."""
+
+    eval_examples: int = Field(default=64, ge=0)
+    """Number of held-out examples: the first of `eval`, or split off the training set by the seed (off a
+    stream: its first ones). 0 means no evaluation."""
+
+    max_length: int = Field(default=512, ge=2)
+    """Tokens of an example; what is longer is cut on the right. With `packing` the length of a sequence."""
+
+    packing: bool = False
+    """Put several whole examples into one sequence; none sees another."""
+
+    streaming: bool = False
+    """Read and tokenise the examples as they are needed, without a copy on disk or in memory."""
+
+    shuffle_buffer: int = Field(default=1000, ge=0)
+    """Streaming only: rows that the shuffle draws from. 0 keeps the order of the stream."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first examples only, this many."""
+
+    chat_template: bool = True
+    """Write prompt and completion as a user's and an assistant's turn if the tokenizer has a chat template."""
+
+    size: int = Field(default=2000, ge=1)
+    """Number of examples that reasoning-gym generates."""
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The columns or templates in use: ``{"text": …}`` or ``{"prompt": …, "completion": …}``."""
+        given = {"text": self.text, "prompt": self.prompt, "completion": self.completion}
+        return {part: spec for part, spec in given.items() if spec is not None}
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> DataConfig:
+        found = set(self.parts)
+        if "text" in found and len(found) > 1:
+            raise ConfigError(
+                "text", self.text, "excludes prompt and completion", "keep either text, or prompt and completion"
+            )
+        for part, other in (("prompt", "completion"), ("completion", "prompt")):
+            if "text" not in found and part not in found:
+                fix = f"name the column that holds the {part}, or set text for plain text"
+                raise ConfigError(part, None, f"{other} needs it" if other in found else "is not set", fix)
+        for part, spec in self.parts.items():
+            fields_of(spec, part)
+        self._check_source()
+        return self
+
+    def _check_source(self) -> None:
+        generated = self.name.startswith(GENERATED)
+        if generated and self.streaming:
+            raise ConfigError("streaming", True, f"{self.name} is generated in memory", "set streaming to false")
+        if generated and self.split != "train":
+            raise ConfigError("split", self.split, "a generated set has no splits", "leave split out")
+        if generated and self.eval is not None and self.eval.startswith(SPLIT):
+            raise ConfigError("eval", self.eval, "a generated set has no splits", "leave eval out")
+        if self.config_name is not None and (generated or is_file(self.name)):
+            problem = f"{self.name} has no configurations"
+            raise ConfigError("config_name", self.config_name, problem, "leave config_name out")
+        if self.eval in (SPLIT + self.split, self.name) and not generated:
+            fix = "leave eval out to split examples off the training set"
+            raise ConfigError("eval", self.eval, "is the training set itself", fix)
+
+
+def is_file(name: str) -> bool:
+    """Whether a dataset's name is that of a JSON file."""
+    return name.endswith((".json", ".jsonl"))
+
+
+def fields_of(spec: str, part: str) -> list[tuple[str, str | None]]:
+    """A template cut into (literal text, column that follows it or None); of a plain column name no columns.
+
+    Raises:
+        ConfigError: braces that do not match, or a field that is not just a column's name; ``part`` is its field.
+    """
+    try:
+        pieces = list(Formatter().parse(spec))
+    except ValueError as error:
+        raise ConfigError(part, spec, f"is no template ({error})", "double the braces that are literal") from None
+    for _, column, format_spec, conversion in pieces:
+        if column is not None and (not column or format_spec or conversion):
+            raise ConfigError(
+                part, spec, "has a field that is not a column's name", "write {column}, and literal braces doubled"
+            )
+    return [(literal, column) for literal, column, _, _ in pieces]
+
+
+def fill(spec: str, row: Mapping[str, Any], part: str) -> str:
+    """The text of a row: its column ``spec``, or the template ``spec`` filled in. None counts as empty.
+
+    Raises:
+        ConfigError: a column that the row does not have, or that holds neither text nor a number; ``part`` is
+            its field.
+    """
+    if spec in row:
+        return _text(row, spec, spec, part)
+    pieces = fields_of(spec, part)
+    if all(column is None for _, column in pieces):
+        raise _no_column(spec, spec, row, part)
+    return "".join(literal + ("" if column is None else _text(row, column, spec, part)) for literal, column in pieces)
+
+
+def _text(row: Mapping[str, Any], column: str, spec: str, part: str) -> str:
+    if column not in row:
+        raise _no_column(column, spec, row, part)
+    value = row[column]
+    if value is not None and not isinstance(value, str | int | float):
+        problem = f"column {column!r} holds a {type(value).__name__}"
+        raise ConfigError(part, spec, problem, "choose columns of text or numbers")
+    return "" if value is None else str(value)
+
+
+def _no_column(column: str, spec: str, row: Mapping[str, Any], part: str) -> ConfigError:
+    return ConfigError(part, spec, f"there is no column {column!r}", f"the columns are {', '.join(row)}")
+
+
+def check_packing(attn_implementation: str, micro_batch_size: int) -> None:
+    """Checks that the model's attention keeps packed examples apart (``model.config._attn_implementation``).
+
+    eager, sdpa and flex_attention do, through position_ids; flash attention reads them with one row at a time only.
+
+    Raises:
+        ConfigError: the examples of a packed sequence would see each other.
+    """
+    if attn_implementation in ("eager", "sdpa", "flex_attention"):
+        return
+    if "flash" not in attn_implementation:
+        problem = f"{attn_implementation} attention is not known to keep packed examples apart"
+        raise ConfigError("packing", True, problem, "set packing to false, or the model's attention to sdpa")
+    if micro_batch_size != 1:
+        problem = f"{attn_implementation} keeps packed examples apart with micro_batch_size 1 only"
+        raise ConfigError("packing", True, problem, "set micro_batch_size to 1, or the attention to sdpa")

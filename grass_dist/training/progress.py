@@ -1,0 +1,65 @@
+"""What a person sees while a fine-tune runs: a bar on a terminal, lines elsewhere, on the main rank only."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from grass_dist.events import Event, Refreshed
+
+
+class Reporter:
+    """Shows steps and, as they change, the active layers. Use as a context manager."""
+
+    def __init__(self, max_steps: int, num_layers: int, *, speaks: bool) -> None:
+        self._console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
+        self._terminal = speaks and sys.stdout.isatty()
+        self._max_steps, self._num_layers = max_steps, num_layers
+        self._held_out: float | None = None
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._terminal,
+        )
+        self._task = self._bar.add_task("start", total=max_steps, numbers="")
+
+    def __enter__(self) -> Reporter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def observe(self, event: Event) -> None:
+        """An observer of the method."""
+        if isinstance(event, Refreshed):
+            likeliest = sorted(range(len(event.probabilities)), key=lambda i: -event.probabilities[i])[:5]
+            shown = ", ".join(f"{i} ({event.probabilities[i]:.1%})" for i in likeliest)
+            self.say(f"step {event.step}: new importances; likeliest layers {shown}")
+        else:
+            active = set(event.active_layers)
+            strip = "".join("█" if i in active else "·" for i in range(self._num_layers))
+            chosen = " ".join(map(str, event.active_layers))
+            self.say(f"step {event.step}: round {event.round:<3} {strip}  layers {chosen} train")
+
+    def held_out(self, step: int, loss: float) -> None:
+        self._held_out = loss
+        self.say(f"step {step}: held-out loss {loss:.4f}")
+
+    def step(self, step: int, phase: str, loss: float, seconds: float) -> None:
+        """``step`` steps are done; the last one was of ``phase`` and took ``seconds``."""
+        numbers = f"loss {loss:.3f}" + (f"  held out {self._held_out:.3f}" if self._held_out is not None else "")
+        self._bar.update(self._task, completed=step, description=phase, numbers=numbers)
+        if not self._terminal and (step % max(1, self._max_steps // 20) == 0 or step == self._max_steps):
+            self.say(f"step {step}/{self._max_steps}  {phase}  loss {loss:.4f}  {seconds:.2f} s a step")

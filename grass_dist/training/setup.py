@@ -1,0 +1,152 @@
+"""From a `RunConfig` to a model on its ranks: load, wrap, group the parameters, schedule the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from grass_dist.config import check_num_layers
+from grass_dist.discovery import LayerMap, find_layers
+from grass_dist.errors import ConfigError
+from grass_dist.samplers import make_sampler
+from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
+from grass_dist.training.packaged_model import resolve_model
+from grass_dist.training.world import World
+
+
+def weight_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of the weights: as configured, else bf16 on a GPU that has it and fp32 elsewhere."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with a pad token.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolve_model(config.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _no_model(config, error) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(config: RunConfig, device: torch.device) -> nn.Module:
+    """The pretrained causal language model, whole, in host memory.
+
+    Raises:
+        ConfigError: no such model, or settings of ``grass`` that do not fit it.
+        UnsupportedModel: it has no layer stack.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = config.model
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve_model(settings.name),
+            dtype=weight_dtype(settings, device),
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _no_model(settings, error) from None
+    layers = find_layers(model, config.grass.layers)
+    try:
+        check_num_layers(config.grass, len(layers.layers))
+        make_sampler(config.grass, len(layers.layers))
+    except ConfigError as error:
+        raise error.under("grass") from None
+    model.config.use_cache = False
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def check_ranks(config: RunConfig, world: World) -> int:
+    """Steps of gradient accumulation for this number of ranks.
+
+    Raises:
+        ConfigError: the global batch or the mesh does not divide among the ranks.
+    """
+    parallel, train = config.parallel, config.train
+    if parallel.backend == "single" and world.size > 1:
+        raise ConfigError(
+            "parallel.backend", "single", f"{world.size} ranks were started", "use fsdp2 or ddp, or start one process"
+        )
+    if world.size % parallel.replicate:
+        raise ConfigError(
+            "parallel.replicate", parallel.replicate, f"it does not divide the {world.size} ranks", "use a divisor"
+        )
+    share = world.size * train.micro_batch_size
+    if train.global_batch_size % share:
+        raise ConfigError(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"{world.size} ranks take {train.micro_batch_size} sequences each at a time",
+            f"use a multiple of {share}",
+        )
+    return train.global_batch_size // share
+
+
+def parallelise(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) -> nn.Module:
+    """Wraps ``model`` for ``config.parallel`` and moves it, or this rank's shard of it, to the device."""
+    backend, replicate = config.parallel.backend, config.parallel.replicate
+    if backend == "single":
+        return model.to(world.device)
+    if backend == "ddp":
+        model = model.to(world.device)
+        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    if replicate == 1:
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
+    else:
+        shape = (replicate, world.size // replicate)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+    low = next(model.parameters()).dtype != torch.float32
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
+    for layer in model.get_submodule(layers.stack).children():
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay on matrices, none on vectors (norms, biases)."""
+    params = list(model.parameters())
+    return [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_factor(train: TrainConfig, update_steps: int) -> Callable[[int], float]:
+    """Factor on the learning rate for update number k of ``update_steps``: linear warm-up, then the schedule."""
+
+    def factor(step: int) -> float:
+        if step < train.warmup_steps:
+            return (step + 1) / train.warmup_steps
+        done = min(1.0, (step - train.warmup_steps) / max(1, update_steps - train.warmup_steps))
+        falling = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+        floor = train.min_learning_rate_ratio if train.schedule != "constant" else 0.0
+        return floor + (1 - floor) * falling[train.schedule]
+
+    return factor
+
+
+def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())
+    reason = reason if len(reason) < 200 else reason[:197] + "..."
+    return ConfigError("model.name", config.name, f"it cannot be loaded ({reason})", "give a model's name or folder")

@@ -1,0 +1,107 @@
+"""The steps of a fine-tune: one optimizer step over a rank's micro-batches, and an evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from grass_dist.api import GrassOptimizer
+from grass_dist.training.batches import IGNORED, Example, collate
+from grass_dist.training.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Of the global batch."""
+
+    loss: float
+    """Mean over all target tokens."""
+    grad_norm: float | None
+    """Before clipping; None in the probe and without clipping."""
+    tokens: int
+    """Target tokens."""
+
+
+def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy of the next token, summed over the target tokens of a micro-batch, fp32."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: GrassOptimizer,
+    micro_batches: Sequence[Sequence[Example]],
+    pad_token_id: int,
+    clip: float | None,
+    world: World,
+) -> StepResult:
+    """Forward and backward of all micro-batches, clipping, `GrassOptimizer.step`.
+
+    The loss is the mean over the target tokens of the *global* batch, so it does not depend on how the batch was cut
+    into ranks and micro-batches. Over the wire, besides the gradients: two all-reduces of 8 bytes.
+    """
+    batches = [
+        {name: t.to(world.device, non_blocking=True) for name, t in collate(micro, pad_token_id).items()}
+        for micro in micro_batches
+    ]
+    tokens = torch.stack([(b["labels"][:, 1:] != IGNORED).sum() for b in batches]).sum()
+    dist.all_reduce(tokens)
+    # The backends average over the ranks, so each rank's sum counts world.size-fold.
+    scale = world.size / tokens.clamp(min=1)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for number, batch in enumerate(batches):
+        with _reduce_only(model, last=number == len(batches) - 1):
+            loss = summed_loss(model, batch)
+            (loss * scale).backward()
+        total += loss.detach()
+    probing = optimizer.grass.phase == "probe"
+    norm = None if probing or clip is None else optimizer.clip_grad_norm_(clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    dist.all_reduce(total)
+    return StepResult((total / tokens.clamp(min=1)).item(), None if norm is None else norm.item(), int(tokens.item()))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, examples: Iterable[Example], micro_batch_size: int, pad_token_id: int, world: World
+) -> float:
+    """Mean loss over the target tokens of ``examples``, shared among the ranks."""
+    examples = list(examples)
+    micro = [examples[at : at + micro_batch_size] for at in range(0, len(examples), micro_batch_size)]
+    loss = tokens = 0.0
+    training = model.training
+    model.eval()
+    for start in range(0, len(micro), world.size):  # all ranks run as many forwards: FSDP2 gathers in each
+        mine = start + world.rank
+        batch = collate(micro[mine if mine < len(micro) else 0], pad_token_id)
+        batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
+        value = summed_loss(model, batch).item()
+        if mine < len(micro):
+            loss += value
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+    model.train(training)
+    loss, tokens = world.sum(loss, tokens)
+    return loss / max(tokens, 1)
+
+
+@contextlib.contextmanager
+def _reduce_only(model: nn.Module, *, last: bool):
+    """Leaves the reduction of gradients to the last micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, DistributedDataParallel) and not last:
+            stack.enter_context(model.no_sync())
+        yield

@@ -1,0 +1,247 @@
+"""What spawned ranks do in the parity and byte tests: many checks in one spawn, since a spawn is what costs."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+import grass_dist
+from integration_tests.model import (
+    ADAMW,
+    CLIP,
+    GLOBAL_BATCH,
+    decay_groups,
+    global_batch,
+    schedule,
+    small_llama,
+    wrapped,
+)
+from integration_tests.training import full, local, train_grass
+from integration_tests.wire import Wire
+
+SETTINGS = {
+    "active_layers": 2,
+    "probe_steps": 3,
+    "sampling_interval": 4,
+    "update_interval": 3,
+    "ema_alpha": 0.3,
+    "temperature": 0.5,
+    "seed": 5,
+}
+STEPS = 30
+
+
+def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
+    return {
+        "fsdp2": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS),
+        "fsdp2 no sync": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, sync_every_micro_batch=False),
+        "ddp": train_grass(rank, world_size, "ddp", SETTINGS, STEPS),
+        "ddp no sync": train_grass(rank, world_size, "ddp", SETTINGS, STEPS, sync_every_micro_batch=False),
+        "fsdp2 bf16": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, dtype=torch.bfloat16),
+        "fsdp2 one micro-batch": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, accumulation=1),
+        "fsdp2 full": full_is_adamw(rank, world_size, "fsdp2"),
+        "ddp full": full_is_adamw(rank, world_size, "ddp"),
+        "fsdp2 wire": bytes_of_a_step(rank, world_size, "fsdp2"),
+        "ddp wire": bytes_of_a_step(rank, world_size, "ddp"),
+        "fsdp2 wire bf16": bytes_of_a_step(rank, world_size, "fsdp2", torch.bfloat16),
+        "fsdp2 probe": gradients_held_in_probe(rank, world_size, "fsdp2"),
+        "ddp probe": gradients_held_in_probe(rank, world_size, "ddp"),
+        "fsdp2 resume": resumed(rank, world_size, "fsdp2"),
+    }
+
+
+def on_four_ranks(rank: int, world_size: int) -> dict[str, Any]:
+    return {
+        "fsdp2": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS),
+        "hsdp": train_grass(rank, world_size, "hsdp", SETTINGS, STEPS),
+        "hsdp wire": bytes_of_a_step(rank, world_size, "hsdp"),
+    }
+
+
+def full_is_adamw(rank: int, world_size: int, backend: str) -> dict[str, Any]:
+    """γ = L without a probe beside stock AdamW under the same wrapper: six steps, accumulation, clipping, groups."""
+
+    def run(make_optimizer) -> dict[str, torch.Tensor]:
+        model = wrapped(small_llama(), backend, world_size)
+        optimizer = make_optimizer(model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        per = GLOBAL_BATCH // world_size // 2
+        for step in range(6):
+            x = global_batch(step)
+            for micro in range(2):
+                mine = x[(micro * world_size + rank) * per :][:per]
+                with model.no_sync() if backend == "ddp" and micro == 0 else contextlib.nullcontext():
+                    (model(input_ids=mine, labels=mine).loss / 2).backward()
+            if isinstance(optimizer, grass_dist.GrassOptimizer):
+                optimizer.clip_grad_norm_(CLIP)
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        return {n: full(p).clone() for n, p in model.named_parameters()}
+
+    config = grass_dist.GrassConfig(active_layers=8, probe_steps=0, sampling_interval=2, update_interval=2)
+    ours = run(lambda m: grass_dist.GrassOptimizer(m, torch.optim.AdamW, ADAMW, config=config, params=decay_groups(m)))
+    stock = run(lambda m: torch.optim.AdamW(decay_groups(m), **ADAMW))
+    return {"differing": [n for n in stock if not torch.equal(ours[n], stock[n])], "compared": len(stock)}
+
+
+def bytes_of_a_step(rank: int, world_size: int, backend: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Gradient bytes of four training steps (with and without the always-active roles) and of what trains in them."""
+    out = {}
+    for name, always in (("with roles", grass_dist.config.ROLES), ("layers only", ())):
+        reduce_dtype = torch.float32 if dtype != torch.float32 else None
+        model = wrapped(small_llama(dtype), backend, world_size, reduce_dtype)
+        config = grass_dist.GrassConfig(
+            active_layers=2, probe_steps=0, sampling_interval=2, update_interval=3, always_active=always
+        )
+        optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
+        counted, expected, claimed, squares, lowest = [], [], [], [], []
+        for step in range(4):
+            units = optimizer.grass.trainable_units()
+            expected.append(4 * sum(p.numel() for u in units for _, p in u.params))
+            reached = layers_reached_by_backward(model, optimizer)
+            before = optimizer.grass.bytes_reduced
+            x = global_batch(step, 2 * world_size)[2 * rank : 2 * rank + 2]
+            with Wire() as wire:
+                model(input_ids=x, labels=x).loss.backward()
+                optimizer.step()
+            lowest.append((min(optimizer_active(units)), min(reached, default=None)))
+            counted.append({kind: wire.floats[kind] for kind in ("reduce_scatter", "all_reduce")})
+            squares.append((wire.calls["all_reduce"], wire.bytes["all_reduce"] - wire.floats["all_reduce"]))
+            claimed.append(optimizer.grass.bytes_reduced - before)
+            optimizer.zero_grad()
+        out[name] = {
+            "counted": counted,
+            "expected": expected,
+            "claimed": claimed,
+            "squares": squares,
+            "lowest": lowest,
+        }
+    return out
+
+
+def optimizer_active(units: list) -> list[int]:
+    return [u.index for u in units if u.index is not None]
+
+
+def layers_reached_by_backward(model: nn.Module, optimizer: grass_dist.GrassOptimizer) -> set[int]:
+    """Fills with the indices of the layers whose output gets a gradient in the next backward."""
+    reached: set[int] = set()
+    handles = []
+    inner = model.module if hasattr(model, "module") else model
+
+    def watch(index):
+        def hook(module, args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: reached.add(index))
+
+        return hook
+
+    for index, layer in enumerate(inner.model.layers):
+        handles.append(layer.register_forward_hook(watch(index)))
+    return reached
+
+
+def gradients_held_in_probe(rank: int, world_size: int, backend: str) -> dict[str, Any]:
+    """The most bytes of gradients that parameters hold at any hook of a probe with accumulation, on this rank."""
+    model = wrapped(small_llama(), backend, world_size)
+    config = grass_dist.GrassConfig(active_layers=1, probe_steps=2, sampling_interval=2, update_interval=2)
+    held = HeldGradients(model)
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config, gradient_accumulation_steps=2)
+    state_in_probe = 0
+    for step in range(2):
+        x = global_batch(step, 4 * world_size)
+        for micro in range(2):
+            mine = x[(micro * world_size + rank) * 2 :][:2]
+            (model(input_ids=mine, labels=mine).loss / 2).backward()
+        optimizer.step()
+        state_in_probe += optimizer.state_bytes
+    return {
+        "peak": held.peak,
+        "left": held.now(),
+        "hooks": held.calls,
+        "layer": max(sum(local(p).nbytes for _, p in unit.params) for unit in optimizer.grass.layers),
+        "all": sum(local(p).nbytes for p in model.parameters()),
+        "state": state_in_probe,
+        "moved": sum(
+            not torch.equal(full(a), b) for a, b in zip(model.parameters(), small_llama().parameters(), strict=True)
+        ),
+    }
+
+
+class HeldGradients:
+    """Adds up, at each gradient's arrival, the memory behind all ``.grad``s: each storage once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.params = list(model.parameters())
+        self.peak = self.calls = 0
+        for param in self.params:  # registered before the optimizer's hooks, so it runs before they free anything
+            param.register_post_accumulate_grad_hook(self._arrived)
+
+    def now(self) -> int:
+        storages = {}
+        for param in self.params:
+            if param.grad is not None:
+                grad = local(param.grad)
+                storages[grad.untyped_storage().data_ptr()] = grad.nbytes + storages.get(
+                    grad.untyped_storage().data_ptr(), 0
+                )
+        return sum(storages.values())
+
+    def _arrived(self, _: torch.Tensor) -> None:
+        self.calls += 1
+        self.peak = max(self.peak, self.now())
+
+
+def resumed(rank: int, world_size: int, backend: str) -> dict[str, Any]:
+    """Weights of a run that was saved mid-interval, built anew and loaded, and of one that went through."""
+    settings = {**SETTINGS, "probe_steps": 2}
+
+    def build(state=None):
+        model = wrapped(small_llama(), backend, world_size)
+        optimizer = grass_dist.GrassOptimizer(
+            model, torch.optim.AdamW, ADAMW, config=grass_dist.GrassConfig(**settings), params=decay_groups(model)
+        )
+        if state is not None:
+            weights, optimizer_state = state
+            with torch.no_grad():
+                for p, w in zip(model.parameters(), weights, strict=True):
+                    local(p).copy_(w)
+            optimizer.load_state_dict(optimizer_state)
+        return model, optimizer
+
+    def steps(model, optimizer, numbers):
+        for step in numbers:
+            x = global_batch(step, 2 * world_size)[2 * rank : 2 * rank + 2]
+            model(input_ids=x, labels=x).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = build()
+    steps(model, optimizer, range(9))
+    saved = [local(p).clone() for p in model.parameters()], optimizer.state_dict()
+    saved = (saved[0], _copied(saved[1]))
+    steps(model, optimizer, range(9, 20))
+    other, other_optimizer = build(saved)
+    steps(other, other_optimizer, range(9, 20))
+    return {
+        "differing": [
+            n
+            for (n, p), q in zip(model.named_parameters(), other.parameters(), strict=True)
+            if not torch.equal(local(p), local(q))
+        ],
+        "same layers": optimizer.grass.active_layers == other_optimizer.grass.active_layers,
+        "step": other_optimizer.grass.step,
+    }
+
+
+def _copied(state: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(state)

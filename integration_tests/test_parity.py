@@ -1,0 +1,158 @@
+"""The measure of every backend: the same samples and weights as one process with an AdamW per layer, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from integration_tests.checks import SETTINGS, STEPS, on_four_ranks, on_two_ranks
+from integration_tests.ranks import run_ranks
+from integration_tests.reference import run_reference
+from integration_tests.training import train_grass
+
+pytestmark = pytest.mark.timeout(420)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return run_reference(SETTINGS, STEPS)
+
+
+@pytest.fixture(scope="module")
+def two():
+    return run_ranks(2, on_two_ranks, timeout=360)
+
+
+@pytest.fixture(scope="module")
+def four():
+    return run_ranks(4, on_four_ranks, timeout=360)
+
+
+def check_parity(runs, reference, tolerance=1e-5):
+    first = runs[0]
+    assert all(run["active"] == reference["active"] for run in runs)
+    worst = max((first["params"][n] - p).abs().max().item() for n, p in reference["params"].items())
+    assert worst <= tolerance
+    assert all(run["params"].keys() == reference["params"].keys() for run in runs)
+    for ours, theirs in zip(first["importances"], reference["importances"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=True)
+    losses = [sum(run["losses"][i] for run in runs) / len(runs) for i in range(STEPS)]
+    assert losses == pytest.approx(reference["losses"], abs=1e-4)
+    assert first["norms"] == pytest.approx(reference["norms"], rel=1e-5)
+    assert sum(run["frozen_moved"] for run in runs) == 0
+    assert sum(run["frozen_grads"] for run in runs) == 0
+
+
+def test_the_reference_run_tests_something(reference):
+    training = reference["active"][SETTINGS["probe_steps"] :]
+    assert len(set(training)) >= 6 and len(reference["norms"]) == STEPS - 3
+    assert min(reference["norms"]) > 0.5  # clipping binds at every step
+    final = reference["importances"][-1]
+    assert max(final) > 1.5 * min(final) and reference["importances"][3] != final
+
+
+def test_one_process(reference):
+    check_parity([train_grass(0, 1, "single", SETTINGS, STEPS)], reference)
+
+
+def test_one_process_without_accumulation(reference):
+    check_parity([train_grass(0, 1, "single", SETTINGS, STEPS, accumulation=1)], reference)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2 no sync", "fsdp2 one micro-batch", "ddp", "ddp no sync"])
+def test_two_ranks(two, reference, name):
+    check_parity([run[name] for run in two], reference)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp"])
+def test_four_ranks(four, reference, name):
+    check_parity([run[name] for run in four], reference)
+
+
+def test_bf16_weights_with_fp32_masters(two):
+    reference = run_reference(SETTINGS, STEPS, torch.bfloat16)
+    runs = [run["fsdp2 bf16"] for run in two]
+    assert runs[0]["active"] == runs[1]["active"] == reference["active"]
+    moved = rounded = 0.0
+    start = run_reference(SETTINGS, 0, torch.bfloat16)["params"]
+    for name, theirs in reference["params"].items():
+        moved += (theirs - start[name]).square().sum().item()
+        rounded += (runs[0]["params"][name] - theirs).square().sum().item()
+    assert math.sqrt(rounded / moved) < 0.1  # bf16 gradients differ by rounding; the trajectory is the same
+    assert runs[0]["frozen_moved"] == runs[1]["frozen_moved"] == 0
+
+
+def test_state_bytes_are_those_of_the_layers_that_have_trained(two, reference):
+    trained = {i for active in reference["active"][3:] for i in active}
+    params = reference["params"]
+    in_layers = {n: p.numel() for n, p in params.items() if ".layers." in n}
+    numel = sum(v for n, v in in_layers.items() if int(n.split(".layers.")[1].split(".")[0]) in trained)
+    numel += sum(p.numel() for n, p in params.items() if n not in in_layers)
+    tensors = sum(1 for n in params if n not in in_layers or int(n.split(".layers.")[1].split(".")[0]) in trained)
+    steps = 4 * tensors  # AdamW keeps a 4-byte step for each parameter
+    for run in two:
+        assert run["fsdp2"]["state_bytes"] == 8 * numel / 2 + steps  # two moments, half of each on each rank
+        assert run["ddp"]["state_bytes"] == 8 * numel + steps
+        assert run["fsdp2 bf16"]["state_bytes"] == 12 * numel / 2 + steps  # and the master
+
+
+@pytest.mark.parametrize("name", ["fsdp2 full", "ddp full"])
+def test_with_all_layers_and_no_probe_it_is_adamw_to_the_bit(two, name):
+    for run in two:
+        assert run[name]["compared"] > 70 and run[name]["differing"] == []
+
+
+@pytest.mark.parametrize("what", ["with roles", "layers only"])
+def test_fsdp2_scatters_the_trainable_parameters_and_no_byte_more(two, what):
+    for run in two:
+        for name in ("fsdp2 wire", "fsdp2 wire bf16"):
+            seen = run[name][what]
+            assert [step["reduce_scatter"] for step in seen["counted"]] == seen["expected"] == seen["claimed"]
+            assert all(step["all_reduce"] == 0 for step in seen["counted"])
+
+
+@pytest.mark.parametrize("what", ["with roles", "layers only"])
+def test_ddp_reduces_the_trainable_parameters_and_no_byte_more(two, what):
+    for run in two:
+        seen = run["ddp wire"][what]
+        assert [step["all_reduce"] for step in seen["counted"]] == seen["expected"] == seen["claimed"]
+
+
+def test_hsdp_scatters_in_the_shard_group_and_reduces_shards_over_replicas(four):
+    for run in four:
+        seen = run["hsdp wire"]["with roles"]
+        assert [step["reduce_scatter"] for step in seen["counted"]] == seen["expected"]
+        assert [step["all_reduce"] * 2 for step in seen["counted"]] == seen["expected"]
+        assert [2 * claimed for claimed in seen["claimed"]] == [3 * expected for expected in seen["expected"]]
+
+
+def test_one_all_reduce_a_refresh_carries_the_measurements(two, four):
+    for runs, name in ((two, "fsdp2 wire"), (four, "hsdp wire")):
+        extra = [bytes_ for _, bytes_ in runs[0][name]["layers only"]["squares"]]
+        assert extra == [0, 0, 3 * 2 * 8, 0]  # T_u = 3 steps of γ = 2 layers in fp64, and nothing on other steps
+    calls = [calls for calls, _ in two[0]["fsdp2 wire"]["layers only"]["squares"]]
+    assert calls == [0, 0, 1, 0]
+
+
+def test_the_backward_stops_at_the_lowest_active_layer(two):
+    for run in two:
+        for name in ("fsdp2 wire", "ddp wire"):
+            assert all(active == reached for active, reached in run[name]["layers only"]["lowest"])
+            assert all(reached == 0 for _, reached in run[name]["with roles"]["lowest"])
+
+
+def test_a_probe_holds_one_layers_gradient_and_updates_nothing(two):
+    for run in two:
+        probe = run["fsdp2 probe"]
+        assert 0 < probe["peak"] <= probe["layer"] < probe["all"] / 8
+        # DDP: the layer that is being reduced and the one that the backward is at; training itself needs one
+        assert 0 < run["ddp probe"]["peak"] <= 2 * run["ddp probe"]["layer"]
+        for name in ("fsdp2 probe", "ddp probe"):
+            assert run[name]["hooks"] > 0 and run[name]["left"] == run[name]["state"] == run[name]["moved"] == 0
+
+
+def test_a_saved_run_continues_to_the_bit(two):
+    for run in two:
+        assert run["fsdp2 resume"] == {"differing": [], "same layers": True, "step": 20}

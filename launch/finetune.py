@@ -1,0 +1,216 @@
+#!/usr/bin/env python
+"""Fine-tunes a causal language model with GRASS; the one program that every launcher starts.
+
+    torchrun --nproc-per-node 2 launch/finetune.py --config configs/fsdp2_grass.yaml train.learning_rate=1e-5
+
+What happens, in order: the configuration is checked, model and data are loaded and the model is wrapped for its ranks
+(each of these on all ranks or on none); then the steps run; then the model is saved and the report is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import grass_dist
+from grass_dist.discovery import LayerMap, find_layers
+from grass_dist.errors import ConfigError, GrassError
+from grass_dist.training import setup
+from grass_dist.training.answers import answer_from_folder, greedy_answer
+from grass_dist.training.batches import make_batches
+from grass_dist.training.config import RunConfig, dump_config, load_config
+from grass_dist.training.data import Data, load_data, render_prompt
+from grass_dist.training.data_config import check_packing, fill
+from grass_dist.training.export import save_pretrained
+from grass_dist.training.metrics import MetricsLog, make_run_folder
+from grass_dist.training.progress import Reporter
+from grass_dist.training.steps import evaluate, train_step
+from grass_dist.training.world import World
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/ and docs/configuration.md")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
+    args = parser.parse_args()
+    world = World.join(timeout=datetime.timedelta(minutes=10))
+    try:
+        config = world.together(lambda: load_config(args.config, args.overrides))
+        world.together(lambda: None, configuration=dump_config(config))
+        finetune(config, world)
+    except GrassError as error:
+        if world.is_main or not error.on_every_rank:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    world.leave()
+    return 0
+
+
+def finetune(config: RunConfig, world: World) -> None:
+    """One fine-tune, from its configuration to its report."""
+    torch.manual_seed(config.train.seed)
+    transformers.logging.disable_progress_bar()
+    accumulation = world.together(lambda: setup.check_ranks(config, world))
+    folder = world.together(lambda: make_run_folder(config) if world.is_main else Path(config.output_dir) / config.name)
+    tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
+    data = world.together(lambda: _load_data(config, tokenizer))
+    model = world.together(lambda: setup.load_model(config, world.device))
+    layers = find_layers(model, config.grass.layers)
+    question = _question(config, data, tokenizer) if world.is_main else None
+    answer = greedy_answer(model, tokenizer, question["ids"], config.answer_tokens) if question else None
+
+    model = setup.parallelise(model, config, world, layers)
+    reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
+    log = MetricsLog(folder, _about(config, world, layers, data, model)) if world.is_main else None
+    if log and question:
+        log.write("answer", 0, when="before", prompt=question["prompt"], text=answer, expected=question["expected"])
+    optimizer = grass_dist.GrassOptimizer(
+        model,
+        torch.optim.AdamW,
+        {"lr": config.train.learning_rate, "betas": config.train.betas, "eps": config.train.eps},
+        config=config.grass,
+        params=setup.parameter_groups(model, config.train.weight_decay),
+        gradient_accumulation_steps=accumulation,
+        observers=[reporter.observe, *([log.observe] if log else [])],
+    )
+    began = time.perf_counter()
+    with reporter:
+        train(config, world, model, optimizer, data, tokenizer.pad_token_id, reporter, log)
+    if log:
+        log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)
+    if config.save_model:
+        save_pretrained(model, tokenizer, folder / "model", world)
+    if log:
+        if config.save_model and question:
+            text = answer_from_folder(str(folder / "model"), tokenizer, question["ids"], config.answer_tokens)
+            about = {"prompt": question["prompt"], "text": text, "expected": question["expected"]}
+            log.write("answer", config.train.max_steps, when="after", **about)
+            reporter.say(f"\nquestion: {question['prompt']}\n\nbefore: {answer}\n\nafter: {text}\n")
+        log.close()
+        from grass_dist.report import build_report
+
+        reporter.say(f"report: {build_report(folder)}")
+
+
+def train(
+    config: RunConfig,
+    world: World,
+    model: nn.Module,
+    optimizer: grass_dist.GrassOptimizer,
+    data: Data,
+    pad_token_id: int,
+    reporter: Reporter,
+    log: MetricsLog | None,
+) -> None:
+    """All optimizer steps, with evaluations between them."""
+    settings, grass = config.train, optimizer.grass
+    updates = settings.max_steps - grass.schedule.probe_steps
+    if updates < 1:
+        raise ConfigError(
+            "train.max_steps",
+            settings.max_steps,
+            f"the probe takes {grass.schedule.probe_steps} steps and nothing would be trained",
+            "use more steps or a smaller grass.probe_steps",
+        )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, setup.learning_rate_factor(settings, updates))
+    batches = make_batches(
+        data.train,
+        seed=settings.seed,
+        global_batch_size=settings.global_batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    for step, micro_batches in zip(range(settings.max_steps + 1), batches, strict=False):
+        last = step == settings.max_steps
+        if len(data.held_out) and (step == 0 or last or (settings.eval_every and step % settings.eval_every == 0)):
+            loss = evaluate(model, data.held_out, settings.micro_batch_size, pad_token_id, world)
+            reporter.held_out(step, loss)
+            if log:
+                log.write("eval", step, loss=loss)
+        if last:
+            break
+        began, reduced = time.perf_counter(), grass.bytes_reduced
+        phase, active, rate = grass.phase, grass.active_layers, scheduler.get_last_lr()[0]
+        result = train_step(model, optimizer, micro_batches, pad_token_id, settings.clip_grad_norm, world)
+        if phase == "train":
+            scheduler.step()
+        seconds = time.perf_counter() - began
+        reporter.step(step + 1, phase, result.loss, seconds)
+        if log:
+            log.write(
+                "step",
+                step + 1,
+                phase=phase,
+                loss=result.loss,
+                lr=rate if phase == "train" else 0.0,
+                grad_norm=result.grad_norm,
+                seconds=seconds,
+                tokens=result.tokens,
+                bytes_reduced=grass.bytes_reduced - reduced,
+                state_bytes=optimizer.state_bytes,
+                active_layers=active,
+            )
+
+
+def _load_data(config: RunConfig, tokenizer: Any) -> Data:
+    try:
+        if config.data.packing:
+            check_packing(config.model.attention, config.train.micro_batch_size)
+        return load_data(config.data, tokenizer, config.train.seed)
+    except ConfigError as error:
+        raise error if error.field.startswith("data.") else error.under("data") from None
+
+
+def _question(config: RunConfig, data: Data, tokenizer: Any) -> dict[str, Any] | None:
+    """The prompt that is answered before and after, and the answer that the data gives, if it does."""
+    if config.answer_tokens == 0:
+        return None
+    prompt, expected = config.sample_prompt, None
+    if prompt is None:
+        if config.data.prompt is None or config.data.completion is None or not data.held_out_rows:
+            return None
+        row = data.held_out_rows[0]
+        prompt, expected = fill(config.data.prompt, row, "prompt"), fill(config.data.completion, row, "completion")
+    ids = render_prompt(tokenizer, prompt, config.data.chat_template)
+    return {"prompt": prompt, "expected": expected, "ids": ids}
+
+
+def _about(config: RunConfig, world: World, layers: LayerMap, data: Data, model: nn.Module) -> dict[str, Any]:
+    """run.json: what does not change during the run."""
+    always = [unit for unit in layers.roles if unit.name in config.grass.always_active]
+    kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    return {
+        "name": config.name,
+        "model": config.model.name,
+        "backend": config.parallel.backend,
+        "world_size": world.size,
+        "device": kind,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "num_layers": len(layers.layers),
+        "layer_names": [unit.name for unit in layers.layers],
+        "layer_numel": [unit.numel for unit in layers.layers],
+        "params_total": sum(p.numel() for p in model.parameters()),
+        "params_always_active": sum(unit.numel for unit in always),
+        "grass": config.grass.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json"),
+        "data": {
+            "name": config.data.name,
+            "train_examples": None if config.data.streaming else len(data.train),  # type: ignore[arg-type]
+            "eval_examples": len(data.held_out),
+        },
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "grass_dist": grass_dist.__version__},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

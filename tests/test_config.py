@@ -1,0 +1,72 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grass_dist.config import GrassConfig, check_num_layers
+from grass_dist.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"active_layer": 3}, "active_layer=3: there is no such setting; did you mean 'active_layers'"),
+        ({"zzz": 3}, "zzz=3: there is no such setting; the known ones are active_layers, "),
+        ({"active_layers": 0}, "active_layers=0: this value cannot be used; it should be greater than or equal to 1"),
+        ({"active_layers": 2.5}, "active_layers=2.5: .* valid integer"),
+        ({"active_layers": True}, "active_layers=True: .* valid integer"),
+        ({"active_layers": "4"}, "active_layers='4': .* valid integer"),
+        ({"sampling_interval": 0}, "sampling_interval=0: .* greater than or equal to 1"),
+        ({"update_interval": -5}, "update_interval=-5: .* greater than or equal to 1"),
+        ({"probe_steps": -1}, "probe_steps=-1: .* greater than or equal to 0"),
+        ({"temperature": 0.0}, "temperature=0.0: .* greater than 0"),
+        ({"temperature": math.nan}, "temperature=nan: it must be finite"),
+        ({"temperature": math.inf}, "temperature=inf: it must be finite"),
+        ({"ema_alpha": 0}, "ema_alpha=0.0: .* greater than 0"),
+        ({"ema_alpha": 1.5}, "ema_alpha=1.5: .* less than or equal to 1"),
+        ({"seed": -1}, "seed=-1: .* greater than or equal to 0"),
+        ({"importance_scale": "max"}, "importance_scale='max': .* 'mean' or 'none'"),
+        ({"always_active": ["head"]}, "always_active.0='head': .* 'embeddings', 'final_norm' or 'lm_head'"),
+        ({"always_active": "embeddings"}, "always_active='embeddings': .* tuple"),
+        ({"always_active": ["lm_head", "lm_head"]}, "always_active=.* a role is listed twice"),
+        ({"sampler": "fixed"}, r"fixed_layers=\(\): sampler='fixed' needs active_layers=4 different layers"),
+        (
+            {"sampler": "fixed", "active_layers": 2, "fixed_layers": [1, 1]},
+            "fixed_layers=.* needs active_layers=2 different layers",
+        ),
+        ({"fixed_layers": [1]}, "fixed_layers=.* is read by sampler='fixed' only"),
+        ({"active_layers": 0, "seed": -1}, r"active_layers=0: .*\(and 1 more such errors\)"),
+    ],
+)
+def test_bad_settings_are_one_sentence(settings, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        GrassConfig(**settings)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".") and len(text) < 300
+
+
+@given(st.dictionaries(st.text(max_size=12), st.integers() | st.floats() | st.text(max_size=5) | st.none(), max_size=3))
+def test_any_input_is_taken_or_refused_in_one_sentence(settings):
+    try:
+        GrassConfig(**settings)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+def test_lists_and_whole_numbers_are_taken_as_yaml_gives_them():
+    config = GrassConfig(always_active=[], temperature=2, sampler="fixed", fixed_layers=[3, 1], active_layers=2)
+    assert config.always_active == () and config.temperature == 2.0 and config.fixed_layers == (3, 1)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(Exception, match="frozen"):
+        GrassConfig().active_layers = 3  # type: ignore[misc]
+
+
+def test_what_only_the_model_can_tell():
+    check_num_layers(GrassConfig(active_layers=8), 8)
+    with pytest.raises(ConfigError, match=r"active_layers=9: the model has 8 layers; use 1 to 8 \(8 trains them all\)"):
+        check_num_layers(GrassConfig(active_layers=9), 8)
+    with pytest.raises(ConfigError, match=r"fixed_layers=\[8\]: the model has layers 0 to 7"):
+        check_num_layers(GrassConfig(active_layers=2, sampler="fixed", fixed_layers=(0, 8)), 8)

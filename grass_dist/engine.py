@@ -17,10 +17,8 @@ from grass_dist.events import Event, Observer, Refreshed, Sampled
 from grass_dist.importance import ImportanceTracker
 from grass_dist.measurement import SquareSums
 from grass_dist.offload import LayerStates
-from grass_dist.samplers import draw_layers, make_sampler
+from grass_dist.samplers import draw_layers, make_sampler, probe_steps
 from grass_dist.schedule import Phase, Schedule
-
-DEFAULT_PROBE_STEPS = 8
 
 
 class GrassEngine:
@@ -49,17 +47,15 @@ class GrassEngine:
         self.config, self.layers, self.roles = config, layers, roles
         self.backend, self.states = backend, states
         self._sampler = make_sampler(config, len(layers))
-        probe_steps = config.probe_steps
-        if probe_steps is None:
-            probe_steps = DEFAULT_PROBE_STEPS if self._sampler.importance == "gradient" else 0
-        self.schedule = Schedule(probe_steps, config.update_interval, config.sampling_interval)
+        probing_steps = probe_steps(config, self._sampler)
+        self.schedule = Schedule(probing_steps, config.update_interval, config.sampling_interval)
         self._tracker = ImportanceTracker([unit.numel for unit in layers], config.ema_alpha)
         self._observers = list(observers)
         self.step = 0
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
         device = backend.local(layers[0].params[0][1].detach()).device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
-        backend.attach(layers, roles, self._sums.put, probe=probe_steps > 0)
+        backend.attach(layers, roles, self._sums.put, probe=probing_steps > 0)
         if self.phase == "probe":
             self._set_trainable()
         else:

@@ -24,7 +24,8 @@ class ConfigError(GrassError, ValueError):
 
     def __init__(self, field: str, value: Any, problem: str, fix: str) -> None:
         self.field, self.value, self.problem, self.fix = field, value, problem, fix
-        super().__init__(f"{field}={_shorten(value)}: {problem}; {fix}.")
+        sentence = f"{_shorten(field, plain=True)}={_shorten(value)}: {problem}; {fix}."
+        super().__init__(" ".join(sentence.split()))
 
     def under(self, prefix: str) -> ConfigError:
         """The same error, with its field below ``prefix``."""
@@ -42,6 +43,6 @@ class RanksDisagree(GrassError, RuntimeError):
     on_every_rank = True
 
 
-def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(value)
+def _shorten(value: Any, limit: int = 80, *, plain: bool = False) -> str:
+    text = value if plain else repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

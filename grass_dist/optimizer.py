@@ -13,7 +13,7 @@ from grass_dist.discovery import Unit
 
 _ELEMENTWISE = frozenset(
     getattr(torch.optim, name)
-    for name in "Adadelta Adagrad Adam AdamW Adamax ASGD NAdam RAdam RMSprop Rprop SGD".split()
+    for name in ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 )
 """Update rules that treat each entry by itself, and so give the same on a shard as on the whole."""
 

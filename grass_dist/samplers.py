@@ -30,6 +30,8 @@ class RoundGenerator(np.random.Generator):
         self.seed, self.round = seed, round
 
 
+DEFAULT_PROBE_STEPS = 8
+
 DrawFunction = Callable[[FloatArray, RoundGenerator], Sequence[int]]
 """(importances of shape (L,), generator) → γ different layer indices."""
 
@@ -89,6 +91,13 @@ def make_sampler(config: GrassConfig, num_layers: int) -> Sampler:
             f"use one of {', '.join(sorted(_REGISTRY))}, or add it with register_sampler first",
         )
     return _REGISTRY[config.sampler](config, num_layers)
+
+
+def probe_steps(config: GrassConfig, sampler: Sampler) -> int:
+    """T_p: as configured, else `DEFAULT_PROBE_STEPS` for a sampler that uses gradient norms and 0 for the others."""
+    if config.probe_steps is not None:
+        return config.probe_steps
+    return DEFAULT_PROBE_STEPS if sampler.importance == "gradient" else 0
 
 
 def draw_layers(sampler: Sampler, importances: FloatArray, config: GrassConfig, round: int) -> tuple[int, ...]:

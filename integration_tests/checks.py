@@ -41,6 +41,9 @@ def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "ddp": train_grass(rank, world_size, "ddp", SETTINGS, STEPS),
         "ddp no sync": train_grass(rank, world_size, "ddp", SETTINGS, STEPS, sync_every_micro_batch=False),
         "fsdp2 bf16": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, dtype=torch.bfloat16),
+        "fsdp2 bf16 no sync": train_grass(
+            rank, world_size, "fsdp2", SETTINGS, STEPS, dtype=torch.bfloat16, sync_every_micro_batch=False
+        ),
         "fsdp2 one micro-batch": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, accumulation=1),
         "fsdp2 full": full_is_adamw(rank, world_size, "fsdp2"),
         "ddp full": full_is_adamw(rank, world_size, "ddp"),

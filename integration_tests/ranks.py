@@ -15,9 +15,17 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-_SERVER = mp.get_context("forkserver")
+SERVER = mp.get_context("forkserver")
 # Imported once in the fork server: a rank then starts in a fraction of a second instead of importing torch anew.
-_SERVER.set_forkserver_preload(["torch", "torch.distributed.fsdp", "transformers", "integration_tests.model"])
+SERVER.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "integration_tests.model",
+        "grass_dist.training.data",
+        "grass_dist.training.setup",
+    ]
+)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
@@ -27,9 +35,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     killed with all others and named.
     """
     port = free_port()
-    results: Any = _SERVER.Queue()
+    results: Any = SERVER.Queue()
     processes = [
-        _SERVER.Process(target=_rank, args=(rank, world_size, port, function, args, results), daemon=True)
+        SERVER.Process(target=_rank, args=(rank, world_size, port, function, args, results), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:

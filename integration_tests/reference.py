@@ -24,7 +24,7 @@ def probabilities(m: list[float], temperature: float) -> list[float]:
 
 def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32) -> dict:
     model = small_llama(dtype)
-    units = [[p for p in layer.parameters()] for layer in model.model.layers]
+    units = [list(layer.parameters()) for layer in model.model.layers]
     names = {id(p): n for n, p in model.named_parameters()}
     in_layers = {id(p) for unit in units for p in unit}
     roles = [p for p in model.parameters() if id(p) not in in_layers]

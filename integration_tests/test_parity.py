@@ -71,9 +71,10 @@ def test_four_ranks(four, reference, name):
     check_parity([run[name] for run in four], reference)
 
 
-def test_bf16_weights_with_fp32_masters(two):
+@pytest.mark.parametrize("name", ["fsdp2 bf16", "fsdp2 bf16 no sync"])
+def test_bf16_weights_with_fp32_masters(two, name):
     reference = run_reference(SETTINGS, STEPS, torch.bfloat16)
-    runs = [run["fsdp2 bf16"] for run in two]
+    runs = [run[name] for run in two]
     assert runs[0]["active"] == runs[1]["active"] == reference["active"]
     moved = rounded = 0.0
     start = run_reference(SETTINGS, 0, torch.bfloat16)["params"]

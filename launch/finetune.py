@@ -26,7 +26,7 @@ from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import setup
 from grass_dist.training.answers import answer_from_folder, greedy_answer
 from grass_dist.training.batches import make_batches
-from grass_dist.training.config import RunConfig, dump_config, load_config
+from grass_dist.training.config import RunConfig, flat_settings, load_config
 from grass_dist.training.data import Data, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
 from grass_dist.training.export import save_pretrained
@@ -44,7 +44,7 @@ def main() -> int:
     world = World.join(timeout=datetime.timedelta(minutes=10))
     try:
         config = world.together(lambda: load_config(args.config, args.overrides))
-        world.together(lambda: None, configuration=dump_config(config))
+        world.together(lambda: None, **flat_settings(config))
         finetune(config, world)
     except GrassError as error:
         if world.is_main or not error.on_every_rank:
@@ -59,11 +59,12 @@ def finetune(config: RunConfig, world: World) -> None:
     torch.manual_seed(config.train.seed)
     transformers.logging.disable_progress_bar()
     accumulation = world.together(lambda: setup.check_ranks(config, world))
-    folder = world.together(lambda: make_run_folder(config) if world.is_main else Path(config.output_dir) / config.name)
     tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
     data = world.together(lambda: _load_data(config, tokenizer))
     model = world.together(lambda: setup.load_model(config, world.device))
     layers = find_layers(model, config.grass.layers)
+    folder = Path(config.output_dir) / config.name
+    world.together(lambda: make_run_folder(config) if world.is_main else None)  # all input is good: now may files go
     question = _question(config, data, tokenizer) if world.is_main else None
     answer = greedy_answer(model, tokenizer, question["ids"], config.answer_tokens) if question else None
 
@@ -113,13 +114,6 @@ def train(
     """All optimizer steps, with evaluations between them."""
     settings, grass = config.train, optimizer.grass
     updates = settings.max_steps - grass.schedule.probe_steps
-    if updates < 1:
-        raise ConfigError(
-            "train.max_steps",
-            settings.max_steps,
-            f"the probe takes {grass.schedule.probe_steps} steps and nothing would be trained",
-            "use more steps or a smaller grass.probe_steps",
-        )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, setup.learning_rate_factor(settings, updates))
     batches = make_batches(
         data.train,

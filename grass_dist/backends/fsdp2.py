@@ -50,6 +50,7 @@ class Fsdp2Backend(HookedBackend):
                 f"The parameters' mesh {mesh} is of {mesh.ndim} dimensions and smaller than the world of "
                 f"{dist.get_world_size()} ranks; use a mesh over all ranks, or of one dimension."
             )
+        self._sharded = list(model.parameters())  # while a module runs, its parameters() are the unsharded ones
         model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe)
         self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
 
@@ -89,17 +90,16 @@ class Fsdp2Backend(HookedBackend):
         one all-gather of each layer, once.
         """
         self._first_forward.remove()
+        trainable = [p.requires_grad for p in self._sharded]
+        for param in self._sharded:
+            param.requires_grad_(True)
         for module in self.model.modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            flags = [(p, p.requires_grad) for p in module.parameters()]
-            for param, _ in flags:
-                param.requires_grad_(True)
-            module.unshard()
-            if module is not self.model:  # the root has just been gathered for this forward and stays so
-                module.reshard()
-            for param, flag in flags:
-                param.requires_grad_(flag)
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                if module is not self.model:  # the root has just been gathered for this forward and stays so
+                    module.reshard()
+        for param, flag in zip(self._sharded, trainable, strict=True):
+            param.requires_grad_(flag)
 
 
 def reduce_dtype(model: nn.Module) -> torch.dtype | None:

@@ -30,5 +30,6 @@ def answer_from_folder(folder: str, tokenizer: Any, prompt_ids: list[int], max_n
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = model.to(device)
     return greedy_answer(model, tokenizer, prompt_ids, max_new_tokens)

@@ -121,18 +121,6 @@ class RunConfig(StrictModel):
     def _name_of_a_backend(cls, value: Any) -> Any:
         return {"backend": value} if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _something_trains(self) -> RunConfig:
-        probe = self.grass.probe_steps
-        if probe is not None and probe >= self.train.max_steps:
-            raise ConfigError(
-                "grass.probe_steps",
-                probe,
-                f"the run ends after train.max_steps={self.train.max_steps} with nothing trained",
-                "use fewer probe steps or more steps",
-            )
-        return self
-
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies overrides such as ``train.learning_rate=1e-5``.
@@ -154,6 +142,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _override(data, override)
     return RunConfig(**{str(key): value for key, value in data.items()})
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+
+    def walk(at: Any, name: str) -> dict[str, Any]:
+        if not isinstance(at, dict):
+            return {name: at}
+        return {k: v for key, below in at.items() for k, v in walk(below, f"{name}.{key}" if name else key).items()}
+
+    return walk(config.model_dump(mode="json"), "")
 
 
 def dump_config(config: RunConfig) -> str:
@@ -179,9 +178,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(key, text, "the value is not YAML", "quote it") from None
     *path, last = key.split(".")
-    at = data
+    at: dict[str, Any] = data
     for part in path:
-        below = at.get(part)
+        below: Any = at.get(part)
         if isinstance(below, str) and part == "parallel":  # parallel: ddp, then parallel.replicate=2
             below = {"backend": below}
         if below is None:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grass_dist.config import check_num_layers
 from grass_dist.discovery import LayerMap, find_layers
 from grass_dist.errors import ConfigError
-from grass_dist.samplers import make_sampler
+from grass_dist.samplers import make_sampler, probe_steps
 from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.training.packaged_model import resolve_model
 from grass_dist.training.world import World
@@ -65,15 +65,23 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
         )
     except (OSError, ValueError, ImportError) as error:
         raise _no_model(settings, error) from None
-    layers = find_layers(model, config.grass.layers)
     try:
+        layers = find_layers(model, config.grass.layers)
         check_num_layers(config.grass, len(layers.layers))
-        make_sampler(config.grass, len(layers.layers))
+        sampler = make_sampler(config.grass, len(layers.layers))
     except ConfigError as error:
         raise error.under("grass") from None
+    if (probing := probe_steps(config.grass, sampler)) >= config.train.max_steps:
+        raise ConfigError(
+            "train.max_steps",
+            config.train.max_steps,
+            f"the probe takes {probing} steps and nothing would be trained",
+            "use more steps or a smaller grass.probe_steps",
+        )
     model.config.use_cache = False
     if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model.train()
 
 
@@ -120,7 +128,8 @@ def parallelise(model: nn.Module, config: RunConfig, world: World, layers: Layer
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
     for layer in model.get_submodule(layers.stack).children():
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -35,6 +35,8 @@ class World:
         if torch.cuda.is_available():
             device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(device)
+        # transformers imports DeepSpeed where that is installed, which else guesses the accelerator and says so.
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
         # Objects and small sums travel by gloo on CPU memory, gradients by NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:

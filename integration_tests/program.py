@@ -1,0 +1,129 @@
+"""Runs launch/finetune.py on N ranks in processes of their own, and makes the small model and data that it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from integration_tests.ranks import SERVER, free_port
+
+ROOT = Path(__file__).parents[1]
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
+WORDS = ["how", "many", "apples", "has", "ann", "bob", "plus", "is", *NUMBERS]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank's program ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def run_program(arguments: list[list[str]], timeout: float = 90) -> list[Ended]:
+    """One rank for each list of arguments; a rank that is not done in time is killed and fails the test."""
+    port, results = free_port(), SERVER.Queue()
+    processes = [
+        SERVER.Process(target=_program, args=(rank, len(arguments), port, argv, results), daemon=True)
+        for rank, argv in enumerate(arguments)
+    ]
+    for process in processes:
+        process.start()
+    given: dict[int, Ended] = {}
+    try:
+        deadline = time.monotonic() + timeout
+        while len(given) < len(arguments):
+            rank, ended = results.get(timeout=max(0.1, deadline - time.monotonic()))
+            given[rank] = ended
+    finally:
+        for process in processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+    return [given[rank] for rank in range(len(arguments))]
+
+
+def _program(rank: int, world_size: int, port: int, argv: list[str], results) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    out, err, code, began = io.StringIO(), io.StringIO(), 0, time.monotonic()
+    sys.argv = ["finetune.py", *argv]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / "launch" / "finetune.py"), run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1
+        except BaseException as error:
+            code = 70
+            print(f"unexpected {type(error).__name__}: {error}", file=sys.stderr)
+    results.put((rank, Ended(code, out.getvalue(), err.getvalue(), time.monotonic() - began)))
+    results.close()
+    results.join_thread()
+    os._exit(0)
+
+
+def make_model(folder: Path, layers: int = 6) -> Path:
+    """A small random Llama with a word tokenizer, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary) + 1,  # an even number of rows, so that two ranks hold the same
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_data(file: Path, count: int = 40) -> Path:
+    rows = []
+    for i in range(count):
+        a, b = i % 3, (i // 3) % 4
+        question = f"ann has {NUMBERS[a]} apples plus {NUMBERS[b]} how many is"
+        rows.append({"question": question, "answer": NUMBERS[(a + b) % 7]})
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return file
+
+
+def make_config(folder: Path, model: Path, data: Path) -> Path:
+    file = folder / "config.yaml"
+    file.write_text(
+        f"""
+name: small
+output_dir: {folder / "runs"}
+answer_tokens: 4
+model: {{name: {model}, dtype: float32}}
+data: {{name: {data}, prompt: question, completion: answer, eval_examples: 8, max_length: 32}}
+train: {{max_steps: 10, global_batch_size: 8, micro_batch_size: 2, learning_rate: 5e-3, eval_every: 5}}
+grass: {{active_layers: 2, probe_steps: 2, sampling_interval: 2, update_interval: 4}}
+parallel: fsdp2
+"""
+    )
+    return file

@@ -1,0 +1,202 @@
+"""launch/finetune.py as a user starts it: that it trains the same on any ranks, and how it refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from integration_tests.program import ROOT, make_config, make_data, make_model, run_program
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("program")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def run_all(config: Path, world_size: int, *overrides: str) -> Path:
+    ended = run_program([["--config", str(config), *overrides]] * world_size)
+    assert [rank.code for rank in ended] == [0] * world_size, "\n".join(rank.err for rank in ended)
+    assert not any(rank.out for rank in ended[1:])  # one rank speaks
+    name = next((o.removeprefix("name=") for o in overrides if o.startswith("name=")), "small")
+    return config.parent / "runs" / name
+
+
+@pytest.fixture(scope="module")
+def two_ranks(config):
+    return run_all(config, 2, "name=two")
+
+
+def test_a_run_leaves_a_record_a_report_and_a_model(two_ranks, config):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    steps = events(two_ranks, "step")
+    assert [s["step"] for s in steps] == list(range(1, 11))
+    assert [s["phase"] for s in steps] == ["probe"] * 2 + ["train"] * 8
+    assert [s["lr"] > 0 for s in steps] == [False] * 2 + [True] * 8
+    evals = events(two_ranks, "eval")
+    assert [e["step"] for e in evals] == [0, 5, 10] and evals[-1]["loss"] < 0.8 * evals[0]["loss"]
+    assert [e["step"] for e in events(two_ranks, "sample")] == [2, 4, 6, 8, 10]
+    assert [e["step"] for e in events(two_ranks, "refresh")] == [2, 6, 10]
+    assert [a["when"] for a in events(two_ranks, "answer")] == ["before", "after"]
+    assert steps[0]["state_bytes"] == 0 < steps[2]["state_bytes"]
+    for step in steps:
+        assert len(step["active_layers"]) == (6 if step["phase"] == "probe" else 2)
+    assert (two_ranks / "report.html").stat().st_size > 50_000
+    assert {p.stem for p in (two_ranks / "plots").glob("*.png")} >= {
+        "loss",
+        "importance",
+        "probability",
+        "counts",
+        "cost",
+    }
+    model = AutoModelForCausalLM.from_pretrained(two_ranks / "model")
+    assert model.config.architectures == ["LlamaForCausalLM"] and model.dtype == torch.float32
+    start = AutoModelForCausalLM.from_pretrained(config.parent / "model").state_dict()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    trained = {i for s in steps[2:] for i in s["active_layers"]}
+    assert {int(n.split(".layers.")[1].split(".")[0]) for n in moved if ".layers." in n} == trained
+    assert AutoTokenizer.from_pretrained(two_ranks / "model")("ann has one")["input_ids"]
+    assert list((two_ranks / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (1, ["parallel=single", "name=single"]),
+        (1, ["name=fsdp-alone", "train.micro_batch_size=4"]),
+        (2, ["parallel=ddp", "name=ddp", "train.micro_batch_size=1"]),
+        (4, ["name=hsdp", "parallel.replicate=2"]),
+    ],
+    ids=lambda v: str(v),
+)
+def test_the_trajectory_does_not_depend_on_the_ranks(two_ranks, config, world_size, overrides):
+    other = run_all(config, world_size, *overrides, "save_model=false")
+    mine, theirs = events(two_ranks, "step"), events(other, "step")
+    assert [s["active_layers"] for s in mine] == [s["active_layers"] for s in theirs]
+    assert [s["tokens"] for s in mine] == [s["tokens"] for s in theirs]
+    assert [s["loss"] for s in mine] == pytest.approx([s["loss"] for s in theirs], abs=2e-4)
+    assert events(two_ranks, "eval")[-1]["loss"] == pytest.approx(events(other, "eval")[-1]["loss"], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["name=packed", "data.packing=true"],
+        ["name=stream", "data.streaming=true", "data.eval_examples=4"],
+        ["name=bf16", "model.dtype=bfloat16", "model.activation_checkpointing=true", "train.schedule=linear"],
+        ["name=lisa", "grass.sampler=uniform", "grass.probe_steps=0", "grass.always_active=[]"],
+    ],
+    ids=lambda v: v[0],
+)
+def test_options_train(config, overrides):
+    run = run_all(config, 2, *overrides, "save_model=false")
+    losses = [e["loss"] for e in events(run, "eval")]
+    assert all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0]
+
+
+BAD = {
+    "a wrong key": (["train.learning_rte=1"], r"train.learning_rte=1: there is no such setting; .*'learning_rate'"),
+    "a wrong type": (["train.max_steps=ten"], r"train.max_steps='ten': this value cannot be used"),
+    "too many layers": (["grass.active_layers=7"], r"grass.active_layers=7: the model has 6 layers; use 1 to 6"),
+    "an unknown sampler": (["grass.sampler=gras"], r"grass.sampler='gras': there is no such sampler; use one of"),
+    "a missing column": (["data.prompt=questoin"], r"data.prompt='questoin': there is no column .*question, answer"),
+    "a missing dataset": (["data.name=nothing.jsonl"], r"data.name='nothing.jsonl'"),
+    "a missing model": (["model.name=/nowhere/at/all"], r"model.name='/nowhere/at/all': it cannot be loaded"),
+    "a batch that does not divide": (["train.global_batch_size=6"], r"train.global_batch_size=6: .*multiple of 4"),
+    "one process for two ranks": (["parallel=single"], r"parallel.backend='single': 2 ranks were started"),
+    "a probe without training": (["grass.probe_steps=10"], r"train.max_steps=10: the probe takes 10 steps"),
+    "a probe without training by default": (
+        ["train.max_steps=8", "grass.probe_steps=null"],
+        r"train.max_steps=8: the probe takes 8 steps and nothing would be trained",
+    ),
+    "a layer stack that is not there": (["grass.layers=model.blocks"], r"grass.layers='model.blocks': "),
+    "an override without a value": (["train.max_steps"], r"override='train.max_steps': it is not of the form"),
+}  # fmt: skip
+
+
+def check_refused(ended, message):
+    assert [rank.code for rank in ended] == [1] * len(ended), [rank.err for rank in ended]
+    said = [line for rank in ended for line in rank.err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and ended[0].err.count("error: ") == 1
+    assert re.search(message, said[0]), said[0]
+    assert "Traceback" not in ended[0].err + ended[1].err
+    assert max(rank.seconds for rank in ended) < 45
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_every_rank_with_one_sentence(config, case):
+    overrides, message = BAD[case]
+    check_refused(run_program([["--config", str(config), "name=bad", *overrides]] * 2), message)
+
+
+def test_an_empty_dataset(config, folder):
+    (folder / "empty.jsonl").write_text("")
+    argv = ["--config", str(config), "name=bad", f"data.name={folder / 'empty.jsonl'}"]
+    check_refused(run_program([argv] * 2), r"data.name=")
+
+
+def test_a_model_without_layers(config, folder):
+    make_model(folder / "one_layer", layers=1)
+    argv = ["--config", str(config), "name=bad", f"model.name={folder / 'one_layer'}", "grass.active_layers=1"]
+    check_refused(run_program([argv] * 2), r"layers=")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("grass.seed=1", r"grass.seed is 1 on rank 1 and 0 on rank 0"),
+        ("train.learning_rate=0.1", r"train.learning_rate is 0.1 on rank 1 and 0.005 on rank 0"),
+    ],
+)
+def test_ranks_started_with_different_settings(config, setting, message):
+    common = ["--config", str(config), "name=bad"]
+    check_refused(run_program([common, [*common, setting]]), message)
+
+
+def test_a_setting_that_is_bad_on_one_rank_only_ends_all(config):
+    common = ["--config", str(config), "name=bad"]
+    check_refused(run_program([common, [*common, "grass.gamma=3"]]), r"rank 1: grass.gamma=3: there is no such setting")
+
+
+def test_an_earlier_run_is_not_written_over(config, two_ranks):
+    before = (two_ranks / "metrics.jsonl").read_bytes()
+    check_refused(run_program([["--config", str(config), "name=two"]] * 2), r"name='two': .*holds an earlier run")
+    assert (two_ranks / "metrics.jsonl").read_bytes() == before
+
+
+def test_torchrun_starts_it(config):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "launch" / "finetune.py"), "--config", str(config), "name=torchrun", "train.max_steps=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "report: " in done.stdout and "step 4/4" in done.stdout
+    failed = subprocess.run(
+        [*command, "overwrite=true", "grass.active_layers=99"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
+    assert failed.returncode != 0 and failed.stderr.count("error: grass.active_layers=99") == 1
+    assert len(events(config.parent / "runs" / "torchrun", "step")) == 4  # the earlier run is still there

@@ -1,0 +1,385 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import grass_dist
+from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer, Refreshed, Sampled, UnsupportedModel
+from tests.tiny import loss_of, take_steps, tiny
+
+ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
+QUICK = {"active_layers": 2, "probe_steps": 2, "sampling_interval": 3, "update_interval": 3}
+
+
+def grass(
+    model, optimizer_class=torch.optim.AdamW, kwargs=ADAMW, *, params=None, accumulation=1, observers=(), **config
+):
+    return GrassOptimizer(
+        model,
+        optimizer_class,
+        kwargs,
+        config=GrassConfig(**{**QUICK, **config}),
+        params=params,
+        gradient_accumulation_steps=accumulation,
+        observers=observers,
+    )
+
+
+def test_the_phases_of_a_run():
+    model, seen = tiny(), []
+    optimizer = grass(model, observers=[seen.append])
+    view = optimizer.grass
+    assert (view.phase, view.step, view.round, view.active_layers) == ("probe", 0, -1, tuple(range(8)))
+    assert all(math.isnan(m) for m in view.importances) and view.probabilities == (0.125,) * 8
+    before = copy.deepcopy(model.state_dict())
+    take_steps(model, optimizer, range(2))
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+    assert (view.phase, view.step, view.round, len(view.active_layers)) == ("train", 2, 0, 2)
+    assert all(m > 0 for m in view.importances) and sum(view.probabilities) == pytest.approx(1.0)
+    assert [type(event) for event in seen] == [Refreshed, Sampled]
+    take_steps(model, optimizer, range(2, 9))
+    assert (view.step, view.round) == (9, 2)
+    assert [(type(e), e.step) for e in seen] == [
+        (Refreshed, 2), (Sampled, 2), (Refreshed, 5), (Sampled, 5), (Refreshed, 8), (Sampled, 8),
+    ]  # fmt: skip
+    assert seen[-1].active_layers == view.active_layers and seen[-2].importances == view.importances
+
+
+def test_only_active_layers_and_roles_move():
+    model = tiny()
+    optimizer = grass(model)
+    take_steps(model, optimizer, range(2))
+    for start in (2, 5, 8):
+        active = optimizer.grass.active_layers
+        before = copy.deepcopy(model.state_dict())
+        take_steps(model, optimizer, range(start, start + 3))
+        moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+        expected = {n for n in before if not n.startswith("layers.") or int(n.split(".")[1]) in active}
+        assert moved == expected
+
+
+def test_importances_are_those_of_the_formula():
+    model, reference = tiny(), tiny()
+    optimizer = grass(model)
+    take_steps(model, optimizer, range(2))
+    expected = np.zeros(8)
+    for step in range(2):
+        reference.zero_grad()
+        loss_of(reference, step).backward()
+        for i, layer in enumerate(reference.layers):
+            entries = torch.cat([p.grad.flatten().double() for p in layer.parameters()])
+            expected[i] += entries.square().mean().sqrt().item() / 2
+    assert optimizer.grass.importances == pytest.approx(expected.tolist(), rel=1e-7)
+
+
+def test_a_probe_with_accumulation_measures_the_whole_batch():
+    whole, parts = tiny(), tiny()
+    one, two = grass(whole), grass(parts, accumulation=2)
+    for _ in range(2):
+        ((loss_of(whole, 0) + loss_of(whole, 1)) / 2).backward()
+        one.step()
+        for micro in range(2):
+            (loss_of(parts, micro) / 2).backward()
+            assert all(p.grad is None for p in parts.parameters())
+        two.step()
+    assert two.grass.importances == pytest.approx(one.grass.importances, rel=1e-5)
+
+
+def test_a_probe_whose_last_batch_has_fewer_micro_batches_measures_what_there_was():
+    model, reference = tiny(), tiny()
+    optimizer, other = grass(model, accumulation=3), grass(reference)
+    for step in range(2):
+        loss_of(model, step).backward()
+        optimizer.step()
+        loss_of(reference, step).backward()
+        other.step()
+    assert optimizer.grass.importances == pytest.approx(other.grass.importances, rel=1e-6)
+
+
+def test_a_probe_with_more_backwards_than_it_was_told_says_so():
+    model = tiny()
+    grass(model)
+    loss_of(model, 0).backward()
+    with pytest.raises(GrassError, match="gradient_accumulation_steps=1: .* pass GrassOptimizer the number"):
+        loss_of(model, 1).backward()
+
+
+def test_importance_is_of_the_gradient_before_any_clipping():
+    clipped, free = tiny(), tiny()
+    one, two = grass(clipped, probe_steps=0), grass(free, probe_steps=0)
+    loss_of(clipped, 0).backward()
+    torch.nn.utils.clip_grad_norm_(clipped.parameters(), 1e-6)  # a user's own call, not ours
+    loss_of(free, 0).backward()
+    for optimizer in (one, two):
+        optimizer.grass.schedule = optimizer.grass.schedule.__class__(0, 1, 3)
+        optimizer.step()
+    active = [m for m in one.grass.importances if not math.isnan(m)]
+    assert len(active) == 2 and one.grass.importances == pytest.approx(two.grass.importances, nan_ok=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_never_reaches_the_probabilities(bad):
+    model, seen = tiny(), []
+    optimizer = grass(model, probe_steps=0, update_interval=3, kwargs={"lr": 0.0}, observers=[seen.append])
+    for step in range(3):
+        (loss_of(model, step) * (bad if step == 1 else 1.0)).backward()
+        optimizer.step()
+        for parameter in model.parameters():
+            parameter.data.nan_to_num_(0.1)
+        optimizer.zero_grad()
+    assert optimizer.grass.dropped == 1
+    refreshed = next(event for event in seen if isinstance(event, Refreshed))
+    assert refreshed.dropped == 1
+    assert sum(not math.isnan(m) for m in refreshed.importances) == 2
+    assert all(math.isfinite(p) for p in optimizer.grass.probabilities)
+
+
+def test_schedulers_and_groups_drive_every_layer():
+    model = tiny()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.5},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0, "lr": 3e-3},
+    ]
+    optimizer = grass(model, params=groups, probe_steps=0)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0]
+    assert [g["lr"] for g in optimizer.param_groups] == [1e-2, 3e-3]
+    assert [len(g["params"]) for g in optimizer.param_groups] == [len(g["params"]) for g in groups]
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.0)  # a rate of zero: nothing may move
+    before = copy.deepcopy(model.state_dict())
+    take_steps(model, optimizer, range(4))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    scheduler.lr_lambdas = [lambda k: 1.0] * 2
+    scheduler.step()
+    take_steps(model, optimizer, range(4, 5))
+    assert not torch.equal(model.norm.weight, before["norm.weight"])
+
+
+def test_state_is_born_at_the_first_activation_and_kept_with_its_own_step():
+    model = tiny()
+    optimizer = grass(model, sampler="cyclic", probe_steps=0, active_layers=4, sampling_interval=2)
+    take_steps(model, optimizer, range(2))
+    upper, lower = model.layers[7].up.weight, model.layers[0].up.weight
+    assert upper not in optimizer.state and optimizer.state[lower]["step"] == 2
+    kept = optimizer.state[lower]["exp_avg"].clone()
+    assert optimizer.grass.active_layers == (4, 5, 6, 7)
+    take_steps(model, optimizer, range(2, 4))
+    assert torch.equal(optimizer.state[lower]["exp_avg"], kept) and optimizer.state[lower]["step"] == 2
+    assert optimizer.state[upper]["step"] == 2 and optimizer.state[model.norm.weight]["step"] == 4
+    take_steps(model, optimizer, range(4, 5))
+    assert optimizer.state[lower]["step"] == 3 and not torch.equal(optimizer.state[lower]["exp_avg"], kept)
+
+
+def test_16_bit_weights_have_masters_that_the_update_is_added_to():
+    model = tiny(torch.bfloat16)
+    optimizer = grass(
+        model, sampler="fixed", fixed_layers=(0, 3), probe_steps=0, kwargs={"lr": 1e-5, "weight_decay": 0.0}
+    )
+    weight = model.layers[3].up.weight
+    start = weight.detach().float()
+    take_steps(model, optimizer, range(40))
+    state = optimizer.state_dict()["state"]
+    index = [n for n, _ in model.named_parameters()].index("layers.3.up.weight")
+    master = state[index]["master"]
+    assert master.dtype == torch.float32 and state[index]["exp_avg"].dtype == torch.float32
+    moved = (master - start).abs().max().item()
+    assert 1e-4 < moved < 1e-3  # forty updates of about 1e-5, each of which bf16 weights would swallow
+    assert torch.equal(weight.detach(), master.bfloat16())
+    frozen = [n for n, _ in model.named_parameters()].index("layers.1.up.weight")
+    assert frozen not in state
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "kwargs"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.Adagrad, {"lr": 0.1}),
+        (torch.optim.RMSprop, {"lr": 1e-2}),
+        (torch.optim.Adafactor, {"lr": 1e-2}),
+        (torch.optim.NAdam, {"lr": 1e-2}),
+    ],
+)
+def test_any_optimizer_with_state_a_parameter_is_an_update_rule(optimizer_class, kwargs):
+    model, reference = tiny(), tiny()
+    optimizer = grass(model, optimizer_class, kwargs, active_layers=8, probe_steps=0)
+    stock = optimizer_class(reference.parameters(), **kwargs)
+    take_steps(model, optimizer, range(7))
+    take_steps(reference, stock, range(7))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 6, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_run_continues_to_the_bit(steps, dtype):
+    model = tiny(dtype)
+    optimizer = grass(model, update_interval=4)
+    take_steps(model, optimizer, range(steps))
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    take_steps(model, optimizer, range(steps, 15))
+    other = tiny(dtype)
+    other.load_state_dict(weights)
+    other_optimizer = grass(other, update_interval=4)
+    other_optimizer.load_state_dict(state)
+    take_steps(other, other_optimizer, range(steps, 15))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert other_optimizer.grass.importances == optimizer.grass.importances
+    assert other_optimizer.state[other.norm.weight]["step"] == 13
+
+
+def test_always_active_roles():
+    def moved(**config):
+        model = tiny()
+        optimizer = grass(model, probe_steps=0, sampler="fixed", fixed_layers=(4, 6), **config)
+        before = copy.deepcopy(model.state_dict())
+        loss_of(model, 0).backward()
+        graph_ends = model.layers[3].up.weight.grad is None
+        optimizer.step()
+        return {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}, graph_ends
+
+    roles, _ = moved()
+    assert {"embed.weight", "norm.weight", "head.weight"} <= roles
+    some, _ = moved(always_active=["lm_head"])
+    assert "head.weight" in some and "embed.weight" not in some and "norm.weight" not in some
+    none, _ = moved(always_active=[])
+    assert {n.split(".")[1] for n in none} == {"4", "6"}
+
+
+def test_the_backward_ends_at_the_lowest_active_layer_without_embeddings():
+    model = tiny()
+    grass(model, probe_steps=0, sampler="fixed", fixed_layers=(4, 6), always_active=[])
+    outputs = {}
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda m, a, out, i=i: outputs.update({i: out.requires_grad}))
+    loss_of(model, 0).backward()
+    assert outputs == {i: i >= 4 for i in range(8)}
+
+
+def test_uniform_needs_no_probe_and_measures_nothing():
+    model, calls = tiny(), []
+    optimizer = GrassOptimizer(
+        model,
+        torch.optim.AdamW,
+        ADAMW,
+        config=GrassConfig(active_layers=2, sampler="uniform"),
+        observers=[calls.append],
+    )
+    assert optimizer.grass.phase == "train" and isinstance(calls[0], Sampled) and calls[0].step == 0
+    take_steps(model, optimizer, range(101))
+    assert [type(c) for c in calls] == [Sampled] * 3 and all(math.isnan(m) for m in optimizer.grass.importances)
+
+
+def test_static_probabilities_are_those_of_the_probe():
+    model = tiny()
+    optimizer = grass(model, sampler="grass-static")
+    take_steps(model, optimizer, range(2))
+    p = optimizer.grass.probabilities
+    take_steps(model, optimizer, range(2, 12))
+    assert optimizer.grass.probabilities == p and len(set(p)) == 8
+
+
+def test_weight_norm_follows_the_weights():
+    model = tiny()
+    with torch.no_grad():
+        model.layers[2].up.weight.mul_(5)
+    optimizer = grass(model, sampler="weight-norm", probe_steps=None)
+    entries = torch.cat([p.detach().flatten() for p in model.layers[2].parameters()]).double()
+    assert optimizer.grass.importances[2] == pytest.approx(entries.square().mean().sqrt().item(), rel=1e-9)
+    assert max(optimizer.grass.probabilities) == optimizer.grass.probabilities[2]
+    first = optimizer.grass.importances
+    take_steps(model, optimizer, range(4))
+    assert optimizer.grass.importances != first
+
+
+def test_clipping_returns_the_norm_and_binds():
+    model, reference = tiny(), tiny()
+    optimizer = grass(model, probe_steps=0, active_layers=8)
+    loss_of(model, 0).backward()
+    loss_of(reference, 0).backward()
+    expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    assert optimizer.clip_grad_norm_(0.1) == expected
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+def test_clipping_of_16_bit_gradients_takes_the_norm_in_high_precision():
+    model = tiny(torch.bfloat16)
+    optimizer = grass(model, probe_steps=0, active_layers=8)
+    loss_of(model, 0).backward()
+    grads = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    assert optimizer.clip_grad_norm_(0.01).item() == pytest.approx(grads.norm().item(), rel=1e-6)
+    after = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    assert after.norm().item() == pytest.approx(0.01, rel=1e-2)
+
+
+def test_clipping_in_the_probe_has_nothing_to_clip():
+    model = tiny()
+    optimizer = grass(model)
+    loss_of(model, 0).backward()
+    assert optimizer.clip_grad_norm_(1.0) == 0.0
+
+
+def test_a_closure_is_called_with_gradients_enabled():
+    model = tiny()
+    optimizer = grass(model, probe_steps=0)
+
+    def closure():
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == pytest.approx(loss_of(tiny(), 0).item())
+
+
+def test_layers_follow_seed_and_not_the_global_generators():
+    def active(seed, torch_seed):
+        model = tiny()
+        optimizer = grass(model, seed=seed, sampler="uniform", probe_steps=0, sampling_interval=1)
+        torch.manual_seed(torch_seed)
+        seen = []
+        for step in range(10):
+            seen.append(optimizer.grass.active_layers)
+            take_steps(model, optimizer, range(step, step + 1))
+        return seen
+
+    assert active(1, 0) == active(1, 99) != active(2, 0)
+
+
+def test_what_cannot_work_is_one_sentence():
+    with pytest.raises(ConfigError, match="active_layers=9: the model has 8 layers; use 1 to 8"):
+        grass(tiny(), active_layers=9)
+    with pytest.raises(ConfigError, match="sampler='gras': there is no such sampler"):
+        grass(tiny(), sampler="gras")
+    with pytest.raises(ConfigError, match="layers='model.layers': "):
+        grass(tiny(), layers="model.layers")
+    with pytest.raises(UnsupportedModel, match="layers="):
+        grass(torch.nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="learning rate"):
+        grass(tiny(), kwargs={"lr": -1.0})
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps=0"):
+        grass(tiny(), accumulation=0)
+    with pytest.raises(ConfigError, match=r"params=\[\]: there is no parameter to train"):
+        grass(tiny(), params=[])
+    model = tiny()
+    with pytest.raises(UnsupportedModel, match=r"7 of 8 layers have no parameter to train \(layers.0"):
+        grass(model, params=list(model.layers[7].parameters()))
+    with pytest.raises(GrassError, match="cannot take another parameter group"):
+        grass(model).add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match="build it with the same model and groups"):
+        grass(tiny()).load_state_dict(grass(tiny(layers=4)).state_dict())
+
+
+def test_other_engines_are_refused_by_name():
+    class FullyShardedDataParallel(torch.nn.Module):  # by its name: FSDP1 itself needs a GPU
+        def __init__(self):
+            super().__init__()
+            self.module = tiny()
+
+    with pytest.raises(UnsupportedModel, match="FSDP1.*fully_shard"):
+        grass(FullyShardedDataParallel())
+
+
+def test_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert grass_dist.__version__ == version("grass-dist")

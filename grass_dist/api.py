@@ -48,8 +48,8 @@ class GrassOptimizer(torch.optim.Optimizer):
     Raises:
         ConfigError: a setting that cannot work with this model.
         UnsupportedModel: no layer stack was found, or the model is wrapped in something unknown.
-        RanksDisagree: ranks were given different configurations, models or groups. Each of these is raised on every
-            rank.
+        RanksDisagree: ranks were given different configurations, models or groups.
+        GrassError: another rank has one of these problems; so all of them end.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             check_num_layers(config, len(found.layers))
             make_sampler(config, len(found.layers))
             groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
-            layers, roles = _choose_units(found, config, groups)
+            layers, roles = _choose_units(model, found, config, groups)
         except (GrassError, ValueError, TypeError) as error:  # also a bad lr, which the optimizer class refuses
             problem = error
         agree_at_start(backend, problem, _fingerprint(config, found, groups, optimizer_class, kwargs))
@@ -225,9 +225,12 @@ def _full_groups(
 
 
 def _choose_units(
-    found: LayerMap, config: GrassConfig, groups: Sequence[Mapping[str, Any]]
+    model: nn.Module, found: LayerMap, config: GrassConfig, groups: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """The layers and the always-active roles, each with those of its parameters that the groups train."""
+    """The layers and the always-active roles, each with those of its parameters that the groups train.
+
+    Every other parameter of the model is frozen for good.
+    """
     trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
 
     def narrowed(unit: Unit) -> Unit:
@@ -244,10 +247,12 @@ def _choose_units(
     if "lm_head" in wanted and "lm_head" not in {unit.name for unit in found.roles}:
         wanted.add("embeddings")
     roles = tuple(narrowed(unit) for unit in found.roles if unit.name in wanted)
-    idle = [unit for unit in found.roles if unit.name not in wanted]
-    for param in [p for _, p in found.other] + [p for unit in idle for _, p in unit.params]:
-        param.requires_grad_(False)
-    return layers, tuple(unit for unit in roles if unit.params)
+    roles = tuple(unit for unit in roles if unit.params)
+    trains = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
+    for param in model.parameters():
+        if id(param) not in trains:
+            param.requires_grad_(False)
+    return layers, roles
 
 
 def _fingerprint(

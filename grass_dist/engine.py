@@ -27,8 +27,8 @@ class GrassEngine:
     For each optimizer step `finish_gradients` closes the step's measurement and `advance` moves the clock.
 
     Over the wire: per refresh ONE all-reduce of the measured steps' sums of squares, fp64, T_u × γ × 8 bytes (T_p × L
-    × 8 after the probe); per draw one all-gather of a 32-byte digest from each rank. Nothing else, and no
-    synchronisation of host and device between refreshes.
+    × 8 after the probe); per draw one all-gather of a 32-byte digest from each rank. Nothing else, and host and device
+    wait for each other at refreshes and draws only.
 
     Attributes:
         step: optimizer steps completed, those of the probe included.
@@ -189,3 +189,8 @@ class GrassEngine:
         self._tracker.load_state_dict(state["tracker"])
         self._sums.load_state_dict(state["measured"])
         self._set_trainable()
+        for layer in range(len(self.layers)):
+            if self.phase == "train" and layer in self.active_layers:
+                self.states.prefetch(layer)
+            else:
+                self.states.evict(layer)

@@ -53,6 +53,7 @@ def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "fsdp2 probe": gradients_held_in_probe(rank, world_size, "fsdp2"),
         "ddp probe": gradients_held_in_probe(rank, world_size, "ddp"),
         "fsdp2 resume": resumed(rank, world_size, "fsdp2"),
+        "ddp unused": embeddings_without_gradient(rank, world_size),
     }
 
 
@@ -200,6 +201,25 @@ class HeldGradients:
     def _arrived(self, _: torch.Tensor) -> None:
         self.calls += 1
         self.peak = max(self.peak, self.now())
+
+
+def embeddings_without_gradient(rank: int, world_size: int) -> dict[str, Any]:
+    """Under DDP, a unit that trains and gets no gradient: the last one to be reduced, which others could wait for."""
+    model = wrapped(small_llama(), "ddp", world_size)
+    config = grass_dist.GrassConfig(active_layers=2, probe_steps=2, sampling_interval=2, update_interval=2)
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
+    reduced = []
+    for step in range(6):
+        before = optimizer.grass.bytes_reduced
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        hidden = torch.randn(2, 8, 64, generator=generator)
+        x = torch.randint(0, 128, (2, 8), generator=generator)
+        model(inputs_embeds=hidden, labels=x).loss.backward()
+        expected = 4 * sum(u.numel for u in optimizer.grass.trainable_units())
+        optimizer.step()
+        optimizer.zero_grad()
+        reduced.append((optimizer.grass.bytes_reduced - before, expected))
+    return {"reduced": reduced, "sum": sum(p.double().sum().item() for p in model.parameters())}
 
 
 def resumed(rank: int, world_size: int, backend: str) -> dict[str, Any]:

@@ -154,6 +154,11 @@ def test_a_probe_holds_one_layers_gradient_and_updates_nothing(two):
             assert run[name]["hooks"] > 0 and run[name]["left"] == run[name]["state"] == run[name]["moved"] == 0
 
 
+def test_under_ddp_a_unit_without_a_gradient_holds_nothing_up(two):
+    assert all(got == expected for got, expected in two[0]["ddp unused"]["reduced"])
+    assert two[0]["ddp unused"] == two[1]["ddp unused"]
+
+
 def test_a_saved_run_continues_to_the_bit(two):
     for run in two:
         assert run["fsdp2 resume"] == {"differing": [], "same layers": True, "step": 20}

@@ -122,7 +122,7 @@ BAD = {
     "a missing column": (["data.prompt=questoin"], r"data.prompt='questoin': there is no column .*question, answer"),
     "a missing dataset": (["data.name=nothing.jsonl"], r"data.name='nothing.jsonl'"),
     "a missing model": (["model.name=/nowhere/at/all"], r"model.name='/nowhere/at/all': it cannot be loaded"),
-    "a batch that does not divide": (["train.global_batch_size=6"], r"train.global_batch_size=6: .*multiple of 4"),
+    "a batch that does not divide": (["train.global_batch_size=6"], r"train.global_batch_size=6: .*; use 4 or 8"),
     "one process for two ranks": (["parallel=single"], r"parallel.backend='single': 2 ranks were started"),
     "a probe without training": (["grass.probe_steps=10"], r"train.max_steps=10: the probe takes 10 steps"),
     "a probe without training by default": (

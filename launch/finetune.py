@@ -41,9 +41,10 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/ and docs/configuration.md")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
     args = parser.parse_args()
-    world = World.join(timeout=datetime.timedelta(minutes=10))
+    config, problem = read_config(args.config, args.overrides)
+    world = World.join(datetime.timedelta(seconds=config.train.timeout_seconds if config else 60))
     try:
-        config = world.together(lambda: load_config(args.config, args.overrides))
+        config = world.together(lambda: config or _raise(problem))
         world.together(lambda: None, **flat_settings(config))
         finetune(config, world)
     except GrassError as error:
@@ -52,6 +53,14 @@ def main() -> int:
         return 1
     world.leave()
     return 0
+
+
+def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:
+    """The configuration or what is wrong with it: ranks join first, and fail together."""
+    try:
+        return load_config(path, overrides), None
+    except ConfigError as problem:
+        return None, problem
 
 
 def finetune(config: RunConfig, world: World) -> None:
@@ -91,7 +100,13 @@ def finetune(config: RunConfig, world: World) -> None:
         save_pretrained(model, tokenizer, folder / "model", world)
     if log:
         if config.save_model and question:
-            text = answer_from_folder(str(folder / "model"), tokenizer, question["ids"], config.answer_tokens)
+            text = answer_from_folder(
+                str(folder / "model"),
+                tokenizer,
+                question["ids"],
+                config.answer_tokens,
+                trust_remote_code=config.model.trust_remote_code,
+            )
             about = {"prompt": question["prompt"], "text": text, "expected": question["expected"]}
             log.write("answer", config.train.max_steps, when="after", **about)
             reporter.say(f"\nquestion: {question['prompt']}\n\nbefore: {answer}\n\nafter: {text}\n")
@@ -153,6 +168,10 @@ def train(
                 state_bytes=optimizer.state_bytes,
                 active_layers=active,
             )
+
+
+def _raise(problem: ConfigError | None) -> RunConfig:
+    raise problem or ConfigError("--config", None, "it was not read", "give a file")
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> Data:

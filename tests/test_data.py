@@ -479,7 +479,7 @@ def test_a_row_of_a_stream_without_a_label_is_counted(tmp_path):
 def test_other_model_names_are_left_alone():
     assert packaged_model.resolve_model("some/model") == "some/model"
     with pytest.raises(
-        ConfigError, match=r"^model='packaged:gpt': there is no such packaged model; use 'packaged:smol"
+        ConfigError, match=r"^model.name='packaged:gpt': there is no such packaged model; use 'packaged:smol"
     ):
         packaged_model.resolve_model("packaged:gpt")
 

@@ -379,6 +379,28 @@ def test_other_engines_are_refused_by_name():
         grass(FullyShardedDataParallel())
 
 
+def test_ddp_inside_another_module_is_refused_by_name():
+    class DistributedDataParallel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = tiny()
+
+    with pytest.raises(UnsupportedModel, match="inside a Sequential; pass the DDP module itself"):
+        grass(torch.nn.Sequential(DistributedDataParallel()))
+
+
+def test_parameters_that_the_groups_leave_out_are_frozen():
+    model = tiny()
+    left_out = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    optimizer = grass(model, params=[p for n, p in model.named_parameters() if not n.endswith("bias")])
+    before = [p.detach().clone() for p in left_out]
+    for step in range(4):
+        loss_of(model, step).backward()
+        assert all(p.grad is None for p in left_out)
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(left_out, before, strict=True))
+
+
 def test_version_is_that_of_the_package():
     from importlib.metadata import version
 

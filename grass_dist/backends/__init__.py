@@ -30,6 +30,11 @@ def backend_for(model: nn.Module, accumulation_steps: int) -> Backend:
             "The model is a DeepSpeed engine, which GrassOptimizer does not support; "
             "pass a plain, DDP-wrapped or fully_shard-ed model."
         )
+    if "DistributedDataParallel" in wrappers and not DdpBackend.knows(model):
+        raise UnsupportedModel(
+            f"DistributedDataParallel is inside a {type(model).__name__}; pass the DDP module itself to GrassOptimizer "
+            "(and compile the model inside of it, not around it)."
+        )
     for backend in (DdpBackend, Fsdp2Backend):
         if backend.knows(model):
             return backend(model, accumulation_steps)

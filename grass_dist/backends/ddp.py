@@ -100,10 +100,10 @@ class DdpBackend(HookedBackend):
     def finish_gradients(self) -> None:
         super().finish_gradients()
         unsent = self._order[self._sent :]
+        begun = self._sent > 0 or any(bucket.flat is not None for bucket in unsent)
+        held = any(p.grad is not None for bucket in unsent for p in bucket.params.values())
         # Left over: buckets that wait for a parameter without a gradient, and all if the last backward was no_sync.
-        if any(p.grad is not None for bucket in unsent for p in bucket.params.values()) and (
-            self._sent or any(b.flat is not None for b in unsent) or not self._sync
-        ):
+        if begun or (held and not self._sync):
             for bucket in unsent:
                 for slot in sorted(bucket.missing):
                     bucket.put(slot, bucket.params[slot].grad, self.world_size)

@@ -33,6 +33,11 @@ class Fsdp2Backend(HookedBackend):
 
     def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
         super().__init__(model, accumulation_steps)
+        if not any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise UnsupportedModel(
+                "The parameters are DTensors but no module is sharded by fully_shard; "
+                "call fully_shard on the layers and on the model before GrassOptimizer."
+            )
         plain = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         if plain:
             raise UnsupportedModel(
@@ -50,7 +55,6 @@ class Fsdp2Backend(HookedBackend):
                 f"The parameters' mesh {mesh} is of {mesh.ndim} dimensions and smaller than the world of "
                 f"{dist.get_world_size()} ranks; use a mesh over all ranks, or of one dimension."
             )
-        self._sharded = list(model.parameters())  # while a module runs, its parameters() are the unsharded ones
         model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe)
         self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
 
@@ -78,11 +82,13 @@ class Fsdp2Backend(HookedBackend):
         super()._on_gradient(unit, slot, param)
 
     def _reduce_each_micro_batch_in_probe(self, *_: object) -> None:
-        if self._probing and self.accumulation_steps > 1 and isinstance(self.model, FSDPModule):
+        if self._probing and isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(True)
 
     def _settle_dtypes(self, *_: object) -> None:
         """Lets every module of FSDP2 take its reduce dtype from its parameters as if all of them trained.
+
+        (They are the sharded ones, while parameters() of a module that runs gives the unsharded ones.)
 
         FSDP2 takes it at the first forward from the parameters that are trainable then; a module that is frozen
         then would reduce in the weights' dtype, not in `MixedPrecisionPolicy.reduce_dtype`, for ever after.
@@ -90,26 +96,28 @@ class Fsdp2Backend(HookedBackend):
         one all-gather of each layer, once.
         """
         self._first_forward.remove()
-        trainable = [p.requires_grad for p in self._sharded]
-        for param in self._sharded:
+        params = [p for unit in self._units for _, p in unit.params]
+        trainable = [p.requires_grad for p in params]
+        for param in params:
             param.requires_grad_(True)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
                 if module is not self.model:  # the root has just been gathered for this forward and stays so
                     module.reshard()
-        for param, flag in zip(self._sharded, trainable, strict=True):
+        for param, flag in zip(params, trainable, strict=True):
             param.requires_grad_(flag)
 
 
 def reduce_dtype(model: nn.Module) -> torch.dtype | None:
-    """`MixedPrecisionPolicy.reduce_dtype` of a sharded model, None if gradients are reduced as they are.
+    """The dtype that gradients of a sharded model are reduced in, None if it is that of the parameters.
 
-    Private: reads ``_get_fsdp_state()._mp_policy``, since FSDP2 has no public way to ask. Checked on torch 2.13; only
-    the byte count shown to users depends on it. `tests/test_private_interfaces.py` fails when it changes.
+    Private: reads ``_get_fsdp_state()._mp_policy``, since FSDP2 has no public way to ask. Checked on torch 2.9 and
+    2.13; only the byte count shown to users depends on it. `tests/test_private_interfaces.py` fails when it changes.
     """
     module = next(m for m in model.modules() if isinstance(m, FSDPModule))
-    return module._get_fsdp_state()._mp_policy.reduce_dtype
+    policy = module._get_fsdp_state()._mp_policy
+    return policy.reduce_dtype or policy.param_dtype
 
 
 def _reduced_bytes(param: DTensor, dtype: torch.dtype) -> int:

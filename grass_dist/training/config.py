@@ -22,8 +22,8 @@ class ModelConfig(StrictModel):
     name: str = Field(min_length=1)
     """Hugging Face model name or folder, or "packaged:smollm2-135m"."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the weights. bfloat16 weights have fp32 masters in the state of their layer and are reduced in fp32.
-    "auto": bfloat16 on a GPU, float32 on a CPU."""
+    """Of the weights. bfloat16 weights have fp32 masters in the state of their layer; their gradients are reduced in
+    fp32 under fsdp2 and in bfloat16 under ddp. "auto": bfloat16 on a GPU, float32 on a CPU."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward."""
@@ -69,6 +69,13 @@ class TrainConfig(StrictModel):
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("must be two numbers from 0 to below 1")
+        return value
 
     @model_validator(mode="after")
     def _steps_fit_together(self) -> TrainConfig:

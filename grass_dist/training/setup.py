@@ -16,6 +16,7 @@ from grass_dist.config import check_num_layers
 from grass_dist.discovery import LayerMap, find_layers
 from grass_dist.errors import ConfigError
 from grass_dist.samplers import make_sampler, probe_steps
+from grass_dist.training.batches import check_divides
 from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.training.packaged_model import resolve_model
 from grass_dist.training.world import World
@@ -100,15 +101,8 @@ def check_ranks(config: RunConfig, world: World) -> int:
         raise ConfigError(
             "parallel.replicate", parallel.replicate, f"it does not divide the {world.size} ranks", "use a divisor"
         )
-    share = world.size * train.micro_batch_size
-    if train.global_batch_size % share:
-        raise ConfigError(
-            "train.global_batch_size",
-            train.global_batch_size,
-            f"{world.size} ranks take {train.micro_batch_size} sequences each at a time",
-            f"use a multiple of {share}",
-        )
-    return train.global_batch_size // share
+    check_divides(train.global_batch_size, world.size, train.micro_batch_size)
+    return train.global_batch_size // (world.size * train.micro_batch_size)
 
 
 def parallelise(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) -> nn.Module:

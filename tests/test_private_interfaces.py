@@ -1,0 +1,53 @@
+"""Fails when an interface of another library changes that grass_dist leans on without its being documented."""
+
+import inspect
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from grass_dist.backends.fsdp2 import reduce_dtype
+from tests.tiny import loss_of, tiny
+
+
+def in_a_world_of_one(function):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return function()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_fsdp2_tells_its_reduce_dtype():
+    def told(**policy):
+        model = tiny()
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))
+        return reduce_dtype(model)
+
+    def check():
+        assert told() is None
+        assert told(reduce_dtype=torch.float32) == torch.float32
+        assert told(param_dtype=torch.bfloat16) == torch.bfloat16
+        assert told(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) == torch.float32
+
+    in_a_world_of_one(check)
+
+
+def test_ddp_rests_when_it_is_told_not_to_synchronise():
+    """DdpBackend sets `require_backward_grad_sync`, as DDP's own no_sync() does, for the length of a forward."""
+    source = inspect.getsource(DistributedDataParallel.no_sync)
+    assert "self.require_backward_grad_sync = False" in source
+
+    def check():
+        model = DistributedDataParallel(tiny())
+        calls = []
+        model.register_comm_hook(calls, lambda state, bucket: state.append(bucket) or torch.futures.Future())
+        model.require_backward_grad_sync = False
+        output = loss_of(model, 0)
+        model.require_backward_grad_sync = True
+        output.backward()
+        return calls
+
+    assert in_a_world_of_one(check) == []

@@ -20,7 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/torchrun --nproc-per-node $(RANKS) launch/finetune.py --config $(CONFIG) $(ARGS)
+	OMP_NUM_THREADS=$$(( $$(nproc) > $(RANKS) ? $$(nproc) / $(RANKS) : 1 )) \
+	  $(BIN)/torchrun --nproc-per-node $(RANKS) launch/finetune.py --config $(CONFIG) $(ARGS)
 
 test: setup lint unit integration
 

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 benchmarks/step_time.py [--rounds 16] [--json FILE]
 
 All variants train the same model (SmolLM2-135M unless --model) under FSDP2 on the same tokens. They take turns step by
-step in one run, in an order that rotates, so that whatever slows the machine slows all of them. A step's time is that of
-the slowest rank; ratios are formed within a round and the median over the rounds is shown with the quartiles.
+step in one run, in an order that rotates, so that whatever slows the machine slows all of them. A step's time is that
+of the slowest rank; ratios are formed within a round and the median over the rounds is shown with the quartiles.
 """
 
 from __future__ import annotations

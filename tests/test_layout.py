@@ -75,3 +75,13 @@ def test_importing_the_package_imports_no_extra():
 def test_modules_fit_in_one_sitting():
     long = {str(path): n for path, _ in modules() if (n := len(path.read_text().splitlines())) > 320}
     assert not long
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE.parent / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_every_configuration_that_we_ship_is_valid(file, tmp_path):
+    from grass_dist.training.config import dump_config, load_config
+
+    config = load_config(file)
+    assert config.name == file.stem
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config

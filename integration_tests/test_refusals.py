@@ -1,0 +1,99 @@
+"""What cannot work ends on every rank with one sentence, at the start or at the next draw, and never hangs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import grass_dist
+from integration_tests.model import ADAMW, global_batch, small_llama, wrapped
+from integration_tests.ranks import run_ranks
+
+CONFIG = {"active_layers": 2, "probe_steps": 0, "sampling_interval": 2, "update_interval": 2}
+
+
+def refused(make) -> str:
+    """The sentence with which ``make`` is refused, with the class of the error before it."""
+    try:
+        make()
+    except grass_dist.GrassError as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
+def optimizer_for(model, kwargs=ADAMW, **config):
+    return grass_dist.GrassOptimizer(
+        model, torch.optim.AdamW, kwargs, config=grass_dist.GrassConfig(**{**CONFIG, **config})
+    )
+
+
+def disagreeing_draw(rank: int) -> str:
+    grass_dist.register_sampler("by-rank", lambda importances, generator: [0, 1 + generator.round * rank])
+    model = wrapped(small_llama(), "fsdp2", 2)
+    optimizer = optimizer_for(model, sampler="by-rank")  # round 0 is the same on both ranks
+
+    def train():
+        for step in range(3):
+            x = global_batch(step)
+            model(input_ids=x, labels=x).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return refused(train)
+
+
+def everything(rank: int, world_size: int) -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (world_size,))
+
+    def half_sharded():
+        model = small_llama()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        optimizer_for(model)
+
+    def never_sharded():
+        def replicated(name, module, mesh):
+            for key, param in list(module.named_parameters(recurse=False)):
+                module.register_parameter(key, torch.nn.Parameter(distribute_tensor(param, mesh, [Replicate()])))
+
+        optimizer_for(distribute_module(small_llama(), mesh, replicated))
+
+    return {
+        "seeds": refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), seed=rank)),
+        "rates": refused(lambda: optimizer_for(wrapped(small_llama(), "ddp", 2), {"lr": 0.1 * (rank + 1)})),
+        "models": refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), layers=[None, "nope"][rank])),
+        "one rank": refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), active_layers=2 + 90 * rank)),
+        "draw": disagreeing_draw(rank),
+        "half sharded": refused(half_sharded),
+        "never sharded": refused(never_sharded),
+        "static graph": refused(lambda: optimizer_for(DistributedDataParallel(small_llama(), static_graph=True))),
+    }
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    return run_ranks(2, everything, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("case", "on_rank_0", "on_rank_1"),
+    [
+        ("seeds", "RanksDisagree: grass.seed is 1 on rank 1 and 0 on rank 0", None),
+        ("rates", "RanksDisagree: optimizer is ", None),
+        ("models", "GrassError: rank 1: layers='nope': ", "ConfigError: layers='nope': "),
+        ("one rank", "GrassError: rank 1: active_layers=92: the model has 8 layers", "ConfigError: active_layers=92: "),
+        ("draw", "RanksDisagree: Draw 1 at step 2 came out differently on the ranks: ", None),
+        ("half sharded", "UnsupportedModel: 3 parameters are not sharded (model.embed_tokens.weight, ...)", None),
+        ("never sharded", "UnsupportedModel: The parameters are DTensors but no module is sharded", None),
+        ("static graph", "UnsupportedModel: DistributedDataParallel(static_graph=True) expects", None),
+    ],
+)
+def test_a_sentence_on_every_rank(sentences, case, on_rank_0, on_rank_1):
+    first, second = sentences[0][case], sentences[1][case]
+    assert first.startswith(on_rank_0), first
+    assert second.startswith(on_rank_1 or on_rank_0), second
+    assert "\n" not in first + second

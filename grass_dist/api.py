@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from grass_dist.agreement import agree_at_start
-from grass_dist.backends import Backend, backend_for
+from grass_dist.backends import backend_for
 from grass_dist.clipping import clip_grads
 from grass_dist.config import GrassConfig, check_num_layers
 from grass_dist.discovery import LayerMap, Unit, find_layers
@@ -78,7 +78,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             make_sampler(config, len(found.layers))
             groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
             layers, roles = _choose_units(model, found, config, groups)
-        except (GrassError, ValueError, TypeError) as error:  # also a bad lr, which the optimizer class refuses
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
         agree_at_start(backend, problem, _fingerprint(config, found, groups, optimizer_class, kwargs))
         super().__init__(groups, defaults)
@@ -191,6 +191,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         for at, (_, param) in enumerate(optimizer.unit.params):
             if optimizer.inner is not None:
                 self.state[param] = optimizer.inner.state[optimizer.updated[at]]
+            else:
+                self.state.pop(param, None)
 
     def _make_unit_optimizers(
         self, units: Sequence[Unit], optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]
@@ -224,6 +226,17 @@ def _full_groups(
     return full, dict(template.defaults)
 
 
+def always_active_roles(found: LayerMap, config: GrassConfig) -> tuple[Unit, ...]:
+    """The roles of a model that train at every step.
+
+    Tied embeddings are one parameter, in the role embeddings: they train if either of their two roles is to.
+    """
+    wanted = set(config.always_active)
+    if "lm_head" in wanted and "lm_head" not in {unit.name for unit in found.roles}:
+        wanted.add("embeddings")
+    return tuple(unit for unit in found.roles if unit.name in wanted)
+
+
 def _choose_units(
     model: nn.Module, found: LayerMap, config: GrassConfig, groups: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
@@ -242,12 +255,7 @@ def _choose_units(
             f"{len(empty)} of {len(layers)} layers have no parameter to train ({empty[0]}, ...); "
             "every layer of the stack competes for sampling, so leave their requires_grad on and pass them in params."
         )
-    # Tied embeddings are one parameter in the role embeddings: they train if either of their two roles does.
-    wanted = set(config.always_active)
-    if "lm_head" in wanted and "lm_head" not in {unit.name for unit in found.roles}:
-        wanted.add("embeddings")
-    roles = tuple(narrowed(unit) for unit in found.roles if unit.name in wanted)
-    roles = tuple(unit for unit in roles if unit.params)
+    roles = tuple(unit for unit in map(narrowed, always_active_roles(found, config)) if unit.params)
     trains = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
     for param in model.parameters():
         if id(param) not in trains:
@@ -271,6 +279,3 @@ def _fingerprint(
         "parameter groups": [len(group["params"]) for group in groups],
         "torch version": torch.__version__,
     }
-
-
-__all__: Sequence[str] = ["Backend", "GrassOptimizer"]

@@ -12,7 +12,7 @@ from grass_dist.backends import Backend
 from grass_dist.backends.base import sum_of_squares
 from grass_dist.config import GrassConfig
 from grass_dist.discovery import Unit
-from grass_dist.errors import RanksDisagree
+from grass_dist.errors import GrassError, RanksDisagree
 from grass_dist.events import Event, Observer, Refreshed, Sampled
 from grass_dist.importance import ImportanceTracker
 from grass_dist.measurement import SquareSums
@@ -47,15 +47,15 @@ class GrassEngine:
         self.config, self.layers, self.roles = config, layers, roles
         self.backend, self.states = backend, states
         self._sampler = make_sampler(config, len(layers))
-        probing_steps = probe_steps(config, self._sampler)
-        self.schedule = Schedule(probing_steps, config.update_interval, config.sampling_interval)
+        probing = probe_steps(config, self._sampler)
+        self.schedule = Schedule(probing, config.update_interval, config.sampling_interval)
         self._tracker = ImportanceTracker([unit.numel for unit in layers], config.ema_alpha)
         self._observers = list(observers)
         self.step = 0
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
         device = backend.local(layers[0].params[0][1].detach()).device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
-        backend.attach(layers, roles, self._sums.put, probe=probing_steps > 0)
+        backend.attach(layers, roles, self._sums.put)
         if self.phase == "probe":
             self._set_trainable()
         else:
@@ -145,8 +145,12 @@ class GrassEngine:
 
     def _draw(self) -> None:
         before = self.active_layers if self.round > 0 else ()
-        chosen = draw_layers(self._sampler, self._tracker.importances, self.config, self.round)
-        self._agree_on(chosen)
+        chosen, problem = (), None
+        try:
+            chosen = draw_layers(self._sampler, self._tracker.importances, self.config, self.round)
+        except Exception as error:  # a user's sampler may raise anything, on one rank only: the others must not wait
+            problem = error
+        self._agree_on(chosen, problem)
         for layer in sorted(set(before) - set(chosen)):
             self.states.evict(layer)
         self.active_layers = chosen
@@ -155,11 +159,16 @@ class GrassEngine:
             self.states.prefetch(layer)
         self._tell(Sampled(self.step, self.round, chosen, self.probabilities))
 
-    def _agree_on(self, chosen: tuple[int, ...]) -> None:
+    def _agree_on(self, chosen: tuple[int, ...], problem: Exception | None) -> None:
         importances = self._tracker.importances.astype("<f8").tobytes()
         choice = np.asarray([self.step, self.round, *chosen], dtype="<i8").tobytes()
-        digests = self.backend.gather_bytes(hashlib.sha256(importances + choice).digest())
-        common = max(set(digests), key=digests.count)
+        mine = bytes(32) if problem else hashlib.sha256(importances + choice).digest()
+        digests = self.backend.gather_bytes(mine)
+        if problem:
+            raise problem
+        if bytes(32) in digests:
+            raise GrassError(f"Draw {self.round} at step {self.step} failed on rank {digests.index(bytes(32))}.")
+        common = max(digests, key=digests.count)  # of two equally common ones the lowest rank's, on every rank
         if odd := [rank for rank, digest in enumerate(digests) if digest != common]:
             raise RanksDisagree(
                 f"Draw {self.round} at step {self.step} came out differently on the ranks: {odd} disagree with the "

@@ -116,7 +116,7 @@ class UnitOptimizer:
             for target, state in zip(self.updated, states, strict=True):
                 if "master" in state:
                     target.copy_(state["master"])
-                own = {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items() if k != "master"}
+                own = {k: _placed(k, v, target) for k, v in state.items() if k != "master"}
                 if own:
                     self.inner.state[target] = own
 
@@ -137,6 +137,13 @@ class UnitOptimizer:
         view = self._view(param)
         if view.data_ptr() != target.data_ptr():
             target.data = view
+
+
+def _placed(key: str, value: Any, target: torch.Tensor) -> Any:
+    """A copy of a loaded state entry, where the parameter is; step counts stay where the optimizer class has them."""
+    if not torch.is_tensor(value):
+        return value
+    return value.clone() if key == "step" else value.to(target.device, copy=True)
 
 
 def _is_master(param: torch.Tensor, target: torch.Tensor) -> bool:

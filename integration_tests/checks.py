@@ -53,6 +53,10 @@ def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "fsdp2 probe": gradients_held_in_probe(rank, world_size, "fsdp2"),
         "ddp probe": gradients_held_in_probe(rank, world_size, "ddp"),
         "fsdp2 resume": resumed(rank, world_size, "fsdp2"),
+        "ddp resume": resumed(rank, world_size, "ddp"),
+        "ddp gradients": ddp_gradients(rank, world_size),
+        "fsdp2 not finite": not_finite_on_one_rank(rank, world_size, "fsdp2"),
+        "ddp not finite": not_finite_on_one_rank(rank, world_size, "ddp"),
         "ddp unused": embeddings_without_gradient(rank, world_size),
     }
 
@@ -61,6 +65,7 @@ def on_four_ranks(rank: int, world_size: int) -> dict[str, Any]:
     return {
         "fsdp2": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS),
         "hsdp": train_grass(rank, world_size, "hsdp", SETTINGS, STEPS),
+        "hsdp full": full_is_adamw(rank, world_size, "hsdp"),
         "hsdp wire": bytes_of_a_step(rank, world_size, "hsdp"),
     }
 
@@ -220,6 +225,68 @@ def embeddings_without_gradient(rank: int, world_size: int) -> dict[str, Any]:
         optimizer.zero_grad()
         reduced.append((optimizer.grass.bytes_reduced - before, expected))
     return {"reduced": reduced, "sum": sum(p.double().sum().item() for p in model.parameters())}
+
+
+def ddp_gradients(rank: int, world_size: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """Gradients of two micro-batches under DDP beside those of one process with all of them.
+
+    Each micro-batch synchronises, or the last one, or none (then the step does it); the model is given ids, or
+    embeddings, which leaves its own embeddings without a gradient.
+    """
+
+    def loss(model, inputs, micro, of_rank):
+        generator = torch.Generator().manual_seed(10 * micro + of_rank)
+        ids = torch.randint(0, 128, (2, 8), generator=generator)
+        given = {"input_ids": ids} if inputs == "ids" else {"inputs_embeds": torch.randn(2, 8, 64, generator=generator)}
+        return model(labels=ids, **given).loss / 2
+
+    out = {}
+    for inputs in ("ids", "embeddings"):
+        reference = small_llama()
+        for micro in range(2):
+            for of_rank in range(world_size):
+                (loss(reference, inputs, micro, of_rank) / world_size).backward()
+        expected = {n: p.grad for n, p in reference.named_parameters()}
+        for mode in ("each", "last", "none"):
+            model = wrapped(small_llama(), "ddp", world_size)
+            config = grass_dist.GrassConfig(active_layers=2, probe_steps=0, update_interval=1, sampling_interval=9)
+            optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, {"lr": 0.0}, config=config)
+            units = optimizer.grass.trainable_units()
+            for micro in range(2):
+                quiet = mode == "none" or (mode == "last" and micro == 0)
+                with model.no_sync() if quiet else contextlib.nullcontext():
+                    loss(model, inputs, micro, rank).backward()
+            optimizer.clip_grad_norm_(1e9)  # makes gradients final; the step then has nothing more to reduce
+            once = optimizer.grass.bytes_reduced
+            pairs = [
+                (p.grad, expected[n.removeprefix("module.")]) for u in units for n, p in u.params if p.grad is not None
+            ]
+            worst = max((g - (torch.zeros_like(g) if e is None else e)).abs().max().item() for g, e in pairs)
+            optimizer.clip_grad_norm_(1e-3)
+            optimizer.step()
+            layer = units[0]
+            squares = sum(expected[n.removeprefix("module.")].double().square().sum().item() for n, _ in layer.params)
+            out[mode, inputs] = {
+                "worst": worst,
+                "largest": max(g.abs().max().item() for g, _ in pairs),
+                "importance": optimizer.grass.importances[layer.index],
+                "expected importance": (squares / layer.numel) ** 0.5,
+                "reduced once": once == optimizer.grass.bytes_reduced,
+            }
+    return out
+
+
+def not_finite_on_one_rank(rank: int, world_size: int, backend: str) -> dict[str, Any]:
+    """A probe of three steps, in the second of which the last rank's loss is not finite."""
+    model = wrapped(small_llama(), backend, world_size)
+    config = grass_dist.GrassConfig(active_layers=2, probe_steps=3)
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
+    for step in range(3):
+        x = global_batch(step, 2 * world_size)[2 * rank : 2 * rank + 2]
+        scale = float("inf") if step == 1 and rank == world_size - 1 else 1.0
+        (model(input_ids=x, labels=x).loss * scale).backward()
+        optimizer.step()
+    return {"dropped": optimizer.grass.dropped, "importances": optimizer.grass.importances}
 
 
 def resumed(rank: int, world_size: int, backend: str) -> dict[str, Any]:

@@ -35,7 +35,14 @@ def check_parity(runs, reference, tolerance=1e-5):
     assert all(run["active"] == reference["active"] for run in runs)
     worst = max((first["params"][n] - p).abs().max().item() for n, p in reference["params"].items())
     assert worst <= tolerance
-    assert all(run["params"].keys() == reference["params"].keys() for run in runs)
+    for run in runs:  # whole parameters: gathered from shards, or each replica's own
+        assert run["params"].keys() == reference["params"].keys()
+        assert all(torch.equal(run["params"][n], p) for n, p in first["params"].items())
+        assert all(
+            a == pytest.approx(b, nan_ok=True, rel=0)
+            for a, b in zip(run["importances"], first["importances"], strict=True)
+        )
+        assert run["norms"] == first["norms"]
     for ours, theirs in zip(first["importances"], reference["importances"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=True)
     losses = [sum(run["losses"][i] for run in runs) / len(runs) for i in range(STEPS)]
@@ -81,6 +88,7 @@ def test_bf16_weights_with_fp32_masters(two, name):
     for name, theirs in reference["params"].items():
         moved += (theirs - start[name]).square().sum().item()
         rounded += (runs[0]["params"][name] - theirs).square().sum().item()
+    assert runs[0]["state_bytes"] > 0
     assert math.sqrt(rounded / moved) < 0.1  # bf16 gradients differ by rounding; the trajectory is the same
     assert runs[0]["frozen_moved"] == runs[1]["frozen_moved"] == 0
 
@@ -99,9 +107,9 @@ def test_state_bytes_are_those_of_the_layers_that_have_trained(two, reference):
         assert run["fsdp2 bf16"]["state_bytes"] == 12 * numel / 2 + steps  # and the master
 
 
-@pytest.mark.parametrize("name", ["fsdp2 full", "ddp full"])
-def test_with_all_layers_and_no_probe_it_is_adamw_to_the_bit(two, name):
-    for run in two:
+@pytest.mark.parametrize("name", ["fsdp2 full", "ddp full", "hsdp full"])
+def test_with_all_layers_and_no_probe_it_is_adamw_to_the_bit(two, four, name):
+    for run in four if name == "hsdp full" else two:
         assert run[name]["compared"] > 70 and run[name]["differing"] == []
 
 
@@ -159,6 +167,25 @@ def test_under_ddp_a_unit_without_a_gradient_holds_nothing_up(two):
     assert two[0]["ddp unused"] == two[1]["ddp unused"]
 
 
-def test_a_saved_run_continues_to_the_bit(two):
+@pytest.mark.parametrize("name", ["fsdp2 resume", "ddp resume"])
+def test_a_saved_run_continues_to_the_bit(two, name):
     for run in two:
-        assert run["fsdp2 resume"] == {"differing": [], "same layers": True, "step": 20}
+        assert run[name] == {"differing": [], "same layers": True, "step": 20}
+
+
+@pytest.mark.parametrize("mode", ["each", "last", "none"])
+@pytest.mark.parametrize("inputs", ["ids", "embeddings"])
+def test_under_ddp_gradients_and_importances_are_the_average_whatever_synchronises(two, mode, inputs):
+    for run in two:
+        seen = run["ddp gradients"][mode, inputs]
+        assert seen["worst"] < 1e-6 < seen["largest"]
+        assert seen["importance"] == pytest.approx(seen["expected importance"], rel=1e-5)
+        assert seen["reduced once"]
+
+
+@pytest.mark.parametrize("name", ["fsdp2 not finite", "ddp not finite"])
+def test_a_norm_that_is_not_finite_on_one_rank_is_dropped_on_all(two, name):
+    for run in two:
+        assert run[name]["dropped"] == 1
+        assert all(math.isfinite(m) and m > 0 for m in run[name]["importances"])
+    assert two[0][name] == two[1][name]

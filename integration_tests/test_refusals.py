@@ -46,6 +46,20 @@ def disagreeing_draw(rank: int) -> str:
     return refused(train)
 
 
+def failing_draw(rank: int) -> str:
+    def draw(importances, generator):
+        if rank == 1:
+            raise RuntimeError("out of luck")
+        return [0, 1]
+
+    grass_dist.register_sampler("by-luck", draw)
+    try:
+        optimizer_for(wrapped(small_llama(), "ddp", 2), sampler="by-luck")
+    except (grass_dist.GrassError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
 def everything(rank: int, world_size: int) -> dict[str, str]:
     mesh = init_device_mesh("cpu", (world_size,))
 
@@ -68,6 +82,7 @@ def everything(rank: int, world_size: int) -> dict[str, str]:
         "models": refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), layers=[None, "nope"][rank])),
         "one rank": refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), active_layers=2 + 90 * rank)),
         "draw": disagreeing_draw(rank),
+        "failing draw": failing_draw(rank),
         "half sharded": refused(half_sharded),
         "never sharded": refused(never_sharded),
         "static graph": refused(lambda: optimizer_for(DistributedDataParallel(small_llama(), static_graph=True))),
@@ -87,6 +102,7 @@ def sentences():
         ("models", "GrassError: rank 1: layers='nope': ", "ConfigError: layers='nope': "),
         ("one rank", "GrassError: rank 1: active_layers=92: the model has 8 layers", "ConfigError: active_layers=92: "),
         ("draw", "RanksDisagree: Draw 1 at step 2 came out differently on the ranks: ", None),
+        ("failing draw", "GrassError: Draw 0 at step 0 failed on rank 1.", "RuntimeError: out of luck"),
         ("half sharded", "UnsupportedModel: 3 parameters are not sharded (model.embed_tokens.weight, ...)", None),
         ("never sharded", "UnsupportedModel: The parameters are DTensors but no module is sharded", None),
         ("static graph", "UnsupportedModel: DistributedDataParallel(static_graph=True) expects", None),

@@ -13,6 +13,7 @@ import argparse
 import datetime
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ import transformers
 from torch import nn
 
 import grass_dist
+from grass_dist.api import always_active_roles
 from grass_dist.discovery import LayerMap, find_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import setup
 from grass_dist.training.answers import answer_from_folder, greedy_answer
-from grass_dist.training.batches import make_batches
+from grass_dist.training.batches import Examples, make_batches
 from grass_dist.training.config import RunConfig, flat_settings, load_config
 from grass_dist.training.data import Data, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
@@ -50,6 +52,7 @@ def main() -> int:
     except GrassError as error:
         if world.is_main or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        torch.distributed.destroy_process_group()
         return 1
     world.leave()
     return 0
@@ -74,14 +77,18 @@ def finetune(config: RunConfig, world: World) -> None:
     layers = find_layers(model, config.grass.layers)
     folder = Path(config.output_dir) / config.name
     world.together(lambda: make_run_folder(config) if world.is_main else None)  # all input is good: now may files go
-    question = _question(config, data, tokenizer) if world.is_main else None
-    answer = greedy_answer(model, tokenizer, question["ids"], config.answer_tokens) if question else None
+    about = _about(config, world, layers, data, model)
+    log = world.together(lambda: MetricsLog(folder, about) if world.is_main else None)
+    question = world.together(lambda: _question(config, data, tokenizer) if world.is_main else None)
+    answer = world.together(partial(_answer_before, config, world, model, tokenizer, question))
 
+    torch.manual_seed(config.train.seed + 1 + world.rank)  # dropout differs on the ranks
     model = setup.parallelise(model, config, world, layers)
     reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
-    log = MetricsLog(folder, _about(config, world, layers, data, model)) if world.is_main else None
     if log and question:
         log.write("answer", 0, when="before", prompt=question["prompt"], text=answer, expected=question["expected"])
+    if isinstance(data.train, Examples) and data.train.dropped:
+        reporter.say(f"{data.train.dropped} examples have no token of their completion within max_length: left out")
     optimizer = grass_dist.GrassOptimizer(
         model,
         torch.optim.AdamW,
@@ -97,23 +104,54 @@ def finetune(config: RunConfig, world: World) -> None:
     if log:
         log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)
     if config.save_model:
-        save_pretrained(model, tokenizer, folder / "model", world)
-    if log:
-        if config.save_model and question:
+        world.together(partial(save_pretrained, model, tokenizer, folder / "model", world))
+    del optimizer, model  # their memory is free for the model that answers
+    world.together(lambda: _conclude(config, world, tokenizer, question, answer, reporter, log) if log else None)
+
+
+def _answer_before(
+    config: RunConfig, world: World, model: nn.Module, tokenizer: Any, question: dict[str, Any] | None
+) -> str | None:
+    """On the main rank, on its device for as long as it takes; the other ranks, without a question, wait."""
+    if question is None:
+        return None
+    try:
+        return greedy_answer(model.to(world.device), tokenizer, question["ids"], config.answer_tokens)
+    except torch.cuda.OutOfMemoryError:
+        return "(the whole model does not fit on one device)"
+    finally:
+        model.to("cpu")
+
+
+def _conclude(
+    config: RunConfig,
+    world: World,
+    tokenizer: Any,
+    question: dict[str, Any] | None,
+    before: str | None,
+    reporter: Reporter,
+    log: MetricsLog,
+) -> None:
+    """On the main rank: the answer of the saved model, and the report."""
+    from grass_dist.report import build_report
+
+    if config.save_model and question:
+        try:
             text = answer_from_folder(
-                str(folder / "model"),
+                str(log.folder / "model"),
                 tokenizer,
                 question["ids"],
                 config.answer_tokens,
+                world.device,
                 trust_remote_code=config.model.trust_remote_code,
             )
-            about = {"prompt": question["prompt"], "text": text, "expected": question["expected"]}
-            log.write("answer", config.train.max_steps, when="after", **about)
-            reporter.say(f"\nquestion: {question['prompt']}\n\nbefore: {answer}\n\nafter: {text}\n")
-        log.close()
-        from grass_dist.report import build_report
-
-        reporter.say(f"report: {build_report(folder)}")
+        except torch.cuda.OutOfMemoryError:
+            text = "(the whole model does not fit on one device)"
+        about = {"prompt": question["prompt"], "text": text, "expected": question["expected"]}
+        log.write("answer", config.train.max_steps, when="after", **about)
+        reporter.say(f"\nquestion: {question['prompt']}\n\nbefore: {before}\n\nafter: {text}\n")
+    log.close()
+    reporter.say(f"report: {build_report(log.folder)}")
 
 
 def train(
@@ -138,7 +176,8 @@ def train(
         rank=world.rank,
         world_size=world.size,
     )
-    for step, micro_batches in zip(range(settings.max_steps + 1), batches, strict=False):
+    following = iter(batches)
+    for step in range(settings.max_steps + 1):
         last = step == settings.max_steps
         if len(data.held_out) and (step == 0 or last or (settings.eval_every and step % settings.eval_every == 0)):
             loss = evaluate(model, data.held_out, settings.micro_batch_size, pad_token_id, world)
@@ -147,6 +186,8 @@ def train(
                 log.write("eval", step, loss=loss)
         if last:
             break
+        # A row of a stream is read by one rank alone, and may be one that cannot be used.
+        micro_batches = world.together(lambda: next(following)) if config.data.streaming else next(following)
         began, reduced = time.perf_counter(), grass.bytes_reduced
         phase, active, rate = grass.phase, grass.active_layers, scheduler.get_last_lr()[0]
         result = train_step(model, optimizer, micro_batches, pad_token_id, settings.clip_grad_norm, world)
@@ -199,7 +240,7 @@ def _question(config: RunConfig, data: Data, tokenizer: Any) -> dict[str, Any] |
 
 def _about(config: RunConfig, world: World, layers: LayerMap, data: Data, model: nn.Module) -> dict[str, Any]:
     """run.json: what does not change during the run."""
-    always = [unit for unit in layers.roles if unit.name in config.grass.always_active]
+    always = always_active_roles(layers, config.grass)
     kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     return {
         "name": config.name,

@@ -23,9 +23,9 @@ the device). A slot that is given twice in a step keeps the later value."""
 class Backend(ABC):
     """How one way of wrapping a model reduces gradients.
 
-    The engine calls, in this order: `attach` once; then for every optimizer step `finish_gradients`, and whenever
-    the trainable layers change `set_trainable`. Between them the backend reports each layer's reduced gradient to
-    the sink, and in a probe frees it at once.
+    The engine calls `attach` once, `set_trainable` whenever the trainable layers change, and `finish_gradients` at the
+    end of every optimizer step (and before it, if gradients are clipped). Between them the backend reports each
+    layer's reduced gradient to the sink, and in a probe frees it at once.
     """
 
     name: str
@@ -35,8 +35,8 @@ class Backend(ABC):
     """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
 
     @abstractmethod
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, *, probe: bool) -> None:
-        """Hooks into the gradients of ``layers`` and ``roles``; ``probe`` says whether a probe phase will come."""
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
+        """Hooks into the gradients of ``layers`` and ``roles``."""
 
     @abstractmethod
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
@@ -114,17 +114,13 @@ class HookedBackend(Backend):
         self._fired: Counter[tuple[str, int]] = Counter()
         self._sums: HostSums | None = None
 
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, *, probe: bool) -> None:
-        self._units = [*layers, *roles]
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
+        self._layers, self._units = list(layers), [*layers, *roles]
         self._by_name = {unit.name: unit for unit in self._units}
         self._sink = sink
         for unit in self._units:
             for slot, (_, param) in enumerate(unit.params):
                 param.register_post_accumulate_grad_hook(partial(self._on_gradient, unit, slot))
-        if probe and self.accumulation_steps > 1:
-            self._sums = HostSums(
-                {(u.name, i): self.local(p.detach()) for u in layers for i, (_, p) in enumerate(u.params)}
-            )
 
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
         on = {unit.name for unit in units}
@@ -134,8 +130,12 @@ class HookedBackend(Backend):
                 if unit.name not in on:
                     param.grad = None
         self._probing, self._measuring = probing, measuring
-        if not probing:
-            self._sums = None
+        self._fired.clear()
+        self._sums = None
+        if probing and self.accumulation_steps > 1:
+            self._sums = HostSums(
+                {(u.name, i): self.local(p.detach()) for u in self._layers for i, (_, p) in enumerate(u.params)}
+            )
 
     def finish_gradients(self) -> None:
         if self._probing and self._sums is not None:

@@ -28,6 +28,7 @@ class _Bucket:
     def put(self, slot: int, grad: torch.Tensor | None, world_size: int) -> None:
         """Copies ``grad / world_size`` in (zeros for None) and makes the parameter's ``.grad`` a view of it."""
         param = self.params[slot]
+        assert self.work is None, "a bucket that is being reduced takes no gradient"
         if self.flat is None:
             self.flat = torch.empty(self.numel, dtype=param.dtype, device=param.device)
         start = sum(p.numel() for s, p in self.params.items() if s < slot)
@@ -81,8 +82,8 @@ class DdpBackend(HookedBackend):
         self._order: list[_Bucket] = []
         self._sent = 0
 
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, *, probe: bool) -> None:
-        super().attach(layers, roles, sink, probe=probe)
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
+        super().attach(layers, roles, sink)
         tail = [u for u in roles if u.name != "embeddings"]
         head = [u for u in roles if u.name == "embeddings"]
         for unit in [*reversed(tail), *reversed(layers), *head]:  # the order in which the backward finishes them
@@ -99,19 +100,26 @@ class DdpBackend(HookedBackend):
 
     def finish_gradients(self) -> None:
         super().finish_gradients()
-        unsent = self._order[self._sent :]
-        begun = self._sent > 0 or any(bucket.flat is not None for bucket in unsent)
-        held = any(p.grad is not None for bucket in unsent for p in bucket.params.values())
-        # Left over: buckets that wait for a parameter without a gradient, and all if the last backward was no_sync.
-        if begun or (held and not self._sync):
-            for bucket in unsent:
-                for slot in sorted(bucket.missing):
-                    bucket.put(slot, bucket.params[slot].grad, self.world_size)
-            self._send_full_buckets()
+        held = any(p.grad is not None for bucket in self._order for p in bucket.params.values())
+        if self._begun() or (held and not self._sync):  # the last backward waits for a gradient, or was no_sync
+            self._complete()
+        self._sync = True  # all is reduced: clipping and the step both come here
+
+    def _begun(self) -> bool:
+        """Whether a backward left buckets that wait for a parameter without a gradient."""
+        return self._sent > 0 or any(bucket.flat is not None for bucket in self._order)
+
+    def _complete(self) -> None:
+        for bucket in self._order[self._sent :]:
+            for slot in sorted(bucket.missing):
+                bucket.put(slot, bucket.params[slot].grad, self.world_size)
+        self._send_full_buckets()
 
     def _before_forward(self, ddp: nn.Module, _: object) -> None:
         self._user_sync = ddp.require_backward_grad_sync
         if torch.is_grad_enabled():
+            if self._begun():  # before this micro-batch adds to gradients that are being reduced
+                self._complete()
             self._sync = bool(self._user_sync)
         ddp.require_backward_grad_sync = False  # type: ignore[assignment]
 

@@ -58,8 +58,8 @@ class Fsdp2Backend(HookedBackend):
         model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe)
         self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
 
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, *, probe: bool) -> None:
-        super().attach(layers, roles, sink, probe=probe)
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
+        super().attach(layers, roles, sink)
         dtype = reduce_dtype(self.model)
         self._wire_bytes = {
             (u.name, i): _reduced_bytes(cast(DTensor, p), dtype or p.dtype)

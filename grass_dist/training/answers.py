@@ -26,12 +26,17 @@ def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_n
 
 
 def answer_from_folder(
-    folder: str, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int, *, trust_remote_code: bool = False
+    folder: str,
+    tokenizer: Any,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    device: torch.device,
+    *,
+    trust_remote_code: bool,
 ) -> str:
     """The same from a model that was saved as a Hugging Face folder, loaded as anybody would load it."""
     from transformers import AutoModelForCausalLM
 
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
     model = model.to(device)
     return greedy_answer(model, tokenizer, prompt_ids, max_new_tokens)

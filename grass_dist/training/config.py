@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from grass_dist.config import GrassConfig, StrictModel
 from grass_dist.errors import ConfigError
+from grass_dist.samplers import make_sampler, probe_steps
 from grass_dist.training.data_config import DataConfig
 
 
@@ -127,6 +128,27 @@ class RunConfig(StrictModel):
     @classmethod
     def _name_of_a_backend(cls, value: Any) -> Any:
         return {"backend": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> RunConfig:
+        grass, steps = self.grass, self.train.max_steps
+        try:
+            sampler = make_sampler(grass, max((grass.active_layers, *(i + 1 for i in grass.fixed_layers))))
+        except ConfigError as error:
+            raise error.under("grass") from None
+        if (probing := probe_steps(grass, sampler)) >= steps:
+            fix = "use more steps or a smaller grass.probe_steps"
+            raise ConfigError(
+                "train.max_steps", steps, f"the probe takes {probing} steps and nothing would be trained", fix
+            )
+        if self.train.warmup_steps >= steps - probing:
+            raise ConfigError(
+                "train.warmup_steps",
+                self.train.warmup_steps,
+                f"only {steps - probing} steps update, so the learning rate would never be reached",
+                "use fewer",
+            )
+        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

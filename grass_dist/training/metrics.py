@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ class MetricsLog:
     def write(self, event: str, step: int, **values: Any) -> None:
         """One event; floats that are not finite become null."""
         line = {"event": event, "step": step, **{name: _plain(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:  # a full disk must not end training on this rank while the others wait for it
+            print(f"warning: {self._file.name}: {error.strerror}; step {step} is not recorded.", file=sys.stderr)
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 self._board.add_scalar(f"{event}/{name}", value, step)

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from grass_dist.config import check_num_layers
 from grass_dist.discovery import LayerMap, find_layers
 from grass_dist.errors import ConfigError
-from grass_dist.samplers import make_sampler, probe_steps
 from grass_dist.training.batches import check_divides
 from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.training.packaged_model import resolve_model
@@ -69,16 +68,8 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     try:
         layers = find_layers(model, config.grass.layers)
         check_num_layers(config.grass, len(layers.layers))
-        sampler = make_sampler(config.grass, len(layers.layers))
     except ConfigError as error:
         raise error.under("grass") from None
-    if (probing := probe_steps(config.grass, sampler)) >= config.train.max_steps:
-        raise ConfigError(
-            "train.max_steps",
-            config.train.max_steps,
-            f"the probe takes {probing} steps and nothing would be trained",
-            "use more steps or a smaller grass.probe_steps",
-        )
     model.config.use_cache = False
     if settings.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -6,7 +6,7 @@ import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup
+    """All ranks again, for waiting where one of them works alone (saving, answering): the timeout is a day."""
 
     @classmethod
     def join(cls, timeout: datetime.timedelta) -> World:
@@ -33,7 +35,12 @@ class World:
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         device = torch.device("cpu")
         if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            if local_rank >= torch.cuda.device_count():
+                raise GrassError(
+                    f"rank {rank} is number {local_rank} on its host, which has {torch.cuda.device_count()} GPUs; "
+                    "start one rank for each GPU at most."
+                )
+            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         # transformers imports DeepSpeed where that is installed, which else guesses the accelerator and says so.
         os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -43,7 +50,8 @@ class World:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-        return cls(rank, local_rank, size, device)
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        return cls(rank, local_rank, size, device, cast(dist.ProcessGroup, patient))
 
     @property
     def is_main(self) -> bool:
@@ -57,18 +65,24 @@ class World:
             must_agree: values that have to be equal on all ranks, by the names that an error shows.
 
         Raises:
-            GrassError: this rank's error, or the first other rank's, named.
+            GrassError: this rank's error, or the first other rank's, named. An `OSError` becomes one; any other
+                error is raised as it is on its own rank.
         """
-        problem, result = None, None
+        problem: Exception | None = None
+        result = None
         try:
             result = work()
-        except GrassError as error:
+        except OSError as error:
+            problem = GrassError(f"{error.filename or 'input or output'}: {error.strerror or error}.")
+        except Exception as error:
             problem = error
         reports: list[Any] = [None] * self.size
         shown = {name: repr(value) for name, value in must_agree.items()}
-        dist.all_gather_object(reports, (str(problem) if problem else None, shown))
+        text = f"{'' if isinstance(problem, GrassError) else type(problem).__name__ + ': '}{problem}"
+        dist.all_gather_object(reports, (text if problem else None, shown), group=self.patient)
         if problem is not None:
-            problem.on_every_rank = True
+            if isinstance(problem, GrassError):
+                problem.on_every_rank = True
             raise problem
         raise_if_ranks_differ(reports)
         return result  # type: ignore[return-value]
@@ -87,5 +101,5 @@ class World:
 
     def leave(self) -> None:
         """Waits for the others, then ends the process group, so that no rank aborts another's teardown."""
-        dist.barrier()
+        dist.barrier(group=self.patient)
         dist.destroy_process_group()

@@ -50,8 +50,11 @@ def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "fsdp2 wire": bytes_of_a_step(rank, world_size, "fsdp2"),
         "ddp wire": bytes_of_a_step(rank, world_size, "ddp"),
         "fsdp2 wire bf16": bytes_of_a_step(rank, world_size, "fsdp2", torch.bfloat16),
-        "fsdp2 probe": gradients_held_in_probe(rank, world_size, "fsdp2"),
-        "ddp probe": gradients_held_in_probe(rank, world_size, "ddp"),
+        **{
+            f"{backend} probe {micro}": gradients_held_in_probe(rank, world_size, backend, micro)
+            for backend in ("fsdp2", "ddp")
+            for micro in (1, 2)
+        },
         "fsdp2 resume": resumed(rank, world_size, "fsdp2"),
         "ddp resume": resumed(rank, world_size, "ddp"),
         "ddp gradients": ddp_gradients(rank, world_size),
@@ -157,18 +160,20 @@ def layers_reached_by_backward(model: nn.Module, optimizer: grass_dist.GrassOpti
     return reached
 
 
-def gradients_held_in_probe(rank: int, world_size: int, backend: str) -> dict[str, Any]:
-    """The most bytes of gradients that parameters hold at any hook of a probe with accumulation, on this rank."""
+def gradients_held_in_probe(rank: int, world_size: int, backend: str, accumulation: int) -> dict[str, Any]:
+    """The most bytes of gradients that parameters hold at any hook of a probe, on this rank."""
     model = wrapped(small_llama(), backend, world_size)
     config = grass_dist.GrassConfig(active_layers=1, probe_steps=2, sampling_interval=2, update_interval=2)
     held = HeldGradients(model)
-    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config, gradient_accumulation_steps=2)
+    optimizer = grass_dist.GrassOptimizer(
+        model, torch.optim.AdamW, ADAMW, config=config, gradient_accumulation_steps=accumulation
+    )
     state_in_probe = 0
     for step in range(2):
         x = global_batch(step, 4 * world_size)
-        for micro in range(2):
+        for micro in range(accumulation):
             mine = x[(micro * world_size + rank) * 2 :][:2]
-            (model(input_ids=mine, labels=mine).loss / 2).backward()
+            (model(input_ids=mine, labels=mine).loss / accumulation).backward()
         optimizer.step()
         state_in_probe += optimizer.state_bytes
     return {

@@ -14,18 +14,18 @@ ADAMW = {"lr": 1e-3, "eps": 1e-6}
 CLIP = 0.5
 
 
-def small_llama(dtype: torch.dtype = torch.float32, layers: int = LAYERS, tied: bool = False) -> LlamaForCausalLM:
+def small_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=layers,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         attn_implementation="eager",
-        tie_word_embeddings=tied,
+        tie_word_embeddings=False,
         use_cache=False,
     )
     return LlamaForCausalLM(config).to(dtype)

@@ -152,13 +152,14 @@ def test_the_backward_stops_at_the_lowest_active_layer(two):
             assert all(reached == 0 for _, reached in run[name]["with roles"]["lowest"])
 
 
-def test_a_probe_holds_one_layers_gradient_and_updates_nothing(two):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_probe_holds_one_layers_gradient_and_updates_nothing(two, accumulation):
     for run in two:
-        probe = run["fsdp2 probe"]
-        assert 0 < probe["peak"] <= probe["layer"] < probe["all"] / 8
+        sharded, replicated = f"fsdp2 probe {accumulation}", f"ddp probe {accumulation}"
+        assert 0 < run[sharded]["peak"] <= run[sharded]["layer"] < run[sharded]["all"] / 8
         # DDP: the layer that is being reduced and the one that the backward is at; training itself needs one
-        assert 0 < run["ddp probe"]["peak"] <= 2 * run["ddp probe"]["layer"]
-        for name in ("fsdp2 probe", "ddp probe"):
+        assert 0 < run[replicated]["peak"] <= 2 * run[replicated]["layer"]
+        for name in (sharded, replicated):
             assert run[name]["hooks"] > 0 and run[name]["left"] == run[name]["state"] == run[name]["moved"] == 0
 
 

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import packaged_model
-from grass_dist.training.batches import make_batches, pack
-from grass_dist.training.data import Examples, Stream, collate, load_data, load_rows, render_prompt, tokenise
+from grass_dist.training.batches import collate, make_batches, pack
+from grass_dist.training.data import Examples, Stream, load_data, load_rows, render_prompt, tokenise
 from grass_dist.training.data_config import DataConfig, check_packing, fill
 
 CHATML = (

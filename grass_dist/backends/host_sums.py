@@ -25,10 +25,6 @@ class HostSums:
         self._device = {key: shard.device for key, shard in shards.items()}
         self._begun: dict[Hashable, None] = {}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._sums.values())
-
     def add(self, key: Hashable, grad: torch.Tensor, *, last: bool) -> torch.Tensor | None:
         """Adds a micro-batch's gradient; gives the whole sum on the gradient's device if it was the last one."""
         host = self._sums[key]

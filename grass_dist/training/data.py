@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training.batches import IGNORED, Example, Examples, has_labels, pack, permutation
-from grass_dist.training.batches import collate as collate
 from grass_dist.training.data_config import GENERATED, SPLIT, DataConfig, fill, is_file
 
 Row = dict[str, Any]

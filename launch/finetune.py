@@ -44,7 +44,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
     args = parser.parse_args()
     config, problem = read_config(args.config, args.overrides)
-    world = World.join(datetime.timedelta(seconds=config.train.timeout_seconds if config else 60))
+    try:
+        world = World.join(datetime.timedelta(seconds=config.train.timeout_seconds if config else 60))
+    except GrassError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     try:
         config = world.together(lambda: config or _raise(problem))
         world.together(lambda: None, **flat_settings(config))

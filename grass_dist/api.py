@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -20,6 +21,8 @@ from grass_dist.events import Observer
 from grass_dist.offload import ResidentStates
 from grass_dist.optimizer import UnitOptimizer
 from grass_dist.samplers import make_sampler
+
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -73,6 +76,11 @@ class GrassOptimizer(torch.optim.Optimizer):
                 raise ConfigError(
                     "gradient_accumulation_steps", gradient_accumulation_steps, "is below 1", "use 1 or more"
                 )
+            if model in _ATTACHED:
+                raise UnsupportedModel(
+                    "The model has a GrassOptimizer already, whose hooks are in its parameters; "
+                    "load a state into that one, or build the model anew."
+                )
             found = find_layers(model, config.layers)
             check_num_layers(config, len(found.layers))
             make_sampler(config, len(found.layers))
@@ -83,6 +91,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         agree_at_start(backend, problem, _fingerprint(config, found, groups, optimizer_class, kwargs))
         super().__init__(groups, defaults)
         self._model, self._backend = model, backend
+        _ATTACHED.add(model)
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
         self._states = ResidentStates(self._layer_optimizers)

@@ -411,6 +411,8 @@ def test_what_cannot_work_is_one_sentence():
         grass(model, params=list(model.layers[7].parameters()))
     with pytest.raises(GrassError, match="cannot take another parameter group"):
         grass(model).add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(UnsupportedModel, match="has a GrassOptimizer already"):
+        grass(model)
     with pytest.raises(ValueError, match="build it with the same model and groups"):
         grass(tiny()).load_state_dict(grass(tiny(layers=4)).state_dict())
 

@@ -6,6 +6,7 @@
 All variants train the same model (SmolLM2-135M unless --model) under FSDP2 on the same tokens. They take turns step by
 step in one run, in an order that rotates, so that whatever slows the machine slows all of them. A step's time is that
 of the slowest rank; ratios are formed within a round and the median over the rounds is shown with the quartiles.
+On GPUs the weights are bfloat16: GRASS then keeps fp32 masters, which the stock AdamW of the other variants does not.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ def check_parity(runs, reference, tolerance=1e-5):
     first = runs[0]
     assert all(run["active"] == reference["active"] for run in runs)
     worst = max((first["params"][n] - p).abs().max().item() for n, p in reference["params"].items())
+    print(f"worst parameter difference {worst:.1e}")  # shown by pytest -rP
     assert worst <= tolerance
     for run in runs:  # whole parameters: gathered from shards, or each replica's own
         assert run["params"].keys() == reference["params"].keys()

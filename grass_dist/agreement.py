@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grass_dist.backends import Backend
+from grass_dist.backends.base import Ranks
 from grass_dist.errors import GrassError, RanksDisagree
 
 
-def agree_at_start(backend: Backend, problem: Exception | None, fingerprint: Mapping[str, Any]) -> None:
+def agree_at_start(ranks: Ranks, problem: Exception | None, fingerprint: Mapping[str, Any]) -> None:
     """Raises on every rank if one has a problem, or if ``fingerprint`` differs between two of them.
 
     Over the wire: one all-gather of the fingerprints, a few kB each.
@@ -19,7 +19,7 @@ def agree_at_start(backend: Backend, problem: Exception | None, fingerprint: Map
         RanksDisagree: names the first entry that differs and the ranks' values.
     """
     shown = {name: repr(value) for name, value in fingerprint.items()}
-    reports = backend.gather_objects((str(problem) if problem else None, shown))
+    reports = ranks.gather_objects((str(problem) if problem else None, shown))
     if problem is not None:
         if isinstance(problem, GrassError):
             problem.on_every_rank = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -11,18 +9,17 @@ import torch
 from torch import nn
 
 from grass_dist.agreement import agree_at_start
+from grass_dist.assembly import choose_units, fingerprint, refuse_second, remember
 from grass_dist.backends import backend_for
 from grass_dist.clipping import clip_grads
 from grass_dist.config import GrassConfig, check_num_layers
 from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.engine import GrassEngine
-from grass_dist.errors import ConfigError, GrassError, UnsupportedModel
+from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
 from grass_dist.offload import ResidentStates
 from grass_dist.optimizer import UnitOptimizer
 from grass_dist.samplers import make_sampler
-
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -76,22 +73,18 @@ class GrassOptimizer(torch.optim.Optimizer):
                 raise ConfigError(
                     "gradient_accumulation_steps", gradient_accumulation_steps, "is below 1", "use 1 or more"
                 )
-            if model in _ATTACHED:
-                raise UnsupportedModel(
-                    "The model has a GrassOptimizer already, whose hooks are in its parameters; "
-                    "load a state into that one, or build the model anew."
-                )
+            refuse_second(model)
             found = find_layers(model, config.layers)
             check_num_layers(config, len(found.layers))
             make_sampler(config, len(found.layers))
             groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
-            layers, roles = _choose_units(model, found, config, groups)
+            layers, roles = choose_units(model, found, config, groups)
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
-        agree_at_start(backend, problem, _fingerprint(config, found, groups, optimizer_class, kwargs))
+        agree_at_start(backend, problem, fingerprint(config, found, groups, optimizer_class, kwargs))
         super().__init__(groups, defaults)
         self._model, self._backend = model, backend
-        _ATTACHED.add(model)
+        remember(model)
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
         self._states = ResidentStates(self._layer_optimizers)
@@ -233,58 +226,3 @@ def _full_groups(
     filled = iter(template.param_groups)
     full = [{**next(filled), "params": g["params"]} if g["params"] else g for g in groups]
     return full, dict(template.defaults)
-
-
-def always_active_roles(found: LayerMap, config: GrassConfig) -> tuple[Unit, ...]:
-    """The roles of a model that train at every step.
-
-    Tied embeddings are one parameter, in the role embeddings: they train if either of their two roles is to.
-    """
-    wanted = set(config.always_active)
-    if "lm_head" in wanted and "lm_head" not in {unit.name for unit in found.roles}:
-        wanted.add("embeddings")
-    return tuple(unit for unit in found.roles if unit.name in wanted)
-
-
-def _choose_units(
-    model: nn.Module, found: LayerMap, config: GrassConfig, groups: Sequence[Mapping[str, Any]]
-) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """The layers and the always-active roles, each with those of its parameters that the groups train.
-
-    Every other parameter of the model is frozen for good.
-    """
-    trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
-
-    def narrowed(unit: Unit) -> Unit:
-        return dataclasses.replace(unit, params=tuple((n, p) for n, p in unit.params if id(p) in trained))
-
-    layers = tuple(narrowed(unit) for unit in found.layers)
-    if empty := [unit.name for unit in layers if not unit.params]:
-        raise UnsupportedModel(
-            f"{len(empty)} of {len(layers)} layers have no parameter to train ({empty[0]}, ...); "
-            "every layer of the stack competes for sampling, so leave their requires_grad on and pass them in params."
-        )
-    roles = tuple(unit for unit in map(narrowed, always_active_roles(found, config)) if unit.params)
-    trains = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
-    for param in model.parameters():
-        if id(param) not in trains:
-            param.requires_grad_(False)
-    return layers, roles
-
-
-def _fingerprint(
-    config: GrassConfig,
-    found: LayerMap | None,
-    groups: Sequence[Mapping[str, Any]],
-    optimizer_class: type,
-    kwargs: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What must be equal on all ranks, by the names that an error shows."""
-    layers = [(u.name, u.numel, len(u.params)) for u in (*found.layers, *found.roles)] if found else None
-    return {
-        **{f"grass.{name}": value for name, value in config.model_dump().items()},
-        "model layers": layers,
-        "optimizer": (optimizer_class.__name__, sorted(kwargs.items(), key=repr)),
-        "parameter groups": [len(group["params"]) for group in groups],
-        "torch version": torch.__version__,
-    }

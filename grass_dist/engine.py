@@ -53,7 +53,7 @@ class GrassEngine:
         self._observers = list(observers)
         self.step = 0
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
-        device = backend.local(layers[0].params[0][1].detach()).device
+        device = backend.shard_of(layers[0].params[0][1]).device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
         backend.attach(layers, roles, self._sums.put)
         if self.phase == "probe":
@@ -116,6 +116,10 @@ class GrassEngine:
         if self.schedule.draw_due(self.step):
             self._draw()
 
+    def skip_step(self) -> None:
+        """Ends an optimizer step that was not applied (fp16 overflow): nothing moves, what it measured is forgotten."""
+        self._sums.discard()
+
     @property
     def _measuring(self) -> bool:
         return self._sampler.importance == "gradient" and (self._sampler.refreshed or self.phase == "probe")
@@ -136,7 +140,7 @@ class GrassEngine:
         zero = torch.zeros((), dtype=torch.float64)
         mine = [
             sum(
-                (sum_of_squares(self.backend.local(p.detach())).cpu() for _, p in u.params if self.backend.counts(p)),
+                (sum_of_squares(self.backend.shard_of(p)).cpu() for _, p in u.params if self.backend.counts(p)),
                 zero,
             )
             for u in self.layers
@@ -147,6 +151,7 @@ class GrassEngine:
         before = self.active_layers if self.round > 0 else ()
         chosen, problem = (), None
         try:
+            self.backend.verify()
             chosen = draw_layers(self._sampler, self._tracker.importances, self.config, self.round)
         except Exception as error:  # a user's sampler may raise anything, on one rank only: the others must not wait
             problem = error

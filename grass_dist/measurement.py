@@ -36,6 +36,10 @@ class SquareSums:
         self._layers.append(active)
         self._scratch.zero_()
 
+    def discard(self) -> None:
+        """Forgets what was put since the last step ended."""
+        self._scratch.zero_()
+
     def take(self) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
         """All rows as one fp64 tensor (steps, γ) on the device, and the layers of each; begins anew."""
         rows, layers = torch.stack(self._rows), self._layers

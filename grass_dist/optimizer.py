@@ -11,7 +11,7 @@ from torch import nn
 from grass_dist.backends import Backend
 from grass_dist.discovery import Unit
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     getattr(torch.optim, name)
     for name in ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 )
@@ -44,7 +44,7 @@ class UnitOptimizer:
         self.unit = unit
         self._group_of = list(group_of)
         self._class, self._kwargs, self._backend = optimizer_class, dict(kwargs), backend
-        self._shards = optimizer_class in _ELEMENTWISE
+        self._shards = optimizer_class in ELEMENTWISE
         self.inner: torch.optim.Optimizer | None = None
         self.updated: list[nn.Parameter] = []
         """What the optimizer class updates, in the order of ``unit.params``: the parameters' own shards, or masters."""

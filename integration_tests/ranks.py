@@ -83,7 +83,13 @@ def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], a
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+    )
     try:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
         value = function(rank, world_size, *args)

@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 
 import grass_dist
-from grass_dist.api import always_active_roles
+from grass_dist.assembly import always_active_roles
 from grass_dist.discovery import LayerMap, find_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import setup

@@ -71,7 +71,7 @@ def test_fsdp2_over_nccl_takes_the_way_of_the_cpu():
 
 def test_host_sums_are_pinned_and_give_the_sum_back_on_the_device():
     shard = torch.zeros(1000, device="cuda")
-    sums = HostSums({"p": shard})
+    sums = HostSums({"p": shard.shape}, shard.device)
     parts = [torch.randn(1000, device="cuda") for _ in range(3)]
     assert sums.add("p", parts[0], last=False) is None
     assert sums.add("p", parts[1], last=False) is None

@@ -20,39 +20,15 @@ GradientSink = Callable[[int, int, torch.Tensor], None]
 the device). A slot that is given twice in a step keeps the later value."""
 
 
-class Backend(ABC):
-    """How one way of wrapping a model reduces gradients.
+class Ranks:
+    """Processes that must agree, and the collectives that they agree by.
 
-    The engine calls `attach` once, `set_trainable` whenever the trainable layers change, and `finish_gradients` at the
-    end of every optimizer step (and before it, if gradients are clipped). Between them the backend reports each
-    layer's reduced gradient to the sink, and in a probe frees it at once.
+    Args:
+        group: None is a process alone.
     """
 
-    name: str
-    group: dist.ProcessGroup | None = None
-    """Ranks that train one model together; None is a process alone."""
-    bytes_reduced: int = 0
-    """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
-
-    @abstractmethod
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
-        """Hooks into the gradients of ``layers`` and ``roles``."""
-
-    @abstractmethod
-    def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
-        """Lets ``units`` have gradients and nothing else; takes effect with the next forward."""
-
-    @abstractmethod
-    def finish_gradients(self) -> None:
-        """Makes every gradient of the global batch final, before it is clipped or used."""
-
-    @abstractmethod
-    def counts(self, param: nn.Parameter) -> bool:
-        """Whether this rank's shard of ``param`` counts in a sum over the group: a replica is counted once."""
-
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of a parameter or gradient, sharing its memory."""
-        return tensor
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
 
     @property
     def world_size(self) -> int:
@@ -90,6 +66,54 @@ class Backend(ABC):
     def _wire_device(self) -> torch.device:
         nccl = "nccl" in dist.get_backend(self.group)
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def world() -> Ranks:
+    """All processes of the job."""
+    return Ranks(dist.group.WORLD if dist.is_initialized() else None)
+
+
+class Backend(Ranks, ABC):
+    """How one way of wrapping a model reduces gradients.
+
+    The engine calls `attach` once, `set_trainable` whenever the trainable layers change, and `finish_gradients` at the
+    end of every optimizer step (and before it, if gradients are clipped). Between them the backend reports each
+    layer's reduced gradient to the sink, and in a probe frees it at once.
+    """
+
+    name: str
+    group: dist.ProcessGroup | None = None
+    """Ranks that train one model together; None is a process alone."""
+    bytes_reduced: int = 0
+    """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
+
+    @abstractmethod
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
+        """Hooks into the gradients of ``layers`` and ``roles``."""
+
+    @abstractmethod
+    def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
+        """Lets ``units`` have gradients and nothing else; takes effect with the next forward."""
+
+    @abstractmethod
+    def finish_gradients(self) -> None:
+        """Makes every gradient of the global batch final, before it is clipped or used."""
+
+    @abstractmethod
+    def counts(self, param: nn.Parameter) -> bool:
+        """Whether this rank's shard of ``param`` counts in a sum over the group: a replica is counted once."""
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's shard of a parameter or gradient, sharing its memory."""
+        return tensor
+
+    def shard_of(self, param: nn.Parameter) -> torch.Tensor:
+        """This rank's shard of a parameter's weights, sharing their memory."""
+        return self.local(param.detach())
+
+    def verify(self) -> None:
+        """Raises if what the model would train is no longer what `set_trainable` said; called before each draw."""
+        return
 
 
 def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,7 +158,8 @@ class HookedBackend(Backend):
         self._sums = None
         if probing and self.accumulation_steps > 1:
             self._sums = HostSums(
-                {(u.name, i): self.local(p.detach()) for u in self._layers for i, (_, p) in enumerate(u.params)}
+                {(u.name, i): self.shard_of(p).shape for u in self._layers for i, (_, p) in enumerate(u.params)},
+                self.shard_of(self._layers[0].params[0][1]).device,
             )
 
     def finish_gradients(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 
@@ -14,15 +15,14 @@ class HostSums:
     made here, before training communicates: pinning memory later can block collectives.
 
     Args:
-        shards: this rank's shard of each parameter, by key.
+        shapes: shape of this rank's shard of each parameter, by key.
+        device: where the gradients are.
     """
 
-    def __init__(self, shards: Mapping[Hashable, torch.Tensor]) -> None:
-        self._sums = {
-            key: torch.empty(shard.shape, dtype=torch.float32, pin_memory=shard.is_cuda)
-            for key, shard in shards.items()
-        }
-        self._device = {key: shard.device for key, shard in shards.items()}
+    def __init__(self, shapes: Mapping[Any, torch.Size], device: torch.device) -> None:
+        pin = device.type == "cuda"
+        self._sums = {key: torch.empty(shape, dtype=torch.float32, pin_memory=pin) for key, shape in shapes.items()}
+        self._device = device
         self._begun: dict[Hashable, None] = {}
 
     def add(self, key: Hashable, grad: torch.Tensor, *, last: bool) -> torch.Tensor | None:
@@ -48,4 +48,4 @@ class HostSums:
     def take(self, key: Hashable) -> torch.Tensor:
         """The sum so far, on the gradient's device; begins anew."""
         self._begun.pop(key)
-        return self._sums[key].to(self._device[key])
+        return self._sums[key].to(self._device)

@@ -1,0 +1,90 @@
+"""What trains and what must be equal on all ranks: what every front door works out before it builds its engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.config import GrassConfig
+from grass_dist.discovery import LayerMap, Unit
+from grass_dist.errors import UnsupportedModel
+
+
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def refuse_second(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedModel: `remember` has seen the model.
+    """
+    if model in _ATTACHED:
+        raise UnsupportedModel(
+            "The model has a GrassOptimizer already, whose hooks are in its parameters; "
+            "load a state into that one, or build the model anew."
+        )
+
+
+def remember(model: nn.Module) -> None:
+    """Notes that the method's hooks are in the model's parameters."""
+    _ATTACHED.add(model)
+
+
+def always_active_roles(found: LayerMap, config: GrassConfig) -> tuple[Unit, ...]:
+    """The roles of a model that train at every step.
+
+    Tied embeddings are one parameter, in the role embeddings: they train if either of their two roles is to.
+    """
+    wanted = set(config.always_active)
+    if "lm_head" in wanted and "lm_head" not in {unit.name for unit in found.roles}:
+        wanted.add("embeddings")
+    return tuple(unit for unit in found.roles if unit.name in wanted)
+
+
+def choose_units(
+    model: nn.Module, found: LayerMap, config: GrassConfig, groups: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
+    """The layers and the always-active roles, each with those of its parameters that the groups train.
+
+    Every other parameter of the model is frozen for good.
+    """
+    trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
+
+    def narrowed(unit: Unit) -> Unit:
+        return dataclasses.replace(unit, params=tuple((n, p) for n, p in unit.params if id(p) in trained))
+
+    layers = tuple(narrowed(unit) for unit in found.layers)
+    if empty := [unit.name for unit in layers if not unit.params]:
+        raise UnsupportedModel(
+            f"{len(empty)} of {len(layers)} layers have no parameter to train ({empty[0]}, ...); "
+            "every layer of the stack competes for sampling, so leave their requires_grad on and pass them in params."
+        )
+    roles = tuple(unit for unit in map(narrowed, always_active_roles(found, config)) if unit.params)
+    trains = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
+    for param in model.parameters():
+        if id(param) not in trains:
+            param.requires_grad_(False)
+    return layers, roles
+
+
+def fingerprint(
+    config: GrassConfig,
+    found: LayerMap | None,
+    groups: Sequence[Mapping[str, Any]],
+    optimizer_class: type,
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What must be equal on all ranks, by the names that an error shows."""
+    layers = [(u.name, u.numel, len(u.params)) for u in (*found.layers, *found.roles)] if found else None
+    return {
+        **{f"grass.{name}": value for name, value in config.model_dump().items()},
+        "model layers": layers,
+        "optimizer": (optimizer_class.__name__, sorted(kwargs.items(), key=repr)),
+        "parameter groups": [len(group["params"]) for group in groups],
+        "torch version": torch.__version__,
+    }

@@ -1,0 +1,220 @@
+"""The backend of a ZeRO optimizer: the probe's reductions are here, the training's are DeepSpeed's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from grass_dist.backends.base import Backend, GradientSink, sum_of_squares
+from grass_dist.backends.host_sums import HostSums
+from grass_dist.backends.zero.groups import Group, groups_of
+from grass_dist.backends.zero.narrow import NarrowZero
+from grass_dist.discovery import Unit
+from grass_dist.errors import GrassError
+
+
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
+
+
+class _Bucket:
+    """The gradients of one layer, in one flat buffer that is reduce-scattered in the probe."""
+
+    def __init__(self, unit: Unit, world_size: int) -> None:
+        self.unit = unit
+        self.starts, numel = [], 0
+        for _, param in unit.params:
+            self.starts.append(numel)
+            numel += getattr(param, "ds_numel", param.numel())
+        self.padded = -(-numel // world_size) * world_size
+        self.missing = set(range(len(unit.params)))
+        self.flat: torch.Tensor | None = None
+        self.shard: torch.Tensor | None = None
+        self.work: dist.Work | None = None
+
+    def put(self, slot: int, grad: torch.Tensor, world_size: int) -> None:
+        if self.flat is None:
+            self.flat = torch.zeros(self.padded, dtype=torch.float32, device=grad.device)
+        view = self.flat.narrow(0, self.starts[slot], grad.numel())
+        view.copy_(grad.reshape(-1)).mul_(1 / world_size)
+        self.missing.discard(slot)
+
+    def send(self, group: dist.ProcessGroup | None, world_size: int, device: torch.device) -> int:
+        """Begins the reduce-scatter; gives the bytes that this rank puts into it."""
+        flat = self.flat = self.flat if self.flat is not None else torch.zeros(self.padded, device=device)
+        if world_size == 1:
+            self.shard = flat
+            return 0
+        self.shard = torch.empty(self.padded // world_size, dtype=flat.dtype, device=flat.device)
+        self.work = _reduce_scatter(self.shard, flat, group=group, async_op=True)
+        return flat.nbytes
+
+    def take(self) -> torch.Tensor:
+        """This rank's shard of the average, after waiting for it; begins anew."""
+        if self.work is not None:
+            self.work.wait()
+        assert self.shard is not None
+        shard = self.shard
+        self.flat = self.shard = self.work = None
+        self.missing = set(range(len(self.unit.params)))
+        return shard
+
+
+class ZeroBackend(Backend):
+    """The way of a gradient under ZeRO.
+
+    In training DeepSpeed's hooks take it, reduce it and keep this rank's part; `on_gradients` reads the parts before
+    they are clipped. In a probe DeepSpeed trains nothing, and the hooks here take a layer's gradient as soon as it is
+    whole: one reduce-scatter of 4 bytes an element for each micro-batch, under the backward of the layer below; then
+    its sum of squares, and it is freed. With gradient accumulation the shards are summed in host memory, 4/N bytes an
+    element.
+
+    Args:
+        zero: not built yet.
+        group: the data-parallel ranks.
+        accumulation_steps: micro-batches of a step.
+        stage: ZeRO stage, 1 to 3.
+    """
+
+    name = "deepspeed"
+
+    def __init__(
+        self, zero: NarrowZero, group: dist.ProcessGroup, accumulation_steps: int, stage: int, wire_bytes: int
+    ) -> None:
+        self.zero, self.group = zero, group
+        self.accumulation_steps, self.stage, self._wire_bytes = accumulation_steps, stage, wire_bytes
+        self._probing = self._measuring = False
+        self._sums: HostSums | None = None
+        zero.on_gradients, zero.on_rest_step = self._on_gradients, self._on_rest_step
+
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
+        self._layers, self._units, self._sink = list(layers), [*layers, *roles], sink
+        self._buckets = {unit.name: _Bucket(unit, self.world_size) for unit in layers}
+        self._order = [self._buckets[unit.name] for unit in reversed(layers)]  # in which the backward finishes them
+        self._device = self.shard_of(layers[0].params[0][1]).device
+        self._sent = self._micro_batch = 0
+        self._squares: list[torch.Tensor] = []
+        for unit in layers:
+            for slot, (_, param) in enumerate(unit.params):
+                param.register_post_accumulate_grad_hook(partial(self._on_probe_gradient, unit, slot))
+
+    def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
+        on = {unit.name for unit in units}
+        for unit in self._units:
+            for _, param in unit.params:
+                param.requires_grad_(unit.name in on)
+                param.grad = None
+        self._on = on
+        self._probing, self._measuring = probing, measuring
+        self._sums = None
+        if probing:
+            self.zero.rest(self._stand_in())
+            if self.accumulation_steps > 1:
+                shapes = {name: torch.Size([b.padded // self.world_size]) for name, b in self._buckets.items()}
+                self._sums = HostSums(shapes, self._device)
+        else:
+            self.zero.narrow(self.groups_of(units))
+
+    def groups_of(self, units: Sequence[Unit]) -> list[Group]:
+        return groups_of(units, self.zero.user_optimizer.param_groups)
+
+    def finish_gradients(self) -> None:
+        """DeepSpeed has made them final at the accumulation boundary."""
+
+    def counts(self, param: nn.Parameter) -> bool:
+        return hasattr(param, "ds_tensor") or self.rank == 0
+
+    def shard_of(self, param: nn.Parameter) -> torch.Tensor:
+        if not hasattr(param, "ds_tensor"):
+            return param.detach()
+        start = self.rank * param.ds_tensor.numel()
+        return param.ds_tensor.detach()[: max(0, min(param.ds_tensor.numel(), param.ds_numel - start))]
+
+    def verify(self) -> None:
+        """Raises if the model's trainable parameters are not those that were set here."""
+        for unit in self._units:
+            for name, param in unit.params:
+                if param.requires_grad != (unit.name in self._on):
+                    raise GrassError(
+                        f"requires_grad of {name} was set to {param.requires_grad} after initialize; grass_dist "
+                        "freezes and unfreezes the layers itself: leave requires_grad alone, or freeze parameters for "
+                        "good before initialize."
+                    )
+
+    # --- training
+
+    def _on_gradients(self) -> None:
+        self.verify()
+        scale = float(self.zero.loss_scale) ** 2
+        numel = 0
+        for i, group in enumerate(self.zero.groups):
+            numel += sum(getattr(p, "ds_numel", p.numel()) for p in group.params)
+            if self._measuring and group.unit.index is not None:
+                parts = [sum_of_squares(part) for part in self.zero.partition_grads_of(i)]
+                if parts:
+                    self._sink(group.unit.index, group.slot, torch.stack(parts).sum() / scale)
+        micro_batches = self.accumulation_steps if self.stage >= 2 else 1
+        self.bytes_reduced += numel * self._wire_bytes * micro_batches
+
+    # --- probe
+
+    def _on_probe_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
+        if not self._probing:
+            return
+        grad, param.grad = param.grad, None
+        assert grad is not None
+        bucket = self._buckets[unit.name]
+        if slot not in bucket.missing:  # the next micro-batch, after one in which some parameters took no part
+            self._send_rest()
+        bucket.put(slot, grad, self.world_size)
+        self._send(lambda bucket: not bucket.missing)
+
+    def _send(self, ready: Callable[[_Bucket], bool]) -> None:
+        while self._sent < len(self._order) and ready(self._order[self._sent]):
+            self.bytes_reduced += self._order[self._sent].send(self.group, self.world_size, self._device)
+            self._sent += 1
+            if self._sent > 1:  # two layers' gradients are held: this one's and the next one's
+                self._deliver(self._order[self._sent - 2])
+        if self._sent == len(self._order):
+            self._deliver(self._order[-1])
+            self._sent = 0
+            self._micro_batch += 1
+
+    def _send_rest(self) -> None:
+        if self._sent or any(bucket.flat is not None for bucket in self._order):
+            self._send(lambda _: True)
+
+    def _deliver(self, bucket: _Bucket) -> None:
+        shard, unit = bucket.take(), bucket.unit
+        if self._sums is not None:
+            whole = self._sums.add(unit.name, shard, last=self._micro_batch == self.accumulation_steps - 1)
+            if whole is None:
+                return
+            shard = whole
+        self._report(unit, shard)
+
+    def _report(self, unit: Unit, shard: torch.Tensor) -> None:
+        assert unit.index is not None
+        squares = sum_of_squares(shard) / float(self.zero.loss_scale) ** 2
+        self._squares.append(squares)
+        if self._measuring:
+            self._sink(unit.index, 0, squares)
+
+    def _on_rest_step(self) -> bool:
+        self._send_rest()
+        if self._sums is not None:
+            for name in self._sums.pending():
+                self._report(self._buckets[name].unit, self._sums.take(name))
+        self._micro_batch = 0
+        squares, self._squares = self._squares, []
+        if not (self.zero.dynamic_loss_scale and squares):
+            return False
+        return not torch.isfinite(self.sum_over_ranks(torch.stack(squares).sum())).item()
+
+    def _stand_in(self) -> Group:
+        smallest = min(self._layers[0].params, key=lambda item: getattr(item[1], "ds_numel", item[1].numel()))
+        [group] = self.groups_of([Unit("stand-in", None, (smallest,))])
+        return group

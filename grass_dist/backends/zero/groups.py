@@ -1,0 +1,75 @@
+"""One optimizer parameter group for each (layer, group of the user's)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.discovery import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The parameters of ``unit`` that one of the user's groups holds: a flat buffer and a partition of their own."""
+
+    unit: Unit
+    slot: int  # number of the group within its unit
+    user_group: int  # index among the user's parameter groups
+    params: tuple[nn.Parameter, ...] = field(repr=False)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.unit.name, self.slot
+
+
+def groups_of(units: Iterable[Unit], user_groups: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """The groups of ``units``, in their order and within a unit in that of the user's groups."""
+    index_of = {id(p): i for i, group in enumerate(user_groups) for p in group["params"]}
+    found = []
+    for unit in units:
+        by_index: dict[int, list[nn.Parameter]] = {}
+        for _, param in unit.params:
+            by_index.setdefault(index_of[id(param)], []).append(param)
+        found += [Group(unit, slot, i, tuple(by_index[i])) for slot, i in enumerate(sorted(by_index))]
+    return found
+
+
+class GroupsOptimizer(torch.optim.Optimizer):
+    """The user's optimizer, made to step over other parameter groups than its own.
+
+    DeepSpeed puts its flat partitions into the groups of the optimizer that it is given. The user's optimizer keeps
+    its groups, which schedulers hold on to; this one lends it those of the interval for the length of a step. So any
+    class works, whatever its constructor takes.
+
+    Args:
+        user: her optimizer, without state.
+        groups: what trains in the interval.
+    """
+
+    def __init__(self, user: torch.optim.Optimizer, groups: Sequence[Group]) -> None:
+        self._user = user
+        self._of_user = [group.user_group for group in groups]
+        own = [{**_hyperparameters(user.param_groups[g.user_group]), "params": list(g.params)} for g in groups]
+        super().__init__(own, user.defaults)
+
+    def follow_user(self) -> None:
+        """Takes over the learning rates and other hyperparameters of the user's groups as they are now."""
+        for group, index in zip(self.param_groups, self._of_user, strict=True):
+            group.update(_hyperparameters(self._user.param_groups[index]))
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        user = self._user
+        own = user.param_groups, user.state
+        user.param_groups, user.state = self.param_groups, self.state
+        try:
+            user.step()
+        finally:
+            user.param_groups, user.state = own
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in ("params", "initial_lr")}

@@ -1,0 +1,306 @@
+"""Stock ZeRO optimizers that are constructed anew, in place, over the layers of each sampling interval.
+
+DeepSpeed fixes what a ZeRO optimizer trains when it is constructed: flat buffers, partitions, gradient hooks. So that
+is what happens at a draw: the constructor runs again, over one parameter group for each (active layer, group of the
+user's), and the states of those groups are put back. Between two draws everything is DeepSpeed's own code (reduction,
+norm, clipping, loss scale, step, gather), which never sees an inactive layer. The object stays the same, so engine,
+schedulers and Trainer keep their references to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from grass_dist.backends.zero.groups import Group, GroupsOptimizer
+from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
+from grass_dist.backends.zero.store import HostStore, Record
+from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, take_over, whole_state
+
+if TYPE_CHECKING:
+    _Stock: Any = object
+else:
+    _Stock = object
+
+
+class NarrowZero(_Stock):
+    """What the two classes below add to DeepSpeed's; made by `DeepSpeedEngine` in the place of the stock class.
+
+    Attributes:
+        user_optimizer: the optimizer that the engine was given; its groups are `param_groups` here.
+        groups: what trains, in DeepSpeed's order; empty while at `rest`.
+        store: states of the other groups.
+        every: all groups, in the order of a checkpoint.
+        loaded: the method's state out of a checkpoint; empty if that was saved without GRASS, None if not loaded.
+        arguments: what the engine constructs it with.
+        grass: the method's engine, which the front door puts here.
+        on_gradients: called in `step` before anything is clipped or scaled back.
+        on_rest_step: called in `step` in the place of an update while at rest; gives whether a gradient overflowed.
+        on_step: called at the end of `step` with whether it was applied (False: fp16 overflow).
+    """
+
+    names: ClassVar[Names]
+    connect: ClassVar[Callable[[Any], None]]
+    """Set by the front door on a subclass: finds the layers, and narrows or rests the new object."""
+
+    grass: Any
+    on_gradients: Callable[[], None]
+    on_rest_step: Callable[[], bool]
+    on_step: Callable[[bool], None]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(super().__init__).bind(*args, **kwargs)
+        self.arguments = dict(bound.arguments)
+        self.user_optimizer: torch.optim.Optimizer = self.arguments["init_optimizer"]
+        self.groups: list[Group] = []
+        self.every: list[Group] = []
+        self.loaded: dict[str, Any] | None = None
+        self._built = self._showing_all = False
+        self.store = HostStore(pin=torch.cuda.is_available())
+        type(self).connect(self)
+
+    # --- what the engine and schedulers see
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The user's parameter groups, whatever trains."""
+        return self.user_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.user_optimizer.param_groups = groups
+
+    def step(self, closure: None = None) -> None:
+        """Ends an optimizer step: DeepSpeed's, over the active groups; while at rest nothing is updated."""
+        if self.groups:
+            self.optimizer.follow_user()
+            self.on_gradients()
+            super().step()
+        else:
+            self.overflow = self.on_rest_step()
+            self._update_scale(self.overflow)
+            self._global_grad_norm = float("inf") if self.overflow else 0.0
+        self.on_step(not self.overflow)
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """The engine calls it after a backward; while at rest there is nothing of DeepSpeed's to reduce."""
+        if self.groups:
+            super().overlapping_partition_gradients_reduce_epilogue()
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """The same, at the accumulation boundary of ZeRO-1."""
+        if self.groups:
+            super().reduce_gradients(pipeline_parallel=pipeline_parallel)
+
+    def state_dict(self) -> dict[str, Any]:
+        """DeepSpeed's state of what trains; within `showing_all`, that of every group and of the method."""
+        state = super().state_dict()
+        return whole_state(self, state) if self._showing_all else state
+
+    def load_state_dict(self, state_dict_list: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+        """Takes this rank's of the saved states; `narrow` puts them where they belong."""
+        saved = state_dict_list[torch.distributed.get_rank(self.dp_process_group)]
+        self.loaded = saved.get(GRASS_KEY, {})
+        if GROUPS_KEY in saved:
+            take_over(self, saved)
+
+    @contextmanager
+    def showing_all(self) -> Iterator[None]:
+        self._showing_all = True
+        try:
+            yield
+        finally:
+            self._showing_all = False
+
+    # --- what the backend does with it
+
+    def narrow(self, groups: Sequence[Group]) -> None:
+        """Trains ``groups`` and nothing else from the next forward on; their states come, the others' go."""
+        staying = self._let_go({group.key for group in groups})
+        self._construct(groups)
+        self.groups = list(groups)
+        for i, group in enumerate(self.groups):
+            record = staying.pop(group.key, None) or (self.store[group.key] if group.key in self.store else None)
+            if record is not None:
+                self._put_back(i, record)
+            self.store.drop(group.key)
+
+    def rest(self, stand_in: Group) -> None:
+        """Trains nothing. DeepSpeed must own a parameter; it gets the one of ``stand_in``, and none of its gradients."""
+        self.stand_in = stand_in
+        self._let_go(set())
+        self._construct([stand_in])
+        self._release()
+        self.groups = []
+
+    def evict(self, unit: str) -> None:
+        """Copies the states of a unit's groups to the host; `narrow` lets go of those on the device."""
+        self._evict([i for i, group in enumerate(self.groups) if group.unit.name == unit])
+
+    def forget(self) -> None:
+        """Throws the states of all groups away; `narrow` begins with new masters, of the weights as they are."""
+        self.store.clear()
+        self.groups = []
+
+    def partition_grads_of(self, i: int) -> list[torch.Tensor]:
+        """This rank's parts of the averaged gradient of group ``i``, times the loss scale; valid in `on_gradients`."""
+        return [part for part in (self.averaged_gradients.get(i) or []) if part is not None]
+
+    def saved_order(self, group: Group) -> list[nn.Parameter]:
+        """The parameters of ``group`` in the order in which its flat partitions hold them."""
+        return list(group.params)
+
+    @property
+    def device_state_bytes(self) -> int:
+        """Bytes of masters and moments that are on the device."""
+        vectors = [t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
+        masters = [m for i, m in enumerate(self._masters) if self.groups and not self._is_weight(i)]
+        return sum(t.nbytes for t in (*vectors, *masters))
+
+    # --- construction
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        return getattr(self, self.names.masters)
+
+    def _construct(self, groups: Sequence[Group]) -> None:
+        carried = {name: self.__dict__[name] for name in CARRIED if self._built and name in self.__dict__}
+        own = {"init_optimizer": GroupsOptimizer(self.user_optimizer, groups)}
+        with _quiet() if self._built else _unchanged():
+            super().__init__(**{**self.arguments, **own})
+        self.__dict__.update(carried)
+        if not self._built:
+            check_instance(self, self.names, len(groups), deepspeed_version())
+        self._built = True
+
+    def _let_go(self, keep: set[tuple[str, int]]) -> dict[tuple[str, int], Record]:
+        """Before construction: evicts the groups not in ``keep``; gives the records of the others, on the device."""
+        if not self._built:
+            return {}
+        here = [i for i, group in enumerate(self.groups) if group.key not in self.store]
+        self._evict([i for i in here if self.groups[i].key not in keep])
+        state = super().state_dict() if self.groups else {}
+        staying = {self.groups[i].key: self.record(i, state) for i in here if self.groups[i].key in keep}
+        self._release()
+        return staying
+
+    def _release(self) -> None:
+        """Takes DeepSpeed's hooks and references off the parameters."""
+        self.destroy()
+
+    # --- states
+
+    def record(self, i: int, state: dict[str, Any]) -> Record:
+        """State of group ``i`` out of a state_dict of all groups."""
+        check_state(state, self.names, deepspeed_version())
+        count = len(self._masters)
+        lists = {k: v[i] for k, v in state.items() if isinstance(v, list) and len(v) == count}
+        if self._is_weight(i):
+            lists.pop(self.names.masters_key)  # the weights are their own masters, and stay where they are
+        return {**lists, "state": state[self.names.optimizer_key]["state"].get(i, {})}
+
+    def _evict(self, indices: Sequence[int]) -> None:
+        if not indices:
+            return
+        state = super().state_dict()
+        for i in indices:
+            self.store.put(self.groups[i].key, self.record(i, state))
+
+    def _put_back(self, i: int, record: Record) -> None:
+        master = self._masters[i]
+        with torch.no_grad():
+            if (saved := record.get(self.names.masters_key)) is not None:
+                master.view(-1)[: saved.numel()].copy_(saved.view(-1), non_blocking=True)
+        own = {k: _placed(v, master.device) for k, v in record["state"].items()}
+        if own:
+            self.optimizer.state[master] = own
+
+    def _is_weight(self, i: int) -> bool:
+        """Whether the master of group ``i`` is the very memory of its weights (ZeRO-3 in fp32)."""
+        return False
+
+
+def narrow_class(stock: type, stage3: bool, connect: Callable[[Any], None]) -> type:
+    """A `NarrowZero` over DeepSpeed's class ``stock``."""
+    base = _Narrow3 if stage3 else _Narrow12
+    return type(f"Grass{stock.__name__}", (base, stock), {"connect": staticmethod(connect)})
+
+
+class _Narrow12(NarrowZero):
+    names = STAGE_1_AND_2
+
+    def saved_order(self, group: Group) -> list[nn.Parameter]:
+        if not self.round_robin_gradients:
+            return list(group.params)
+        return self._round_robin_reorder(list(group.params), self.partition_count[0])[0]
+
+
+class _Narrow3(NarrowZero):
+    names = STAGE_3
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.parameter_offload: Any = None
+        super().__init__(*args, **kwargs)
+
+    def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's hooks and its fetch order are for the whole run."""
+        return self.parameter_offload or super().initialize_ds_offload(*args, **kwargs)
+
+    def _construct(self, groups: Sequence[Group]) -> None:
+        if self._built:
+            self._partition_all_parameters()
+        self.arguments["sub_group_size"] = sys.maxsize  # one flat partition a group
+        super()._construct(groups)
+
+    def _let_go(self, keep: set[tuple[str, int]]) -> dict[tuple[str, int], Record]:
+        staying = super()._let_go(keep)
+        for group in self.groups:
+            if group.key not in keep:  # or one layer would hold the flat buffer of the whole interval
+                for param in group.params:
+                    param.ds_tensor.data = param.ds_tensor.data.clone()
+        return staying
+
+    def _release(self) -> None:
+        for hook in (*self._grad_acc_hooks, *getattr(self, "_leaf_module_hooks", ())):
+            hook.remove()
+
+    def _is_weight(self, i: int) -> bool:
+        return self._masters[i].data_ptr() == self.groups[i].params[0].ds_tensor.data_ptr()
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """A copy on the device of what lay on the host; step counts stay where the optimizer class has them."""
+    if torch.is_tensor(value) and value.numel() > 1:
+        return value.to(device, non_blocking=True, copy=value.device.type == "cpu")
+    return value
+
+
+def deepspeed_version() -> str:
+    from importlib.metadata import version
+
+    return version("deepspeed")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed tells its whole set-up whenever a ZeRO optimizer is constructed; once is enough."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    yield

@@ -1,0 +1,108 @@
+"""Everything of DeepSpeed that is used here without being documented, in one table that is checked at start-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from grass_dist.errors import GrassError
+
+TESTED = "0.16, 0.17, 0.18, 0.19"
+"""Release lines that the integration tests passed on (docs/deepspeed.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names of one ZeRO optimizer class."""
+
+    masters: str
+    """Attribute: list of this rank's flat fp32 partition of each parameter group."""
+    masters_key: str
+    """The same in the class's state_dict."""
+    optimizer_key: str
+    """The base optimizer's state_dict in the class's state_dict."""
+    shapes: tuple[str, ...]
+    """Attributes that the engine's checkpoint code takes each group's parameters from."""
+    methods: tuple[str, ...]
+
+
+_COMMON = (
+    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy"),
+    "overlapping_partition_gradients_reduce_epilogue",
+)
+
+STAGE_1_AND_2 = Names(
+    masters="single_partition_of_fp32_groups",
+    masters_key="single_partition_of_fp32_groups",
+    optimizer_key="base_optimizer_state",
+    shapes=("bit16_groups", "round_robin_bit16_groups"),
+    methods=(*_COMMON, "reduce_gradients", "_round_robin_reorder"),
+)
+STAGE_3 = Names(
+    masters="fp32_partitioned_groups_flat",
+    masters_key="fp32_flat_groups",
+    optimizer_key="optimizer_state_dict",
+    shapes=("fp16_groups",),
+    methods=(*_COMMON, "initialize_ds_offload", "_partition_all_parameters"),
+)
+
+ATTRIBUTES = ("optimizer", "averaged_gradients", "_grad_acc_hooks", "loss_scaler", "overflow", "dp_process_group")
+"""Of both classes; ``averaged_gradients[i]`` is the list of this rank's parts of group i's averaged gradient."""
+
+CARRIED = (
+    "loss_scaler",
+    "dynamic_loss_scale",
+    "custom_loss_scaler",
+    "external_loss_scale",
+    "overflow",
+    "_global_grad_norm",
+    "_backward_hook_state",  # from 0.18 on: holds what the engine registered
+    "is_gradient_accumulation_boundary",  # before 0.19: a bool that the engine sets
+    "_is_gradient_accumulation_boundary",
+)
+"""What outlives the interval, where the release has it: the loss scale, and what the engine has put in or will read."""
+
+ENGINE = ("deepspeed.runtime.engine", "DeepSpeedZeroOptimizer"), ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3")
+"""Where `DeepSpeedEngine` looks its ZeRO classes up."""
+
+
+def check_classes(stage12: type, stage3: type, version: str) -> None:
+    """Fails closed, before anything is built, on a release whose classes lack a name of the tables.
+
+    Raises:
+        GrassError: names the release and what it lacks.
+    """
+    for cls, names in ((stage12, STAGE_1_AND_2), (stage3, STAGE_3)):
+        if missing := [name for name in names.methods if not hasattr(cls, name)]:
+            raise _unknown(version, cls, missing)
+
+
+def check_instance(zero: Any, names: Names, groups: int, version: str) -> None:
+    """The same for what only an object has, and for the shape of it: one flat partition a group.
+
+    Raises:
+        GrassError: names the release and what it lacks.
+    """
+    wanted = (*ATTRIBUTES, names.masters, *names.shapes)
+    if missing := [name for name in wanted if not hasattr(zero, name)]:
+        raise _unknown(version, type(zero), missing)
+    if len(getattr(zero, names.masters)) != groups:
+        raise _unknown(version, type(zero), [f"{names.masters} with one partition a parameter group"])
+
+
+def check_state(state: dict[str, Any], names: Names, version: str) -> None:
+    """The same for a state_dict.
+
+    Raises:
+        GrassError: names the release and what it lacks.
+    """
+    if missing := [key for key in (names.masters_key, names.optimizer_key) if key not in state]:
+        raise GrassError(f"The ZeRO state of DeepSpeed {version} has no {', '.join(missing)}; {_advice()}")
+
+
+def _unknown(version: str, cls: type, missing: list[str]) -> GrassError:
+    return GrassError(f"DeepSpeed {version}: {cls.__name__} has no {', '.join(missing)}; {_advice()}")
+
+
+def _advice() -> str:
+    return f"grass_dist is tested on DeepSpeed {TESTED}: install one of those."

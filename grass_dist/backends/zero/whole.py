@@ -1,0 +1,135 @@
+"""A ZeRO optimizer's state as a checkpoint needs it: of all groups, in a fixed order, whatever trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from grass_dist.backends.zero.groups import Group
+from grass_dist.errors import GrassError
+
+if TYPE_CHECKING:
+    from grass_dist.backends.zero.narrow import NarrowZero
+
+GROUPS_KEY, GRASS_KEY = "grass_groups", "grass"
+"""What we add to DeepSpeed's ZeRO state: names of the groups in order, and the state of the method on this rank."""
+
+
+@contextmanager
+def whole(zero: NarrowZero) -> Iterator[None]:
+    """For DeepSpeed's checkpoint code: every group is trainable and in its place."""
+    params = [p for group in zero.every for p in group.params]
+    with _trainable(params):
+        shown = {name: getattr(zero, name) for name in zero.names.shapes}
+        for name in zero.names.shapes:
+            setattr(zero, name, [zero.saved_order(group) for group in zero.every])
+        try:
+            yield
+        finally:
+            for name, lists in shown.items():
+                setattr(zero, name, lists)
+
+
+def complete(zero: NarrowZero) -> None:
+    """Makes masters of the layers that were never drawn, one layer at a time, in host memory."""
+    current = list(zero.groups)
+    known = {group.key for group in current}
+    missing = [group for group in zero.every if group.key not in known and group.key not in zero.store]
+    for _, groups in groupby(missing, key=lambda group: group.unit.name):
+        make(zero, [*current, *groups])
+    if missing:
+        resume(zero, current)
+
+
+def make(zero: NarrowZero, groups: Sequence[Group]) -> None:
+    """Narrows to groups that may be frozen, and leaves them frozen."""
+    with _trainable([p for group in groups for p in group.params]):
+        zero.narrow(groups)
+
+
+def resume(zero: NarrowZero, groups: Sequence[Group]) -> None:
+    """Goes back to what trained before."""
+    zero.narrow(groups) if groups else zero.rest(zero.stand_in)
+
+
+def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
+    """``state``, the stock state_dict of what trains, with every other group in its place."""
+    names = zero.names
+    records = {g.key: zero.record(i, state) for i, g in enumerate(zero.groups) if g.key not in zero.store}
+    for group in zero.every:
+        record = records[group.key] = dict(records.get(group.key) or zero.store[group.key])
+        if names.masters_key not in record:  # ZeRO-3 in fp32: the weights are the masters
+            record[names.masters_key] = torch.cat([p.ds_tensor.detach().reshape(-1) for p in group.params])
+    order = [records[group.key] for group in zero.every]
+    lists = {key: [record[key] for record in order] for key in order[0] if key != "state"}
+    user = zero.user_optimizer.param_groups
+    base = {
+        "state": {i: record["state"] for i, record in enumerate(order) if record["state"]},
+        "param_groups": [
+            {**{k: v for k, v in user[g.user_group].items() if k != "params"}, "params": [i]}
+            for i, g in enumerate(zero.every)
+        ],
+    }
+    ours = {GROUPS_KEY: [group.key for group in zero.every], GRASS_KEY: zero.grass.state_dict()}
+    return {**state, **lists, names.optimizer_key: base, **ours}
+
+
+def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
+    """Puts what `whole_state` gave into the host store, and ZeRO-3's weights into their shards.
+
+    Raises:
+        GrassError: the state is of other layers or parameter groups.
+    """
+    keys = [group.key for group in zero.every]
+    if [tuple(key) for key in saved[GROUPS_KEY]] != keys:
+        theirs = [tuple(key) for key in saved[GROUPS_KEY]]
+        odd = next((pair for pair in zip(theirs, keys, strict=False) if pair[0] != pair[1]), (theirs[-1], keys[-1]))
+        raise GrassError(
+            f"The checkpoint holds {len(theirs)} parameter groups and this run has {len(keys)}: {odd[0]} stands where "
+            f"{odd[1]} is expected; load it with the model, parameter groups and grass.always_active that it was saved with."
+        )
+    zero.loss_scaler, zero.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
+    lists = {k: v for k, v in saved.items() if isinstance(v, list) and len(v) == len(keys) and k != GROUPS_KEY}
+    states = saved[zero.names.optimizer_key]["state"]
+    zero.forget()
+    for i, group in enumerate(zero.every):
+        zero.store.put(group.key, {**{k: v[i] for k, v in lists.items()}, "state": states.get(i, {})})
+        _fill_shards(group, lists[zero.names.masters_key][i])
+    for mine, theirs in zip(zero.user_optimizer.param_groups, _user_groups(zero, saved), strict=True):
+        mine.update(theirs)
+
+
+def _user_groups(zero: NarrowZero, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Hyperparameters of the user's groups; a group of hers in which nothing trains keeps its own."""
+    by_index = {group.user_group: i for i, group in enumerate(zero.every)}
+    groups = saved[zero.names.optimizer_key]["param_groups"]
+    return [
+        {k: v for k, v in groups[by_index[u]].items() if k != "params"} if u in by_index else {}
+        for u in range(len(zero.user_optimizer.param_groups))
+    ]
+
+
+@torch.no_grad()
+def _fill_shards(group: Group, master: torch.Tensor) -> None:
+    start = 0
+    for param in group.params:
+        if (shard := getattr(param, "ds_tensor", None)) is not None:
+            shard.copy_(master[start : start + shard.numel()].view_as(shard))
+            start += shard.numel()
+
+
+@contextmanager
+def _trainable(params: Sequence[nn.Parameter]) -> Iterator[None]:
+    flags = [p.requires_grad for p in params]
+    for p in params:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in zip(params, flags, strict=True):
+            p.requires_grad_(flag)

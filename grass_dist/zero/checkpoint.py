@@ -1,0 +1,122 @@
+"""`engine.save_checkpoint` and `load_checkpoint` with the states of all layers and of the method in DeepSpeed's files."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.backends.zero.groups import groups_of
+from grass_dist.backends.zero.narrow import NarrowZero
+from grass_dist.backends.zero.whole import complete, make, resume, whole
+from grass_dist.errors import GrassError
+
+log = logging.getLogger("grass_dist")
+
+
+def add_checkpoints(engine: Any) -> None:
+    """Wraps the two methods of this engine; their arguments and files are DeepSpeed's."""
+    engine.save_checkpoint = _saving(engine, engine.save_checkpoint)
+    engine.load_checkpoint = _loading(engine, engine.load_checkpoint)
+
+
+def _saving(engine: Any, stock: Any) -> Any:
+    @functools.wraps(stock)
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        done = engine.micro_steps % engine.gradient_accumulation_steps()
+        if done:
+            raise GrassError(
+                f"save_checkpoint was called after {done} of {engine.gradient_accumulation_steps()} micro-batches; "
+                "call it after an engine.step() that ends an accumulation, since gradients are not saved."
+            )
+        zero: NarrowZero = engine.optimizer
+        complete(zero)
+        _finish_copies()
+        with whole(zero), zero.showing_all():
+            return stock(*args, **kwargs)
+
+    return save_checkpoint
+
+
+def _loading(engine: Any, stock: Any) -> Any:
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        zero: NarrowZero = engine.optimizer
+        given = signature.bind(*args, **kwargs).arguments
+        zero.loaded = None
+        with whole(zero):
+            found = stock(*args, **kwargs)
+        if found[0] is None:
+            return found
+        if zero.loaded is None:
+            _begin_from_weights(engine, "the optimizer states were not to be loaded")
+        elif not zero.loaded:
+            _begin_from_full(engine, given["load_dir"], given.get("tag"))
+        else:
+            zero.grass.load_state_dict(zero.loaded)
+            engine.lr_scheduler and None
+        zero.loaded = None
+        return found
+
+    return load_checkpoint
+
+
+def _begin_from_weights(engine: Any, why: str) -> None:
+    """New masters of the weights as they were loaded, and no moments."""
+    zero: NarrowZero = engine.optimizer
+    current = list(zero.groups)
+    zero.forget()
+    resume(zero, current)
+    _say(f"Took over the weights of the checkpoint; {why}, so masters, moments and sampler begin anew.")
+
+
+def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
+    """Takes the fp32 weights of a checkpoint of full fine-tuning; every rank reads them all into host memory."""
+    from deepspeed.utils import safe_set_full_fp32_param
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    zero: NarrowZero = engine.optimizer
+    weights = get_fp32_state_dict_from_zero_checkpoint(load_dir, tag)
+    current = list(zero.groups)
+    zero.forget()
+    for unit in dict.fromkeys(group.unit for group in zero.every):
+        make(zero, groups_of([unit], zero.user_optimizer.param_groups))
+        for name, param in unit.params:
+            _set_weight(param, weights[_saved_name(name, weights)])
+            safe_set_full_fp32_param(param, weights[_saved_name(name, weights)].to(param.device))
+    resume(zero, current)
+    _say(
+        "Took over the fp32 weights of a checkpoint that was saved without GRASS; its moments are cut by other "
+        "parameter groups and were left, so moments and sampler begin anew."
+    )
+
+
+def _saved_name(name: str, weights: dict[str, Any]) -> str:
+    return name if name in weights else name.removeprefix("module.")
+
+
+@torch.no_grad()
+def _set_weight(param: nn.Parameter, value: torch.Tensor) -> None:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_id")):
+        param.copy_(value.to(param.dtype))
+
+
+def _finish_copies() -> None:
+    """States that go to the host are copied on a stream; a file is written from the host."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _say(sentence: str) -> None:
+    from deepspeed import comm
+
+    if comm.get_rank() == 0:
+        log.warning(sentence)

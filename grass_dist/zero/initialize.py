@@ -1,0 +1,200 @@
+"""`initialize`: `deepspeed.initialize` for a ds_config with a ``"grass"`` block."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.agreement import agree_at_start
+from grass_dist.assembly import choose_units, fingerprint, refuse_second, remember
+from grass_dist.backends.base import world
+from grass_dist.backends.zero.backend import ZeroBackend
+from grass_dist.backends.zero.narrow import NarrowZero, deepspeed_version, narrow_class
+from grass_dist.backends.zero.private import check_classes
+from grass_dist.config import check_num_layers
+from grass_dist.discovery import find_layers
+from grass_dist.engine import GrassEngine
+from grass_dist.errors import ConfigError, GrassError
+from grass_dist.events import Observer
+from grass_dist.samplers import make_sampler
+from grass_dist.zero.checkpoint import add_checkpoints
+from grass_dist.zero.checks import check_model, check_optimizer
+from grass_dist.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
+from grass_dist.zero.jit import spare_the_compiler
+from grass_dist.zero.states import ZeroStates
+
+log = logging.getLogger("grass_dist")
+
+Initialize = Callable[..., tuple[Any, Any, Any, Any]]
+
+
+def initialize(*args: Any, observers: Sequence[Observer] = (), **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """Takes what `deepspeed.initialize` takes, and returns what it returns.
+
+    With a top-level block ``"grass": {...}`` in the ds_config (the fields of `GrassConfig`) the engine trains by
+    GRASS: ``engine.grass`` is the `GrassEngine`. ``engine.backward``, ``step``, ``save_checkpoint``, ``load_checkpoint``
+    and the rest work as ever. Without the block this is `deepspeed.initialize`.
+
+    Args:
+        observers: called with each `Refreshed` and `Sampled`, from the first draw on.
+
+    Raises:
+        ConfigError: a setting that cannot work; the message names its place in the ds_config.
+        UnsupportedModel: no layer stack was found, or the model is of a kind that ZeRO sharding by layer cannot hold.
+        RanksDisagree: ranks were given different configurations or models.
+        GrassError: another rank has one of these problems, or this DeepSpeed is not known.
+    """
+    return initialize_with(stock_initialize(), args, kwargs, observers)
+
+
+def initialize_with(
+    stock: Initialize, args: Sequence[Any], kwargs: dict[str, Any], observers: Sequence[Observer]
+) -> tuple[Any, Any, Any, Any]:
+    """`initialize`, given DeepSpeed's own function."""
+    given = inspect.signature(stock).bind(*args, **kwargs).arguments
+    config, problem = _config_of(given), None
+    setup: ZeroSetup | None = None
+    try:
+        config = None if config is None else load_ds_config(config)
+        if config is None or not has_grass(config):
+            return stock(*args, **kwargs)
+        setup = split_ds_config(config)
+        check_classes(*_stock_classes(), deepspeed_version())
+        check_model(given["model"])
+        check_optimizer(given.get("optimizer"), config)
+    except GrassError as error:
+        problem = error
+    said = spare_the_compiler(setup.ds_config if setup else {})
+    _join(given)
+    _agree(problem, setup)
+    assert setup is not None
+    for sentence in (*setup.said, *said):
+        _say(sentence)
+    return _build(stock, given, setup, observers)
+
+
+def stock_initialize() -> Initialize:
+    """DeepSpeed's own `initialize`, also where `grass_dist.enable` has put ours in its place."""
+    import deepspeed
+
+    return getattr(deepspeed.initialize, "__wrapped__", deepspeed.initialize)
+
+
+def _build(
+    stock: Initialize, given: dict[str, Any], setup: ZeroSetup, observers: Sequence[Observer]
+) -> tuple[Any, Any, Any, Any]:
+    given = {**given, "config": setup.ds_config}
+    given.pop("config_params", None)
+    if getattr(given.get("args"), "deepspeed_config", None) is not None:
+        given["args"].deepspeed_config = None
+    if given.get("lr_scheduler") is None and setup.scheduler is not None:
+        given["lr_scheduler"] = functools.partial(_scheduler, *setup.scheduler)
+    model: nn.Module = given["model"]
+    with _narrowed(functools.partial(_connect, model, setup, tuple(observers))):
+        engine, optimizer, loader, scheduler = stock(**given)
+    engine.grass = engine.optimizer.grass
+    add_checkpoints(engine)
+    return engine, optimizer, loader, scheduler
+
+
+def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], zero: NarrowZero) -> None:
+    """Puts the method on top of a ZeRO optimizer that the engine is making."""
+    arguments, config = zero.arguments, setup.grass
+    stage = max(setup.stage, 1)
+    groups = zero.user_optimizer.param_groups
+    wire = torch.empty(0, dtype=arguments["communication_data_type"]).element_size()
+    backend = ZeroBackend(zero, arguments["dp_process_group"], arguments["gradient_accumulation_steps"], stage, wire)
+    problem: Exception | None = None
+    found, layers, roles = None, (), ()
+    try:
+        refuse_second(model)
+        check_optimizer(zero.user_optimizer, setup.ds_config)
+        found = find_layers(model, config.layers)
+        check_num_layers(config, len(found.layers))
+        make_sampler(config, len(found.layers))
+        layers, roles = choose_units(model, found, config, groups)
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        problem = error
+    zero.every = backend.groups_of([*layers, *roles]) if problem is None else []
+    kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
+    agree_at_start(backend, problem, fingerprint(config, found, groups, type(zero.user_optimizer), kwargs))
+    zero.grass = GrassEngine(config, layers, roles, backend, ZeroStates(zero, layers), observers)
+    remember(model)
+    zero.on_step = lambda applied: zero.grass.advance() if applied else zero.grass.skip_step()
+
+
+@contextmanager
+def _narrowed(connect: Callable[[Any], None]) -> Iterator[None]:
+    """While an engine is made, it finds our classes where it looks for DeepSpeed's."""
+    import deepspeed.runtime.engine as engine
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    stock12, stock3 = _stock_classes()
+    engine.DeepSpeedZeroOptimizer = narrow_class(stock12, False, connect)
+    stage3.DeepSpeedZeroOptimizer_Stage3 = narrow_class(stock3, True, connect)
+    try:
+        yield
+    finally:
+        engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3 = stock12, stock3
+
+
+def _stock_classes() -> tuple[type, type]:
+    import deepspeed.runtime.engine as engine
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    return engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3
+
+
+def _scheduler(name: str, params: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
+    """The ds_config's scheduler, on the user's parameter groups: those of an interval come and go."""
+    from deepspeed.runtime import lr_schedules
+
+    cls = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
+    if cls is None:
+        raise ConfigError("scheduler.type", name, "neither DeepSpeed nor torch has it", "use WarmupLR, for example")
+    return cls(optimizer, **params)
+
+
+def _config_of(given: dict[str, Any]) -> Any:
+    for config in (
+        given.get("config"),
+        given.get("config_params"),
+        getattr(given.get("args"), "deepspeed_config", None),
+    ):
+        if config is not None:
+            return config
+    return None
+
+
+def _join(given: dict[str, Any]) -> None:
+    """Makes the process group that `deepspeed.initialize` would make first."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    port = {"distributed_port": given["distributed_port"]} if "distributed_port" in given else {}
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=given.get("dist_init_required"), **port)
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _agree(problem: GrassError | None, setup: ZeroSetup | None) -> None:
+    config = setup.ds_config if setup else {}
+    agree_at_start(
+        world(),
+        problem,
+        {f"ds_config.{name}": value for name, value in config.items()} | {"deepspeed version": deepspeed_version()},
+    )
+
+
+def _say(sentence: str) -> None:
+    if world().rank == 0:
+        log.warning(sentence)

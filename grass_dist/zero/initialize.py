@@ -28,7 +28,7 @@ from grass_dist.samplers import make_sampler
 from grass_dist.zero.checkpoint import add_checkpoints
 from grass_dist.zero.checks import check_model, check_optimizer
 from grass_dist.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
-from grass_dist.zero.jit import spare_the_compiler
+from grass_dist.zero.jit import accelerator, on_cpu, spare_the_compiler
 from grass_dist.zero.states import ZeroStates
 
 log = logging.getLogger("grass_dist")
@@ -40,8 +40,8 @@ def initialize(*args: Any, observers: Sequence[Observer] = (), **kwargs: Any) ->
     """Takes what `deepspeed.initialize` takes, and returns what it returns.
 
     With a top-level block ``"grass": {...}`` in the ds_config (the fields of `GrassConfig`) the engine trains by
-    GRASS: ``engine.grass`` is the `GrassEngine`. ``engine.backward``, ``step``, ``save_checkpoint``, ``load_checkpoint``
-    and the rest work as ever. Without the block this is `deepspeed.initialize`.
+    GRASS: ``engine.grass`` is the `GrassEngine`. ``engine.backward``, ``step``, ``save_checkpoint`` and
+    ``load_checkpoint`` work as ever. Without the block this is `deepspeed.initialize`.
 
     Args:
         observers: called with each `Refreshed` and `Sampled`, from the first draw on.
@@ -177,13 +177,12 @@ def _config_of(given: dict[str, Any]) -> Any:
 def _join(given: dict[str, Any]) -> None:
     """Makes the process group that `deepspeed.initialize` would make first."""
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
 
     port = {"distributed_port": given["distributed_port"]} if "distributed_port" in given else {}
-    backend = get_accelerator().communication_backend_name()
+    backend = accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=given.get("dist_init_required"), **port)
-    if get_accelerator().device_name() != "cpu":
-        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not on_cpu():
+        accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _agree(problem: GrassError | None, setup: ZeroSetup | None) -> None:

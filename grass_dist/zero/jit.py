@@ -17,11 +17,15 @@ STALE_SECONDS = 1800
 _FUSED = {"adam": "fused_adam", "adamw": "fused_adam", "lion": "fused_lion"}
 
 
-def on_cpu() -> bool:
-    """Whether DeepSpeed's accelerator is the CPU."""
+def accelerator() -> Any:
+    """DeepSpeed's accelerator: the CPU, CUDA, or another device."""
     from deepspeed.accelerator import get_accelerator
 
-    return get_accelerator().device_name() == "cpu"
+    return get_accelerator()
+
+
+def on_cpu() -> bool:
+    return accelerator().device_name() == "cpu"
 
 
 def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
@@ -40,8 +44,8 @@ def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
     if not on_cpu():
         if operator and not params.get("torch_adam") and not _is_built(operator):
             said.append(
-                f"DeepSpeed may now compile its operator {operator} into {_extensions()}, once, which can take minutes; "
-                'optimizer.params {"torch_adam": true} uses torch.optim instead.'
+                f"DeepSpeed may now compile its operator {operator} into {_extensions()}, once, which can take "
+                'minutes; optimizer.params {"torch_adam": true} uses torch.optim instead.'
             )
         return said
     import deepspeed.ops

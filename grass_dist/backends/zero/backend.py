@@ -11,11 +11,10 @@ from torch import nn
 
 from grass_dist.backends.base import Backend, GradientSink, sum_of_squares
 from grass_dist.backends.host_sums import HostSums
-from grass_dist.backends.zero.groups import Group, groups_of
+from grass_dist.backends.zero.groups import Group, groups_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
-
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
 
@@ -28,7 +27,7 @@ class _Bucket:
         self.starts, numel = [], 0
         for _, param in unit.params:
             self.starts.append(numel)
-            numel += getattr(param, "ds_numel", param.numel())
+            numel += numel_of(param)
         self.padded = -(-numel // world_size) * world_size
         self.missing = set(range(len(unit.params)))
         self.flat: torch.Tensor | None = None
@@ -130,8 +129,8 @@ class ZeroBackend(Backend):
     def shard_of(self, param: nn.Parameter) -> torch.Tensor:
         if not hasattr(param, "ds_tensor"):
             return param.detach()
-        start = self.rank * param.ds_tensor.numel()
-        return param.ds_tensor.detach()[: max(0, min(param.ds_tensor.numel(), param.ds_numel - start))]
+        shard = zero_shard(param)
+        return shard.detach()[: max(0, min(shard.numel(), numel_of(param) - self.rank * shard.numel()))]
 
     def verify(self) -> None:
         """Raises if the model's trainable parameters are not those that were set here."""
@@ -151,7 +150,7 @@ class ZeroBackend(Backend):
         scale = float(self.zero.loss_scale) ** 2
         numel = 0
         for i, group in enumerate(self.zero.groups):
-            numel += sum(getattr(p, "ds_numel", p.numel()) for p in group.params)
+            numel += sum(numel_of(p) for p in group.params)
             if self._measuring and group.unit.index is not None:
                 parts = [sum_of_squares(part) for part in self.zero.partition_grads_of(i)]
                 if parts:
@@ -215,6 +214,6 @@ class ZeroBackend(Backend):
         return not torch.isfinite(self.sum_over_ranks(torch.stack(squares).sum())).item()
 
     def _stand_in(self) -> Group:
-        smallest = min(self._layers[0].params, key=lambda item: getattr(item[1], "ds_numel", item[1].numel()))
+        smallest = min(self._layers[0].params, key=lambda item: numel_of(item[1]))
         [group] = self.groups_of([Unit("stand-in", None, (smallest,))])
         return group

@@ -62,13 +62,30 @@ class GroupsOptimizer(torch.optim.Optimizer):
             group.update(_hyperparameters(self._user.param_groups[index]))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self._step(self.param_groups)
+
+    def step_nothing(self) -> None:
+        """A step that updates nothing, for schedulers, which want one before their own."""
+        self._step([])
+
+    def _step(self, groups: list[dict[str, Any]]) -> None:
         user = self._user
         own = user.param_groups, user.state
-        user.param_groups, user.state = self.param_groups, self.state
+        user.param_groups, user.state = groups, self.state
         try:
             user.step()
         finally:
             user.param_groups, user.state = own
+
+
+def zero_shard(param: nn.Parameter) -> torch.Tensor:
+    """This rank's flat shard of a ZeRO-3 parameter, with its padding."""
+    return param.ds_tensor  # type: ignore[attr-defined]
+
+
+def numel_of(param: nn.Parameter) -> int:
+    """Elements of the whole parameter, which ZeRO-3 leaves empty."""
+    return getattr(param, "ds_numel", param.numel())
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

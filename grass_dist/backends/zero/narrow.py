@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from grass_dist.backends.zero.groups import Group, GroupsOptimizer
+from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
 from grass_dist.backends.zero.store import HostStore, Record
 from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, take_over, whole_state
@@ -85,6 +85,7 @@ class NarrowZero(_Stock):
             super().step()
         else:
             self.overflow = self.on_rest_step()
+            self.optimizer.step_nothing()
             self._update_scale(self.overflow)
             self._global_grad_norm = float("inf") if self.overflow else 0.0
         self.on_step(not self.overflow)
@@ -127,13 +128,13 @@ class NarrowZero(_Stock):
         self._construct(groups)
         self.groups = list(groups)
         for i, group in enumerate(self.groups):
-            record = staying.pop(group.key, None) or (self.store[group.key] if group.key in self.store else None)
+            record = staying.pop(group.key, None) or self.store.get(group.key)
             if record is not None:
                 self._put_back(i, record)
             self.store.drop(group.key)
 
     def rest(self, stand_in: Group) -> None:
-        """Trains nothing. DeepSpeed must own a parameter; it gets the one of ``stand_in``, and none of its gradients."""
+        """Trains nothing. DeepSpeed must own a parameter: that of ``stand_in``, of which it gets no gradient."""
         self.stand_in = stand_in
         self._let_go(set())
         self._construct([stand_in])
@@ -264,7 +265,8 @@ class _Narrow3(NarrowZero):
         for group in self.groups:
             if group.key not in keep:  # or one layer would hold the flat buffer of the whole interval
                 for param in group.params:
-                    param.ds_tensor.data = param.ds_tensor.data.clone()
+                    shard = zero_shard(param)
+                    shard.data = shard.data.clone()
         return staying
 
     def _release(self) -> None:
@@ -272,7 +274,7 @@ class _Narrow3(NarrowZero):
             hook.remove()
 
     def _is_weight(self, i: int) -> bool:
-        return self._masters[i].data_ptr() == self.groups[i].params[0].ds_tensor.data_ptr()
+        return self._masters[i].data_ptr() == zero_shard(self.groups[i].params[0]).data_ptr()
 
 
 def _placed(value: Any, device: torch.device) -> Any:

@@ -62,7 +62,10 @@ CARRIED = (
 )
 """What outlives the interval, where the release has it: the loss scale, and what the engine has put in or will read."""
 
-ENGINE = ("deepspeed.runtime.engine", "DeepSpeedZeroOptimizer"), ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3")
+ENGINE = (
+    ("deepspeed.runtime.engine", "DeepSpeedZeroOptimizer"),
+    ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"),
+)
 """Where `DeepSpeedEngine` looks its ZeRO classes up."""
 
 

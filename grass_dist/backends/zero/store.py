@@ -12,7 +12,7 @@ Record = dict[str, Any]
 
 
 class HostStore:
-    """One flat buffer a group (and dtype), pinned where there is a CUDA device; made when the group first comes and then reused.
+    """One flat buffer a group (and dtype), pinned where there is a CUDA device; made when the group first comes.
 
     Args:
         pin: whether to pin.
@@ -29,6 +29,9 @@ class HostStore:
     def __getitem__(self, key: tuple[str, int]) -> Record:
         return self._records[key]
 
+    def get(self, key: tuple[str, int]) -> Record | None:
+        return self._records.get(key)
+
     def put(self, key: tuple[str, int], record: Record) -> None:
         """Copies the tensors of ``record`` into the group's buffer, queued on the current stream."""
         held = {}
@@ -37,7 +40,9 @@ class HostStore:
             buffer = self._buffers.get((key, dtype))
             if buffer is None or buffer.numel() != needed:
                 buffer = self._buffers[key, dtype] = torch.empty(needed, dtype=dtype, pin_memory=self._pin)
-            for (name, tensor), view in zip(vectors.items(), buffer.split([t.numel() for t in vectors.values()]), strict=True):
+            for (name, tensor), view in zip(
+                vectors.items(), buffer.split([t.numel() for t in vectors.values()]), strict=True
+            ):
                 held[name] = view.view(tensor.shape)
                 held[name].copy_(tensor, non_blocking=True)
         self._records[key] = _replaced(record, held)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grass_dist.backends.zero.groups import Group
+from grass_dist.backends.zero.groups import Group, zero_shard
 from grass_dist.errors import GrassError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
     for group in zero.every:
         record = records[group.key] = dict(records.get(group.key) or zero.store[group.key])
         if names.masters_key not in record:  # ZeRO-3 in fp32: the weights are the masters
-            record[names.masters_key] = torch.cat([p.ds_tensor.detach().reshape(-1) for p in group.params])
+            record[names.masters_key] = torch.cat([zero_shard(p).detach().reshape(-1) for p in group.params])
     order = [records[group.key] for group in zero.every]
     lists = {key: [record[key] for record in order] for key in order[0] if key != "state"}
     user = zero.user_optimizer.param_groups
@@ -90,8 +90,8 @@ def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
         theirs = [tuple(key) for key in saved[GROUPS_KEY]]
         odd = next((pair for pair in zip(theirs, keys, strict=False) if pair[0] != pair[1]), (theirs[-1], keys[-1]))
         raise GrassError(
-            f"The checkpoint holds {len(theirs)} parameter groups and this run has {len(keys)}: {odd[0]} stands where "
-            f"{odd[1]} is expected; load it with the model, parameter groups and grass.always_active that it was saved with."
+            f"The checkpoint holds {len(theirs)} parameter groups and this run has {len(keys)}: {odd[0]} stands "
+            f"where {odd[1]} is expected; load it with the model, parameter groups and grass.always_active of that run."
         )
     zero.loss_scaler, zero.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
     lists = {k: v for k, v in saved.items() if isinstance(v, list) and len(v) == len(keys) and k != GROUPS_KEY}

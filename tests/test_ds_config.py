@@ -1,0 +1,530 @@
+"""zero/ds_config.py on dicts and files: what is read, what is refused, and what DeepSpeed gets."""
+
+from __future__ import annotations
+
+import base64
+import builtins
+import copy
+import json
+from collections import UserDict
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grass_dist.config import GrassConfig
+from grass_dist.errors import ConfigError
+from grass_dist.optimizer import ELEMENTWISE
+from grass_dist.zero.ds_config import OPTIMIZER_TYPES, REFUSED, has_grass, load_ds_config, split_ds_config
+
+PLAIN: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 2},
+}
+# The values that each row of the table refuses, and some that it takes.
+VALUES: dict[str, tuple[list[Any], list[Any]]] = {
+    "zero_optimization.offload_param.device": (["cpu", "nvme"], ["none"]),
+    "zero_optimization.cpu_offload_param": ([True], [False]),
+    "zero_optimization.offload_optimizer.device": (["nvme", "gpu", "NVMe"], ["none", "cpu"]),
+    "zero_optimization.offload_optimizer.super_offload": ([True], [False]),
+    "zero_optimization.zenflow": ([{}, {"topk_ratio": 0.1}, True], [False]),
+    "zero_optimization.zero_hpz_partition_size": ([2, 8, "8"], [0, 1]),
+    "zero_optimization.zero_quantized_weights": ([True, "true"], [False]),
+    "zero_optimization.zero_quantized_nontrainable_weights": ([True], [False]),
+    "zero_optimization.zero_quantized_gradients": ([True, 1], [False, 0]),
+    "zero_optimization.mics_shard_size": ([1, 8], [-1, 0]),
+    "zero_optimization.mics_hierarchical_params_gather": ([True], [False]),
+    "zero_optimization.elastic_checkpoint": ([True], [False]),
+    "zero_optimization.stage3_module_granularity_threshold": ([1, 5e5], [0]),
+    "zero_optimization.module_granularity_threshold": ([1], [0]),
+    "zero_optimization.legacy_stage1": ([True], [False]),
+    "zero_optimization.compute_grad_norm": ([False, "false"], [True]),
+    "checkpoint.load_universal": ([True], [False]),
+    "optimizer.params.max_grad_norm": ([0.0, 1.0], []),
+    "zero_allow_untested_optimizer": ([False], [True]),
+    "amp.enabled": ([True], [False]),
+    "torch_autocast.enabled": ([True], [False]),
+    "bf16.bf16_master_weights_and_grads": ([True], [False]),
+    "bf16.bf16_master_weights_and_gradients": ([True], [False]),
+    "bf16.bf16_optimizer_states": ([True], [False]),
+    "bfloat16.bf16_master_weights_and_grads": ([True], [False]),
+    "bfloat16.bf16_master_weights_and_gradients": ([True], [False]),
+    "bfloat16.bf16_optimizer_states": ([True], [False]),
+    "fp16.fp16_master_weights_and_grads": ([True], [False]),
+    "compile.deepcompile": ([True], [False]),
+    "prescale_gradients": ([True], [False]),
+    "gradient_predivide_factor": ([2, 0.5, "x"], [1, 1.0]),
+    "gradient_allreduce_op": (["sum", "SUM"], ["mean"]),
+    "sparse_gradients": ([True], [False]),
+    "managed_gradient_accumulation": ([False], [True]),
+    "tensor_parallel.autotp_size": ([2], [0, 1]),
+    "pipeline.stages": ([2, 4], [1]),
+    "sequence_parallel_size": ([2], [1]),
+    "expert_parallel.enabled": ([True], [False]),
+    "moe.enabled": ([True], [False]),
+    "elasticity.enabled": ([True], [False]),
+    "progressive_layer_drop.enabled": ([True], [False]),
+    "data_efficiency.data_routing.random_ltd.enabled": ([True], [False]),
+    "eigenvalue.enabled": ([True], [False]),
+    "quantize_training": ([{}, {"quantize_bits": {}}, True], [False]),
+    "compression_training": ([{}, {"weight_quantization": {}}], [False]),
+    "hybrid_engine.enabled": ([True], [False]),
+}
+# Top-level keys of DeepSpeed 0.16 to 0.19, none of which may look like a misspelt block.
+DEEPSPEED = """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile
+    compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last
+    datastates_config disable_allgather disable_python_gc dump_state eigenvalue elasticity expert_parallel
+    flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
+    graph_harvesting hybrid_engine log_level managed_gradient_accumulation memory_breakdown monitor_config nebula
+    optimizer pipeline prescale_gradients progressive_layer_drop quantize_training scheduler
+    seq_parallel_communication_data_type sequence_parallel_size sparse_attention sparse_gradients steps_per_print
+    tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
+DEEPSPEED_KEYS = DEEPSPEED.split()
+
+
+def plus(changes: dict[str, Any], **grass: Any) -> dict[str, Any]:
+    """A ds_config that works, with a GRASS block, changed at dotted paths."""
+    config: dict[str, Any] = copy.deepcopy(PLAIN) | {"grass": grass}
+    for path, value in changes.items():
+        *sections, key = path.split(".")
+        inner = config
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
+    return config
+
+
+def refusal(config: Any, call: Any = split_ds_config) -> ConfigError:
+    """The error of ``call(config)``, which must be one sentence with field, value and fix."""
+    before = copy.deepcopy(config)
+    with pytest.raises(ConfigError) as caught:
+        call(config)
+    error = caught.value
+    text = str(error)
+    assert "\n" not in text and text.endswith(".") and not text.endswith("..") and len(text) < 400
+    assert text.startswith(f"{error.field}={repr(error.value)[:70]}".strip()) and error.problem and error.fix
+    assert config == before
+    return error
+
+
+def test_the_block_is_taken_out_and_the_rest_goes_to_deepspeed():
+    config = plus({"bf16.enabled": True, "steps_per_print": 5}, active_layers=2, always_active=["lm_head"])
+    before = copy.deepcopy(config)
+    setup = split_ds_config(config)
+    assert config == before
+    assert setup.grass == GrassConfig(active_layers=2, always_active=("lm_head",))
+    assert setup.ds_config == PLAIN | {
+        "bf16": {"enabled": True},
+        "steps_per_print": 5,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    assert setup.stage == 2 and setup.scheduler is None and setup.said == ()
+
+
+def test_what_deepspeed_changes_in_its_configuration_does_not_reach_the_users():
+    config = plus({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.99]}}})
+    setup = split_ds_config(config)
+    setup.ds_config["zero_optimization"]["stage"] = 3
+    setup.ds_config["optimizer"]["params"]["betas"].append(1)
+    assert config == plus({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.99]}}})
+
+
+# The block
+
+
+def test_without_a_block_nothing_is_asked_of_the_configuration():
+    assert not has_grass({})
+    assert not has_grass({"zero_optimization": {"stage": 3, "zenflow": {}}, "pipeline": {"stages": 4}})
+    assert not has_grass({key: {"enabled": True} for key in DEEPSPEED_KEYS})
+
+
+@pytest.mark.parametrize("off", [None, False])
+def test_null_and_false_switch_it_off(off):
+    assert not has_grass({"grass": off})
+    assert refusal(plus({"grass": off})).field == "grass"
+
+
+@pytest.mark.parametrize("on", [{}, {"active_layers": 2}])
+def test_an_empty_block_is_on(on):
+    assert has_grass({"grass": on})
+
+
+@pytest.mark.parametrize("value", [True, 0, 4, "on", "auto", [], ["active_layers"]])
+def test_a_block_is_a_section(value):
+    assert refusal({"grass": value}, has_grass).fix == 'write {"active_layers": 4} or leave it out'
+
+
+@pytest.mark.parametrize(
+    "key", ["gras", "grasss", "GRASS", "Grass", " grass", "_grass", "grass_config", "grass-dist", "grss", "garss"]
+)
+@pytest.mark.parametrize("other", [{}, {"grass": {}}])
+def test_a_misspelt_block_is_named(key, other):
+    error = refusal({key: {"active_layers": 2}, **other}, has_grass)
+    assert error.field == key and error.fix == "did you mean 'grass'"
+
+
+def test_a_block_inside_zero_optimization_is_named():
+    error = refusal(PLAIN | {"zero_optimization": {"stage": 2, "grass": {"active_layers": 2}}}, has_grass)
+    assert str(error) == (
+        "zero_optimization.grass={'active_layers': 2}: the block stands inside zero_optimization, where DeepSpeed "
+        "refuses it; move it to the top level of the ds_config."
+    )
+
+
+@pytest.mark.parametrize("path", ["bf16.grass", "optimizer.params.grass", "zero_optimization.offload_optimizer.GRASS"])
+def test_a_block_inside_any_section_is_named(path):
+    error = refusal(plus({path: {"active_layers": 2}}), has_grass)
+    assert error.field == path and f"stands inside {path.rpartition('.')[0]}" in error.problem
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_a_nested_block_that_is_off_is_left_to_deepspeed(value):
+    assert not has_grass({"zero_optimization": {"grass": value}})
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"active_layer": 2}, "grass.active_layer=2: there is no such setting; did you mean 'active_layers'."),
+        ({"active_layers": 0}, "grass.active_layers=0: this value cannot be used; it should be"),
+        ({"active_layers": "auto"}, "grass.active_layers='auto': "),
+        ({"fixed_layers": [1]}, "grass.fixed_layers=(1,): is read by sampler='fixed' only"),
+        ({"grass": {}}, "grass.grass={}: there is no such setting"),
+        ({4: 4}, "grass.4=4: there is no such setting"),
+    ],
+)
+def test_settings_are_named_below_grass(block, message):
+    assert str(refusal(plus({"grass": block}))).startswith(message)
+
+
+# What is refused
+
+
+def test_every_row_of_the_table_has_samples():
+    assert [path for path, *_ in REFUSED] == list(dict.fromkeys(path for path, *_ in REFUSED))
+    assert {path for path, *_ in REFUSED} == set(VALUES)
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[0])
+def test_what_the_table_refuses(row):
+    path, _, problem, fix = row
+    bad, good = VALUES[path]
+    for value in bad:
+        error = refusal(plus({path: value}))
+        assert (error.field, error.value, error.problem, error.fix) == (path, value, problem, fix)
+    for value in [*good, None, "auto"]:
+        split_ds_config(plus({path: value}))
+
+
+@given(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.none()) | st.just({}))
+def test_no_value_breaks_the_table(value):
+    for path, refused, *_ in REFUSED:
+        assert refused(value) in (True, False), path
+
+
+@pytest.mark.parametrize("stage", [-1, 4, 2.0, "2", True, None, "auto", [2]])
+def test_stages_that_do_not_exist(stage):
+    assert refusal(plus({"zero_optimization.stage": stage})).field == "zero_optimization.stage"
+
+
+@pytest.mark.parametrize("micro", [{}, {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}])
+def test_a_configuration_without_micro_batch(micro):
+    error = refusal(micro | {"grass": {}})
+    assert error.field == "train_micro_batch_size_per_gpu" and error.problem == "a ds_config without micro-batch"
+
+
+@pytest.mark.parametrize("micro", [{"train_batch_size": 8}, {"train_micro_batch_size_per_gpu": 2}])
+def test_one_batch_size_is_enough(micro):
+    split_ds_config({"train_micro_batch_size_per_gpu": "auto"} | micro | {"grass": {}})
+
+
+@pytest.mark.parametrize("bf16", ["bf16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["fp32", "float32", "float", "torch.float32"])
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 0}, {}, True, False])
+def test_fp32_accumulation_that_gets_another_optimizer(bf16, dtype, zero):
+    changes = {f"{bf16}.enabled": True, "data_types.grad_accum_dtype": dtype}
+    error = refusal(plus(changes | {"zero_optimization": zero}))
+    assert error.field == "data_types.grad_accum_dtype" and "use stage 2" in error.fix
+    for stage in (2, 3):
+        split_ds_config(plus(changes | {"zero_optimization.stage": stage}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data_types.grad_accum_dtype": "fp32"},
+        {"data_types.grad_accum_dtype": "fp32", "bf16.enabled": False},
+        {"data_types.grad_accum_dtype": "bf16", "bf16.enabled": True},
+        {"data_types.grad_accum_dtype": None, "bf16.enabled": True},
+        {"data_types.grad_accum_dtype": "fp32", "bf16.enabled": "auto"},
+    ],
+)
+def test_accumulation_that_is_fine_at_stage_1(changes):
+    split_ds_config(plus(changes | {"zero_optimization.stage": 1}))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Muon", "muon", "Lamb", "MuAdam", "MuAdamW", "MuSGD"),
+        *("Adagrad", "LBFGS", "Adafactor", "SparseAdam", "Mine"),
+    ],
+)
+def test_optimizers_that_partitions_or_frozen_layers_rule_out(kind):
+    error = refusal(plus({"optimizer": {"type": kind, "params": {"lr": 1e-3}}}))
+    assert error.field == "optimizer.type" and error.value == kind and "AdamW" in error.fix
+
+
+def test_optimizers_that_work():
+    kinds = OPTIMIZER_TYPES.split(", ")
+    # Lion is DeepSpeed's; Adagrad has its state before the first step.
+    assert set(kinds) == {kind.__name__ for kind in ELEMENTWISE} - {"Adagrad"} | {"Lion"}
+    for kind in [*kinds, "adamw", "ADAM", None, "auto"]:
+        section = {"type": kind, "params": {"lr": 1e-3}}
+        assert split_ds_config(plus({"optimizer": section})).ds_config["optimizer"] == section
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("zero_optimization", 2),
+        ("zero_optimization", "stage2"),
+        ("zero_optimization.offload_optimizer", "cpu"),
+        ("zero_optimization.offload_optimizer", True),
+        ("optimizer", "AdamW"),
+        ("scheduler", "WarmupLR"),
+        ("scheduler.params", [1]),
+    ],
+)
+def test_what_must_be_a_section(path, value):
+    error = refusal(plus({path: value}))
+    assert (error.field, error.value, error.problem) == (path, value, "it must be a section")
+
+
+# What is rewritten
+
+
+@pytest.mark.parametrize("zero", [None, {}, {"stage": 0}, {"stage": 0, "overlap_comm": True}, False, "auto"])
+def test_stage_0_runs_as_stage_1(zero):
+    setup = split_ds_config(plus({"zero_optimization": zero}))
+    rest = {key: value for key, value in zero.items() if key != "stage"} if isinstance(zero, dict) else {}
+    assert setup.ds_config["zero_optimization"] == {"stage": 1, **rest}
+    assert setup.stage == 0 and len(setup.said) == 1
+    assert "runs as ZeRO-1 under GRASS: same gradients, states sharded rather than replicated" in setup.said[0]
+
+
+def test_no_section_is_stage_0():
+    setup = split_ds_config({"train_batch_size": 2, "gradient_clipping": 1.0, "grass": {}})
+    assert setup.ds_config["zero_optimization"] == {"stage": 1} and setup.stage == 0 and len(setup.said) == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_other_stages_stay(stage):
+    setup = split_ds_config(plus({"zero_optimization.stage": stage}))
+    assert setup.ds_config["zero_optimization"] == {"stage": stage} and setup.stage == stage and not setup.said
+
+
+def test_the_boolean_of_old_is_stage_1():
+    setup = split_ds_config(plus({"zero_optimization": True}))
+    assert setup.ds_config["zero_optimization"] == {"stage": 1} and setup.stage == 1 and not setup.said
+    setup = split_ds_config(plus({"zero_optimization": True, "allgather_size": 1000}))
+    assert setup.ds_config["zero_optimization"] == {"stage": 1, "allgather_bucket_size": 1000}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offload_optimizer": {"device": "cpu"}},
+        {"cpu_offload": True},
+        {"offload_optimizer": {"device": "cpu"}, "cpu_offload": True},
+    ],
+)
+def test_offload_to_the_cpu_is_what_grass_does_anyway(options):
+    setup = split_ds_config(plus({"zero_optimization": {"stage": 2, **options}}))
+    assert setup.ds_config["zero_optimization"] == {"stage": 2}
+    (sentence,) = setup.said
+    assert "states (fp32 masters and moments) of inactive layers live in (pinned) host memory" in sentence
+    assert "with and without the block" in sentence and "no effect" not in sentence
+
+
+def test_what_has_no_effect_in_the_offload_is_said():
+    offload = {"device": "cpu", "ratio": 0.5, "pin_memory": True, "fast_init": False, "super_offload": False}
+    (sentence,) = split_ds_config(plus({"zero_optimization.offload_optimizer": offload})).said
+    assert sentence.endswith("(no effect: fast_init, pin_memory, ratio, super_offload).")
+
+
+@pytest.mark.parametrize("offload", [{"device": "none"}, {"device": "none", "pin_memory": True}, {}, None, "auto"])
+@pytest.mark.parametrize("legacy", [False, None, "auto"])
+def test_no_offload_is_removed_without_a_word(offload, legacy):
+    options = {"stage": 3, "offload_optimizer": offload, "cpu_offload": legacy, "offload_param": {"device": "none"}}
+    setup = split_ds_config(plus({"zero_optimization": options}))
+    assert setup.ds_config["zero_optimization"] == {"stage": 3, "offload_param": {"device": "none"}} and not setup.said
+
+
+@pytest.mark.parametrize("clipping", [0.0, 1, 0.5, "auto"])
+def test_gradient_clipping_stays(clipping):
+    setup = split_ds_config(plus({"gradient_clipping": clipping}))
+    assert setup.ds_config["gradient_clipping"] == clipping and not setup.said
+
+
+def test_gradient_clipping_has_the_same_default_with_every_deepspeed():
+    for config in (plus({"gradient_clipping": None}), {k: v for k, v in plus({}).items() if k != "gradient_clipping"}):
+        setup = split_ds_config(config)
+        assert setup.ds_config["gradient_clipping"] == 0.0
+        (sentence,) = setup.said
+        assert sentence.startswith("gradient_clipping is not set: gradients are not clipped (DeepSpeed's own default ")
+
+
+def test_every_sentence_is_a_line_of_its_own():
+    said = split_ds_config({"train_batch_size": 2, "zero_optimization": {"cpu_offload": True}, "grass": {}}).said
+    assert len(said) == 3 and all(s.endswith(".") and "\n" not in s for s in said)
+
+
+@pytest.mark.parametrize("value", [None, "auto", True])
+def test_deepspeed_is_told_to_take_an_optimizer_that_it_does_not_know(value):
+    changes = {"zero_allow_untested_optimizer": value, "zero_force_ds_cpu_optimizer": True}
+    ds_config = split_ds_config(plus(changes)).ds_config
+    assert ds_config["zero_allow_untested_optimizer"] is True and ds_config["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"type": "WarmupLR", "params": {"warmup_num_steps": 5}}, ("WarmupLR", {"warmup_num_steps": 5})),
+        ({"type": "WarmupLR"}, ("WarmupLR", {})),
+        ({"type": "WarmupLR", "params": None}, ("WarmupLR", {})),
+        ({"type": None, "params": {}}, None),
+        ({"type": "auto"}, None),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_the_scheduler_is_taken_out(section, expected):
+    setup = split_ds_config(plus({"scheduler": section}))
+    assert setup.scheduler == expected and "scheduler" not in setup.ds_config and not setup.said
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("xyz", max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text("xyz_", max_size=8), json_values, max_size=4))
+def test_options_that_we_do_not_know_pass_untouched(options):
+    before = copy.deepcopy(options)
+    ds_config = split_ds_config(plus({}) | options).ds_config
+    assert {key: ds_config[key] for key in options} == options == before
+    assert not has_grass(options)
+    assert split_ds_config(plus({}) | {"zero_optimization": {"stage": 3, **options}}).ds_config[
+        "zero_optimization"
+    ] == {
+        "stage": 3,
+        **options,
+    }
+
+
+@given(st.dictionaries(st.sampled_from([*DEEPSPEED_KEYS, "grass"]), json_values, max_size=6))
+def test_any_configuration_is_taken_or_refused_in_one_sentence(config):
+    refused = None
+    before = copy.deepcopy(config)
+    try:
+        split_ds_config(config)
+    except ConfigError as error:
+        refused = str(error)
+    assert config == before
+    assert refused is None or ("\n" not in refused and refused.endswith("."))
+
+
+# Reading
+
+
+def test_a_dict_is_copied_and_its_handles_are_shared():
+    handle = object()
+    config = UserDict(PLAIN | {"tensor_parallel": UserDict(mpu=handle), "list": [{"a": 1}]})
+    loaded = load_ds_config(config)
+    assert type(loaded) is dict and type(loaded["tensor_parallel"]) is dict
+    assert loaded["tensor_parallel"]["mpu"] is handle
+    loaded["list"][0]["a"] = 2
+    assert config["list"] == [{"a": 1}]
+
+
+def test_a_file_may_have_comments(tmp_path):
+    file = tmp_path / "ds_config.json"
+    file.write_text(
+        """{
+            // ZeRO-2
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": 2}, # one more
+            /* the layers */ "grass": {"active_layers": 2, "temperature": 0.5}
+        }"""
+    )
+    for path in (file, str(file)):
+        assert load_ds_config(path) == PLAIN | {"grass": {"active_layers": 2, "temperature": 0.5}}
+    assert split_ds_config(load_ds_config(file)).grass.active_layers == 2
+
+
+def test_without_hjson_plain_json_is_read(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def no_hjson(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "hjson":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_hjson)
+    (tmp_path / "c.json").write_text(json.dumps(PLAIN))
+    assert load_ds_config(tmp_path / "c.json") == PLAIN
+    (tmp_path / "c.json").write_text('{"fp16": {"enabled": true, "enabled": false}}')
+    assert "a section has enabled twice" in refusal(tmp_path / "c.json", load_ds_config).problem
+
+
+def test_base64_of_json():
+    config = PLAIN | {"grass": {"active_layers": 2}, "note": "?>?>~~"}  # with characters 62 and 63 of the alphabet
+    assert load_ds_config(base64.urlsafe_b64encode(json.dumps(config).encode()).decode()) == config
+    twice = base64.urlsafe_b64encode(b'{"stage": 1, "stage": 2}').decode()
+    assert "a section has stage twice" in refusal(twice, load_ds_config).problem
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"train_batch_size": 1, "train_batch_size": 2}', "a section has train_batch_size twice"),
+        ('{"bf16": {"enabled": true, "enabled": true, "a": 1, "a": 1}}', "a section has a, enabled twice"),
+        ('{"a": [1, 2', "it is not a JSON object: "),
+        ('{"a": 1} {', "it is not a JSON object: "),
+        ("[1, 2]", "it is a single value"),
+        ("words", "it is a single value"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, problem):
+    file = tmp_path / "c.json"
+    file.write_text(text)
+    error = refusal(str(file), load_ds_config)
+    assert error.field == "config" and error.value == str(file) and problem in error.problem
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "c.json").write_bytes(b'{"a": "\xff"}')
+    for path in (tmp_path, tmp_path / "c.json"):
+        assert "it cannot be read" in refusal(path, load_ds_config).problem
+
+
+@pytest.mark.parametrize("name", ["", "ds_config.json", "conf", "configs/ds.json", "YWJj", "x" * 5000, "a\0b", "é"])
+def test_a_missing_file(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = refusal(name, load_ds_config)
+    assert error.field == "config" and error.problem == "there is no such file"
+
+
+@pytest.mark.parametrize("config", [None, 3, ["a"], b"a.json"])
+def test_what_is_no_configuration(config):
+    assert refusal(config, load_ds_config).problem == "this is no ds_config"

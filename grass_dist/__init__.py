@@ -5,6 +5,7 @@ from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError, GrassError, RanksDisagree, UnsupportedModel
 from grass_dist.events import Refreshed, Sampled
 from grass_dist.samplers import RoundGenerator, register_sampler
+from grass_dist.trainer import disable, enable
 from grass_dist.zero.initialize import initialize
 
 __version__ = "0.1.0"
@@ -19,6 +20,8 @@ __all__ = [
     "RoundGenerator",
     "Sampled",
     "UnsupportedModel",
+    "disable",
+    "enable",
     "initialize",
     "register_sampler",
 ]

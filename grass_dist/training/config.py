@@ -15,6 +15,7 @@ from grass_dist.config import GrassConfig, StrictModel
 from grass_dist.errors import ConfigError
 from grass_dist.samplers import make_sampler, probe_steps
 from grass_dist.training.data_config import DataConfig
+from grass_dist.training.deepspeed_config import find_file, merge_grass, read_json
 
 
 class ModelConfig(StrictModel):
@@ -24,7 +25,8 @@ class ModelConfig(StrictModel):
     """Hugging Face model name or folder, or "packaged:smollm2-135m"."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the weights. bfloat16 weights have fp32 masters in the state of their layer; their gradients are reduced in
-    fp32 under fsdp2 and in bfloat16 under ddp. "auto": bfloat16 on a GPU, float32 on a CPU."""
+    fp32 under fsdp2, in bfloat16 under ddp, and under deepspeed as its communication_data_type says (bfloat16 unless
+    set). "auto": bfloat16 on a GPU, float32 on a CPU."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward."""
@@ -93,14 +95,25 @@ class TrainConfig(StrictModel):
 class ParallelConfig(StrictModel):
     """How the ranks share the work. ``parallel: fsdp2`` is short for ``parallel: {backend: fsdp2}``."""
 
-    backend: Literal["fsdp2", "ddp", "single"] = "fsdp2"
+    backend: Literal["fsdp2", "ddp", "deepspeed", "single"] = "fsdp2"
     replicate: int = Field(default=1, ge=1)
     """fsdp2 only: number of replicas of the sharded model (HSDP); it must divide the number of ranks."""
+    config: str | None = None
+    """deepspeed only: path of its JSON, relative to the folder of the YAML file or else to the working directory."""
 
     @model_validator(mode="after")
     def _replicas_are_of_shards(self) -> ParallelConfig:
         if self.replicate > 1 and self.backend != "fsdp2":
-            raise ConfigError("replicate", self.replicate, f"backend={self.backend} has no shards", "leave it out")
+            raise ConfigError("replicate", self.replicate, f"backend={self.backend} does not use it", "leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_json_is_for_deepspeed(self) -> ParallelConfig:
+        if self.backend == "deepspeed" and self.config is None:
+            fix = "give the path of a DeepSpeed JSON, e.g. configs/zero2_grass.json"
+            raise ConfigError("config", None, "backend=deepspeed needs one", fix)
+        if self.backend != "deepspeed" and self.config is not None:
+            raise ConfigError("config", self.config, f"backend={self.backend} reads no JSON", "leave it out")
         return self
 
 
@@ -154,6 +167,9 @@ class RunConfig(StrictModel):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies overrides such as ``train.learning_rate=1e-5``.
 
+    A name with dots in the file means the same: ``parallel: deepspeed`` and ``parallel.config: my.json``. The section
+    ``grass`` may stand in the DeepSpeed JSON instead.
+
     Raises:
         ConfigError: the file, an override or a setting cannot be used.
     """
@@ -168,9 +184,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError("--config", str(path), f"it is not YAML: {where}", "correct it there") from None
     if not isinstance(data, dict):
         raise ConfigError("--config", str(path), "it holds no settings", "see configs/ for examples")
+    data = {str(key): value for key, value in data.items()}
+    for key in [key for key in data if "." in key]:
+        _put(data, key, data.pop(key))
     for override in overrides:
         _override(data, override)
-    return RunConfig(**{str(key): value for key, value in data.items()})
+    return RunConfig(**_with_json(data, path.parent))
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
@@ -206,6 +225,11 @@ def _override(data: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader) if text else None
     except yaml.YAMLError:
         raise ConfigError(key, text, "the value is not YAML", "quote it") from None
+    _put(data, key, value)
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Sets ``value`` at a dotted name."""
     *path, last = key.split(".")
     at: dict[str, Any] = data
     for part in path:
@@ -215,7 +239,19 @@ def _override(data: dict[str, Any], override: str) -> None:
         if below is None:
             below = {}
         if not isinstance(below, dict):
-            raise ConfigError(key, text, f"{part} is {below!r} in the file, not a section", f"override {part} itself")
+            raise ConfigError(key, value, f"{part} is {below!r} in the file, not a section", f"override {part} itself")
         at[part] = below
         at = below
     at[last] = value
+
+
+def _with_json(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with the path of their DeepSpeed JSON made absolute and its ``"grass"`` merged in."""
+    parallel, grass = data.get("parallel"), data.get("grass")
+    if not isinstance(parallel, dict) or parallel.get("backend") != "deepspeed":
+        return data
+    if not isinstance(name := parallel.get("config"), str) or not isinstance(grass, dict | None):
+        return data  # refused where every other wrong type is
+    file = find_file(name, folder)
+    merged = merge_grass(read_json(file), grass)
+    return {**data, "parallel": {**parallel, "config": str(file)}, **({} if merged is None else {"grass": merged})}

@@ -5,23 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.training.world import World
 
 
-def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path, world: World) -> None:
-    """Gathers the weights of all ranks and writes them with config and tokenizer. Called on every rank.
+def gather_torch(model: nn.Module) -> dict[str, Any]:
+    """The weights of all ranks, in the main rank's host memory; other ranks get nothing. Called on every rank.
 
-    Over the wire: one all-gather of each parameter; the main rank's host memory holds the whole model meanwhile.
+    Over the wire: one all-gather of each parameter.
     """
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def gather_zero(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
+    """The same of the module in a DeepSpeed engine. ZeRO-3 gathers one parameter at a time."""
+    import deepspeed
+
+    whole: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor | None] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:  # tied weights have two names
+            partitioned = hasattr(tensor, "ds_id")
+            with deepspeed.zero.GatheredParameters([tensor], enabled=partitioned):
+                seen[id(tensor)] = tensor.detach().to("cpu", copy=partitioned) if world.is_main else None
+        if (here := seen[id(tensor)]) is not None:
+            whole[name] = here
+    return whole
+
+
+def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: Path, world: World) -> None:
+    """On the main rank: writes ``whole``, the gathered weights, with config and tokenizer."""
     if not world.is_main:
         return
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    inner.config.use_cache = True
-    inner.save_pretrained(folder, state_dict=whole)
-    inner.config.use_cache = False
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=whole)
+    model.config.use_cache = False
     tokenizer.save_pretrained(folder)

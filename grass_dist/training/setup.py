@@ -1,4 +1,4 @@
-"""From a `RunConfig` to a model on its ranks: load, wrap, group the parameters, schedule the learning rate."""
+"""From a `RunConfig` to a model and its optimizer: load, check the ranks, group the parameters, schedule the rate."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.config import check_num_layers
-from grass_dist.discovery import LayerMap, find_layers
+from grass_dist.discovery import find_layers
 from grass_dist.errors import ConfigError
 from grass_dist.training.batches import check_divides
 from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
@@ -47,7 +44,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The pretrained causal language model, whole, in host memory.
+    """The pretrained causal language model, in host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
 
     Raises:
         ConfigError: no such model, or settings of ``grass`` that do not fit it.
@@ -77,8 +74,8 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     return model.train()
 
 
-def check_ranks(config: RunConfig, world: World) -> int:
-    """Steps of gradient accumulation for this number of ranks.
+def check_ranks(config: RunConfig, world: World) -> None:
+    """Checks what depends on the number of ranks.
 
     Raises:
         ConfigError: the global batch or the mesh does not divide among the ranks.
@@ -93,36 +90,27 @@ def check_ranks(config: RunConfig, world: World) -> int:
             "parallel.replicate", parallel.replicate, f"it does not divide the {world.size} ranks", "use a divisor"
         )
     check_divides(train.global_batch_size, world.size, train.micro_batch_size)
-    return train.global_batch_size // (world.size * train.micro_batch_size)
 
 
-def parallelise(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) -> nn.Module:
-    """Wraps ``model`` for ``config.parallel`` and moves it, or this rank's shard of it, to the device."""
-    backend, replicate = config.parallel.backend, config.parallel.replicate
-    if backend == "single":
-        return model.to(world.device)
-    if backend == "ddp":
-        model = model.to(world.device)
-        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
-    if replicate == 1:
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
-    else:
-        shape = (replicate, world.size // replicate)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-    low = next(model.parameters()).dtype != torch.float32
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
-    for layer in model.get_submodule(layers.stack).children():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model
+def accumulation_steps(config: RunConfig, world: World) -> int:
+    """Micro-batches of a step on each rank."""
+    return config.train.global_batch_size // (world.size * config.train.micro_batch_size)
+
+
+def adamw_settings(train: TrainConfig) -> dict[str, Any]:
+    """Arguments of `torch.optim.AdamW`, weight decay aside: that goes by parameter group."""
+    return {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay on matrices, none on vectors (norms, biases)."""
-    params = list(model.parameters())
+    matrices, vectors = [], []
+    for param in model.parameters():
+        shape = getattr(param, "ds_shape", param.shape)  # ZeRO-3 leaves an empty vector in the parameter
+        (matrices if len(shape) >= 2 else vectors).append(param)
     return [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from grass_dist.api import GrassOptimizer
 from grass_dist.training.batches import IGNORED, Example, collate
 from grass_dist.training.world import World
+
+if TYPE_CHECKING:
+    from grass_dist.training.parallel import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +38,8 @@ def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: GrassOptimizer,
-    micro_batches: Sequence[Sequence[Example]],
-    pad_token_id: int,
-    clip: float | None,
-    world: World,
-) -> StepResult:
-    """Forward and backward of all micro-batches, clipping, `GrassOptimizer.step`.
+def train_step(run: Run, micro_batches: Sequence[Sequence[Example]], pad_token_id: int, world: World) -> StepResult:
+    """One optimizer step over the micro-batches of this rank.
 
     The loss is the mean over the target tokens of the *global* batch, so it does not depend on how the batch was cut
     into ranks and micro-batches. Over the wire, besides the gradients: two all-reduces of 8 bytes.
@@ -58,19 +51,9 @@ def train_step(
     tokens = torch.stack([(b["labels"][:, 1:] != IGNORED).sum() for b in batches]).sum()
     dist.all_reduce(tokens)
     # The backends average over the ranks, so each rank's sum counts world.size-fold.
-    scale = world.size / tokens.clamp(min=1)
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for number, batch in enumerate(batches):
-        with _reduce_only(model, last=number == len(batches) - 1):
-            loss = summed_loss(model, batch)
-            (loss * scale).backward()
-        total += loss.detach()
-    probing = optimizer.grass.phase == "probe"
-    norm = None if probing or clip is None else optimizer.clip_grad_norm_(clip)
-    optimizer.step()
-    optimizer.zero_grad()
+    total, norm = run.step(batches, world.size / tokens.clamp(min=1))
     dist.all_reduce(total)
-    return StepResult((total / tokens.clamp(min=1)).item(), None if norm is None else norm.item(), int(tokens.item()))
+    return StepResult((total / tokens.clamp(min=1)).item(), norm, int(tokens.item()))
 
 
 @torch.no_grad()
@@ -83,7 +66,7 @@ def evaluate(
     loss = tokens = 0.0
     training = model.training
     model.eval()
-    for start in range(0, len(micro), world.size):  # all ranks run as many forwards: FSDP2 gathers in each
+    for start in range(0, len(micro), world.size):  # all ranks run as many forwards, which gather weights
         mine = start + world.rank
         batch = collate(micro[mine if mine < len(micro) else 0], pad_token_id)
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
@@ -94,14 +77,3 @@ def evaluate(
     model.train(training)
     loss, tokens = world.sum(loss, tokens)
     return loss / max(tokens, 1)
-
-
-@contextlib.contextmanager
-def _reduce_only(model: nn.Module, *, last: bool):
-    """Leaves the reduction of gradients to the last micro-batch."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    with contextlib.ExitStack() as stack:
-        if isinstance(model, DistributedDataParallel) and not last:
-            stack.enter_context(model.no_sync())
-        yield

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all, as the launcher (torchrun) has told it by environment variables."""
+    """This process among all, as the launcher (torchrun, deepspeed) has told it by environment variables."""
 
     rank: int
     local_rank: int
@@ -44,6 +44,7 @@ class World:
             torch.cuda.set_device(device)
         # transformers imports DeepSpeed where that is installed, which else guesses the accelerator and says so.
         os.environ.setdefault("DS_ACCELERATOR", device.type)
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # where DeepSpeed looks for it, whoever started us
         # Objects and small sums travel by gloo on CPU memory, gradients by NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:

@@ -27,7 +27,10 @@ def add_checkpoints(engine: Any) -> None:
 def _saving(engine: Any, stock: Any) -> Any:
     @functools.wraps(stock)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        done = engine.micro_steps % engine.gradient_accumulation_steps()
+        # Set where the caller says which micro-batch ends a step (Accelerate does); micro_steps then counts steps.
+        ends_step = getattr(engine, "_is_gradient_accumulation_boundary", None)
+        counted = engine.micro_steps % engine.gradient_accumulation_steps()
+        done = counted if ends_step is None else 0 if ends_step else "some"
         if done:
             raise GrassError(
                 f"save_checkpoint was called after {done} of {engine.gradient_accumulation_steps()} micro-batches; "

@@ -20,6 +20,7 @@ _FIXES = {
     "MuonWithAuxAdam": "use AdamW",
     "Adagrad": "it makes the states of all layers when it is constructed; use AdamW",
 }
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _DEEPSPEED_ELEMENTWISE = {"FusedAdam", "FusedLion"}
 _DEEPSPEED_CPU = {"DeepSpeedCPUAdam", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad"}
 
@@ -42,9 +43,10 @@ def check_model(model: nn.Module) -> None:
             "The model has DeepSpeed MoE layers with expert parallelism, whose experts differ between ranks; "
             "grass_dist does not support it: use a model with plain (replicated) experts and ZeRO-3."
         )
-    if wrapped := kinds & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}:
+    if wrapped := kinds & _WRAPPERS:
         raise UnsupportedModel(
-            f"The model is wrapped in {sorted(wrapped)[0]} already; pass initialize the plain model, DeepSpeed shards it."
+            f"The model is wrapped in {sorted(wrapped)[0]} already; pass initialize the plain model, "
+            "which DeepSpeed shards itself."
         )
 
 

@@ -86,6 +86,7 @@ class ZeroBackend(Backend):
         self.zero, self.group = zero, group
         self.accumulation_steps, self.stage, self._wire_bytes = accumulation_steps, stage, wire_bytes
         self._probing = self._measuring = False
+        self._on: set[str] | None = None
         self._sums: HostSums | None = None
         zero.on_gradients, zero.on_rest_step = self._on_gradients, self._on_rest_step
 
@@ -134,6 +135,8 @@ class ZeroBackend(Backend):
 
     def verify(self) -> None:
         """Raises if the model's trainable parameters are not those that were set here."""
+        if self._on is None:  # before the first draw
+            return
         for unit in self._units:
             for name, param in unit.params:
                 if param.requires_grad != (unit.name in self._on):

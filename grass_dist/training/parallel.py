@@ -1,0 +1,97 @@
+"""What the program asks of a parallelism, whichever it is: `run_torch` and `run_deepspeed` answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from grass_dist.discovery import LayerMap
+from grass_dist.engine import GrassEngine
+from grass_dist.events import Observer
+from grass_dist.training.config import RunConfig
+from grass_dist.training.world import World
+
+Batch = dict[str, torch.Tensor]
+"""A micro-batch on this rank's device, as `collate` makes it."""
+
+
+class Run(Protocol):
+    """A model on its ranks that trains: what there is from the first step to the saved model."""
+
+    grass: GrassEngine
+    optimizer: torch.optim.Optimizer
+    """Whose groups hold the learning rates; a scheduler goes on it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What a forward calls: on all ranks equally often."""
+        ...
+
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> tuple[torch.Tensor, float | None]:
+        """One optimizer step, clipping included.
+
+        Args:
+            batches: all micro-batches of this rank.
+            scale: factor on their summed loss, under which the mean over the ranks is that of the global batch.
+
+        Returns:
+            The summed loss of ``batches``, unscaled, and the gradient norm before clipping; None in the probe and
+            without clipping.
+        """
+        ...
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimizer state on this rank's device."""
+        ...
+
+    @property
+    def host_state_bytes(self) -> int:
+        """Optimizer state that rests in this rank's host memory."""
+        ...
+
+    def save(self, tokenizer: Any, folder: Path) -> None:
+        """Writes the model as an ordinary Hugging Face folder. Called on every rank; one writes."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of model and states, so that their memory is free; nothing else is called after it."""
+        ...
+
+
+class Parallelism(Protocol):
+    """How the ranks share one fine-tune; made, and its settings checked, before anything is loaded."""
+
+    name: str
+    """For the record, e.g. "fsdp2" or "DeepSpeed ZeRO-2"."""
+
+    def load(self) -> nn.Module:
+        """The pretrained model. Called on every rank."""
+        ...
+
+    def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
+        """The answer of the model as it was loaded, on its device. Called on one rank."""
+        ...
+
+    def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> Run:
+        """Puts the model on its ranks and the method on top. Called on every rank."""
+        ...
+
+
+def choose_parallelism(config: RunConfig, world: World) -> Parallelism:
+    """The one of ``config.parallel``.
+
+    Raises:
+        ConfigError: settings that cannot work on these ranks.
+    """
+    if config.parallel.backend == "deepspeed":
+        from grass_dist.training.run_deepspeed import DeepSpeed
+
+        return DeepSpeed(config, world)
+    from grass_dist.training.run_torch import Torch
+
+    return Torch(config, world)

@@ -1,0 +1,124 @@
+"""Fine-tuning under FSDP2, HSDP or DDP, or in one process: `GrassOptimizer` over a wrapped model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from grass_dist.api import GrassOptimizer
+from grass_dist.discovery import LayerMap
+from grass_dist.events import Observer
+from grass_dist.training.answers import greedy_answer
+from grass_dist.training.config import RunConfig
+from grass_dist.training.export import gather_torch, save_pretrained
+from grass_dist.training.parallel import Batch
+from grass_dist.training.setup import accumulation_steps, adamw_settings, check_ranks, load_model, parameter_groups
+from grass_dist.training.steps import summed_loss
+from grass_dist.training.world import World
+
+
+class Torch:
+    """The `Parallelism` of torch's own wrappers."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self.name = config.parallel.backend
+        check_ranks(config, world)
+
+    def load(self) -> nn.Module:
+        return load_model(self._config, self._world.device)
+
+    def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
+        try:
+            return greedy_answer(model.to(self._world.device), tokenizer, prompt_ids, self._config.answer_tokens)
+        finally:
+            model.to("cpu")
+
+    def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> TorchRun:
+        model = wrap(model, self._config, self._world, layers)
+        optimizer = GrassOptimizer(
+            model,
+            torch.optim.AdamW,
+            adamw_settings(self._config.train),
+            config=self._config.grass,
+            params=parameter_groups(model, self._config.train.weight_decay),
+            gradient_accumulation_steps=accumulation_steps(self._config, self._world),
+            observers=observers,
+        )
+        return TorchRun(model, optimizer, self._config.train.clip_grad_norm, self._world)
+
+
+class TorchRun:
+    """The `Run` of a `GrassOptimizer`."""
+
+    def __init__(self, model: nn.Module, optimizer: GrassOptimizer, clip: float | None, world: World) -> None:
+        self.model, self.optimizer, self.grass = model, optimizer, optimizer.grass
+        self._clip, self._world = clip, world
+
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> tuple[torch.Tensor, float | None]:
+        total = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        for number, batch in enumerate(batches):
+            with _reduce_only(self.model, last=number == len(batches) - 1):
+                loss = summed_loss(self.model, batch)
+                (loss * scale).backward()
+            total += loss.detach()
+        probing = self.grass.phase == "probe"
+        norm = None if probing or self._clip is None else self.optimizer.clip_grad_norm_(self._clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, None if norm is None else norm.item()
+
+    @property
+    def state_bytes(self) -> int:
+        return self.optimizer.state_bytes
+
+    @property
+    def host_state_bytes(self) -> int:
+        return 0
+
+    def save(self, tokenizer: Any, folder: Path) -> None:
+        inner = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        save_pretrained(inner, gather_torch(self.model), tokenizer, folder, self._world)
+
+    def close(self) -> None:
+        del self.model, self.optimizer, self.grass
+
+
+def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) -> nn.Module:
+    """Wraps ``model`` for ``config.parallel`` and moves it, or this rank's shard of it, to the device."""
+    backend, replicate = config.parallel.backend, config.parallel.replicate
+    if backend == "single":
+        return model.to(world.device)
+    if backend == "ddp":
+        model = model.to(world.device)
+        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    if replicate == 1:
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
+    else:
+        shape = (replicate, world.size // replicate)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+    low = next(model.parameters()).dtype != torch.float32
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
+    for layer in model.get_submodule(layers.stack).children():
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+@contextlib.contextmanager
+def _reduce_only(model: nn.Module, *, last: bool):
+    """Leaves the reduction of gradients to the last micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, DistributedDataParallel) and not last:
+            stack.enter_context(model.no_sync())
+        yield

@@ -76,4 +76,8 @@ def grass_and_chain(rank, world_size, stage, dtype, steps=9, accumulation=2, mor
         args = (layers, states, 3 * number, 3, rank, world_size, stage, accumulation, dtype, more)
         weights = stock_interval(model, *args)
         differences.append(max((weights[n] - ours[number][n]).abs().max().item() for n in weights))
-    return {"drawn": drawn, "differences": differences, "moved": (ours[-1]["lm_head.weight"] - ours[0]["lm_head.weight"]).abs().max().item()}
+    return {
+        "drawn": drawn,
+        "differences": differences,
+        "moved": (ours[-1]["lm_head.weight"] - ours[0]["lm_head.weight"]).abs().max().item(),
+    }

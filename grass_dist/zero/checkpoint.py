@@ -39,7 +39,7 @@ def _saving(engine: Any, stock: Any) -> Any:
         zero: NarrowZero = engine.optimizer
         complete(zero)
         _finish_copies()
-        with whole(zero), zero.showing_all():
+        with whole(zero):
             return stock(*args, **kwargs)
 
     return save_checkpoint

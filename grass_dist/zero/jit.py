@@ -50,8 +50,7 @@ def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
         return said
     import deepspeed.ops
 
-    if not _is_built("deepspeed_shm_comm"):
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if operator == "fused_adam" and "torch_adam" not in params:
         optimizer["params"] = {**params, "torch_adam": True}
         said.append(

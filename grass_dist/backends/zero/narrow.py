@@ -22,7 +22,7 @@ from torch import nn
 from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
 from grass_dist.backends.zero.store import HostStore, Record
-from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, take_over, whole_state
+from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, narrow_again, take_over, whole_state
 
 if TYPE_CHECKING:
     _Stock: Any = object
@@ -39,6 +39,7 @@ class NarrowZero(_Stock):
         store: states of the other groups.
         every: all groups, in the order of a checkpoint.
         loaded: the method's state out of a checkpoint; empty if that was saved without GRASS, None if not loaded.
+        hidden: within `whole`, the lists that it has put those of all groups in the place of.
         arguments: what the engine constructs it with.
         grass: the method's engine, which the front door puts here.
         on_gradients: called in `step` before anything is clipped or scaled back.
@@ -62,7 +63,8 @@ class NarrowZero(_Stock):
         self.groups: list[Group] = []
         self.every: list[Group] = []
         self.loaded: dict[str, Any] | None = None
-        self._built = self._showing_all = False
+        self.hidden: dict[str, Any] | None = None
+        self._built = False
         self.store = HostStore(pin=torch.cuda.is_available())
         type(self).connect(self)
 
@@ -101,9 +103,10 @@ class NarrowZero(_Stock):
             super().reduce_gradients(pipeline_parallel=pipeline_parallel)
 
     def state_dict(self) -> dict[str, Any]:
-        """DeepSpeed's state of what trains; within `showing_all`, that of every group and of the method."""
-        state = super().state_dict()
-        return whole_state(self, state) if self._showing_all else state
+        """DeepSpeed's state of what trains; within `whole`, that of every group and of the method."""
+        with narrow_again(self):
+            state = super().state_dict()
+        return state if self.hidden is None else whole_state(self, state)
 
     def load_state_dict(self, state_dict_list: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         """Takes this rank's of the saved states; `narrow` puts them where they belong."""
@@ -111,14 +114,6 @@ class NarrowZero(_Stock):
         self.loaded = saved.get(GRASS_KEY, {})
         if GROUPS_KEY in saved:
             take_over(self, saved)
-
-    @contextmanager
-    def showing_all(self) -> Iterator[None]:
-        self._showing_all = True
-        try:
-            yield
-        finally:
-            self._showing_all = False
 
     # --- what the backend does with it
 

@@ -22,17 +22,28 @@ GROUPS_KEY, GRASS_KEY = "grass_groups", "grass"
 
 @contextmanager
 def whole(zero: NarrowZero) -> Iterator[None]:
-    """For DeepSpeed's checkpoint code: every group is trainable and in its place."""
-    params = [p for group in zero.every for p in group.params]
-    with _trainable(params):
-        shown = {name: getattr(zero, name) for name in zero.names.shapes}
-        for name in zero.names.shapes:
-            setattr(zero, name, [zero.saved_order(group) for group in zero.every])
+    """For DeepSpeed's checkpoint code: every group is trainable and in its place, and the state is of all of them."""
+    narrow = {name: getattr(zero, name) for name in zero.names.shapes}
+    every = {name: [zero.saved_order(group) for group in zero.every] for name in zero.names.shapes}
+    with _trainable([p for group in zero.every for p in group.params]):
+        zero.__dict__.update(every)
+        zero.hidden = narrow
         try:
             yield
         finally:
-            for name, lists in shown.items():
-                setattr(zero, name, lists)
+            zero.hidden = None
+            zero.__dict__.update(narrow)
+
+
+@contextmanager
+def narrow_again(zero: NarrowZero) -> Iterator[None]:
+    """Within `whole`: for DeepSpeed's code over what trains."""
+    shown = {name: getattr(zero, name) for name in zero.names.shapes}
+    zero.__dict__.update(zero.hidden or {})
+    try:
+        yield
+    finally:
+        zero.__dict__.update(shown)
 
 
 def complete(zero: NarrowZero) -> None:

@@ -1,0 +1,182 @@
+"""Checks of one spawn each; they assert on the ranks."""
+
+from __future__ import annotations
+
+import copy
+
+import deepspeed
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from integration_tests.model import LAYERS, small_llama
+from integration_tests.wire import Wire
+from integration_tests.zero import ds_config, full, make_engine, train_step
+
+SETTINGS = {
+    "active_layers": 2,
+    "sampling_interval": 3,
+    "update_interval": 3,
+    "probe_steps": 2,
+    "temperature": 0.5,
+    "seed": 3,
+}
+
+
+def weights_of(engine) -> dict[str, torch.Tensor]:
+    return {n: full(p) for n, p in engine.module.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def overflow(rank: int, world_size: int, stage: int) -> None:
+    """fp16: a step that overflows changes nothing, in the probe and in training, on all ranks."""
+    fp16 = {"enabled": True, "initial_scale_power": 26, "hysteresis": 1, "loss_scale_window": 1000}
+    engine = make_engine(ds_config(stage, SETTINGS, 2, fp16=fp16), torch.float16)
+    zero, grass = engine.optimizer, engine.grass
+    skipped = {"probe": 0, "train": 0}
+    step = forced = 0
+    while grass.step < 9:
+        phase, before = grass.phase, copy.deepcopy((grass.state_dict(), weights_of(engine)))
+        if phase == "train" and grass.step in (3, 6) and forced < 2 and grass.step != forced:
+            zero.loss_scaler.cur_scale, forced = 2.0**30, grass.step
+        scale, moments = zero.loss_scale, copy.deepcopy(list(zero.optimizer.state.values()))
+        train_step(engine, step, rank, world_size, 2)
+        step += 1
+        if zero.overflow:
+            skipped[phase] += 1
+            assert zero.loss_scale == scale / 2 and engine.skipped_steps == sum(skipped.values())
+            assert repr(grass.state_dict()) == repr(before[0]) and same(weights_of(engine), before[1])
+            assert repr(list(zero.optimizer.state.values())) == repr(moments)
+        else:
+            assert grass.step == before[0]["step"] + 1
+        assert step < 60
+    assert skipped["probe"] >= 2 and skipped["train"] >= 2
+    assert grass.dropped == 0 and all(m < 1 for m in grass.importances)
+
+
+def wire_bytes(rank: int, world_size: int, stage: int) -> dict[str, int]:
+    """Bytes at the process group in one training step, by (γ of L); nothing but layers trains."""
+    told = {}
+    for active in (2, LAYERS):
+        settings = {**SETTINGS, "active_layers": active, "probe_steps": 0, "sampler": "uniform", "always_active": []}
+        engine = make_engine(ds_config(stage, settings, 1))
+        train_step(engine, 0, rank, world_size, 1)
+        with Wire() as wire:
+            train_step(engine, 1, rank, world_size, 1)
+        told[active] = dict(wire.bytes)
+        engine.destroy()
+    return told
+
+
+def state_bytes(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
+    """On the device the active layers' share, on the host the rest; never more, from the start on."""
+    engine = make_engine(ds_config(stage, SETTINGS, 1, dtype), dtype)
+    zero, grass = engine.optimizer, engine.grass
+    share = {unit.name: unit.numel / world_size for unit in (*grass.layers, *grass.roles)}
+    pad = 4 * 64 * len(zero.every)
+    assert zero.device_state_bytes == zero.store.nbytes == 0  # in the probe
+    seen: set[str] = set()
+    for step in range(12):
+        train_step(engine, step, rank, world_size, 1)
+        on = [unit.name for unit in grass.trainable_units()] if grass.phase == "train" else []
+        stepped = {g.unit.name for i, g in enumerate(zero.groups) if zero.optimizer.state.get(zero._masters[i])}
+        wanted = sum(share[name] * (12 if name in stepped else 4) for name in on)
+        assert abs(zero.device_state_bytes - wanted) <= pad, (step, zero.device_state_bytes, wanted)
+        off = sum(12 * share[name] for name in seen - set(on))
+        assert abs(zero.store.nbytes - off) <= pad, (step, zero.store.nbytes, off)
+        seen |= set(on)
+    assert len(seen) > 6
+
+
+def checkpoint(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> None:
+    """Saved in the probe, in the middle of an interval and at its end: continues as if nothing had happened."""
+    config = ds_config(stage, SETTINGS, 2, dtype)
+    engine = make_engine(config, dtype)
+    saved = {}
+    for step in range(13):
+        if step in (1, 4, 8):
+            before = weights_of(engine)
+            engine.save_checkpoint(folder, tag=f"at{step}", client_state={"mine": step})
+            assert same(before, weights_of(engine))
+            masters = get_fp32_state_dict_from_zero_checkpoint(folder, f"at{step}")
+            for name, weight in before.items():
+                assert torch.equal(masters[name].to(dtype).float(), weight), name
+            saved[step] = (engine.grass.state_dict(), before)
+        train_step(engine, step, rank, world_size, 2)
+    end, told = weights_of(engine), engine.grass.state_dict()
+    engine.destroy()
+    for at in saved:
+        again = make_engine(config, dtype)
+        train_step(again, 50, rank, world_size, 2)  # it need not be a fresh one
+        _, client = again.load_checkpoint(folder, tag=f"at{at}")
+        assert client["mine"] == at and repr(again.grass.state_dict()) == repr(saved[at][0])
+        assert same(weights_of(again), saved[at][1])
+        for step in range(at, 13):
+            train_step(again, step, rank, world_size, 2)
+        assert same(weights_of(again), end), at
+        assert repr(again.grass.state_dict()) == repr(told)
+        again.destroy()
+
+
+def full_and_back(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> None:
+    """A checkpoint of full fine-tuning is the start of GRASS, and the other way round."""
+    config = ds_config(stage, None, 1, dtype, zero_allow_untested_optimizer=True)
+    stock = make_engine(config, dtype)
+    for step in range(2):
+        train_step(stock, step, rank, world_size, 1)
+    stock.save_checkpoint(f"{folder}/full", tag="t")
+    weights = weights_of(stock)
+    masters = get_fp32_state_dict_from_zero_checkpoint(f"{folder}/full", "t")
+    stock.destroy()
+    engine = make_engine(ds_config(stage, SETTINGS, 1, dtype), dtype)
+    engine.load_checkpoint(f"{folder}/full", tag="t")
+    assert same(weights_of(engine), weights)
+    engine.save_checkpoint(f"{folder}/grass", tag="t")
+    again = get_fp32_state_dict_from_zero_checkpoint(f"{folder}/grass", "t")
+    assert all(torch.equal(again[n], masters[n]) for n in again)
+    for step in range(2, 8):
+        train_step(engine, step, rank, world_size, 1)
+    engine.save_checkpoint(f"{folder}/grass", tag="u")
+    weights = weights_of(engine)
+    engine.destroy()
+    back = make_engine(config, dtype)
+    back.load_checkpoint(f"{folder}/grass", tag="u", load_module_only=True)
+    assert same(weights_of(back), weights)
+    train_step(back, 8, rank, world_size, 1)
+    back.destroy()
+
+
+def weights_only(rank: int, world_size: int, stage: int, folder: str) -> None:
+    """load_module_only: the weights come, masters and moments begin anew."""
+    engine = make_engine(ds_config(stage, SETTINGS, 1))
+    for step in range(7):
+        train_step(engine, step, rank, world_size, 1)
+    engine.save_checkpoint(folder, tag="t")
+    weights = weights_of(engine)
+    for step in range(7, 9):
+        train_step(engine, step, rank, world_size, 1)
+    engine.load_checkpoint(folder, tag="t", load_module_only=True)
+    assert same(weights_of(engine), weights) and engine.optimizer.store.nbytes == 0
+    active = engine.grass.active_layers
+    train_step(engine, 9, rank, world_size, 1)
+    moved = {
+        n.split(".")[2] for n, w in weights_of(engine).items() if "layers." in n and not torch.equal(w, weights[n])
+    }
+    assert moved == {str(i) for i in active}
+
+
+def zero_init(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """A model that is partitioned as it is made."""
+    config = ds_config(3, SETTINGS, 1)
+    stock = {k: v for k, v in config.items() if k != "grass"}
+    with deepspeed.zero.Init(config_dict_or_path=stock):
+        model = small_llama()
+    assert all(p.numel() == 0 for p in model.parameters())
+    engine = make_engine(config, model=model)
+    active = []
+    for step in range(9):
+        active.append(engine.grass.active_layers)
+        train_step(engine, step, rank, world_size, 1)
+    return {"active": active, "params": weights_of(engine)}

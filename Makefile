@@ -4,7 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Ranks of the demo: one for each GPU, two without.
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)" 2>/dev/null || echo 2)
+# How the demo shards: fsdp2, ddp, or DeepSpeed's zero2 or zero3, which its own launcher starts.
+BACKEND ?= fsdp2
+ifeq ($(filter $(BACKEND),fsdp2 ddp zero2 zero3),)
+$(error BACKEND=$(BACKEND): use fsdp2, ddp, zero2 or zero3)
+endif
+ifneq ($(filter zero%,$(BACKEND)),)
+CONFIG ?= configs/demo_$(BACKEND).yaml
+# --num_gpus would take the first GPUs, whatever CUDA_VISIBLE_DEVICES says.
+LAUNCH = $(BIN)/deepspeed --log_level warning $(if $(CUDA_VISIBLE_DEVICES),,--num_gpus $(RANKS))
+else
 CONFIG ?= configs/demo.yaml
+LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)
+endif
 ARGS ?=
 
 .PHONY: setup demo test lint unit integration bench clean
@@ -21,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	OMP_NUM_THREADS=$$(( $$(nproc) > $(RANKS) ? $$(nproc) / $(RANKS) : 1 )) \
-	  $(BIN)/torchrun --nproc-per-node $(RANKS) launch/finetune.py --config $(CONFIG) $(ARGS)
+	  $(LAUNCH) launch/finetune.py --config $(CONFIG) $(if $(filter ddp,$(BACKEND)),parallel=ddp) $(ARGS)
 
 test: setup lint unit integration
 

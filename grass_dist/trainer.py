@@ -1,6 +1,6 @@
 """`enable`: GRASS under a Hugging Face Trainer, a trainer of TRL, or a loop over Accelerate.
 
-Five public functions of these libraries are wrapped, once, and `disable` puts them back:
+Four public functions of these libraries are wrapped, once, and `disable` puts them back:
 
 - `deepspeed.initialize`, which Accelerate looks up when it prepares, becomes `grass_dist.initialize`.
 - `accelerate.Accelerator.prepare` puts a `GrassOptimizer` in the place of the optimizer, without DeepSpeed.
@@ -14,7 +14,6 @@ wrapper are made inside `Trainer.train` before ``on_train_begin``, and a user's 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import logging
@@ -125,7 +124,7 @@ def _initialize(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         config = load_ds_config(config or {})
         block = config["grass"] if has_grass(config) else None
-        written = None if block is None else GrassConfig(**block)
+        written = None if block is None else GrassConfig(**{str(key): value for key, value in block.items()})
     except ConfigError:
         return initialize_with(stock, args, kwargs, ())  # says so on all ranks
     section = config.get("optimizer")
@@ -141,20 +140,12 @@ def _compare(config: GrassConfig, written: GrassConfig | None) -> None:
     Raises:
         ConfigError: `enable` and the ds_config do not say the same.
     """
-    if written is None:
-        raise ConfigError(
-            "grass",
-            None,
-            "enable() was given a GrassConfig, and the ds_config, which rules under DeepSpeed, has no such block",
-            "write its fields there, or call enable() without it",
-        )
     for field, value in config.model_dump().items():
-        if value != (there := getattr(written, field)):
+        there = None if written is None else getattr(written, field)
+        if value != there:
+            problem = f"enable() was given {value!r}, and under DeepSpeed the block in the ds_config rules"
             raise ConfigError(
-                f"grass.{field}",
-                there,
-                f"enable() was given {value!r}",
-                "call enable() without a GrassConfig under DeepSpeed, where the ds_config's block rules",
+                f"grass.{field}", there, problem, "write it there, or call enable() without a GrassConfig"
             )
 
 
@@ -178,19 +169,15 @@ def _prepare(stock: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: 
         return stock(accelerator, *args, **kwargs)
     prepared = stock(accelerator, *args, **kwargs)
     if _Switch.config is not None:
+        from accelerate.optimizer import AcceleratedOptimizer
+
         items = prepared if isinstance(prepared, Sequence) else (prepared,)
         known = _PREPARED.setdefault(accelerator, weakref.WeakKeyDictionary())
         known.update({item: None for item in items if isinstance(item, nn.Module)})
         for item in items:
-            if isinstance(item, _accelerated_optimizer()):
+            if isinstance(item, AcceleratedOptimizer):
                 _put_grass_in(item, accelerator, list(known), _Switch.config)
     return prepared
-
-
-def _accelerated_optimizer() -> type:
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    return AcceleratedOptimizer
 
 
 def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module], config: GrassConfig) -> None:
@@ -201,18 +188,21 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
     if isinstance(inner, GrassOptimizer):
         if model is not None and model is not inner._model:
             raise GrassError(
-                "The model was wrapped once more after GRASS took it, as auto_find_batch_size does; fix the batch size."
+                "The model was wrapped anew after GRASS took it, as auto_find_batch_size does; give the batch size."
             )
         return
-    _check(inner, accelerated, accelerator, model)
+    trainer = next((t for t in reversed(_TRAINING) if t.accelerator is accelerator), None)
+    bare = accelerator.unwrap_model(_checked(inner, accelerated, accelerator, model, trainer))
     assert model is not None
-    bare = accelerator.unwrap_model(model)
     if bare is not model:  # a new wrapper around a model whose parameters have hooks
         refuse_second(bare)
-    steps = _accumulation_steps(accelerator)
-    kwargs = _arguments_of(inner)
     grass = GrassOptimizer(
-        model, type(inner), kwargs, config=config, params=inner.param_groups, gradient_accumulation_steps=steps
+        model,
+        type(inner),
+        _arguments_of(inner),
+        config=config,
+        params=inner.param_groups,
+        gradient_accumulation_steps=(trainer.args if trainer else accelerator).gradient_accumulation_steps,
     )
     remember(bare)
     for own, group in zip(grass.param_groups, inner.param_groups, strict=True):
@@ -222,34 +212,40 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
     accelerated.optimizer = grass
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         setattr(accelerator, name, _after_finishing(getattr(accelerator, name), accelerator, grass.grass))
+    if accelerator.distributed_type == "FSDP":
+        accelerated.state_dict = accelerated.load_state_dict = _no_fsdp_state
 
 
-def _check(inner: torch.optim.Optimizer, accelerated: Any, accelerator: Any, model: nn.Module | None) -> None:
-    """
+def _checked(inner: torch.optim.Optimizer, accelerated: Any, accelerator: Any, model: Any, trainer: Any) -> nn.Module:
+    """The model, if ``inner`` can be replaced.
+
     Raises:
-        GrassError: the optimizer cannot be replaced.
+        GrassError: it cannot.
     """
-    name = type(inner).__name__
-    if accelerator.distributed_type in ("XLA", "MEGATRON_LM"):
-        raise GrassError(f"GRASS does not run under {accelerator.distributed_type}; use DDP, FSDP2 or DeepSpeed ZeRO.")
+    name, kind = type(inner).__name__, accelerator.distributed_type
+    if kind in ("XLA", "MEGATRON_LM"):
+        raise GrassError(f"GRASS does not run under {kind}; use DDP, FSDP2 or DeepSpeed ZeRO.")
     if model is None:
         raise GrassError(
-            f"Accelerator.prepare was given an {name} before the model whose parameters it trains; prepare both in one "
-            "call (and start one process for each GPU, not nn.DataParallel)."
+            f"Accelerator.prepare was given an optimizer ({name}) before the model whose parameters it trains; prepare "
+            "both in one call, and start one process for each GPU (nn.DataParallel is not supported)."
         )
     if accelerated.scaler is not None:
-        raise ConfigError(
-            "mixed_precision", "fp16", "GRASS measures gradients as they come, and here they are scaled", "use bf16"
-        )
+        raise ConfigError("mixed_precision", "fp16", "GRASS measures gradients, which a GradScaler scales", "use bf16")
     if inner.state:
         raise ConfigError(
             "optimizer", name, f"it has states of {len(inner.state)} parameters already", "pass a new one"
         )
+    if kind == "FSDP" and trainer and trainer.args.save_strategy != "no" and not trainer.args.save_only_model:
+        raise ConfigError("save_only_model", False, _NO_FSDP_STATE, "set it to true, or use DeepSpeed ZeRO-3")
+    return model
 
 
-def _accumulation_steps(accelerator: Any) -> int:
-    trainer = next((t for t in reversed(_TRAINING) if t.accelerator is accelerator), None)
-    return (trainer.args if trainer is not None else accelerator).gradient_accumulation_steps
+_NO_FSDP_STATE = "Accelerate's FSDP checkpoints have no place for layers without an optimizer state"
+
+
+def _no_fsdp_state(*_: Any, **__: Any) -> Any:
+    raise GrassError(f"{_NO_FSDP_STATE}; save the model alone, or use DeepSpeed ZeRO-3, which continues from one.")
 
 
 def _arguments_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import sys
 import time
@@ -127,3 +128,28 @@ parallel: fsdp2
 """
     )
     return file
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    """Events of one kind in the metrics of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def run_all(config: Path, world_size: int, *overrides: str) -> Path:
+    """Runs it on ``world_size`` ranks, which must end well; gives the folder of the run."""
+    ended = run_program([["--config", str(config), *overrides]] * world_size)
+    assert [rank.code for rank in ended] == [0] * world_size, "\n".join(rank.err for rank in ended)
+    assert not any(rank.out for rank in ended[1:])  # one rank speaks
+    name = next((o.removeprefix("name=") for o in overrides if o.startswith("name=")), "small")
+    return config.parent / "runs" / name
+
+
+def check_refused(ended: list[Ended], message: str) -> None:
+    """Every rank ended at once with status 1, and one of them said one sentence, which matches ``message``."""
+    assert [rank.code for rank in ended] == [1] * len(ended), [rank.err for rank in ended]
+    said = [line for rank in ended for line in rank.err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and ended[0].err.count("error: ") == 1
+    assert re.search(message, said[0]), said[0]
+    assert "Traceback" not in ended[0].err + ended[1].err
+    assert max(rank.seconds for rank in ended) < 45

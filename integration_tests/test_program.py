@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from integration_tests.program import ROOT, make_config, make_data, make_model, run_program
+from integration_tests.program import (
+    ROOT,
+    check_refused,
+    events,
+    make_config,
+    make_data,
+    make_model,
+    run_all,
+    run_program,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -26,19 +32,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(folder):
     return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))
-
-
-def events(run: Path, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == kind]
-
-
-def run_all(config: Path, world_size: int, *overrides: str) -> Path:
-    ended = run_program([["--config", str(config), *overrides]] * world_size)
-    assert [rank.code for rank in ended] == [0] * world_size, "\n".join(rank.err for rank in ended)
-    assert not any(rank.out for rank in ended[1:])  # one rank speaks
-    name = next((o.removeprefix("name=") for o in overrides if o.startswith("name=")), "small")
-    return config.parent / "runs" / name
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +125,6 @@ BAD = {
     "a layer stack that is not there": (["grass.layers=model.blocks"], r"grass.layers='model.blocks': "),
     "an override without a value": (["train.max_steps"], r"override='train.max_steps': it is not of the form"),
 }  # fmt: skip
-
-
-def check_refused(ended, message):
-    assert [rank.code for rank in ended] == [1] * len(ended), [rank.err for rank in ended]
-    said = [line for rank in ended for line in rank.err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and ended[0].err.count("error: ") == 1
-    assert re.search(message, said[0]), said[0]
-    assert "Traceback" not in ended[0].err + ended[1].err
-    assert max(rank.seconds for rank in ended) < 45
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -142,7 +142,8 @@ def full_and_back(rank: int, world_size: int, stage: int, folder: str, dtype: to
     weights = weights_of(engine)
     engine.destroy()
     back = make_engine(config, dtype)
-    back.load_checkpoint(f"{folder}/grass", tag="u", load_module_only=True)
+    # ZeRO-3 loads no weights unless it is told that the optimizer states do not come
+    back.load_checkpoint(f"{folder}/grass", tag="u", load_module_only=True, load_optimizer_states=False)
     assert same(weights_of(back), weights)
     train_step(back, 8, rank, world_size, 1)
     back.destroy()

@@ -85,3 +85,19 @@ def test_every_configuration_that_we_ship_is_valid(file, tmp_path):
     assert config.name == file.stem
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE.parent / "configs").glob("*.json")), ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_deepspeed_configuration_that_we_ship_is_one_that_grass_runs_with(file, dtype):
+    from grass_dist.config import GrassConfig
+    from grass_dist.training.config import TrainConfig
+    from grass_dist.training.deepspeed_config import check, fill, read_json
+
+    ds_config = read_json(file)
+    train = TrainConfig(max_steps=100, global_batch_size=16)
+    setup = check(fill(ds_config, train, GrassConfig(**ds_config.get("grass", {})), accumulation=8, dtype=dtype))
+    assert f"zero{setup.stage}" in file.stem and ("offload" in file.stem) == bool(setup.said)
+    assert setup.ds_config["bf16"]["enabled"] == (dtype == "bfloat16") and setup.scheduler is None
+    if file.stem.endswith("_grass"):  # these are for Hugging Face's Trainer too, which knows no "grass": "auto"
+        assert setup.grass == GrassConfig(active_layers=4, sampling_interval=50)

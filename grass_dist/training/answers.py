@@ -35,7 +35,7 @@ def answer_from_folder(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool,
 ) -> str:
-    """The same from a Hugging Face folder (or name), loaded as anybody would load it; in the folder's dtype, or yours."""
+    """The same from a Hugging Face folder or name, loaded as anybody would load it, in its own dtype or another."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(

@@ -49,7 +49,8 @@ def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
         block = ds_config.pop("grass", None)
         has_grass(ds_config)
     except ConfigError as error:
-        raise error.under(FIELD) from None
+        whole = error.field == "config"  # the file as a whole, and not a setting in it
+        raise (ConfigError(FIELD, error.value, error.problem, error.fix) if whole else error.under(FIELD)) from None
     if block is None or block == "auto":
         return ds_config
     if not isinstance(block, Mapping):

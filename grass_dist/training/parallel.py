@@ -23,8 +23,11 @@ class Run(Protocol):
     """A model on its ranks that trains: what there is from the first step to the saved model."""
 
     grass: GrassEngine
-    optimizer: torch.optim.Optimizer
-    """Whose groups hold the learning rates; a scheduler goes on it."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Whose groups hold the learning rates; a scheduler goes on it."""
+        ...
 
     @property
     def model(self) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,9 +89,8 @@ class DeepSpeed:
         with contextlib.ExitStack() as keep:
             keep.enter_context(self._zero3())
             engine, *_ = initialize(model=model, optimizer=optimizer, config=self.ds_config, observers=observers)
-            return DeepSpeedRun(
-                engine, optimizer, self._accumulation, train.clip_grad_norm, self._world, keep.pop_all()
-            )
+            clip, known = train.clip_grad_norm, keep.pop_all()
+        return DeepSpeedRun(engine, optimizer, self._accumulation, clip, self._world, known)
 
     def _join(self) -> None:
         """DeepSpeed takes over the process group that there is; zero.Init wants that before a model is made."""
@@ -99,6 +99,7 @@ class DeepSpeed:
         from grass_dist.zero.jit import accelerator, spare_the_compiler
 
         deepspeed.utils.logger.setLevel(logging.WARNING)  # it tells its whole set-up on every rank
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
         if (name := accelerator().device_name()) != self._world.device.type:
             raise ConfigError(
                 "DS_ACCELERATOR", name, f"torch trains on {self._world.device.type} here", "unset the variable"

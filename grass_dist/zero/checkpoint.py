@@ -12,7 +12,7 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import groups_of
 from grass_dist.backends.zero.narrow import NarrowZero
-from grass_dist.backends.zero.whole import complete, make, resume, whole
+from grass_dist.backends.zero.whole import complete, resume, trainable, whole
 from grass_dist.errors import GrassError
 
 log = logging.getLogger("grass_dist")
@@ -53,8 +53,10 @@ def _loading(engine: Any, stock: Any) -> Any:
         zero: NarrowZero = engine.optimizer
         given = signature.bind(*args, **kwargs).arguments
         zero.loaded = None
+        if given.get("load_module_only"):
+            given["load_optimizer_states"] = False  # or ZeRO-3 would load nothing
         with whole(zero):
-            found = stock(*args, **kwargs)
+            found = stock(**given)
         if found[0] is None:
             return found
         if zero.loaded is None:
@@ -88,19 +90,17 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
     current = list(zero.groups)
     zero.forget()
     for unit in dict.fromkeys(group.unit for group in zero.every):
-        make(zero, groups_of([unit], zero.user_optimizer.param_groups))
-        for name, param in unit.params:
-            _set_weight(param, weights[_saved_name(name, weights)])
-            safe_set_full_fp32_param(param, weights[_saved_name(name, weights)].to(param.device))
+        with trainable([param for _, param in unit.params]):  # DeepSpeed sets nothing of a frozen one
+            zero.narrow(groups_of([unit], zero.user_optimizer.param_groups))
+            for name, param in unit.params:
+                value = weights[name if name in weights else name.removeprefix("module.")]
+                _set_weight(param, value)
+                safe_set_full_fp32_param(param, value.to(param.device))
     resume(zero, current)
     _say(
         "Took over the fp32 weights of a checkpoint that was saved without GRASS; its moments are cut by other "
         "parameter groups and were left, so moments and sampler begin anew."
     )
-
-
-def _saved_name(name: str, weights: dict[str, Any]) -> str:
-    return name if name in weights else name.removeprefix("module.")
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def whole(zero: NarrowZero) -> Iterator[None]:
     """For DeepSpeed's checkpoint code: every group is trainable and in its place, and the state is of all of them."""
     narrow = {name: getattr(zero, name) for name in zero.names.shapes}
     every = {name: [zero.saved_order(group) for group in zero.every] for name in zero.names.shapes}
-    with _trainable([p for group in zero.every for p in group.params]):
+    with trainable([p for group in zero.every for p in group.params]):
         zero.__dict__.update(every)
         zero.hidden = narrow
         try:
@@ -59,7 +59,7 @@ def complete(zero: NarrowZero) -> None:
 
 def make(zero: NarrowZero, groups: Sequence[Group]) -> None:
     """Narrows to groups that may be frozen, and leaves them frozen."""
-    with _trainable([p for group in groups for p in group.params]):
+    with trainable([p for group in groups for p in group.params]):
         zero.narrow(groups)
 
 
@@ -135,7 +135,7 @@ def _fill_shards(group: Group, master: torch.Tensor) -> None:
 
 
 @contextmanager
-def _trainable(params: Sequence[nn.Parameter]) -> Iterator[None]:
+def trainable(params: Sequence[nn.Parameter]) -> Iterator[None]:
     flags = [p.requires_grad for p in params]
     for p in params:
         p.requires_grad_(True)

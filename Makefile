@@ -12,7 +12,7 @@ endif
 ifneq ($(filter zero%,$(BACKEND)),)
 CONFIG ?= configs/demo_$(BACKEND).yaml
 # --num_gpus would take the first GPUs, whatever CUDA_VISIBLE_DEVICES says.
-LAUNCH = $(BIN)/deepspeed --log_level warning $(if $(CUDA_VISIBLE_DEVICES),,--num_gpus $(RANKS))
+LAUNCH = $(BIN)/deepspeed --log_level warning $(if $(filter-out -1,$(CUDA_VISIBLE_DEVICES)),,--num_gpus $(RANKS))
 else
 CONFIG ?= configs/demo.yaml
 LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)

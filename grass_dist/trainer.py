@@ -46,8 +46,7 @@ class _Switch:
 _WRAPPED: dict[tuple[Any, str], Callable[..., Any]] = {}
 """Our function in the place of an owner's attribute."""
 
-_TRAINING: list[Any] = []
-"""Trainers that are in `Trainer.train`, the innermost last."""
+_TRAINING: list[Any] = []  # in Trainer.train, the innermost last
 
 _PREPARED: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[nn.Module, None]] = weakref.WeakKeyDictionary()
 """The models that an Accelerator has prepared, in that order."""
@@ -61,7 +60,8 @@ def enable(config: GrassConfig | None = None) -> None:
 
     Call it before the trainer or the accelerator is made, on every rank. With DeepSpeed the block ``"grass"`` of the
     ds_config says how, and without a block nothing changes; an engine without an optimizer (a reference model, an
-    evaluation) stays DeepSpeed's own. Probe steps are optimizer steps, so ``max_steps`` counts them.
+    evaluation) stays DeepSpeed's own. Probe steps are optimizer steps, so ``max_steps`` counts them. Under DDP, Trainer
+    saves the state of rank 0 for all: a resumed run draws as an uninterrupted one if it was saved at a refresh.
 
     The training logs of a Trainer (those with ``"loss"``) get, for the step to come, ``grass/round`` (-1 in the
     probe), ``grass/entropy`` of the sampling probabilities in nats (ln L if they are even), ``grass/active_0`` and so
@@ -188,7 +188,7 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
     if isinstance(inner, GrassOptimizer):
         if model is not None and model is not inner._model:
             raise GrassError(
-                "The model was wrapped anew after GRASS took it, as auto_find_batch_size does; give the batch size."
+                "The model was wrapped anew under GRASS, as auto_find_batch_size does; set the batch size."
             )
         return
     trainer = next((t for t in reversed(_TRAINING) if t.accelerator is accelerator), None)
@@ -234,7 +234,7 @@ def _checked(inner: torch.optim.Optimizer, accelerated: Any, accelerator: Any, m
         raise ConfigError("mixed_precision", "fp16", "GRASS measures gradients, which a GradScaler scales", "use bf16")
     if inner.state:
         raise ConfigError(
-            "optimizer", name, f"it has states of {len(inner.state)} parameters already", "pass a new one"
+            "optimizer", name, f"it has {len(inner.state)} states already", "pass one that has not stepped"
         )
     if kind == "FSDP" and trainer and trainer.args.save_strategy != "no" and not trainer.args.save_only_model:
         raise ConfigError("save_only_model", False, _NO_FSDP_STATE, "set it to true, or use DeepSpeed ZeRO-3")
@@ -261,6 +261,8 @@ def _after_finishing(clip: Callable[..., Any], accelerator: Any, engine: GrassEn
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if accelerator.sync_gradients:
             engine.finish_gradients()
+        if engine.phase == "probe" and clip.__name__ == "clip_grad_value_":
+            return None  # torch's fails where there is no gradient
         return clip(*args, **kwargs)
 
     return wrapper

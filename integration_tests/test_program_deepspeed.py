@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
+from grass_dist.training.config import load_config
+from grass_dist.training.run_deepspeed import DeepSpeed
+from grass_dist.training.world import World
 from integration_tests.program import (
     ROOT,
     check_refused,
@@ -21,7 +26,7 @@ from integration_tests.program import (
     run_all,
     run_program,
 )
-from integration_tests.ranks import free_port
+from integration_tests.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -108,6 +113,26 @@ def test_a_run_is_the_one_under_fsdp2(config, fsdp2, stage, launcher):
         "backend": "",
         "started": "",
     }
+
+
+def _load_zero3(rank: int, world_size: int, config: Path) -> dict[str, tuple[int, int, int]]:
+    os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    world = World(rank, rank, world_size, torch.device("cpu"), dist.group.WORLD)
+    overrides = ["parallel=deepspeed", "parallel.config=zero3.json"]
+    model = DeepSpeed(load_config(config, overrides), world).load()
+    held = {n: (p.numel(), getattr(p, "ds_numel", 0), p.ds_tensor.numel()) for n, p in model.named_parameters()}
+    assert not is_deepspeed_zero3_enabled()  # the models that are loaded later are whole
+    return held
+
+
+def test_a_model_for_zero3_is_loaded_in_shards(config):
+    whole = load_file(config.parent / "model" / "model.safetensors")
+    for held in run_ranks(2, _load_zero3, config):
+        assert held.keys() == whole.keys()  # tied: one parameter
+        for name, (here, all_of_it, shard) in held.items():
+            assert (here, all_of_it, shard) == (0, whole[name].numel(), -(-whole[name].numel() // 2)), name
 
 
 BAD = {

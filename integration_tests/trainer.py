@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_scheduler
 
 import grass_dist
-from integration_tests.model import CLIP, GLOBAL_BATCH, LENGTH, VOCAB, global_batch, small_llama
+from integration_tests.model import CLIP, GLOBAL_BATCH, LENGTH, global_batch, small_llama
 
 GRASS = {"active_layers": 3, "probe_steps": 2, "sampling_interval": 3, "update_interval": 3, "temperature": 0.4}
 STEPS, ACCUMULATION, WARMUP, DECAY = 9, 2, 2, 0.1
@@ -170,6 +169,7 @@ def on_zero(rank: int, world_size: int, stage: int, folder: Path, offload: bool)
     trainer = zero_trainer(rank, world_size, folder, config, save_strategy="steps", save_steps=SAVED_AT)
     trainer.train()
     seen["trainer"] = read(trainer)
+    seen["updated by"] = type(trainer.optimizer.optimizer.user_optimizer)
     resumed = zero_trainer(rank, world_size, folder, config)
     resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{SAVED_AT}"))
     seen["resumed"] = read(resumed)
@@ -218,6 +218,7 @@ def accelerate_loop(rank: int, world_size: int, fsdp2: bool) -> dict:
     if fsdp2:  # which Accelerate itself turns on for devices only
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     model: Any = small_llama()
     inner = optimizer_of(model)
     scheduler = get_scheduler("linear", inner, WARMUP * world_size, STEPS * world_size)  # stepped once a process
@@ -253,35 +254,6 @@ def on_ddp(rank: int, world_size: int, folder: Path) -> dict:
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{REFRESHED_AT}"))
     seen["resumed"] = read(resumed)
     return seen
-
-
-def sft_trainer(world_size: int, folder: Path, config: dict) -> Any:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-
-    words = {"<unk>": 0, "<pad>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    processing = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
-    )
-    texts = [{"text": " ".join(f"w{i}" for i in item["input_ids"].tolist())} for item in data()]
-    args = arguments(folder, world_size, SFTConfig, deepspeed=config, report_to="tensorboard", max_length=LENGTH)
-    return SFTTrainer(small_llama(), args=args, train_dataset=Dataset.from_list(texts), processing_class=processing)
-
-
-def on_sft(rank: int, world_size: int, folder: Path) -> dict:
-    """TRL under ZeRO-2, then a model that is not trained with the same ds_config."""
-    from trl.models.utils import prepare_deepspeed
-
-    grass_dist.enable()
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    trainer = sft_trainer(world_size, folder, ds_config(2, grass=GRASS))
-    trainer.train()
-    reference = prepare_deepspeed(small_llama(), trainer.accelerator)
-    return {**read(trainer), "reference": hasattr(reference, "grass")}
 
 
 def on_configured_zero(rank: int, world_size: int, scheduler: bool, folder: Path) -> dict:

@@ -52,10 +52,10 @@ def stock_interval(model, layers, states, first, steps, rank, world_size, stage,
     return weights
 
 
-def grass_and_chain(rank, world_size, stage, dtype, steps=9, accumulation=2, more=None) -> dict:
+def grass_and_chain(rank, world_size, stage, dtype, steps=15, accumulation=2, more=None) -> dict:
     """Largest difference, after each interval, between GRASS and the chain."""
     more = more or {}
-    settings = {"active_layers": 2, "sampling_interval": 3, "sampler": "uniform", "seed": 5}
+    settings = {"active_layers": 2, "sampling_interval": 3, "sampler": "uniform", "seed": 4}
     engine = make_engine(ds_config(stage, settings, accumulation, dtype, **more), dtype)
     drawn, ours = [], []
     for step in range(steps):

@@ -1,25 +1,85 @@
-"""Checks of one spawn each; they assert on the ranks."""
+"""What spawned ranks do in the ZeRO tests; the checks without a result assert on the ranks."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from integration_tests.model import LAYERS, small_llama
+from integration_tests.training import train_grass
 from integration_tests.wire import Wire
-from integration_tests.zero import ds_config, full, make_engine, train_step
+from integration_tests.zero import ds_config, full, make_engine, train_step, train_zero
+from integration_tests.zero_chain import grass_and_chain
 
+STEPS = 12
 SETTINGS = {
     "active_layers": 2,
     "sampling_interval": 3,
     "update_interval": 3,
     "probe_steps": 2,
+    "ema_alpha": 0.5,
     "temperature": 0.5,
     "seed": 3,
 }
+SMALL = {"reduce_bucket_size": 2000, "allgather_bucket_size": 2000}
+OPTIONS: dict[int, list[dict]] = {
+    1: [{"overlap_comm": True}, {"contiguous_gradients": False}, {"round_robin_gradients": True}, SMALL],
+    2: [
+        {"overlap_comm": True, "allgather_partitions": False},
+        {"contiguous_gradients": False, "offload_optimizer": {"device": "cpu"}},
+        {"round_robin_gradients": True, "reduce_scatter": False},
+        SMALL,
+    ],
+    3: [
+        {"overlap_comm": True, "stage3_param_persistence_threshold": 100_000},
+        {"contiguous_gradients": False, "reduce_scatter": False, "sub_group_size": 1000},
+        {
+            "stage3_param_persistence_threshold": 100,
+            "stage3_prefetch_bucket_size": 1000,
+            "stage3_max_live_parameters": 10_000,
+            "stage3_max_reuse_distance": 1000,
+            "reduce_bucket_size": 5000,
+        },
+    ],
+}
+"""ZeRO options under which the trajectory must stay the same."""
+
+
+def everything(rank: int, world_size: int, stage: int, folder: str) -> dict:
+    """All of one stage, in one spawn."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    told: dict = {"runs": {"as it is": train_zero(rank, world_size, stage, SETTINGS, STEPS)}}
+    if stage == 0:
+        return told
+    for options in OPTIONS[stage]:
+        told["runs"][str(options)] = train_zero(rank, world_size, stage, SETTINGS, STEPS, zero=options)
+    told["one micro-batch"] = train_zero(rank, world_size, stage, SETTINGS, STEPS, accumulation=1)
+    told["bf16"] = grass_and_chain(rank, world_size, stage, bf16)
+    told["fp16"] = grass_and_chain(rank, world_size, stage, fp16)
+    told["wire"] = wire_bytes(rank, world_size, stage)
+    overflow(rank, world_size, stage)
+    for dtype in (bf16, fp32):
+        name = str(dtype).removeprefix("torch.")
+        state_bytes(rank, world_size, stage, dtype)
+        checkpoint(rank, world_size, stage, f"{folder}/{name}", dtype)
+        full_and_back(rank, world_size, stage, f"{folder}/back {name}", dtype)
+    weights_only(rank, world_size, stage, f"{folder}/weights")
+    told["files"] = sorted(path.name for path in Path(f"{folder}/bfloat16/at4").iterdir())
+    if stage == 3:
+        told["zero.Init"] = zero_init(rank, world_size)
+    return told
+
+
+def on_four_ranks(rank: int, world_size: int) -> dict:
+    return {stage: train_zero(rank, world_size, stage, SETTINGS, STEPS, accumulation=1) for stage in (1, 2, 3)}
+
+
+def fsdp2(rank: int, world_size: int) -> dict:
+    return train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS)
 
 
 def weights_of(engine) -> dict[str, torch.Tensor]:

@@ -261,6 +261,17 @@ def test_the_marks_follow_the_layers_that_trained(run_dir: Path, tmp_path: Path)
     assert same == {"loss": True, "importance": True, "probability": False, "counts": False, "cost": True}
 
 
+def test_states_in_host_memory_are_drawn_where_there_are_any(run_dir: Path, tmp_path: Path) -> None:
+    pictures = []
+    for name, host in (("none", 0), ("some", 10**9)):
+        record = [e | {"host_state_bytes": host} if e["event"] == "step" else e for e in events()]
+        pictures.append(write_run(tmp_path / name, record) / "plots" / "cost.png")
+    for picture in (run_dir / "plots" / "cost.png", *pictures):
+        plot_all(load_run(picture.parents[1]), picture.parent)
+    without, none, some = (p.read_bytes() for p in (run_dir / "plots" / "cost.png", *pictures))
+    assert without == none != some
+
+
 def test_a_heatmap_holds_the_values_of_the_last_refresh(run_dir: Path) -> None:
     run = load_run(run_dir)
     columns = _columns(run, run.refreshes[-1].step)

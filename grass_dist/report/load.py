@@ -53,6 +53,7 @@ class StepEvent:
     bytes_reduced: int
     state_bytes: int
     active_layers: tuple[int, ...]
+    host_state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

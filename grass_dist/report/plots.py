@@ -129,12 +129,19 @@ def plot_cost(run: Run, folder: Path) -> Path | None:
             top.plot(*_envelope(steps, _rolling_mean(seconds, len(steps) // 50)), color=BLUE, lw=2)
         top.set(title="Step time", ylabel="seconds")
         _usual_seconds(top, seconds)
-        reduced, state = np.array([[s.bytes_reduced, s.state_bytes] for s in run.steps], dtype=float).T
-        for ax, values, color in ((middle, reduced, GREEN), (bottom, state, PURPLE)):
-            scale, unit = byte_unit(values.max())
-            ax.plot(*_envelope(steps, values / scale), color=color, clip_on=False, zorder=3, **line)
-            ax.set(ylabel=unit, ylim=(0, values.max() / scale * 1.12 or 1))
+        reduced, state, host = np.array(
+            [[s.bytes_reduced, s.state_bytes, s.host_state_bytes] for s in run.steps], float
+        ).T
+        held = [(state, PURPLE, "on the device"), (host, ORANGE, "in host memory")]
+        for ax, series in ((middle, [(reduced, GREEN, "")]), (bottom, held if host.any() else held[:1])):
+            largest = max(values.max() for values, *_ in series)
+            scale, unit = byte_unit(largest)
+            for values, color, label in series:
+                ax.plot(*_envelope(steps, values / scale), color=color, label=label, clip_on=False, zorder=3, **line)
+            ax.set(ylabel=unit, ylim=(0, largest / scale * 1.12 or 1))
             ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        if host.any():
+            bottom.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1), borderaxespad=0)
         middle.set_title("Gradient bytes this rank reduced")
         bottom.set_title("Optimizer state on this rank")
         _step_axis(bottom, steps)

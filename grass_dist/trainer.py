@@ -187,13 +187,11 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
     model = next((m for m in reversed(models) if any(id(p) in trained for p in m.parameters())), None)
     if isinstance(inner, GrassOptimizer):
         if model is not None and model is not inner._model:
-            raise GrassError(
-                "The model was wrapped anew under GRASS, as auto_find_batch_size does; set the batch size."
-            )
+            raise GrassError("The model was wrapped anew, as auto_find_batch_size does; GRASS needs a set batch size.")
         return
     trainer = next((t for t in reversed(_TRAINING) if t.accelerator is accelerator), None)
-    bare = accelerator.unwrap_model(_checked(inner, accelerated, accelerator, model, trainer))
-    assert model is not None
+    model = _checked(inner, accelerated, accelerator, model, trainer)
+    bare = accelerator.unwrap_model(model)
     if bare is not model:  # a new wrapper around a model whose parameters have hooks
         refuse_second(bare)
     grass = GrassOptimizer(
@@ -233,9 +231,7 @@ def _checked(inner: torch.optim.Optimizer, accelerated: Any, accelerator: Any, m
     if accelerated.scaler is not None:
         raise ConfigError("mixed_precision", "fp16", "GRASS measures gradients, which a GradScaler scales", "use bf16")
     if inner.state:
-        raise ConfigError(
-            "optimizer", name, f"it has {len(inner.state)} states already", "pass one that has not stepped"
-        )
+        raise ConfigError("optimizer", name, f"it has {len(inner.state)} states already", "pass one without")
     if kind == "FSDP" and trainer and trainer.args.save_strategy != "no" and not trainer.args.save_only_model:
         raise ConfigError("save_only_model", False, _NO_FSDP_STATE, "set it to true, or use DeepSpeed ZeRO-3")
     return model

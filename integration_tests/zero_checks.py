@@ -27,7 +27,7 @@ SETTINGS = {
 }
 SMALL = {"reduce_bucket_size": 2000, "allgather_bucket_size": 2000}
 OPTIONS: dict[int, list[dict]] = {
-    1: [{"overlap_comm": True}, {"contiguous_gradients": False}, {"round_robin_gradients": True}, SMALL],
+    1: [{"overlap_comm": True, "round_robin_gradients": True}, {"contiguous_gradients": False}, SMALL],
     2: [
         {"overlap_comm": True, "allgather_partitions": False},
         {"contiguous_gradients": False, "offload_optimizer": {"device": "cpu"}},
@@ -59,16 +59,15 @@ def everything(rank: int, world_size: int, stage: int, folder: str) -> dict:
         told["runs"][str(options)] = train_zero(rank, world_size, stage, SETTINGS, STEPS, zero=options)
     told["one micro-batch"] = train_zero(rank, world_size, stage, SETTINGS, STEPS, accumulation=1)
     told["bf16"] = grass_and_chain(rank, world_size, stage, bf16)
-    told["fp16"] = grass_and_chain(rank, world_size, stage, fp16)
+    told["fp16"] = grass_and_chain(rank, world_size, stage, fp16, accumulation=1)
     told["wire"] = wire_bytes(rank, world_size, stage)
     overflow(rank, world_size, stage)
     for dtype in (bf16, fp32):
-        name = str(dtype).removeprefix("torch.")
         state_bytes(rank, world_size, stage, dtype)
-        checkpoint(rank, world_size, stage, f"{folder}/{name}", dtype)
-        full_and_back(rank, world_size, stage, f"{folder}/back {name}", dtype)
+    checkpoint(rank, world_size, stage, f"{folder}/checkpoint", bf16)
+    full_and_back(rank, world_size, stage, f"{folder}/back", bf16)
     weights_only(rank, world_size, stage, f"{folder}/weights")
-    told["files"] = sorted(path.name for path in Path(f"{folder}/bfloat16/at4").iterdir())
+    told["files"] = sorted(path.name for path in Path(f"{folder}/checkpoint/at4").iterdir())
     if stage == 3:
         told["zero.Init"] = zero_init(rank, world_size)
     return told
@@ -92,17 +91,17 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def overflow(rank: int, world_size: int, stage: int) -> None:
     """fp16: a step that overflows changes nothing, in the probe and in training, on all ranks."""
-    fp16 = {"enabled": True, "initial_scale_power": 26, "hysteresis": 1, "loss_scale_window": 1000}
-    engine = make_engine(ds_config(stage, SETTINGS, 2, fp16=fp16), torch.float16)
+    fp16 = {"enabled": True, "initial_scale_power": 22, "hysteresis": 1, "loss_scale_window": 1000}
+    engine = make_engine(ds_config(stage, SETTINGS, 1, fp16=fp16), torch.float16)
     zero, grass = engine.optimizer, engine.grass
     skipped = {"probe": 0, "train": 0}
     step = forced = 0
     while grass.step < 9:
         phase, before = grass.phase, copy.deepcopy((grass.state_dict(), weights_of(engine)))
         if phase == "train" and grass.step in (3, 6) and forced < 2 and grass.step != forced:
-            zero.loss_scaler.cur_scale, forced = 2.0**30, grass.step
+            zero.loss_scaler.cur_scale, forced = 2.0**24, grass.step
         scale, moments = zero.loss_scale, copy.deepcopy(list(zero.optimizer.state.values()))
-        train_step(engine, step, rank, world_size, 2)
+        train_step(engine, step, rank, world_size, 1)
         step += 1
         if zero.overflow:
             skipped[phase] += 1
@@ -152,10 +151,10 @@ def state_bytes(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> N
 
 def checkpoint(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> None:
     """Saved in the probe, in the middle of an interval and at its end: continues as if nothing had happened."""
-    config = ds_config(stage, SETTINGS, 2, dtype)
+    config = ds_config(stage, SETTINGS, 1, dtype)
     engine = make_engine(config, dtype)
     saved = {}
-    for step in range(13):
+    for step in range(10):
         if step in (1, 4, 8):
             before = weights_of(engine)
             engine.save_checkpoint(folder, tag=f"at{step}", client_state={"mine": step})
@@ -164,17 +163,17 @@ def checkpoint(rank: int, world_size: int, stage: int, folder: str, dtype: torch
             for name, weight in before.items():
                 assert torch.equal(masters[name].to(dtype).float(), weight), name
             saved[step] = (engine.grass.state_dict(), before)
-        train_step(engine, step, rank, world_size, 2)
+        train_step(engine, step, rank, world_size, 1)
     end, told = weights_of(engine), engine.grass.state_dict()
     engine.destroy()
     for at in saved:
         again = make_engine(config, dtype)
-        train_step(again, 50, rank, world_size, 2)  # it need not be a fresh one
+        train_step(again, 50, rank, world_size, 1)  # it need not be a fresh one
         _, client = again.load_checkpoint(folder, tag=f"at{at}")
         assert client["mine"] == at and repr(again.grass.state_dict()) == repr(saved[at][0])
         assert same(weights_of(again), saved[at][1])
-        for step in range(at, 13):
-            train_step(again, step, rank, world_size, 2)
+        for step in range(at, 10):
+            train_step(again, step, rank, world_size, 1)
         assert same(weights_of(again), end), at
         assert repr(again.grass.state_dict()) == repr(told)
         again.destroy()
@@ -190,9 +189,10 @@ def full_and_back(rank: int, world_size: int, stage: int, folder: str, dtype: to
     weights = weights_of(stock)
     masters = get_fp32_state_dict_from_zero_checkpoint(f"{folder}/full", "t")
     stock.destroy()
-    engine = make_engine(ds_config(stage, SETTINGS, 1, dtype), dtype)
-    engine.load_checkpoint(f"{folder}/full", tag="t")
-    assert same(weights_of(engine), weights)
+    for roles in ([], ["embeddings", "final_norm", "lm_head"]):
+        engine = make_engine(ds_config(stage, {**SETTINGS, "always_active": roles}, 1, dtype), dtype)
+        engine.load_checkpoint(f"{folder}/full", tag="t")
+        assert same(weights_of(engine), weights)
     engine.save_checkpoint(f"{folder}/grass", tag="t")
     again = get_fp32_state_dict_from_zero_checkpoint(f"{folder}/grass", "t")
     assert all(torch.equal(again[n], masters[n]) for n in again)

@@ -245,13 +245,13 @@ def test_refusals():
     with pytest.raises(UnsupportedModel, match="has a GrassOptimizer already"):
         accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     again = torch.nn.Sequential(model)
-    with pytest.raises(GrassError, match="wrapped anew under GRASS"):
+    with pytest.raises(GrassError, match="wrapped anew, as auto_find_batch_size"):
         trainer._put_grass_in(optimizer, accelerator, [again], CONFIG)
     used = tiny()
     stepped = torch.optim.AdamW(used.parameters())
     loss_of(used, 0).backward()
     stepped.step()
-    with pytest.raises(ConfigError, match="states already; pass one that has not stepped"):
+    with pytest.raises(ConfigError, match="states already; pass one without"):
         accelerator.prepare(used, stepped)
 
 

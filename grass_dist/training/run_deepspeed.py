@@ -114,14 +114,10 @@ class DeepSpeed:
             yield
             return
         from transformers.integrations import HfDeepSpeedConfig
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        known = HfDeepSpeedConfig(self._setup.ds_config)  # transformers keeps a weak reference only
-        try:
-            yield
-        finally:
-            unset_hf_deepspeed_config()
-            del known
+        known = HfDeepSpeedConfig(self._setup.ds_config)  # transformers keeps a weak reference to it
+        yield
+        del known
 
 
 class DeepSpeedRun:

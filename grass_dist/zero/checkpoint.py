@@ -55,8 +55,12 @@ def _loading(engine: Any, stock: Any) -> Any:
         zero.loaded = None
         if given.get("load_module_only"):
             given["load_optimizer_states"] = False  # or ZeRO-3 would load nothing
-        with whole(zero):
-            found = stock(**given)
+        try:
+            with whole(zero):
+                found = stock(**given)
+        except KeyError:  # it was saved with other parameters frozen: DeepSpeed misses them among its frozen ones
+            with whole(zero), trainable(list(engine.module.parameters())):
+                found = stock(**given)
         if found[0] is None:
             return found
         if zero.loaded is None:
@@ -89,6 +93,10 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
     weights = cast(dict[str, torch.Tensor], get_fp32_state_dict_from_zero_checkpoint(load_dir, tag))
     current = list(zero.groups)
     zero.forget()
+    trained = {param for group in zero.every for param in group.params}
+    for name, param in engine.module.named_parameters():
+        if param not in trained and name in weights:
+            _set_weight(param, weights[name])
     for unit in dict.fromkeys(group.unit for group in zero.every):
         with trainable([param for _, param in unit.params]):  # DeepSpeed sets nothing of a frozen one
             zero.narrow(groups_of([unit], zero.user_optimizer.param_groups))

@@ -121,6 +121,8 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
         check_num_layers(config, len(found.layers))
         make_sampler(config, len(found.layers))
         layers, roles = choose_units(model, found, config, groups)
+    except ConfigError as error:
+        problem = error if error.field == "optimizer" else error.under("grass")
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         problem = error
     zero.every = backend.groups_of([*layers, *roles]) if problem is None else []

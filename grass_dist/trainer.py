@@ -60,8 +60,7 @@ def enable(config: GrassConfig | None = None) -> None:
 
     Call it before the trainer or the accelerator is made, on every rank. With DeepSpeed the block ``"grass"`` of the
     ds_config says how, and without a block nothing changes; an engine without an optimizer (a reference model, an
-    evaluation) stays DeepSpeed's own. Probe steps are optimizer steps, so ``max_steps`` counts them. Under DDP, Trainer
-    saves the state of rank 0 for all: a resumed run draws as an uninterrupted one if it was saved at a refresh.
+    evaluation) stays DeepSpeed's own. Probe steps are optimizer steps, so ``max_steps`` counts them.
 
     The training logs of a Trainer (those with ``"loss"``) get, for the step to come, ``grass/round`` (-1 in the
     probe), ``grass/entropy`` of the sampling probabilities in nats (ln L if they are even), ``grass/active_0`` and so

@@ -151,9 +151,9 @@ class DdpBackend(HookedBackend):
             return
         bucket.work.wait()
         if self._measuring and bucket.unit.index is not None:
-            # Every rank has the whole average: each squares its own 1/N of it, and replicas are counted once.
-            mine = bucket.flat.tensor_split(self.world_size)[self.rank]
-            self._sink(bucket.unit.index, bucket.number, sum_of_squares(mine))
+            # Every rank has the whole average, and adds 1/N of its sum: so every rank's measurements are the same, and
+            # those that rank 0 saves (as Trainer does) are enough to resume from.
+            self._sink(bucket.unit.index, bucket.number, sum_of_squares(bucket.flat) / self.world_size)
         bucket.work = bucket.flat = None
         bucket.missing = set(bucket.params)
         if self._probing:

@@ -12,6 +12,7 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import groups_of
 from grass_dist.backends.zero.narrow import NarrowZero
+from grass_dist.backends.zero.private import ENGINE_BOUNDARY
 from grass_dist.backends.zero.whole import complete, resume, trainable, whole
 from grass_dist.errors import GrassError
 
@@ -28,7 +29,7 @@ def _saving(engine: Any, stock: Any) -> Any:
     @functools.wraps(stock)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
         # Set where the caller says which micro-batch ends a step (Accelerate does); micro_steps then counts steps.
-        ends_step = getattr(engine, "_is_gradient_accumulation_boundary", None)
+        ends_step = getattr(engine, ENGINE_BOUNDARY, None)
         counted = engine.micro_steps % engine.gradient_accumulation_steps()
         done = counted if ends_step is None else 0 if ends_step else "some"
         if done:
@@ -63,10 +64,11 @@ def _loading(engine: Any, stock: Any) -> Any:
                 found = stock(**given)
         if found[0] is None:
             return found
-        if zero.loaded is None:
+        tag = given.get("tag")
+        if zero.loaded is None and (tag is None or engine.zero_optimization_stage() < 3):
             _begin_from_weights(engine, "the optimizer states were not to be loaded")
-        elif not zero.loaded:
-            _begin_from_full(engine, given["load_dir"], given.get("tag"))
+        elif not zero.loaded:  # of full fine-tuning; or of ZeRO-3, which reads the latest tag's, whatever it is told
+            _begin_from_full(engine, given["load_dir"], tag)
         else:
             zero.grass.load_state_dict(zero.loaded)
         zero.loaded = None
@@ -81,11 +83,11 @@ def _begin_from_weights(engine: Any, why: str) -> None:
     current = list(zero.groups)
     zero.forget()
     resume(zero, current)
-    _say(f"Took over the weights of the checkpoint; {why}, so masters, moments and sampler begin anew.")
+    _say(f"Took over the weights of the checkpoint; {why}, so masters and moments begin anew, and the draws go on.")
 
 
 def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
-    """Takes the fp32 weights of a checkpoint of full fine-tuning; every rank reads them all into host memory."""
+    """Takes the fp32 weights of a checkpoint, of full fine-tuning say; every rank reads them all into host memory."""
     from deepspeed.utils import safe_set_full_fp32_param
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -106,8 +108,8 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
                 safe_set_full_fp32_param(param, value.to(param.device))
     resume(zero, current)
     _say(
-        "Took over the fp32 weights of a checkpoint that was saved without GRASS; its moments are cut by other "
-        "parameter groups and were left, so moments and sampler begin anew."
+        "Took over the fp32 weights of the checkpoint and left its moments, which are cut by other parameter groups or "
+        "were not to be loaded: moments begin anew, and the draws go on."
     )
 
 

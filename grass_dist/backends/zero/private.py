@@ -1,4 +1,4 @@
-"""Everything of DeepSpeed that is used here without being documented, in one table that is checked at start-up."""
+"""What is used of DeepSpeed without being documented, in one table that is checked at start-up."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ CARRIED = (
 )
 """What outlives the interval, where the release has it: the loss scale, and what the engine has put in or will read."""
 
-ENGINE = (
-    ("deepspeed.runtime.engine", "DeepSpeedZeroOptimizer"),
-    ("deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"),
-)
-"""Where `DeepSpeedEngine` looks its ZeRO classes up."""
+ENGINE_BOUNDARY = "_is_gradient_accumulation_boundary"
+"""Attribute of the engine: what the caller said of the micro-batch, None where the engine counts."""
+
+PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor")
+"""Attributes of a ZeRO-3 parameter: its flat shard, and the size of the whole."""
 
 
 def check_classes(stage12: type, stage3: type, version: str) -> None:

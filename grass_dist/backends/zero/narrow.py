@@ -87,7 +87,7 @@ class NarrowZero(_Stock):
             super().step()
         else:
             self.overflow = self.on_rest_step()
-            self.optimizer.step_nothing()
+            self._end_rest_step()
             self._update_scale(self.overflow)
             self._global_grad_norm = float("inf") if self.overflow else 0.0
         self.on_step(not self.overflow)
@@ -159,6 +159,9 @@ class NarrowZero(_Stock):
         vectors = [t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
         masters = [m for i, m in enumerate(self._masters) if self.groups and not self._is_weight(i)]
         return sum(t.nbytes for t in (*vectors, *masters))
+
+    def _end_rest_step(self) -> None:
+        self.optimizer.step_nothing()
 
     # --- construction
 
@@ -248,6 +251,10 @@ class _Narrow3(NarrowZero):
     def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
         """The module's hooks and its fetch order are for the whole run."""
         return self.parameter_offload or super().initialize_ds_offload(*args, **kwargs)
+
+    def _end_rest_step(self) -> None:
+        super()._end_rest_step()
+        self._partition_all_parameters()  # as a step does: not every module was let go of in the backward
 
     def _construct(self, groups: Sequence[Group]) -> None:
         if self._built:

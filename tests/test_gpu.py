@@ -79,3 +79,15 @@ def test_host_sums_are_pinned_and_give_the_sum_back_on_the_device():
     assert total is not None and total.is_cuda and torch.allclose(total, sum(parts), atol=1e-5)
     sums.add("p", parts[0], last=False)
     assert sums.pending() == ["p"] and torch.equal(sums.take("p"), parts[0])
+
+
+def test_the_states_of_frozen_layers_lie_in_pinned_memory():
+    from grass_dist.backends.zero.store import HostStore
+
+    store = HostStore(pin=True)
+    master = torch.arange(1000.0, device="cuda")
+    store.put(("layer", 0), {"fp32": master, "state": {"exp_avg": master * 2, "step": torch.tensor(1.0)}})
+    torch.cuda.synchronize()
+    held = store[("layer", 0)]
+    assert held["fp32"].is_pinned() and torch.equal(held["fp32"], master.cpu())
+    assert held["state"]["exp_avg"].is_pinned() and torch.equal(held["state"]["exp_avg"], master.cpu() * 2)

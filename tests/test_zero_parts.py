@@ -57,6 +57,12 @@ def test_a_release_that_lacks_an_attribute_is_refused_by_name(name):
         private.check_instance(zero, names, 2, "9.9")
 
 
+@pytest.mark.parametrize("version", ["0.16.9", "0.17.6", "0.18.9"])
+def test_an_old_release_is_refused(version):
+    with pytest.raises(GrassError, match=f"DeepSpeed {version} is too old"):
+        private.check_classes(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, version)
+
+
 def test_a_state_without_the_known_keys_is_refused():
     with pytest.raises(GrassError, match="no fp32_flat_groups"):
         private.check_state({"optimizer_state_dict": {}}, private.STAGE_3, "9.9")

@@ -7,8 +7,10 @@ from typing import Any
 
 from grass_dist.errors import GrassError
 
-TESTED = "0.16, 0.17, 0.18, 0.19"
-"""Release lines that the integration tests passed on (docs/deepspeed.md)."""
+TESTED = "0.19"
+"""Release line that the integration tests passed on (docs/deepspeed.md says what failed on older ones)."""
+
+OLDEST = (0, 19)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +58,10 @@ CARRIED = (
     "external_loss_scale",
     "overflow",
     "_global_grad_norm",
-    "_backward_hook_state",  # from 0.18 on: holds what the engine registered
-    "is_gradient_accumulation_boundary",  # before 0.19: a bool that the engine sets
+    "_backward_hook_state",  # holds what the engine registered
     "_is_gradient_accumulation_boundary",
 )
-"""What outlives the interval, where the release has it: the loss scale, and what the engine has put in or will read."""
+"""What outlives the interval: the loss scale, and what the engine has put in or will read."""
 
 ENGINE_BOUNDARY = "_is_gradient_accumulation_boundary"
 """Attribute of the engine: what the caller said of the micro-batch, None where the engine counts."""
@@ -70,11 +71,13 @@ PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor")
 
 
 def check_classes(stage12: type, stage3: type, version: str) -> None:
-    """Fails closed, before anything is built, on a release whose classes lack a name of the tables.
+    """Fails closed, before anything is built, on an old release or one whose classes lack a name of the tables.
 
     Raises:
         GrassError: names the release and what it lacks.
     """
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise GrassError(f"DeepSpeed {version} is too old: runs on releases before 0.19 came out wrong; {_advice()}")
     for cls, names in ((stage12, STAGE_1_AND_2), (stage3, STAGE_3)):
         if missing := [name for name in names.methods if not hasattr(cls, name)]:
             raise _unknown(version, cls, missing)
@@ -108,4 +111,4 @@ def _unknown(version: str, cls: type, missing: list[str]) -> GrassError:
 
 
 def _advice() -> str:
-    return f"grass_dist is tested on DeepSpeed {TESTED}: install one of those."
+    return f"grass_dist is tested on DeepSpeed {TESTED}: install that."

@@ -236,9 +236,12 @@ def zero_init(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     with deepspeed.zero.Init(config_dict_or_path=stock):
         model = small_llama()
     assert all(p.numel() == 0 for p in model.parameters())
+    for p, whole in zip(model.parameters(), small_llama().parameters(), strict=True):  # other draws than in one piece
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            p.copy_(whole)
     engine = make_engine(config, model=model)
     active = []
-    for step in range(9):
+    for step in range(STEPS):
         active.append(engine.grass.active_layers)
         train_step(engine, step, rank, world_size, 1)
     return {"active": active, "params": weights_of(engine)}

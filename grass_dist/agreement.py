@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from grass_dist.backends.base import Ranks
 from grass_dist.errors import GrassError, RanksDisagree
+
+log = logging.getLogger("grass_dist")
+
+
+def say(ranks: Ranks, sentence: str) -> None:
+    """Tells the user, once for all ranks; seen without any set-up of logging."""
+    if ranks.rank == 0:
+        log.warning(sentence)
 
 
 def agree_at_start(ranks: Ranks, problem: Exception | None, fingerprint: Mapping[str, Any]) -> None:

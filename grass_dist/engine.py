@@ -156,12 +156,10 @@ class GrassEngine:
         except Exception as error:  # a user's sampler may raise anything, on one rank only: the others must not wait
             problem = error
         self._agree_on(chosen, problem)
-        for layer in sorted(set(before) - set(chosen)):
-            self.states.evict(layer)
+        self.states.evict(sorted(set(before) - set(chosen)))
         self.active_layers = chosen
         self._set_trainable()
-        for layer in chosen:
-            self.states.prefetch(layer)
+        self.states.prefetch(chosen)
         self._tell(Sampled(self.step, self.round, chosen, self.probabilities))
 
     def _agree_on(self, chosen: tuple[int, ...], problem: Exception | None) -> None:
@@ -203,8 +201,6 @@ class GrassEngine:
         self._tracker.load_state_dict(state["tracker"])
         self._sums.load_state_dict(state["measured"])
         self._set_trainable()
-        for layer in range(len(self.layers)):
-            if self.phase == "train" and layer in self.active_layers:
-                self.states.prefetch(layer)
-            else:
-                self.states.evict(layer)
+        active = self.active_layers if self.phase == "train" else ()
+        self.states.evict(sorted(set(range(len(self.layers))) - set(active)))
+        self.states.prefetch(active)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from grass_dist.optimizer import UnitOptimizer
@@ -10,21 +11,16 @@ from grass_dist.optimizer import UnitOptimizer
 class LayerStates(Protocol):
     """The states of all layers on this rank. Layers are named by index.
 
-    The engine calls `evict` for a layer that is frozen again, before the new layers are made trainable, and `prefetch`
-    for one that has been drawn, after that. The order of the calls is the same on all ranks.
+    At a draw the engine calls `evict` for the layers that are frozen again, makes the new ones trainable, and calls
+    `prefetch` for those. The order of the calls is the same on all ranks.
     """
 
-    def prefetch(self, layer: int) -> None:
-        """Begins to bring the state of ``layer`` to the device; returns at once."""
+    def prefetch(self, layers: Sequence[int]) -> None:
+        """Begins to bring the states of ``layers`` to the device; returns at once."""
         ...
 
-    def evict(self, layer: int) -> None:
-        """Lets the state of ``layer`` leave the device after the work that is queued on it."""
-        ...
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes of state that rest on the device of this rank."""
+    def evict(self, layers: Sequence[int]) -> None:
+        """Lets the states of ``layers`` leave the device after the work that is queued on them."""
         ...
 
 
@@ -34,16 +30,17 @@ class ResidentStates:
     def __init__(self, optimizers: list[UnitOptimizer]) -> None:
         self._optimizers = optimizers
 
-    def prefetch(self, layer: int) -> None:
+    def prefetch(self, layers: Sequence[int]) -> None:
         pass
 
     def ready(self, layer: int) -> UnitOptimizer:
         """The optimizer of ``layer``, with its state on the device."""
         return self._optimizers[layer]
 
-    def evict(self, layer: int) -> None:
+    def evict(self, layers: Sequence[int]) -> None:
         pass
 
     @property
     def device_bytes(self) -> int:
+        """Bytes of state on the device of this rank."""
         return sum(optimizer.nbytes for optimizer in self._optimizers)

@@ -18,6 +18,19 @@ ELEMENTWISE = frozenset(
 """Update rules that treat each entry by itself, and so give the same on a shard as on the whole."""
 
 
+def step_over(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Any) -> None:
+    """A step of ``optimizer`` over other parameter groups and states than its own; no groups make it update nothing.
+
+    Schedulers, which want a step before their own, and hooks on the optimizer see it as any other.
+    """
+    own = optimizer.param_groups, optimizer.state
+    optimizer.param_groups, optimizer.state = groups, state
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups, optimizer.state = own
+
+
 class UnitOptimizer:
     """Optimizer of one unit (a layer, or an always-active role), with a state and step counts of its own.
 

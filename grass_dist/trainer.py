@@ -30,8 +30,9 @@ from grass_dist.assembly import refuse_second, remember
 from grass_dist.config import GrassConfig
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
+from grass_dist.optimizer import step_over
 from grass_dist.zero.ds_config import has_grass, load_ds_config
-from grass_dist.zero.initialize import initialize_with
+from grass_dist.zero.initialize import config_of, initialize_with
 
 log = logging.getLogger("grass_dist")
 
@@ -119,9 +120,8 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 def _initialize(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = inspect.signature(stock).bind(*args, **kwargs).arguments
-    config = given.get("config") or given.get("config_params") or getattr(given.get("args"), "deepspeed_config", None)
     try:
-        config = load_ds_config(config or {})
+        config = load_ds_config(config_of(given) or {})
         block = config["grass"] if has_grass(config) else None
         written = None if block is None else GrassConfig(**{str(key): value for key, value in block.items()})
     except ConfigError:
@@ -205,7 +205,7 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
     for own, group in zip(grass.param_groups, inner.param_groups, strict=True):
         group.update({k: v for k, v in own.items() if k not in group})
     grass.param_groups = inner.param_groups  # which schedulers that were made before write to
-    inner._opt_called = True  # type: ignore[attr-defined]  # they would warn that this one has not stepped
+    step_over(inner, [], {})  # or they would warn that this one has not stepped
     accelerated.optimizer = grass
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         setattr(accelerator, name, _after_finishing(getattr(accelerator, name), accelerator, grass.grass))

@@ -242,7 +242,8 @@ def test_a_configuration_without_micro_batch(micro):
 
 @pytest.mark.parametrize("micro", [{"train_batch_size": 8}, {"train_micro_batch_size_per_gpu": 2}])
 def test_one_batch_size_is_enough(micro):
-    split_ds_config({"train_micro_batch_size_per_gpu": "auto"} | micro | {"grass": {}})
+    given = split_ds_config({"train_micro_batch_size_per_gpu": "auto"} | micro | {"grass": {}}).ds_config
+    assert given.items() >= micro.items()
 
 
 @pytest.mark.parametrize("bf16", ["bf16", "bfloat16"])
@@ -267,7 +268,9 @@ def test_fp32_accumulation_that_gets_another_optimizer(bf16, dtype, zero):
     ],
 )
 def test_accumulation_that_is_fine_at_stage_1(changes):
-    split_ds_config(plus(changes | {"zero_optimization.stage": 1}))
+    setup = split_ds_config(plus(changes | {"zero_optimization.stage": 1}))
+    assert setup.stage == 1
+    assert setup.ds_config["data_types"]["grad_accum_dtype"] == changes["data_types.grad_accum_dtype"]
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from grass_dist.agreement import say
+from grass_dist.backends.base import world
 from grass_dist.backends.zero.groups import groups_of
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.private import ENGINE_BOUNDARY
 from grass_dist.backends.zero.whole import complete, resume, trainable, whole
 from grass_dist.errors import GrassError
-
-log = logging.getLogger("grass_dist")
 
 
 def add_checkpoints(engine: Any) -> None:
@@ -66,7 +65,7 @@ def _loading(engine: Any, stock: Any) -> Any:
             return found
         tag = given.get("tag")
         if zero.loaded is None and (tag is None or engine.zero_optimization_stage() < 3):
-            _begin_from_weights(engine, "the optimizer states were not to be loaded")
+            _begin_from_weights(engine)
         elif not zero.loaded:  # of full fine-tuning; or of ZeRO-3, which reads the latest tag's, whatever it is told
             _begin_from_full(engine, given["load_dir"], tag)
         else:
@@ -77,13 +76,17 @@ def _loading(engine: Any, stock: Any) -> Any:
     return load_checkpoint
 
 
-def _begin_from_weights(engine: Any, why: str) -> None:
+def _begin_from_weights(engine: Any) -> None:
     """New masters of the weights as they were loaded, and no moments."""
     zero: NarrowZero = engine.optimizer
     current = list(zero.groups)
     zero.forget()
     resume(zero, current)
-    _say(f"Took over the weights of the checkpoint; {why}, so masters and moments begin anew, and the draws go on.")
+    say(
+        world(),
+        "Took over the weights of the checkpoint, whose optimizer states were not to be loaded: masters and moments "
+        "begin anew, and the draws go on.",
+    )
 
 
 def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
@@ -107,9 +110,10 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
                 _set_weight(param, value)
                 safe_set_full_fp32_param(param, value.to(param.device))
     resume(zero, current)
-    _say(
+    say(
+        world(),
         "Took over the fp32 weights of the checkpoint and left its moments, which are cut by other parameter groups or "
-        "were not to be loaded: moments begin anew, and the draws go on."
+        "were not to be loaded: moments begin anew, and the draws go on.",
     )
 
 
@@ -125,10 +129,3 @@ def _finish_copies() -> None:
     """States that go to the host are copied on a stream; a file is written from the host."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _say(sentence: str) -> None:
-    from deepspeed import comm
-
-    if comm.get_rank() == 0:
-        log.warning(sentence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from grass_dist.errors import ConfigError, UnsupportedModel
 from grass_dist.optimizer import ELEMENTWISE
+from grass_dist.zero.ds_config import ZeroSetup
 from grass_dist.zero.jit import on_cpu
 
 _FIXES = {
@@ -50,13 +50,13 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_optimizer(optimizer: Any, ds_config: Mapping[str, Any]) -> None:
+def check_optimizer(optimizer: Any, setup: ZeroSetup) -> None:
     """
     Raises:
         ConfigError: there is none, or it cannot be run on flat partitions of single layers.
     """
     if optimizer is None:
-        if "optimizer" not in ds_config:
+        if "optimizer" not in setup.ds_config:
             raise ConfigError(
                 "optimizer",
                 None,
@@ -77,7 +77,7 @@ def check_optimizer(optimizer: Any, ds_config: Mapping[str, Any]) -> None:
             "use torch.optim.AdamW or FusedAdam; the states of inactive layers are in host memory in any case",
         )
     known = type(optimizer) in ELEMENTWISE or name in _DEEPSPEED_ELEMENTWISE | _DEEPSPEED_CPU
-    if not known and not ds_config.get("zero_allow_untested_optimizer"):
+    if not known and not setup.any_optimizer:
         raise ConfigError(
             "optimizer",
             name,

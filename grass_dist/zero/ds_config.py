@@ -25,6 +25,8 @@ class ZeroSetup:
     """Type and parameters of the ``"scheduler"`` section. It is built on the user's optimizer, not by DeepSpeed."""
     stage: int
     """The ZeRO stage that the user wrote; 0 if none."""
+    any_optimizer: bool
+    """Whether the user vouches for an optimizer class that is not known (``zero_allow_untested_optimizer``)."""
     said: tuple[str, ...]
     """Sentences for the log about what became of her options."""
 
@@ -182,8 +184,9 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
         ds_config["gradient_clipping"] = 0.0
         default = "DeepSpeed's own default differs between releases"
         said.append(f"gradient_clipping is not set: gradients are not clipped ({default}).")
+    vouched = _on(_at(ds_config, "zero_allow_untested_optimizer"))
     ds_config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    return ZeroSetup(grass, ds_config, _take_scheduler_out(ds_config), stage, tuple(said))
+    return ZeroSetup(grass, ds_config, _take_scheduler_out(ds_config), stage, vouched, tuple(said))
 
 
 def _normalise_zero(config: dict[str, Any], said: list[str]) -> int:

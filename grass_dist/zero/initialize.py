@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_dist.agreement import agree_at_start
+from grass_dist.agreement import agree_at_start, say
 from grass_dist.assembly import choose_units, fingerprint, refuse_second, remember
 from grass_dist.backends.base import world
 from grass_dist.backends.zero.backend import ZeroBackend
-from grass_dist.backends.zero.narrow import NarrowZero, deepspeed_version, narrow_class
-from grass_dist.backends.zero.private import check_classes
+from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
+from grass_dist.backends.zero.private import check_classes, deepspeed_version
 from grass_dist.config import check_num_layers
-from grass_dist.discovery import find_layers
+from grass_dist.discovery import Unit, find_layers
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
@@ -29,9 +28,6 @@ from grass_dist.zero.checkpoint import add_checkpoints
 from grass_dist.zero.checks import check_model, check_optimizer
 from grass_dist.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
 from grass_dist.zero.jit import accelerator, on_cpu, spare_the_compiler
-from grass_dist.zero.states import ZeroStates
-
-log = logging.getLogger("grass_dist")
 
 Initialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -60,7 +56,7 @@ def initialize_with(
 ) -> tuple[Any, Any, Any, Any]:
     """`initialize`, given DeepSpeed's own function."""
     given = inspect.signature(stock).bind(*args, **kwargs).arguments
-    config, problem = _config_of(given), None
+    config, problem = config_of(given), None
     setup: ZeroSetup | None = None
     try:
         config = None if config is None else load_ds_config(config)
@@ -69,7 +65,7 @@ def initialize_with(
         setup = split_ds_config(config)
         check_classes(*_stock_classes(), deepspeed_version())
         check_model(given["model"])
-        check_optimizer(given.get("optimizer"), config)
+        check_optimizer(given.get("optimizer"), setup)
     except GrassError as error:
         problem = error
     said = spare_the_compiler(setup.ds_config if setup else {})
@@ -77,7 +73,7 @@ def initialize_with(
     _agree(problem, setup)
     assert setup is not None
     for sentence in (*setup.said, *said):
-        _say(sentence)
+        say(world(), sentence)
     return _build(stock, given, setup, observers)
 
 
@@ -116,7 +112,7 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
     found, layers, roles = None, (), ()
     try:
         refuse_second(model)
-        check_optimizer(zero.user_optimizer, setup.ds_config)
+        check_optimizer(zero.user_optimizer, setup)
         found = find_layers(model, config.layers)
         check_num_layers(config, len(found.layers))
         make_sampler(config, len(found.layers))
@@ -128,9 +124,22 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
     zero.every = backend.groups_of([*layers, *roles]) if problem is None else []
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
     agree_at_start(backend, problem, fingerprint(config, found, groups, type(zero.user_optimizer), kwargs))
-    zero.grass = GrassEngine(config, layers, roles, backend, ZeroStates(zero, layers), observers)
+    zero.grass = GrassEngine(config, layers, roles, backend, _States(zero, layers), observers)
     remember(model)
     zero.on_step = lambda applied: zero.grass.advance() if applied else zero.grass.skip_step()
+
+
+class _States:
+    """`LayerStates`: those of the active layers are in the ZeRO optimizer, those of the others in its host store."""
+
+    def __init__(self, zero: NarrowZero, layers: Sequence[Unit]) -> None:
+        self._zero, self._layers = zero, layers
+
+    def prefetch(self, layers: Sequence[int]) -> None:
+        """They came when the layers were made trainable, which constructs the optimizer over them."""
+
+    def evict(self, layers: Sequence[int]) -> None:
+        self._zero.evict({self._layers[layer].name for layer in layers})
 
 
 @contextmanager
@@ -165,7 +174,8 @@ def _scheduler(name: str, params: dict[str, Any], optimizer: torch.optim.Optimiz
     return cls(optimizer, **params)
 
 
-def _config_of(given: dict[str, Any]) -> Any:
+def config_of(given: dict[str, Any]) -> Any:
+    """The ds_config among the arguments of `deepspeed.initialize`, wherever it stands there."""
     for config in (
         given.get("config"),
         given.get("config_params"),
@@ -194,8 +204,3 @@ def _agree(problem: GrassError | None, setup: ZeroSetup | None) -> None:
         problem,
         {f"ds_config.{name}": value for name, value in config.items()} | {"deepspeed version": deepspeed_version()},
     )
-
-
-def _say(sentence: str) -> None:
-    if world().rank == 0:
-        log.warning(sentence)

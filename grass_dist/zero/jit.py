@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-log = logging.getLogger("grass_dist")
 
 STALE_SECONDS = 1800
 """A build that has written nothing for so long was killed."""
@@ -29,7 +26,7 @@ def on_cpu() -> bool:
 
 
 def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
-    """On a CPU: keeps DeepSpeed off its two builds, which bring nothing there. Elsewhere: tells of one to come.
+    """Keeps DeepSpeed off builds that bring nothing, and tells of the others.
 
     Call it before `deepspeed.init_distributed`. On a CPU it turns the shared-memory collectives off (gloo takes their
     place) and sets ``optimizer.params.torch_adam``, in ``ds_config`` itself.
@@ -41,20 +38,19 @@ def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
     optimizer = ds_config.get("optimizer") or {}
     operator = _FUSED.get(str(optimizer.get("type", "")).lower())
     params = optimizer.get("params") or {}
-    if not on_cpu():
-        if operator and not params.get("torch_adam") and not _is_built(operator):
-            said.append(
-                f"DeepSpeed may now compile its operator {operator} into {_extensions()}, once, which can take "
-                'minutes; optimizer.params {"torch_adam": true} uses torch.optim instead.'
-            )
-        return said
-    import deepspeed.ops
+    if on_cpu():
+        import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if operator == "fused_adam" and "torch_adam" not in params:
-        optimizer["params"] = {**params, "torch_adam": True}
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if operator == "fused_adam" and "torch_adam" not in params:
+            params = optimizer["params"] = {**params, "torch_adam": True}
+            said.append(
+                "optimizer.params.torch_adam is set to true: on a CPU DeepSpeed's own Adam would be compiled first."
+            )
+    if operator and not params.get("torch_adam") and not _is_built(operator):
         said.append(
-            "optimizer.params.torch_adam is set to true: on a CPU DeepSpeed's own Adam would be compiled first."
+            f"DeepSpeed may now compile its operator {operator} into {_extensions()}, once, which can take minutes; "
+            "an optimizer of torch.optim needs none."
         )
     return said
 

@@ -69,13 +69,14 @@ class ZeroBackend(Backend):
     they are clipped. In a probe DeepSpeed trains nothing, and the hooks here take a layer's gradient as soon as it is
     whole: one reduce-scatter of 4 bytes an element for each micro-batch, under the backward of the layer below; then
     its sum of squares, and it is freed. With gradient accumulation the shards are summed in host memory, 4/N bytes an
-    element.
+    element. Under dynamic loss scaling one all-reduce of 8 bytes a probe step says whether a gradient overflowed.
 
     Args:
         zero: not built yet.
         group: the data-parallel ranks.
         accumulation_steps: micro-batches of a step.
         stage: ZeRO stage, 1 to 3.
+        wire_bytes: of an element of a gradient when DeepSpeed reduces it.
     """
 
     name = "deepspeed"
@@ -159,7 +160,8 @@ class ZeroBackend(Backend):
                 if parts:
                     self._sink(group.unit.index, group.slot, torch.stack(parts).sum() / scale)
         micro_batches = self.accumulation_steps if self.stage >= 2 else 1
-        self.bytes_reduced += numel * self._wire_bytes * micro_batches
+        if self.world_size > 1:
+            self.bytes_reduced += numel * self._wire_bytes * micro_batches
 
     # --- probe
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from grass_dist.discovery import Unit
+from grass_dist.optimizer import step_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +63,11 @@ class GroupsOptimizer(torch.optim.Optimizer):
             group.update(_hyperparameters(self._user.param_groups[index]))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self._step(self.param_groups)
+        step_over(self._user, self.param_groups, self.state)
 
     def step_nothing(self) -> None:
-        """A step that updates nothing, for schedulers, which want one before their own."""
-        self._step([])
-
-    def _step(self, groups: list[dict[str, Any]]) -> None:
-        user = self._user
-        own = user.param_groups, user.state
-        user.param_groups, user.state = groups, self.state
-        try:
-            user.step()
-        finally:
-            user.param_groups, user.state = own
+        """For schedulers: see `step_over`."""
+        step_over(self._user, [], {})
 
 
 def zero_shard(param: nn.Parameter) -> torch.Tensor:

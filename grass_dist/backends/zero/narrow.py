@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -136,9 +136,12 @@ class NarrowZero(_Stock):
         self._release()
         self.groups = []
 
-    def evict(self, unit: str) -> None:
-        """Copies the states of a unit's groups to the host; `narrow` lets go of those on the device."""
-        self._evict([i for i, group in enumerate(self.groups) if group.unit.name == unit])
+    def evict(self, units: Collection[str]) -> None:
+        """Copies the states of the units' groups to the host; `narrow` lets go of those on the device."""
+        leaving = [i for i, group in enumerate(self.groups) if group.unit.name in units]
+        state = super().state_dict() if leaving else {}
+        for i in leaving:
+            self.store.put(self.groups[i].key, self.record(i, state))
 
     def forget(self) -> None:
         """Throws the states of all groups away; `narrow` begins with new masters, of the weights as they are."""
@@ -157,8 +160,7 @@ class NarrowZero(_Stock):
     def device_state_bytes(self) -> int:
         """Bytes of masters and moments that are on the device."""
         vectors = [t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
-        masters = [m for i, m in enumerate(self._masters) if self.groups and not self._is_weight(i)]
-        return sum(t.nbytes for t in (*vectors, *masters))
+        return sum(t.nbytes for t in (*vectors, *(self.masters if self.groups else ())))
 
     def _end_rest_step(self) -> None:
         self.optimizer.step_nothing()
@@ -166,27 +168,31 @@ class NarrowZero(_Stock):
     # --- construction
 
     @property
-    def _masters(self) -> list[torch.Tensor]:
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's flat fp32 partition of each group that trains."""
         return getattr(self, self.names.masters)
 
     def _construct(self, groups: Sequence[Group]) -> None:
         carried = {name: self.__dict__[name] for name in CARRIED if self._built and name in self.__dict__}
         own = {"init_optimizer": GroupsOptimizer(self.user_optimizer, groups)}
-        with _quiet() if self._built else _unchanged():
+        with _quiet() if self._built else nullcontext():
             super().__init__(**{**self.arguments, **own})
         self.__dict__.update(carried)
         if not self._built:
-            check_instance(self, self.names, len(groups), deepspeed_version())
+            check_instance(self, self.names, len(groups))
         self._built = True
 
     def _let_go(self, keep: set[tuple[str, int]]) -> dict[tuple[str, int], Record]:
         """Before construction: evicts the groups not in ``keep``; gives the records of the others, on the device."""
         if not self._built:
             return {}
-        here = [i for i, group in enumerate(self.groups) if group.key not in self.store]
-        self._evict([i for i in here if self.groups[i].key not in keep])
+        staying = {}
         state = super().state_dict() if self.groups else {}
-        staying = {self.groups[i].key: self.record(i, state) for i in here if self.groups[i].key in keep}
+        for i, group in enumerate(self.groups):
+            if group.key in keep:
+                staying[group.key] = self.record(i, state)
+            elif group.key not in self.store:
+                self.store.put(group.key, self.record(i, state))
         self._release()
         return staying
 
@@ -198,32 +204,18 @@ class NarrowZero(_Stock):
 
     def record(self, i: int, state: dict[str, Any]) -> Record:
         """State of group ``i`` out of a state_dict of all groups."""
-        check_state(state, self.names, deepspeed_version())
-        count = len(self._masters)
+        check_state(state, self.names)
+        count = len(self.masters)
         lists = {k: v[i] for k, v in state.items() if isinstance(v, list) and len(v) == count}
-        if self._is_weight(i):
-            lists.pop(self.names.masters_key)  # the weights are their own masters, and stay where they are
         return {**lists, "state": state[self.names.optimizer_key]["state"].get(i, {})}
 
-    def _evict(self, indices: Sequence[int]) -> None:
-        if not indices:
-            return
-        state = super().state_dict()
-        for i in indices:
-            self.store.put(self.groups[i].key, self.record(i, state))
-
     def _put_back(self, i: int, record: Record) -> None:
-        master = self._masters[i]
-        with torch.no_grad():
-            if (saved := record.get(self.names.masters_key)) is not None:
-                master.view(-1)[: saved.numel()].copy_(saved.view(-1), non_blocking=True)
+        master, saved = self.masters[i], record[self.names.masters_key]
+        with torch.no_grad():  # ZeRO-1 and 2 save it without the padding
+            master[: saved.numel()].copy_(saved, non_blocking=True)
         own = {k: _placed(v, master.device) for k, v in record["state"].items()}
         if own:
             self.optimizer.state[master] = own
-
-    def _is_weight(self, i: int) -> bool:
-        """Whether the master of group ``i`` is the very memory of its weights (ZeRO-3 in fp32)."""
-        return False
 
 
 def narrow_class(stock: type, stage3: bool, connect: Callable[[Any], None]) -> type:
@@ -272,11 +264,8 @@ class _Narrow3(NarrowZero):
         return staying
 
     def _release(self) -> None:
-        for hook in (*self._grad_acc_hooks, *getattr(self, "_leaf_module_hooks", ())):
+        for hook in (*self._grad_acc_hooks, *self._leaf_module_hooks):
             hook.remove()
-
-    def _is_weight(self, i: int) -> bool:
-        return self._masters[i].data_ptr() == zero_shard(self.groups[i].params[0]).data_ptr()
 
 
 def _placed(value: Any, device: torch.device) -> Any:
@@ -284,12 +273,6 @@ def _placed(value: Any, device: torch.device) -> Any:
     if torch.is_tensor(value) and value.numel() > 1:
         return value.to(device, non_blocking=True, copy=value.device.type == "cpu")
     return value
-
-
-def deepspeed_version() -> str:
-    from importlib.metadata import version
-
-    return version("deepspeed")
 
 
 @contextmanager
@@ -303,8 +286,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _unchanged() -> Iterator[None]:
-    yield

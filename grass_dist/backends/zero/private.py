@@ -25,10 +25,15 @@ class Names:
     """The base optimizer's state_dict in the class's state_dict."""
     shapes: tuple[str, ...]
     """Attributes that the engine's checkpoint code takes each group's parameters from."""
+    attributes: tuple[str, ...]
     methods: tuple[str, ...]
 
 
-_COMMON = (
+_ATTRIBUTES = (
+    *("optimizer", "loss_scaler", "overflow", "dp_process_group", "_grad_acc_hooks"),
+    "averaged_gradients",  # a list a group: this rank's parts of its averaged gradient
+)
+_METHODS = (
     *("step", "state_dict", "load_state_dict", "_update_scale", "destroy"),
     "overlapping_partition_gradients_reduce_epilogue",
 )
@@ -38,18 +43,17 @@ STAGE_1_AND_2 = Names(
     masters_key="single_partition_of_fp32_groups",
     optimizer_key="base_optimizer_state",
     shapes=("bit16_groups", "round_robin_bit16_groups"),
-    methods=(*_COMMON, "reduce_gradients", "_round_robin_reorder"),
+    attributes=(*_ATTRIBUTES, "round_robin_gradients", "partition_count"),
+    methods=(*_METHODS, "reduce_gradients", "_round_robin_reorder"),
 )
 STAGE_3 = Names(
     masters="fp32_partitioned_groups_flat",
     masters_key="fp32_flat_groups",
     optimizer_key="optimizer_state_dict",
     shapes=("fp16_groups",),
-    methods=(*_COMMON, "initialize_ds_offload", "_partition_all_parameters"),
+    attributes=(*_ATTRIBUTES, "_leaf_module_hooks", "parameter_offload"),
+    methods=(*_METHODS, "initialize_ds_offload", "_partition_all_parameters"),
 )
-
-ATTRIBUTES = ("optimizer", "averaged_gradients", "_grad_acc_hooks", "loss_scaler", "overflow", "dp_process_group")
-"""Of both classes; ``averaged_gradients[i]`` is the list of this rank's parts of group i's averaged gradient."""
 
 CARRIED = (
     "loss_scaler",
@@ -70,6 +74,12 @@ PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor")
 """Attributes of a ZeRO-3 parameter: its flat shard, and the size of the whole."""
 
 
+def deepspeed_version() -> str:
+    from importlib.metadata import version
+
+    return version("deepspeed")
+
+
 def check_classes(stage12: type, stage3: type, version: str) -> None:
     """Fails closed, before anything is built, on an old release or one whose classes lack a name of the tables.
 
@@ -83,27 +93,27 @@ def check_classes(stage12: type, stage3: type, version: str) -> None:
             raise _unknown(version, cls, missing)
 
 
-def check_instance(zero: Any, names: Names, groups: int, version: str) -> None:
+def check_instance(zero: Any, names: Names, groups: int) -> None:
     """The same for what only an object has, and for the shape of it: one flat partition a group.
 
     Raises:
         GrassError: names the release and what it lacks.
     """
-    wanted = (*ATTRIBUTES, names.masters, *names.shapes)
+    wanted = (*names.attributes, names.masters, *names.shapes)
     if missing := [name for name in wanted if not hasattr(zero, name)]:
-        raise _unknown(version, type(zero), missing)
+        raise _unknown(deepspeed_version(), type(zero), missing)
     if len(getattr(zero, names.masters)) != groups:
-        raise _unknown(version, type(zero), [f"{names.masters} with one partition a parameter group"])
+        raise _unknown(deepspeed_version(), type(zero), [f"{names.masters} with one partition a parameter group"])
 
 
-def check_state(state: dict[str, Any], names: Names, version: str) -> None:
+def check_state(state: dict[str, Any], names: Names) -> None:
     """The same for a state_dict.
 
     Raises:
         GrassError: names the release and what it lacks.
     """
     if missing := [key for key in (names.masters_key, names.optimizer_key) if key not in state]:
-        raise GrassError(f"The ZeRO state of DeepSpeed {version} has no {', '.join(missing)}; {_advice()}")
+        raise GrassError(f"The ZeRO state of DeepSpeed {deepspeed_version()} has no {', '.join(missing)}; {_advice()}")
 
 
 def _unknown(version: str, cls: type, missing: list[str]) -> GrassError:

@@ -71,12 +71,8 @@ def resume(zero: NarrowZero, groups: Sequence[Group]) -> None:
 def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
     """``state``, the stock state_dict of what trains, with every other group in its place."""
     names = zero.names
-    records = {g.key: zero.record(i, state) for i, g in enumerate(zero.groups) if g.key not in zero.store}
-    for group in zero.every:
-        record = records[group.key] = dict(records.get(group.key) or zero.store[group.key])
-        if names.masters_key not in record:  # ZeRO-3 in fp32: the weights are the masters
-            record[names.masters_key] = torch.cat([zero_shard(p).detach().reshape(-1) for p in group.params])
-    order = [records[group.key] for group in zero.every]
+    training = {group.key: zero.record(i, state) for i, group in enumerate(zero.groups)}
+    order = [training.get(group.key) or zero.store[group.key] for group in zero.every]
     lists = {key: [record[key] for record in order] for key in order[0] if key != "state"}
     user = zero.user_optimizer.param_groups
     base = {
@@ -129,7 +125,8 @@ def _user_groups(zero: NarrowZero, saved: Mapping[str, Any]) -> list[dict[str, A
 def _fill_shards(group: Group, master: torch.Tensor) -> None:
     start = 0
     for param in group.params:
-        if (shard := getattr(param, "ds_tensor", None)) is not None:
+        if hasattr(param, "ds_tensor"):
+            shard = zero_shard(param)
             shard.copy_(master[start : start + shard.numel()].view_as(shard))
             start += shard.numel()
 

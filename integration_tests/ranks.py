@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+import grass_dist
+
 SERVER = mp.get_context("forkserver")
 # Imported once in the fork server: a rank then starts in a fraction of a second instead of importing torch anew.
 SERVER.set_forkserver_preload(
@@ -67,6 +69,15 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
             if process.is_alive():
                 process.kill()
     return [given[rank] for rank in range(world_size)]
+
+
+def refused(make: Callable[[], Any]) -> str:
+    """The sentence with which ``make`` is refused, with the class of the error before it."""
+    try:
+        make()
+    except grass_dist.GrassError as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
 
 
 class RankFailed(AssertionError):

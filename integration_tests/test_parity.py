@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from integration_tests.checks import SETTINGS, STEPS, on_four_ranks, on_two_ranks
+from integration_tests.parity import check_parity
 from integration_tests.ranks import run_ranks
 from integration_tests.reference import run_reference
 from integration_tests.training import train_grass
@@ -28,29 +29,6 @@ def two():
 @pytest.fixture(scope="module")
 def four():
     return run_ranks(4, on_four_ranks, timeout=360)
-
-
-def check_parity(runs, reference, tolerance=1e-5):
-    first = runs[0]
-    assert all(run["active"] == reference["active"] for run in runs)
-    worst = max((first["params"][n] - p).abs().max().item() for n, p in reference["params"].items())
-    print(f"worst parameter difference {worst:.1e}")  # shown by pytest -rP
-    assert worst <= tolerance
-    for run in runs:  # whole parameters: gathered from shards, or each replica's own
-        assert run["params"].keys() == reference["params"].keys()
-        assert all(torch.equal(run["params"][n], p) for n, p in first["params"].items())
-        assert all(
-            a == pytest.approx(b, nan_ok=True, rel=0)
-            for a, b in zip(run["importances"], first["importances"], strict=True)
-        )
-        assert run["norms"] == first["norms"]
-    for ours, theirs in zip(first["importances"], reference["importances"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=True)
-    losses = [sum(run["losses"][i] for run in runs) / len(runs) for i in range(STEPS)]
-    assert losses == pytest.approx(reference["losses"], abs=1e-4)
-    assert first["norms"] == pytest.approx(reference["norms"], rel=1e-5)
-    assert sum(run["frozen_moved"] for run in runs) == 0
-    assert sum(run["frozen_grads"] for run in runs) == 0
 
 
 def test_the_reference_run_tests_something(reference):

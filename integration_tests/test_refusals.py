@@ -11,18 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
 from integration_tests.model import ADAMW, global_batch, small_llama, wrapped
-from integration_tests.ranks import run_ranks
+from integration_tests.ranks import refused, run_ranks
 
 CONFIG = {"active_layers": 2, "probe_steps": 0, "sampling_interval": 2, "update_interval": 2}
-
-
-def refused(make) -> str:
-    """The sentence with which ``make`` is refused, with the class of the error before it."""
-    try:
-        make()
-    except grass_dist.GrassError as error:
-        return f"{type(error).__name__}: {error}"
-    return "not refused"
 
 
 def optimizer_for(model, kwargs=ADAMW, **config):

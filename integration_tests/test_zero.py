@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from integration_tests.model import LAYERS
+from integration_tests.parity import check_parity
 from integration_tests.ranks import run_ranks
 from integration_tests.reference import run_reference
 from integration_tests.zero_checks import OPTIONS, SETTINGS, STEPS, everything, fsdp2, on_four_ranks
@@ -32,23 +32,6 @@ def sharded(ranks):
     if stage == 0:
         pytest.skip("stage 0 runs as stage 1")
     return stage, told[0]
-
-
-def check_parity(runs, reference, tolerance=5e-6):
-    first = runs[0]
-    assert all(run["active"] == reference["active"] for run in runs)
-    worst = max((first["params"][n] - p).abs().max().item() for n, p in reference["params"].items())
-    print(f"worst parameter difference {worst:.1e}")  # shown by pytest -rP
-    assert worst <= tolerance
-    for run in runs:
-        assert all(torch.equal(run["params"][n], p) for n, p in first["params"].items())
-        assert repr(run["importances"]) == repr(first["importances"]) and run["norms"] == first["norms"]
-    for ours, theirs in zip(first["importances"], reference["importances"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
-    losses = [sum(run["losses"][i] for run in runs) / len(runs) for i in range(STEPS)]
-    assert losses == pytest.approx(reference["losses"], abs=1e-4)
-    assert first["norms"] == pytest.approx(reference["norms"], abs=1e-6)
-    assert sum(run["frozen_moved"] for run in runs) == 0
 
 
 def test_the_reference_run_tests_something(reference):

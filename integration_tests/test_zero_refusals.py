@@ -12,18 +12,10 @@ from torch import nn
 
 import grass_dist
 from integration_tests.model import ADAMW, decay_groups, small_llama
-from integration_tests.ranks import run_ranks
+from integration_tests.ranks import refused, run_ranks
 from integration_tests.zero import ds_config, make_engine, train_step
 
 SETTINGS = {"active_layers": 2, "sampling_interval": 2, "probe_steps": 0, "sampler": "uniform"}
-
-
-def refused(make) -> str:
-    try:
-        make()
-    except grass_dist.GrassError as error:
-        return f"{type(error).__name__}: {error}"
-    return "not refused"
 
 
 def started(config, model=None, optimizer=None, **kwargs) -> str:
@@ -107,6 +99,9 @@ def tell(rank: int, world_size: int, folder: str) -> dict[str, str]:
         "Adagrad": started(fine, model=model, optimizer=torch.optim.Adagrad(model.parameters())),
         "has states": started(fine, model=(m := small_llama()), optimizer=stepped_adamw(m)),
         "LBFGS": started(fine, model=model, optimizer=torch.optim.LBFGS(model.parameters())),
+        "LBFGS made by a callable": refused(
+            lambda: grass_dist.initialize(model=small_llama(), optimizer=torch.optim.LBFGS, config=fine)
+        ),
         "no optimizer": refused(lambda: grass_dist.initialize(model=model, config=fine)),
         "changed after initialize": changed_after_initialize(),
         "saved within an accumulation": saved_within_an_accumulation(rank, _made(folder, f"a{rank}")),
@@ -138,6 +133,7 @@ WORDS = {
     "Adagrad": "Adagrad",
     "has states": "states",
     "LBFGS": "LBFGS",
+    "LBFGS made by a callable": "LBFGS",
     "no optimizer": "optimizer=None",
     "changed after initialize": "requires_grad",
     "saved within an accumulation": "1 of 2 micro-batches",

@@ -69,7 +69,7 @@ def train_step(engine, step: int, rank: int, world_size: int, accumulation: int)
 
 def train_zero(rank, world_size, stage, settings, steps, accumulation=2, dtype=torch.float32, zero=None) -> dict:
     engine = make_engine(ds_config(stage, settings, accumulation, dtype, zero), dtype)
-    log = {"active": [], "importances": [], "losses": [], "norms": [], "frozen_moved": 0, "state_bytes": []}
+    log = {"active": [], "importances": [], "losses": [], "norms": [], "frozen_moved": 0, "frozen_grads": 0}
     grass = engine.grass
     units = [[p for _, p in unit.params] for unit in grass.layers]
     for step in range(steps):
@@ -82,7 +82,7 @@ def train_zero(rank, world_size, stage, settings, steps, accumulation=2, dtype=t
         if not probing:
             log["norms"].append(float(engine.get_global_grad_norm()))
         log["frozen_moved"] += sum(not torch.equal(local(p), b) for p, b in zip(still, before, strict=True))
-        log["state_bytes"].append((engine.optimizer.device_state_bytes, engine.optimizer.store.nbytes))
+        log["frozen_grads"] += sum(p.grad is not None for p in still)
     log["params"] = {n: full(p) for n, p in engine.module.named_parameters()}
     log["bytes_reduced"] = grass.bytes_reduced
     return log

@@ -9,6 +9,7 @@ import deepspeed
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from grass_dist.backends.zero.private import PARAMETER
 from integration_tests.model import LAYERS, small_llama
 from integration_tests.training import train_grass
 from integration_tests.wire import Wire
@@ -140,7 +141,7 @@ def state_bytes(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> N
     for step in range(12):
         train_step(engine, step, rank, world_size, 1)
         on = [unit.name for unit in grass.trainable_units()] if grass.phase == "train" else []
-        stepped = {g.unit.name for i, g in enumerate(zero.groups) if zero.optimizer.state.get(zero._masters[i])}
+        stepped = {g.unit.name for i, g in enumerate(zero.groups) if zero.optimizer.state.get(zero.masters[i])}
         wanted = sum(share[name] * (12 if name in stepped else 4) for name in on)
         assert abs(zero.device_state_bytes - wanted) <= pad, (step, zero.device_state_bytes, wanted)
         off = sum(12 * share[name] for name in seen - set(on))
@@ -235,7 +236,7 @@ def zero_init(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     stock = {k: v for k, v in config.items() if k != "grass"}
     with deepspeed.zero.Init(config_dict_or_path=stock):
         model = small_llama()
-    assert all(p.numel() == 0 for p in model.parameters())
+    assert all(p.numel() == 0 and hasattr(p, name) for p in model.parameters() for name in PARAMETER)
     for p, whole in zip(model.parameters(), small_llama().parameters(), strict=True):  # other draws than in one piece
         with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0):
             p.copy_(whole)

@@ -41,7 +41,7 @@ def checkpoint(rank: int, world_size: int, stage: int, folder: str) -> None:
 
 
 def ask(rank: int, world_size: int, check: Callable, stage: int, folder: str) -> dict | None:
-    private.OLDEST = (0, 0)
+    private.SUPPORTED = ""
     return check(rank, world_size, stage, folder)
 
 
@@ -56,7 +56,7 @@ def main() -> None:
                     check_parity(told, reference)
                 problem = "passed"
             except AssertionError as error:
-                problem = "FAILED: " + str(error).strip().splitlines()[-1][:120]
+                problem = "FAILED: " + (str(error).strip() or repr(error)).splitlines()[-1][:120]
             print(f"DeepSpeed {private.deepspeed_version()} ZeRO-{stage} {check.__name__} {problem}", flush=True)
 
 

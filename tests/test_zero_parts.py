@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_the_table_of_private_names_holds_on_the_installed_release():
 @pytest.mark.parametrize("name", private.STAGE_3.methods)
 def test_a_release_that_lacks_a_method_is_refused_by_name(name):
     methods = {m: None for m in private.STAGE_3.methods if m != name}
-    with pytest.raises(GrassError, match=rf"DeepSpeed 9\.9: Later has no {name}; grass_dist is tested on DeepSpeed 0"):
+    with pytest.raises(GrassError, match=rf"DeepSpeed 9\.9: Later has no {name}; grass_dist works with DeepSpeed"):
         private.check_classes(DeepSpeedZeroOptimizer, type("Later", (), methods), "9.9")
 
 
@@ -57,10 +59,20 @@ def test_a_release_that_lacks_an_attribute_is_refused_by_name(name):
         private.check_instance(zero, names, 2)
 
 
-@pytest.mark.parametrize("version", ["0.16.9", "0.17.6", "0.18.9"])
-def test_an_old_release_is_refused(version):
-    with pytest.raises(GrassError, match=f"DeepSpeed {version} is too old"):
+@pytest.mark.parametrize("version", ["0.15.4", "0.16.0", "0.17.6", "0.18.9"])
+def test_a_release_that_failed_the_tests_is_refused(version):
+    with pytest.raises(GrassError, match=f"DeepSpeed {version} is not supported; grass_dist works with"):
         private.check_classes(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, version)
+
+
+@pytest.mark.parametrize("version", ["0.16.9", "0.19.8", "0.19.9+cu128", "0.20.0.dev1"])
+def test_a_release_that_passed_or_is_newer_is_let_in(version):
+    private.check_classes(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, version)
+
+
+def test_the_package_asks_for_the_releases_that_it_takes():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["deepspeed"] == [f"deepspeed{private.SUPPORTED}"]
 
 
 def test_a_state_without_the_known_keys_is_refused():

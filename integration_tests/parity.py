@@ -23,6 +23,8 @@ def check_parity(runs: list[dict], reference: dict) -> None:
         assert run["norms"] == first["norms"]
     for ours, theirs in zip(first["importances"], reference["importances"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6, nan_ok=True)
+    norm = max(abs(a - b) for a, b in zip(first["norms"], reference["norms"], strict=True))
+    print(f"worst norm difference {norm:.1e}")
     losses = [sum(run["losses"][i] for run in runs) / len(runs) for i in range(len(first["losses"]))]
     assert losses == pytest.approx(reference["losses"], abs=1e-4)
     assert first["norms"] == pytest.approx(reference["norms"], abs=1e-6)

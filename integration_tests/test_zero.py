@@ -78,6 +78,7 @@ def test_16_bit_training_equals_a_chain_of_stock_runs_to_the_bit(sharded, dtype)
 def test_bytes_on_the_wire_are_those_of_the_active_layers(sharded):
     stage, told = sharded
     few, all_ = told["wire"][2], told["wire"][LAYERS]
+    print(told["wire"])  # shown by pytest -rP, as above
     share = 2 / LAYERS
     gradients = "reduce_scatter" if stage == 3 else "all_reduce"
     assert all_[gradients] > 1_000_000

@@ -26,6 +26,58 @@ class StrictModel(BaseModel):
             raise _one_sentence(error, type(self)) from None
 
 
+OffloadMode = Literal["interval", "stream", "none", "auto"]
+
+
+class OffloadConfig(StrictModel):
+    """Where the optimizer states of the layers are, and when they move (docs/offload.md).
+
+    The trajectory is the same to the bit in every mode and with every setting here but ``host_dtype``.
+
+    Raises:
+        ConfigError: a field that cannot work; the message names the field, the value and the fix.
+    """
+
+    mode: OffloadMode = "interval"
+    """"interval": the active layers' states are on the device for the sampling interval, all others in host memory.
+    "stream": those of `slots` layers at a time are on the device. "none": all of them stay on the device. "auto":
+    the first of none, interval and stream whose states fit into a quarter of the free device memory."""
+
+    prefetch_steps: int = Field(default=1, ge=0)
+    """For "interval": steps before a switch at which the first of the new layers comes, into device memory of its own
+    for that time. 0 does without that memory. At most `draw_ahead` steps have an effect."""
+
+    slots: int = Field(default=3, ge=2)
+    """For "stream": layers whose states are on the device at a time."""
+
+    update_in_backward: bool = False
+    """Updates a layer within the backward, as soon as its gradient is final, and frees the gradient. For training
+    without clipping and with one forward for each micro-batch; not under DeepSpeed, which updates after the norm."""
+
+    host_dtype: Literal["bfloat16"] | None = None
+    """For "interval": rounds the moments to this dtype whenever they go to the host. Left out: exact."""
+
+    folder: str | None = None
+    """A folder on a fast local disk that is the host tier instead of memory: one file a rank, memory-mapped, gone when
+    the process ends."""
+
+    chaos: int | None = Field(default=None, ge=0)
+    """For tests, on the CPU: a seed by which copies are delayed and reordered wherever nothing orders them, and memory
+    whose content is undefined is filled with NaN."""
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> OffloadConfig:
+        if self.host_dtype is not None and self.mode != "interval":
+            raise ConfigError(
+                "host_dtype",
+                self.host_dtype,
+                f"rounds the moments at every transfer, and with mode={self.mode!r} there is "
+                + ("none" if self.mode == "none" else "one at every step, which stops exp_avg_sq from moving"),
+                "use mode='interval' or leave host_dtype out",
+            )
+        return self
+
+
 class GrassConfig(StrictModel):
     """How many layers train, which, and when they change.
 
@@ -44,6 +96,10 @@ class GrassConfig(StrictModel):
 
     update_interval: int = Field(default=50, ge=1)
     """Steps between two refreshes of the importances and probabilities (T_u)."""
+
+    draw_ahead: int | None = Field(default=None, ge=0)
+    """Steps before a switch at which its layers are drawn, and before a multiple of T_u at which the importances are
+    refreshed. Left out: 2, or as many as are below `sampling_interval` and `update_interval`. 0: at the switch."""
 
     probe_steps: int | None = Field(default=None, ge=0)
     """Steps at the start that measure every layer and update none (T_p). Left out: 8 for a sampler that
@@ -76,6 +132,9 @@ class GrassConfig(StrictModel):
     layers: str | None = None
     """FQN of the layer stack, e.g. ``"model.layers"``. Left out: found by its structure."""
 
+    offload: OffloadConfig = OffloadConfig()
+    """Where the layers' optimizer states are, and when they move."""
+
     @field_validator("always_active", "fixed_layers", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
@@ -90,8 +149,22 @@ class GrassConfig(StrictModel):
             return float(value)
         return value
 
+    @property
+    def lead(self) -> int:
+        """`draw_ahead`, with its default filled in."""
+        shortest = min(self.sampling_interval, self.update_interval)
+        return min(2, shortest - 1) if self.draw_ahead is None else self.draw_ahead
+
     @model_validator(mode="after")
     def _fields_fit_together(self) -> GrassConfig:
+        shortest = min(self.sampling_interval, self.update_interval)
+        if self.lead >= shortest:
+            raise ConfigError(
+                "draw_ahead",
+                self.draw_ahead,
+                f"is not below sampling_interval={self.sampling_interval} and update_interval={self.update_interval}",
+                f"use 0 to {shortest - 1}, or leave it out",
+            )
         if len(set(self.always_active)) != len(self.always_active):
             raise ConfigError("always_active", self.always_active, "a role is listed twice", "list each role once")
         if self.sampler == "fixed":

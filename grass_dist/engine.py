@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 
@@ -48,11 +49,12 @@ class GrassEngine:
         self.backend, self.states = backend, states
         self._sampler = make_sampler(config, len(layers))
         probing = probe_steps(config, self._sampler)
-        self.schedule = Schedule(probing, config.update_interval, config.sampling_interval)
+        self.schedule = Schedule(probing, config.update_interval, config.sampling_interval, config.lead)
         self._tracker = ImportanceTracker([unit.numel for unit in layers], config.ema_alpha)
         self._observers = list(observers)
         self.step = 0
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
+        self._next: Sampled | None = None
         device = backend.shard_of(layers[0].params[0][1]).device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
         backend.attach(layers, roles, self._sums.put)
@@ -61,6 +63,7 @@ class GrassEngine:
         else:
             self._refresh_from_weights()
             self._draw()
+            self._switch()
 
     @property
     def phase(self) -> Phase:
@@ -107,7 +110,7 @@ class GrassEngine:
         self.backend.finish_gradients()
 
     def advance(self) -> None:
-        """Ends an optimizer step: keeps its measurement, then refreshes and draws if that is due."""
+        """Ends an optimizer step: keeps its measurement, then refreshes, draws and switches layers if that is due."""
         if self._measuring:
             self._sums.close_step(self.active_layers)
         self.step += 1
@@ -115,6 +118,10 @@ class GrassEngine:
             self._refresh()
         if self.schedule.draw_due(self.step):
             self._draw()
+        if self.schedule.switch_due(self.step):
+            self._switch()
+        elif self._next is not None:
+            self.states.expect(self._next.active_layers, self.schedule.steps_to_switch(self.step))
 
     def skip_step(self) -> None:
         """Ends an optimizer step that was not applied (fp16 overflow): nothing moves, what it measured is forgotten."""
@@ -148,33 +155,41 @@ class GrassEngine:
         self._tracker.replace(self.backend.sum_over_ranks(torch.stack(mine)).numpy())
 
     def _draw(self) -> None:
-        before = self.active_layers if self.round > 0 else ()
+        drawn = self.schedule.round_drawn(self.step)
         chosen, problem = (), None
         try:
             self.backend.verify()
-            chosen = draw_layers(self._sampler, self._tracker.importances, self.config, self.round)
+            chosen = draw_layers(self._sampler, self._tracker.importances, self.config, drawn)
         except Exception as error:  # a user's sampler may raise anything, on one rank only: the others must not wait
             problem = error
-        self._agree_on(chosen, problem)
-        self.states.evict(sorted(set(before) - set(chosen)))
-        self.active_layers = chosen
-        self._set_trainable()
-        self.states.prefetch(chosen)
-        self._tell(Sampled(self.step, self.round, chosen, self.probabilities))
+        self._agree_on(drawn, chosen, problem)
+        at = self.step if self.schedule.switch_due(self.step) else self.step + self.schedule.steps_to_switch(self.step)
+        self._next = Sampled(at, drawn, chosen, self.probabilities, drawn_at=self.step)
 
-    def _agree_on(self, chosen: tuple[int, ...], problem: Exception | None) -> None:
+    def _switch(self) -> None:
+        if self._next is None:  # resumed from a state that was saved before layers were drawn ahead
+            self._draw()
+        event, self._next = self._next, None
+        assert event is not None
+        self.active_layers = event.active_layers
+        self.states.leave(self.active_layers)
+        self._set_trainable()
+        self.states.enter(self.active_layers)
+        self._tell(event)
+
+    def _agree_on(self, drawn: int, chosen: tuple[int, ...], problem: Exception | None) -> None:
         importances = self._tracker.importances.astype("<f8").tobytes()
-        choice = np.asarray([self.step, self.round, *chosen], dtype="<i8").tobytes()
+        choice = np.asarray([self.step, drawn, *chosen], dtype="<i8").tobytes()
         mine = bytes(32) if problem else hashlib.sha256(importances + choice).digest()
         digests = self.backend.gather_bytes(mine)
         if problem:
             raise problem
         if bytes(32) in digests:
-            raise GrassError(f"Draw {self.round} at step {self.step} failed on rank {digests.index(bytes(32))}.")
+            raise GrassError(f"Draw {drawn} at step {self.step} failed on rank {digests.index(bytes(32))}.")
         common = max(digests, key=digests.count)  # of two equally common ones the lowest rank's, on every rank
         if odd := [rank for rank, digest in enumerate(digests) if digest != common]:
             raise RanksDisagree(
-                f"Draw {self.round} at step {self.step} came out differently on the ranks: {odd} disagree with the "
+                f"Draw {drawn} at step {self.step} came out differently on the ranks: {odd} disagree with the "
                 f"other {len(digests) - len(odd)}; this rank drew {list(chosen)}. All ranks must run the same code, "
                 "configuration and sampler, and call optimizer.step() equally often."
             )
@@ -191,6 +206,7 @@ class GrassEngine:
         return {
             "step": self.step,
             "active_layers": list(self.active_layers),
+            "next": None if self._next is None else dataclasses.asdict(self._next),
             "tracker": self._tracker.state_dict(),
             "measured": self._sums.state_dict(),
         }
@@ -200,7 +216,16 @@ class GrassEngine:
         self.active_layers = tuple(state["active_layers"])
         self._tracker.load_state_dict(state["tracker"])
         self._sums.load_state_dict(state["measured"])
-        self._set_trainable()
+        waiting = state.get("next")
+        self._next = _sampled(waiting) if waiting else None
         active = self.active_layers if self.phase == "train" else ()
-        self.states.evict(sorted(set(range(len(self.layers))) - set(active)))
-        self.states.prefetch(active)
+        self.states.leave(active)
+        self._set_trainable()
+        self.states.enter(active)
+        if self._next is not None:
+            self.states.expect(self._next.active_layers, self.schedule.steps_to_switch(self.step))
+
+
+def _sampled(state: dict) -> Sampled:
+    chosen, probabilities = tuple(state["active_layers"]), tuple(state["probabilities"])
+    return Sampled(state["step"], state["round"], chosen, probabilities, state["drawn_at"])

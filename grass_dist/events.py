@@ -21,12 +21,16 @@ class Refreshed:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """New layers have been drawn; they train from the next step on."""
+    """Other layers have been drawn, and train from the next step on."""
 
     step: int
+    """Optimizer steps completed."""
     round: int
     active_layers: tuple[int, ...]
     probabilities: tuple[float, ...]
+    """By which they were drawn."""
+    drawn_at: int
+    """`step` at which they were drawn: `draw_ahead` steps earlier, but for the first draw."""
 
 
 Event = Refreshed | Sampled

@@ -9,18 +9,18 @@ from grass_dist.optimizer import UnitOptimizer
 
 
 class LayerStates(Protocol):
-    """The states of all layers on this rank. Layers are named by index.
+    """The states of all layers on this rank. Layers are named by index; calls come in the same order on all ranks."""
 
-    At a draw the engine calls `evict` for the layers that are frozen again, makes the new ones trainable, and calls
-    `prefetch` for those. The order of the calls is the same on all ranks.
-    """
-
-    def prefetch(self, layers: Sequence[int]) -> None:
-        """Begins to bring the states of ``layers`` to the device; returns at once."""
+    def expect(self, layers: Sequence[int], steps: int) -> None:
+        """``layers`` will train after ``steps`` more optimizer steps; told after each step once they are drawn."""
         ...
 
-    def evict(self, layers: Sequence[int]) -> None:
-        """Lets the states of ``layers`` leave the device after the work that is queued on them."""
+    def leave(self, active: Sequence[int]) -> None:
+        """Layers other than ``active`` train no more; called before the model is told."""
+        ...
+
+    def enter(self, active: Sequence[int]) -> None:
+        """``active`` train from the next step on; called after the model was told."""
         ...
 
 
@@ -30,15 +30,18 @@ class ResidentStates:
     def __init__(self, optimizers: list[UnitOptimizer]) -> None:
         self._optimizers = optimizers
 
-    def prefetch(self, layers: Sequence[int]) -> None:
+    def expect(self, layers: Sequence[int], steps: int) -> None:
+        pass
+
+    def leave(self, active: Sequence[int]) -> None:
+        pass
+
+    def enter(self, active: Sequence[int]) -> None:
         pass
 
     def ready(self, layer: int) -> UnitOptimizer:
         """The optimizer of ``layer``, with its state on the device."""
         return self._optimizers[layer]
-
-    def evict(self, layers: Sequence[int]) -> None:
-        pass
 
     @property
     def device_bytes(self) -> int:

@@ -12,8 +12,10 @@ Phase = Literal["probe", "train"]
 class Schedule:
     """Answers, for a number of completed optimizer steps, what is due before the next one.
 
-    Training step ``s`` is optimizer step ``probe_steps + s``. Where a refresh and a draw fall on the same
-    step, the refresh comes first, so that the draw uses the new probabilities.
+    Training step ``s`` is optimizer step ``probe_steps + s``. Layers switch at multiples of T_s. They are drawn, and the
+    importances refreshed, ``lead`` steps before that (before multiples of T_u), so that their states can come in time;
+    only the first draw is made at its switch. Where a refresh and a draw fall on the same step, the refresh comes
+    first, so that the draw uses the new probabilities.
     """
 
     probe_steps: int
@@ -22,6 +24,8 @@ class Schedule:
     """T_u."""
     sampling_interval: int
     """T_s."""
+    lead: int = 0
+    """Below T_u and T_s."""
 
     def phase(self, step: int) -> Phase:
         """Phase of the optimizer step that follows ``step`` completed ones."""
@@ -35,11 +39,25 @@ class Schedule:
         return step == self.probe_steps > 0
 
     def refresh_due(self, step: int) -> bool:
-        """Whether T_u training steps have been measured since the last refresh."""
+        """Whether training steps have been measured and a multiple of T_u is ``lead`` steps away."""
         trained = step - self.probe_steps
-        return trained > 0 and trained % self.update_interval == 0
+        return trained > 0 and (trained + self.lead) % self.update_interval == 0
 
     def draw_due(self, step: int) -> bool:
-        """Whether new layers are drawn: at the first training step and every T_s after it."""
+        """Whether layers are drawn: those of round ``round_drawn(step)``."""
+        trained = step - self.probe_steps
+        return trained == 0 or (trained > 0 and (trained + self.lead) % self.sampling_interval == 0)
+
+    def round_drawn(self, step: int) -> int:
+        """Number of the draw that is the latest after ``step`` completed steps; -1 in the probe."""
+        trained = step - self.probe_steps
+        return -1 if trained < 0 else (trained + self.lead) // self.sampling_interval
+
+    def switch_due(self, step: int) -> bool:
+        """Whether other layers train from the next step on: at the first training step and every T_s after it."""
         trained = step - self.probe_steps
         return trained >= 0 and trained % self.sampling_interval == 0
+
+    def steps_to_switch(self, step: int) -> int:
+        """Optimizer steps until the next switch: 1 to T_s in training."""
+        return self.sampling_interval - max(0, step - self.probe_steps) % self.sampling_interval

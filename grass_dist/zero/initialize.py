@@ -135,11 +135,14 @@ class _States:
     def __init__(self, zero: NarrowZero, layers: Sequence[Unit]) -> None:
         self._zero, self._layers = zero, layers
 
-    def prefetch(self, layers: Sequence[int]) -> None:
-        """They came when the layers were made trainable, which constructs the optimizer over them."""
+    def expect(self, layers: Sequence[int], steps: int) -> None:
+        pass
 
-    def evict(self, layers: Sequence[int]) -> None:
-        self._zero.evict({self._layers[layer].name for layer in layers})
+    def leave(self, active: Sequence[int]) -> None:
+        self._zero.evict({unit.name for i, unit in enumerate(self._layers) if i not in active})
+
+    def enter(self, active: Sequence[int]) -> None:
+        """They came when the layers were made trainable, which constructs the optimizer over them."""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -17,7 +18,11 @@ from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
-from grass_dist.offload import ResidentStates
+from grass_dist.offload.build import build
+from grass_dist.offload.layout import Field, Layout
+from grass_dist.offload.moving import MovingStates
+from grass_dist.offload.plan import make_plan
+from grass_dist.offload.states import ResidentStates
 from grass_dist.optimizer import UnitOptimizer
 from grass_dist.samplers import make_sampler
 
@@ -87,7 +92,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         remember(model)
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
-        self._states = ResidentStates(self._layer_optimizers)
+        self._states = self._place_states(config)
         self.grass = GrassEngine(config, layers, roles, backend, self._states, observers)
 
     @overload
@@ -107,9 +112,12 @@ class GrassOptimizer(torch.optim.Optimizer):
         self.grass.finish_gradients()
         if self.grass.phase == "train":
             for layer in reversed(self.grass.active_layers):  # the order in which the backward finished them
-                self._update(self._states.ready(layer))
+                self._states.update(layer, partial(self._update, self._layer_optimizers[layer]))
             for optimizer in self._role_optimizers:
-                self._update(optimizer)
+                with torch.profiler.record_function(f"GRASS::update ({optimizer.unit.name})"):
+                    self._update(optimizer)
+            self._states.finish()
+            self._backend.publish(self.grass.trainable_units())
         self.grass.advance()
         return loss
 
@@ -130,6 +138,11 @@ class GrassOptimizer(torch.optim.Optimizer):
         """Bytes of optimizer state (masters, moments) that rest on this rank's device."""
         return self._states.device_bytes + sum(optimizer.nbytes for optimizer in self._role_optimizers)
 
+    @property
+    def host_state_bytes(self) -> int:
+        """Bytes of optimizer state that rest in this rank's host memory."""
+        return self._states.host_bytes
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: layers and their parameters are fixed then."""
         if hasattr(self, "grass"):
@@ -140,8 +153,10 @@ class GrassOptimizer(torch.optim.Optimizer):
         """State of every layer that was ever active, of the method, and the parameter groups.
 
         ``state[i]`` belongs to the i-th parameter in the order of `param_groups`, this rank's shard of it, with its
-        fp32 ``master`` if the weights are 16-bit. To be loaded on the same rank of as many ranks.
+        fp32 ``master`` if the weights are 16-bit. To be loaded on the same rank of as many ranks. Save or copy it
+        before the next step: as in any optimizer, its tensors are the state itself, or lie in memory that it moves to.
         """
+        self._states.settle()
         position = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         state: dict[int, dict[str, Any]] = {}
         for optimizer in self._unit_optimizers:
@@ -171,11 +186,45 @@ class GrassOptimizer(torch.optim.Optimizer):
         for group, other in zip(mine, saved, strict=True):
             group.update({k: v for k, v in other.items() if k != "params"})
         position = {id(p): i for i, p in enumerate(p for g in mine for p in g["params"])}
-        for optimizer in self._unit_optimizers:
+        for index, optimizer in enumerate(self._unit_optimizers):
             states = [state_dict["state"].get(position[id(p)], {}) for _, p in optimizer.unit.params]
-            optimizer.load_state(states, mine)
+            load = partial(optimizer.load_state, states, mine)
+            if index >= len(self._layer_optimizers):
+                load()
+            elif any(states):
+                self._states.put(index, load)
+            else:
+                self._states.put(index, None)
+                load()
             self._show_state(optimizer)
         self.grass.load_state_dict(state_dict["grass"])
+
+    def _place_states(self, config: GrassConfig) -> ResidentStates | MovingStates:
+        """Decides where the states of the layers are, and takes the memory for them; on all ranks alike."""
+        fields: list[list[Field]] = []
+        fallback: str | None = None
+        try:
+            fields = [optimizer.fields(self.param_groups) for optimizer in self._layer_optimizers]
+            resident = sum(f.nbytes for o in self._role_optimizers for f in o.fields(self.param_groups))
+        except GrassError as error:
+            fallback, resident = str(error), 0
+        dtype = torch.bfloat16 if config.offload.host_dtype else None
+        layouts = [Layout(own, dtype) for own in fields]
+        sizes = [(layout.device_bytes, layout.host_bytes) for layout in layouts]
+        device = self._backend.shard_of(self._layer_optimizers[0].unit.params[0][1]).device
+        plan = make_plan(self._backend, config, sizes, resident, device, fallback=fallback)
+        if plan.mode == "none":
+            return ResidentStates(self._layer_optimizers)
+        for optimizer, layout in zip(self._layer_optimizers, layouts, strict=True):
+            optimizer.layout = layout
+        states, problem = None, None
+        try:
+            states = build(plan, config, self._layer_optimizers, device)
+        except GrassError as error:
+            problem = error
+        agree_at_start(self._backend, problem, {})
+        assert states is not None
+        return states
 
     @property
     def _unit_optimizers(self) -> list[UnitOptimizer]:
@@ -183,8 +232,7 @@ class GrassOptimizer(torch.optim.Optimizer):
 
     def _update(self, optimizer: UnitOptimizer) -> None:
         newborn = not optimizer.born
-        with torch.profiler.record_function(f"GRASS::update ({optimizer.unit.name})"):
-            optimizer.step(self.param_groups)
+        optimizer.step(self.param_groups)
         if newborn:
             self._show_state(optimizer)
 

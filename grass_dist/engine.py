@@ -17,7 +17,8 @@ from grass_dist.errors import GrassError, RanksDisagree
 from grass_dist.events import Event, Observer, Refreshed, Sampled
 from grass_dist.importance import ImportanceTracker
 from grass_dist.measurement import SquareSums
-from grass_dist.offload import LayerStates
+from grass_dist.offload.states import LayerStates
+from grass_dist.offload.transfer import Traffic
 from grass_dist.samplers import draw_layers, make_sampler, probe_steps
 from grass_dist.schedule import Phase, Schedule
 
@@ -95,6 +96,11 @@ class GrassEngine:
     def bytes_reduced(self) -> int:
         """Gradient bytes that this rank has put into reductions since the start."""
         return self.backend.bytes_reduced
+
+    @property
+    def traffic(self) -> Traffic:
+        """What moving the layers' states has cost this rank since the start."""
+        return self.states.harvest()
 
     def add_observer(self, observer: Observer) -> None:
         """Calls ``observer`` with every `Refreshed` and `Sampled` from now on, on this rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +11,18 @@ from torch import nn
 
 from grass_dist.backends import Backend
 from grass_dist.discovery import Unit
+from grass_dist.errors import GrassError
+from grass_dist.offload.fields import BornIn, field, kept_for
+from grass_dist.offload.layout import Field, Layout
 
 ELEMENTWISE = frozenset(
     getattr(torch.optim, name)
     for name in ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 )
 """Update rules that treat each entry by itself, and so give the same on a shard as on the whole."""
+
+LOW = (torch.bfloat16, torch.float16)
+"""Dtypes of weights that are updated through an fp32 master."""
 
 
 def step_over(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Any) -> None:
@@ -54,10 +61,13 @@ class UnitOptimizer:
         kwargs: Mapping[str, Any],
         backend: Backend,
     ) -> None:
-        self.unit = unit
+        self.unit, self.name = unit, unit.name
+        self.layout = Layout([])
         self._group_of = list(group_of)
         self._class, self._kwargs, self._backend = optimizer_class, dict(kwargs), backend
         self._shards = optimizer_class in ELEMENTWISE
+        self._keys: list[tuple[int, str]] = []
+        self._views: dict[tuple[int, str], torch.Tensor] = {}  # where the state is, by position and key; if it moves
         self.inner: torch.optim.Optimizer | None = None
         self.updated: list[nn.Parameter] = []
         """What the optimizer class updates, in the order of ``unit.params``: the parameters' own shards, or masters."""
@@ -65,6 +75,41 @@ class UnitOptimizer:
     @property
     def born(self) -> bool:
         return self.inner is not None
+
+    def fields(self, groups: Sequence[Mapping[str, Any]]) -> list[Field]:
+        """The tensors of its state as they will be, for each parameter its master and what the class keeps.
+
+        Raises:
+            GrassError: the class cannot say, or works on whole parameters of which this rank holds a part.
+        """
+        fields, self._keys = [], []
+        for position, (name, param) in enumerate(self.unit.params):
+            view = self._view(param)
+            if not self._shards and self._backend.local(view) is not view:
+                raise GrassError(f"{self._class.__name__} does not work entry by entry, and its state is of DTensors")
+            like = view.new_empty((), dtype=torch.float32) if view.dtype in LOW else view
+            entries = [("master", view.shape, torch.float32)] if view.dtype in LOW else []
+            group = {k: v for k, v in groups[self._group_of[position]].items() if k not in ("params", "initial_lr")}
+            try:
+                like = like.expand(view.shape)
+                entries += kept_for(self._class, self._kwargs, group, like, elementwise=self._shards)
+            except Exception as error:
+                raise GrassError(f"{self._class.__name__} does not say what it keeps: {error}") from error
+            fields += [field(name, *entry) for entry in entries]
+            self._keys += [(position, key) for key, _, _ in entries]
+        return fields
+
+    def bind(self, views: Sequence[torch.Tensor]) -> None:
+        """Makes ``views``, one for each of `fields`, the state; before its birth, what it is born in."""
+        self._views = dict(zip(self._keys, views, strict=True))
+        if self.inner is None:
+            return
+        for (position, key), view in self._views.items():
+            target = self.updated[position]
+            if key == "master":
+                target.data = view
+            elif key in self.inner.state.get(target, ()):
+                self.inner.state[target][key] = view
 
     def step(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """One update with the hyperparameters of the user's ``groups``; parameters without a gradient are left out."""
@@ -80,9 +125,11 @@ class UnitOptimizer:
             if grad is None:
                 target.grad = None
             elif target is not param:
-                grad = self._backend.local(grad) if self._shards else grad
+                grad = self._backend.state_shard(grad) if self._shards else grad
                 target.grad = grad.to(target.dtype)
-        self.inner.step()
+        with self._born_in():
+            self.inner.step()
+        self._move_home()
         for (_, param), target in zip(self.unit.params, self.updated, strict=True):
             if target is not param:
                 target.grad = None
@@ -91,12 +138,14 @@ class UnitOptimizer:
 
     def create(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Makes the masters and the optimizer; the class makes its own state when it first steps."""
-        self.updated = [self._target(param) for _, param in self.unit.params]
+        self.updated = [self._target(i, param) for i, (_, param) in enumerate(self.unit.params)]
         own: dict[int, dict[str, Any]] = {}
         for index, target in zip(self._group_of, self.updated, strict=True):
             user = {k: v for k, v in groups[index].items() if k not in ("params", "initial_lr")}
             own.setdefault(index, {**user, "user_group": index, "params": []})["params"].append(target)
-        self.inner = self._class(list(own.values()), **self._kwargs)
+        with self._born_in():
+            self.inner = self._class(list(own.values()), **self._kwargs)
+        self._move_home()
 
     def tensors(self) -> list[torch.Tensor]:
         """All state tensors on this rank: masters, and those of the optimizer class."""
@@ -126,22 +175,51 @@ class UnitOptimizer:
         self.create(groups)
         assert self.inner is not None
         with torch.no_grad():
-            for target, state in zip(self.updated, states, strict=True):
+            for position, (target, state) in enumerate(zip(self.updated, states, strict=True)):
                 if "master" in state:
                     target.copy_(state["master"])
-                own = {k: _placed(k, v, target) for k, v in state.items() if k != "master"}
+                own = {k: self._placed(position, k, v) for k, v in state.items() if k != "master"}
                 if own:
                     self.inner.state[target] = own
 
     def _view(self, param: torch.Tensor) -> torch.Tensor:
         detached = param.detach()
-        return self._backend.local(detached) if self._shards else detached
+        return self._backend.state_shard(detached) if self._shards else detached
 
-    def _target(self, param: nn.Parameter) -> nn.Parameter:
+    def _target(self, position: int, param: nn.Parameter) -> nn.Parameter:
         view = self._view(param)
-        if view.dtype in (torch.bfloat16, torch.float16):
-            return nn.Parameter(view.float())
-        return param if type(view) is type(param.detach()) else nn.Parameter(view)
+        if view.dtype in LOW:
+            home = self._views.get((position, "master"))
+            return nn.Parameter(view.float() if home is None else home.copy_(view))
+        return param if view.shape == param.shape and type(view) is type(param.detach()) else nn.Parameter(view)
+
+    def _born_in(self) -> AbstractContextManager[object]:
+        """Lets the class make the state of what has none yet where `bind` has said."""
+        kept = self.inner.state if self.inner is not None else {}
+        homes: dict[int, list[torch.Tensor]] = {}
+        for (position, key), view in self._views.items():
+            if key != "master" and not kept.get(self.updated[position]):
+                homes.setdefault(id(self.updated[position]), []).append(view)
+        return BornIn(homes) if homes else nullcontext()
+
+    def _move_home(self) -> None:
+        """Puts state that the class has made anew into the memory that it belongs to."""
+        assert self.inner is not None
+        for (position, key), view in self._views.items():
+            state = self.inner.state.get(self.updated[position], {})
+            made = state.get(key)
+            if torch.is_tensor(made) and made is not view:
+                if made.data_ptr() != view.data_ptr():
+                    view.copy_(made)
+                state[key] = view
+
+    def _placed(self, position: int, key: str, value: Any) -> Any:
+        """A copy of a loaded state entry, where it belongs; step counts stay where the optimizer class has them."""
+        if not torch.is_tensor(value):
+            return value
+        if (home := self._views.get((position, key))) is not None:
+            return home.copy_(value)
+        return value.clone() if key == "step" else value.to(self.updated[position].device, copy=True)
 
     def _follow(self, param: nn.Parameter, target: nn.Parameter) -> None:
         """Keeps a shard's target on the memory of its parameter, should the engine have moved that."""
@@ -150,13 +228,6 @@ class UnitOptimizer:
         view = self._view(param)
         if view.data_ptr() != target.data_ptr():
             target.data = view
-
-
-def _placed(key: str, value: Any, target: torch.Tensor) -> Any:
-    """A copy of a loaded state entry, where the parameter is; step counts stay where the optimizer class has them."""
-    if not torch.is_tensor(value):
-        return value
-    return value.clone() if key == "step" else value.to(target.device, copy=True)
 
 
 def _is_master(param: torch.Tensor, target: torch.Tensor) -> bool:

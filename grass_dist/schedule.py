@@ -12,10 +12,10 @@ Phase = Literal["probe", "train"]
 class Schedule:
     """Answers, for a number of completed optimizer steps, what is due before the next one.
 
-    Training step ``s`` is optimizer step ``probe_steps + s``. Layers switch at multiples of T_s. They are drawn, and the
-    importances refreshed, ``lead`` steps before that (before multiples of T_u), so that their states can come in time;
-    only the first draw is made at its switch. Where a refresh and a draw fall on the same step, the refresh comes
-    first, so that the draw uses the new probabilities.
+    Training step ``s`` is optimizer step ``probe_steps + s``. Layers switch at multiples of T_s. They are drawn, and
+    the importances refreshed, ``lead`` steps before that (before multiples of T_u), so that their states can come in
+    time; only the first draw is made at its switch. Where a refresh and a draw fall on the same step, the refresh
+    comes first, so that the draw uses the new probabilities.
     """
 
     probe_steps: int

@@ -107,6 +107,14 @@ class Backend(Ranks, ABC):
         """This rank's shard of a parameter or gradient, sharing its memory."""
         return tensor
 
+    def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a parameter or gradient that this rank updates and keeps a state for, sharing its memory."""
+        return self.local(tensor)
+
+    def publish(self, units: Sequence[Unit]) -> None:
+        """Gives the other ranks what `state_shard` left this one to update; called after the updates of a step."""
+        return
+
     def shard_of(self, param: nn.Parameter) -> torch.Tensor:
         """This rank's shard of a parameter's weights, sharing their memory."""
         return self.local(param.detach())

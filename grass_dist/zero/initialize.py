@@ -23,6 +23,7 @@ from grass_dist.discovery import Unit, find_layers
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
+from grass_dist.offload.transfer import Traffic
 from grass_dist.samplers import make_sampler
 from grass_dist.zero.checkpoint import add_checkpoints
 from grass_dist.zero.checks import check_model, check_optimizer
@@ -143,6 +144,9 @@ class _States:
 
     def enter(self, active: Sequence[int]) -> None:
         """They came when the layers were made trainable, which constructs the optimizer over them."""
+
+    def harvest(self) -> Traffic:
+        return Traffic()
 
 
 @contextmanager

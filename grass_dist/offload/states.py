@@ -1,10 +1,11 @@
-"""Where the optimizer state of a layer rests while the layer is frozen."""
+"""What the engine asks of the states of the layers, and the mode in which they stay where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from grass_dist.offload.transfer import Traffic
 from grass_dist.optimizer import UnitOptimizer
 
 
@@ -23,12 +24,23 @@ class LayerStates(Protocol):
         """``active`` train from the next step on; called after the model was told."""
         ...
 
+    def harvest(self) -> Traffic:
+        """What moving states has cost this rank since the start."""
+        ...
+
 
 class ResidentStates:
-    """Every state rests where it was born, on the device: nothing moves."""
+    """The mode "none": every state rests where it was born, on the device.
 
-    def __init__(self, optimizers: list[UnitOptimizer]) -> None:
+    Args:
+        optimizers: of all layers.
+    """
+
+    host_bytes = 0
+
+    def __init__(self, optimizers: Sequence[UnitOptimizer]) -> None:
         self._optimizers = optimizers
+        self.traffic = Traffic()
 
     def expect(self, layers: Sequence[int], steps: int) -> None:
         pass
@@ -39,9 +51,21 @@ class ResidentStates:
     def enter(self, active: Sequence[int]) -> None:
         pass
 
-    def ready(self, layer: int) -> UnitOptimizer:
-        """The optimizer of ``layer``, with its state on the device."""
-        return self._optimizers[layer]
+    def update(self, layer: int, job: Callable[[], None]) -> None:
+        job()
+
+    def finish(self) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def put(self, layer: int, fill: Callable[[], None] | None) -> None:
+        if fill is not None:
+            fill()
+
+    def harvest(self) -> Traffic:
+        return self.traffic
 
     @property
     def device_bytes(self) -> int:

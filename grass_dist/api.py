@@ -23,7 +23,7 @@ from grass_dist.offload.layout import Field, Layout
 from grass_dist.offload.moving import MovingStates
 from grass_dist.offload.plan import make_plan
 from grass_dist.offload.states import ResidentStates
-from grass_dist.optimizer import UnitOptimizer
+from grass_dist.optimizer import ELEMENTWISE, UnitOptimizer
 from grass_dist.samplers import make_sampler
 
 ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
@@ -46,6 +46,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         gradient_accumulation_steps: micro-batches of a step. Only the probe needs it, which frees gradients after
             each micro-batch and sums them in host memory.
         observers: called with each `Refreshed` and `Sampled`, from the first draw on.
+        shard_states: under DDP each rank keeps and updates 1/N of every parameter, if the class is one of torch's that
+            work entry by entry. False: whole states on each rank, as Hugging Face Trainer wants, which saves rank 0's
+            alone. Under FSDP2 states are sharded anyway.
 
     Attributes:
         grass: the `GrassEngine`: phase, step, round, active_layers, importances, probabilities, add_observer.
@@ -67,6 +70,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         params: ParamGroups | None = None,
         gradient_accumulation_steps: int = 1,
         observers: Sequence[Observer] = (),
+        shard_states: bool = True,
     ) -> None:
         kwargs = dict(optimizer_kwargs or {})
         backend = backend_for(model, gradient_accumulation_steps)
@@ -84,15 +88,22 @@ class GrassOptimizer(torch.optim.Optimizer):
             make_sampler(config, len(found.layers))
             groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
             layers, roles = choose_units(model, found, config, groups)
+            if shard_states and optimizer_class in ELEMENTWISE:
+                backend.divide_states([*layers, *roles])
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
-        agree_at_start(backend, problem, fingerprint(config, found, groups, optimizer_class, kwargs))
+        agreed = fingerprint(config, found, groups, optimizer_class, kwargs, shard_states=shard_states)
+        agree_at_start(backend, problem, agreed)
         super().__init__(groups, defaults)
         self._model, self._backend = model, backend
         remember(model)
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
         self._states = self._place_states(config)
+        self._in_backward = config.offload.update_in_backward
+        self._updated: set[int] = set()  # layers, since the last step ended
+        if self._in_backward:
+            backend.tell_final(self._update_in_backward)
         self.grass = GrassEngine(config, layers, roles, backend, self._states, observers)
 
     @overload
@@ -112,7 +123,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         self.grass.finish_gradients()
         if self.grass.phase == "train":
             for layer in reversed(self.grass.active_layers):  # the order in which the backward finished them
-                self._states.update(layer, partial(self._update, self._layer_optimizers[layer]))
+                if layer not in self._updated:
+                    self._states.update(layer, partial(self._update, self._layer_optimizers[layer]))
+            self._updated.clear()
             for optimizer in self._role_optimizers:
                 with torch.profiler.record_function(f"GRASS::update ({optimizer.unit.name})"):
                     self._update(optimizer)
@@ -127,6 +140,11 @@ class GrassOptimizer(torch.optim.Optimizer):
         Returns:
             The norm before clipping, a 0-dim tensor; 0 in the probe, where there is no gradient left to clip.
         """
+        if self._in_backward:
+            raise GrassError(
+                "clip_grad_norm_ comes too late: grass.offload.update_in_backward updates the layers before the norm "
+                "of all gradients is known. Set it to False, or do not clip."
+            )
         self.grass.finish_gradients()
         trainable = {id(p) for unit in self.grass.trainable_units() for _, p in unit.params}
         # In the model's order, as clip_grad_norm_(model.parameters()) would take them: a sum's last bit depends on it.
@@ -153,8 +171,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         """State of every layer that was ever active, of the method, and the parameter groups.
 
         ``state[i]`` belongs to the i-th parameter in the order of `param_groups`, this rank's shard of it, with its
-        fp32 ``master`` if the weights are 16-bit. To be loaded on the same rank of as many ranks. Save or copy it
-        before the next step: as in any optimizer, its tensors are the state itself, or lie in memory that it moves to.
+        fp32 ``master`` if the weights are 16-bit and which ``part`` of how many it is if `shard_states` divides it. To
+        be loaded on the same rank of as many ranks. Save or copy it before the next step: as in any optimizer, its
+        tensors are the state itself, or lie in memory that it moves to.
         """
         self._states.settle()
         position = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
@@ -174,7 +193,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         """Continues from `state_dict`: the same model, groups and number of ranks.
 
         Raises:
-            ValueError: the groups are not those of this optimizer.
+            ValueError: the groups are not those of this optimizer, or the states are not of this rank's shards.
         """
         saved, mine = state_dict["param_groups"], self.param_groups
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in mine]:
@@ -229,6 +248,19 @@ class GrassOptimizer(torch.optim.Optimizer):
     @property
     def _unit_optimizers(self) -> list[UnitOptimizer]:
         return [*self._layer_optimizers, *self._role_optimizers]
+
+    @torch.no_grad()
+    def _update_in_backward(self, unit: Unit) -> None:
+        assert unit.index is not None
+        optimizer = self._layer_optimizers[unit.index]
+
+        def job() -> None:
+            self._update(optimizer)
+            for _, param in unit.params:
+                param.grad = None
+
+        self._updated.add(unit.index)
+        self._states.update(unit.index, job)
 
     def _update(self, optimizer: UnitOptimizer) -> None:
         newborn = not optimizer.born

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from grass_dist.backends import Backend
 from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
-from grass_dist.offload.fields import BornIn, field, kept_for
+from grass_dist.offload.fields import Home, born_in, field, kept_for, move_home
 from grass_dist.offload.layout import Field, Layout
 
 ELEMENTWISE = frozenset(
@@ -20,6 +19,9 @@ ELEMENTWISE = frozenset(
     for name in ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 )
 """Update rules that treat each entry by itself, and so give the same on a shard as on the whole."""
+
+WHOLE = (0, 1)
+"""Part of a parameter: see `Backend.part`."""
 
 LOW = (torch.bfloat16, torch.float16)
 """Dtypes of weights that are updated through an fp32 master."""
@@ -92,14 +94,19 @@ class UnitOptimizer:
             group = {k: v for k, v in groups[self._group_of[position]].items() if k not in ("params", "initial_lr")}
             try:
                 like = like.expand(view.shape)
-                entries += kept_for(self._class, self._kwargs, group, like, elementwise=self._shards)
+                entries += kept_for(self._step_once, group, like, elementwise=self._shards)
             except Exception as error:
                 raise GrassError(f"{self._class.__name__} does not say what it keeps: {error}") from error
             fields += [field(name, *entry) for entry in entries]
             self._keys += [(position, key) for key, _, _ in entries]
         return fields
 
-    def bind(self, views: Sequence[torch.Tensor]) -> None:
+    def _step_once(self, groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
+        optimizer = self._class(groups, **self._kwargs)
+        optimizer.step()
+        return optimizer.state
+
+    def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
         """Makes ``views``, one for each of `fields`, the state; before its birth, what it is born in."""
         self._views = dict(zip(self._keys, views, strict=True))
         if self.inner is None:
@@ -127,9 +134,10 @@ class UnitOptimizer:
             elif target is not param:
                 grad = self._backend.state_shard(grad) if self._shards else grad
                 target.grad = grad.to(target.dtype)
-        with self._born_in():
+        homes = self._homes()
+        with born_in(homes, self.inner.state):
             self.inner.step()
-        self._move_home()
+        move_home(homes, self.inner.state)
         for (_, param), target in zip(self.unit.params, self.updated, strict=True):
             if target is not param:
                 target.grad = None
@@ -143,9 +151,10 @@ class UnitOptimizer:
         for index, target in zip(self._group_of, self.updated, strict=True):
             user = {k: v for k, v in groups[index].items() if k not in ("params", "initial_lr")}
             own.setdefault(index, {**user, "user_group": index, "params": []})["params"].append(target)
-        with self._born_in():
+        homes = self._homes()
+        with born_in(homes, {}):
             self.inner = self._class(list(own.values()), **self._kwargs)
-        self._move_home()
+        move_home(homes, self.inner.state)
 
     def tensors(self) -> list[torch.Tensor]:
         """All state tensors on this rank: masters, and those of the optimizer class."""
@@ -165,10 +174,16 @@ class UnitOptimizer:
             return {}
         (_, param), target = self.unit.params[position], self.updated[position]
         master = {"master": target.detach()} if _is_master(param, target) else {}
-        return {**self.inner.state[target], **master}
+        state = {**self.inner.state[target], **master}
+        return {**state, "part": self._backend.part} if state and self._backend.part != WHOLE else state
 
     def load_state(self, states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over what `state_of` gave for each position; all empty leaves the unit unborn."""
+        """Takes over what `state_of` gave for each position; all empty leaves the unit unborn.
+
+        Raises:
+            ValueError: it is of another part of the parameters than this rank's.
+        """
+        self._check_parts(states)
         if not any(states):
             self.inner, self.updated = None, []
             return
@@ -178,9 +193,28 @@ class UnitOptimizer:
             for position, (target, state) in enumerate(zip(self.updated, states, strict=True)):
                 if "master" in state:
                     target.copy_(state["master"])
-                own = {k: self._placed(position, k, v) for k, v in state.items() if k != "master"}
+                own = {k: self._placed(position, k, v) for k, v in state.items() if k not in ("master", "part")}
                 if own:
                     self.inner.state[target] = own
+
+    def _check_parts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        for (name, param), state in zip(self.unit.params, states, strict=True):
+            if not state:
+                continue
+            saved, mine = tuple(state.get("part", WHOLE)), self._backend.part
+            if saved != mine:
+                raise ValueError(
+                    f"The saved state of {name} is {_named(saved)}, and this rank keeps {_named(mine)}: each rank "
+                    "loads what it has saved itself, with as many ranks and the same shard_states."
+                )
+            shape = self._view(param).shape
+            of_shard = {k: v for k, v in state.items() if k == "master" or (self._shards and torch.is_tensor(v))}
+            for key, value in of_shard.items():
+                if value.ndim and value.shape != shape:
+                    raise ValueError(
+                        f"The saved {key} of {name} is of shape {tuple(value.shape)}, and this rank keeps one of shape "
+                        f"{tuple(shape)}: load it with the model, the wrapper and the ranks that it was saved with."
+                    )
 
     def _view(self, param: torch.Tensor) -> torch.Tensor:
         detached = param.detach()
@@ -193,25 +227,8 @@ class UnitOptimizer:
             return nn.Parameter(view.float() if home is None else home.copy_(view))
         return param if view.shape == param.shape and type(view) is type(param.detach()) else nn.Parameter(view)
 
-    def _born_in(self) -> AbstractContextManager[object]:
-        """Lets the class make the state of what has none yet where `bind` has said."""
-        kept = self.inner.state if self.inner is not None else {}
-        homes: dict[int, list[torch.Tensor]] = {}
-        for (position, key), view in self._views.items():
-            if key != "master" and not kept.get(self.updated[position]):
-                homes.setdefault(id(self.updated[position]), []).append(view)
-        return BornIn(homes) if homes else nullcontext()
-
-    def _move_home(self) -> None:
-        """Puts state that the class has made anew into the memory that it belongs to."""
-        assert self.inner is not None
-        for (position, key), view in self._views.items():
-            state = self.inner.state.get(self.updated[position], {})
-            made = state.get(key)
-            if torch.is_tensor(made) and made is not view:
-                if made.data_ptr() != view.data_ptr():
-                    view.copy_(made)
-                state[key] = view
+    def _homes(self) -> list[Home]:
+        return [(self.updated[i], key, view) for (i, key), view in self._views.items() if key != "master"]
 
     def _placed(self, position: int, key: str, value: Any) -> Any:
         """A copy of a loaded state entry, where it belongs; step counts stay where the optimizer class has them."""
@@ -228,6 +245,10 @@ class UnitOptimizer:
         view = self._view(param)
         if view.data_ptr() != target.data_ptr():
             target.data = view
+
+
+def _named(part: tuple[int, ...]) -> str:
+    return "of the whole" if part == WHOLE else f"of part {part[0]} of {part[1]}"
 
 
 def _is_master(param: torch.Tensor, target: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ class Toy:
         self.views: Sequence[torch.Tensor] = []
         self.born = False
 
-    def bind(self, views: Sequence[torch.Tensor]) -> None:
+    def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
         self.views = views
 
     def update(self, number: float, weight: torch.Tensor) -> None:

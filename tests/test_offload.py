@@ -9,10 +9,11 @@ from tests.offload_runs import make, outcome, run, same, train
 
 MODES = [
     {"mode": "interval", "prefetch_steps": 0},
-    {"mode": "interval", "prefetch_steps": 1},
-    {"mode": "interval", "prefetch_steps": 2},
-    {"mode": "stream", "slots": 2},
+    {"mode": "interval", "prefetch_steps": 1, "chaos": 1},
+    {"mode": "interval", "prefetch_steps": 2, "update_in_backward": True},
+    {"mode": "stream", "slots": 2, "chaos": 2, "update_in_backward": True},
     {"mode": "stream", "slots": 3},
+    {"mode": "none", "update_in_backward": True},
 ]
 CASES = {
     "AdamW": {},
@@ -43,8 +44,7 @@ def resident():
     return get
 
 
-@pytest.mark.parametrize("chaos", [None, 1], ids=["", "chaos"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(map(str, mode.values())))
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_to_the_bit(case, mode, chaos, resident):
-    assert same(run({**mode, "chaos": chaos}, **CASES[case]), resident(case))
+def test_the_same_to_the_bit(case, mode, resident):
+    assert same(run(mode, **CASES[case]), resident(case))

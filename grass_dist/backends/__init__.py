@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from grass_dist.backends.base import Backend, GradientSink
+from grass_dist.backends.base import Backend, GradientSink, HookedBackend
 from grass_dist.backends.ddp import DdpBackend
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
@@ -13,7 +13,7 @@ from grass_dist.errors import UnsupportedModel
 __all__ = ["Backend", "GradientSink", "backend_for"]
 
 
-def backend_for(model: nn.Module, accumulation_steps: int) -> Backend:
+def backend_for(model: nn.Module, accumulation_steps: int) -> HookedBackend:
     """The backend that ``model`` is wrapped for.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -86,6 +86,8 @@ class Backend(Ranks, ABC):
     """Ranks that train one model together; None is a process alone."""
     bytes_reduced: int = 0
     """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
+    part: tuple[int, int] = (0, 1)
+    """(i, n): `state_shard` gives part i of n; (0, 1) where nothing is divided but by the wrapper itself."""
 
     @abstractmethod
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
@@ -106,6 +108,13 @@ class Backend(Ranks, ABC):
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's shard of a parameter or gradient, sharing its memory."""
         return tensor
+
+    def divide_states(self, units: Sequence[Unit]) -> None:
+        """Has `state_shard` and `publish` divide among the ranks what each of them holds whole, if there is any.
+
+        Called once at the start, with all that may ever train, if the update rule works entry by entry.
+        """
+        return
 
     def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of a parameter or gradient that this rank updates and keeps a state for, sharing its memory."""
@@ -145,6 +154,38 @@ class HookedBackend(Backend):
         self._probing = self._measuring = False
         self._fired: Counter[tuple[str, int]] = Counter()
         self._sums: HostSums | None = None
+        self._on_final: Callable[[Unit], None] | None = None
+        self._final: dict[str, set[int]] = {}  # slots of each unit whose gradients are final
+        self._forwards = 0
+
+    def tell_final(self, layer: Callable[[Unit], None]) -> None:
+        """Calls ``layer`` within a backward of training, as soon as all gradients of a layer are those of the step.
+
+        The last micro-batch is known by the number of forwards, so there must be one for each.
+        """
+        self._on_final = layer
+        self.model.register_forward_pre_hook(self._count_forward)
+
+    def _count_forward(self, *_: object) -> None:
+        if self._probing or not torch.is_grad_enabled():
+            return
+        self._forwards += 1
+        if self._forwards > self.accumulation_steps:
+            raise GrassError(
+                f"gradient_accumulation_steps={self.accumulation_steps}: the model ran once more than that before "
+                "optimizer.step(), and grass.offload.update_in_backward has updated layers; pass GrassOptimizer the "
+                "number of micro-batches of a step, run the model once for each, or set update_in_backward=False."
+            )
+
+    def _is_final(self, unit: Unit, slots: Iterable[int]) -> None:
+        """Gradients of ``unit`` have been reduced, those of the last micro-batch if it is the last."""
+        if self._on_final is None or self._probing or unit.index is None:
+            return
+        if self._forwards == self.accumulation_steps:
+            final = self._final.setdefault(unit.name, set())
+            final.update(slots)
+            if len(final) == len(unit.params):
+                self._on_final(unit)
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
         self._layers, self._units = list(layers), [*layers, *roles]
@@ -176,6 +217,8 @@ class HookedBackend(Backend):
                 unit = self._by_name[name]
                 self._reduce(unit, slot, unit.params[slot][1], self._sums.take((name, slot)))
         self._fired.clear()
+        self._final.clear()
+        self._forwards = 0
 
     def counts(self, param: nn.Parameter) -> bool:
         return self.rank == 0
@@ -205,3 +248,4 @@ class HookedBackend(Backend):
             self._sink(unit.index, slot, sum_of_squares(grad))
         if self._probing:
             param.grad = None
+        self._is_final(unit, (slot,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grass_dist.backends.base import GradientSink, HookedBackend, sum_of_squares
+from grass_dist.backends.base import GradientSink, HookedBackend, Ranks, sum_of_squares
 from grass_dist.discovery import Unit
 from grass_dist.errors import UnsupportedModel
 
@@ -43,6 +44,54 @@ class _Bucket:
         self.missing.discard(slot)
 
 
+def chunk(numel: int, ranks: int) -> int:
+    """Entries of a part, when ``numel`` are divided among ``ranks``: the last parts may be shorter, or empty."""
+    return -(-numel // ranks)
+
+
+def part_of(tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """The part of ``rank``, flat; shares the memory of a contiguous ``tensor``."""
+    size = chunk(tensor.numel(), ranks)
+    start = min(rank * size, tensor.numel())
+    return tensor.reshape(-1)[start : start + size]
+
+
+def pack(params: Sequence[torch.Tensor], rank: int, ranks: int) -> torch.Tensor:
+    """The parts of ``rank``, one after the other, each padded to a `chunk`, so that all ranks send as much."""
+    pieces = []
+    for param in params:
+        part = part_of(param.detach(), rank, ranks)
+        pieces += [part, part.new_zeros(chunk(param.numel(), ranks) - part.numel())]
+    return torch.cat(pieces)
+
+
+def unpack(params: Sequence[torch.Tensor], packed: torch.Tensor, ranks: int) -> None:
+    """Copies what `pack` made on all ranks, ``packed`` in rank order, into ``params``."""
+    rows, start = packed.view(ranks, -1), 0
+    for param in params:
+        flat, size = param.detach().view(-1), chunk(param.numel(), ranks)
+        full = flat.numel() // size if size else 0
+        flat[: full * size].view(full, size).copy_(rows[:full, start : start + size])
+        if rest := flat.numel() - full * size:
+            flat[full * size :].copy_(rows[full, start : start + rest])
+        start += size
+
+
+class _Gather:
+    """The updated parts of a bucket's parameters on their way to all ranks, by one all-gather."""
+
+    def __init__(self, bucket: _Bucket, ranks: Ranks) -> None:
+        self.params, self.ranks = list(bucket.params.values()), ranks.world_size
+        self.mine = pack(self.params, ranks.rank, self.ranks)
+        self.packed = self.mine.new_empty(self.ranks * self.mine.numel())
+        self.work = dist.all_gather_into_tensor(self.packed, self.mine, group=ranks.group, async_op=True)
+
+    def finish(self) -> None:
+        assert self.work is not None
+        self.work.wait()
+        unpack(self.params, self.packed, self.ranks)
+
+
 class DdpBackend(HookedBackend):
     """DDP whose trainable set may change between any two steps.
 
@@ -58,6 +107,10 @@ class DdpBackend(HookedBackend):
 
     Over the wire, for each synchronising micro-batch: an all-reduce of the trainable parameters' bytes. ``no_sync()``
     is honoured. A parameter that took no part in a forward gets a zero gradient.
+
+    After `divide_states` each rank updates one of N equal parts of every flattened parameter and keeps the state of
+    that; `publish` then brings the weights together. Over the wire, for each step of training: one all-gather a
+    trainable unit (and dtype) of its weights' bytes, a parameter padded to a multiple of N entries.
     """
 
     name = "ddp"
@@ -97,6 +150,33 @@ class DdpBackend(HookedBackend):
         super().set_trainable(units, probing=probing, measuring=measuring)
         on = {unit.name for unit in units}
         self._order = [b for b in self._all_buckets if b.unit.name in on]
+
+    def divide_states(self, units: Sequence[Unit]) -> None:
+        if self.world_size == 1:
+            return
+        if odd := [name for unit in units for name, p in unit.params if not p.is_contiguous()]:
+            raise UnsupportedModel(
+                f"{len(odd)} parameters are not contiguous in memory ({odd[0]}, ...), so their states cannot be "
+                "divided among the ranks; make them contiguous, or pass GrassOptimizer shard_states=False."
+            )
+        self.part = (self.rank, self.world_size)
+
+    def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.part[1] == 1 else part_of(tensor, *self.part)
+
+    def publish(self, units: Sequence[Unit]) -> None:
+        """Gathers what the ranks have updated. Two units' weights are on their way, and in memory twice, at a time."""
+        if self.part[1] == 1:
+            return
+        names = {unit.name for unit in units}
+        waiting: deque[_Gather] = deque()
+        for bucket in self._all_buckets:  # in the same order on all ranks
+            if bucket.unit.name in names:
+                if len(waiting) == 2:
+                    waiting.popleft().finish()
+                waiting.append(_Gather(bucket, self))
+        for gather in waiting:
+            gather.finish()
 
     def finish_gradients(self) -> None:
         super().finish_gradients()
@@ -139,7 +219,8 @@ class DdpBackend(HookedBackend):
             bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
             self.bytes_reduced += bucket.flat.nbytes
             self._sent += 1
-            if self._probing and self._sent > 1:  # a probe holds two layers' gradients: this one's and the next one's
+            # A probe, and an update in the backward, hold two layers' gradients: this one's and the next one's.
+            if (self._probing or self._on_final is not None) and self._sent > 1:
                 self._deliver(self._order[self._sent - 2])
         if self._sent == len(self._order):
             for bucket in self._order:
@@ -159,3 +240,4 @@ class DdpBackend(HookedBackend):
         if self._probing:
             for param in bucket.params.values():
                 param.grad = None
+        self._is_final(bucket.unit, bucket.params)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,31 +13,26 @@ from torch.overrides import TorchFunctionMode
 from grass_dist.offload.layout import Field
 
 Kept = list[tuple[str, torch.Size, torch.dtype]]
+Groups = list[dict[str, Any]]
+Step = Callable[[Groups], Mapping[Any, Mapping[str, Any]]]
+"""Takes one step over parameter groups, and gives the state that this leaves, by parameter."""
 
 
-def kept_for(
-    optimizer_class: type[torch.optim.Optimizer],
-    kwargs: Mapping[str, Any],
-    group: Mapping[str, Any],
-    like: torch.Tensor,
-    *,
-    elementwise: bool,
-) -> Kept:
-    """(key, shape, dtype) of each tensor that the class keeps for a parameter like ``like``, in the order of birth.
+def kept_for(step: Step, group: Mapping[str, Any], like: torch.Tensor, *, elementwise: bool) -> Kept:
+    """(key, shape, dtype) of each tensor that an optimizer keeps for a parameter like ``like``, in the order of birth.
 
-    Found by a step of the class on a stand-in with a zero gradient. Step counts, and other tensors of one element, are
-    left out. An elementwise class gets a stand-in of six entries, any other one of the parameter's own shape.
+    Found by a step on a stand-in with a zero gradient. Step counts, and other tensors of one element, are left out. An
+    elementwise optimizer gets a stand-in of six entries, any other one of the parameter's own shape.
 
     Raises:
-        Exception: the class cannot take such a step.
+        Exception: the optimizer cannot take such a step.
     """
     shape = torch.Size([2, 3]) if elementwise else like.shape
     stand_in = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
     stand_in.grad = torch.zeros_like(stand_in)
-    optimizer = optimizer_class([{**group, "params": [stand_in]}], **kwargs)
-    optimizer.step()
+    state = step([{**group, "params": [stand_in]}])
     kept = []
-    for key, value in optimizer.state[stand_in].items():
+    for key, value in state[stand_in].items():
         if torch.is_tensor(value) and value.numel() > 1:
             kept.append((key, like.shape if elementwise else value.shape, value.dtype))
     return kept
@@ -47,28 +43,47 @@ def field(name: str, key: str, shape: torch.Size, dtype: torch.dtype) -> Field:
     return Field(f"{name}/{key}", shape, dtype, narrow=key != "master" and dtype == torch.float32)
 
 
-class BornIn(TorchFunctionMode):
-    """While it lasts, what an optimizer class makes for a parameter is made in memory that there is.
+Home = tuple[torch.Tensor, str, torch.Tensor]
+"""(what the optimizer updates, key of its state, memory that this entry belongs in)."""
 
-    Classes make their state with `torch.zeros_like` or `full_like`. What is made in another way is found elsewhere
-    afterwards, and has to be copied.
 
-    Args:
-        views: for the parameter with this id, what to give out, in the order of birth.
+def born_in(homes: Iterable[Home], state: Mapping[Any, Mapping[str, Any]]) -> AbstractContextManager[object]:
+    """While it lasts, an optimizer class makes the state of what has none yet in the memory that it belongs in."""
+    free: dict[int, list[torch.Tensor]] = {}
+    for target, _, memory in homes:
+        if not state.get(target):
+            free.setdefault(id(target), []).append(memory)
+    return _BornIn(free) if free else nullcontext()
+
+
+def move_home(homes: Iterable[Home], state: Mapping[Any, dict[str, Any]]) -> None:
+    """Puts what an optimizer class has made elsewhere into the memory that it belongs in."""
+    for target, key, memory in homes:
+        own = state.get(target, {})
+        made = own.get(key)
+        if torch.is_tensor(made) and made is not memory:
+            if made.data_ptr() != memory.data_ptr():
+                memory.copy_(made)
+            own[key] = memory
+
+
+class _BornIn(TorchFunctionMode):
+    """Gives memory out in the place of what `torch.zeros_like` and `full_like` would make for a parameter.
+
+    That is what optimizer classes call. What they make in another way is for `move_home`.
     """
 
-    def __init__(self, views: Mapping[int, Sequence[torch.Tensor]]) -> None:
+    def __init__(self, free: dict[int, list[torch.Tensor]]) -> None:
         super().__init__()
-        self._left = {key: list(tensors) for key, tensors in views.items()}
+        self._free = free
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.zeros_like, torch.full_like) and args and (left := self._left.get(id(args[0]))):
-            view = left[0]
-            wanted = kwargs.get("dtype") or args[0].dtype
-            if view.dtype == wanted and view.shape == args[0].shape:
+        if func in (torch.zeros_like, torch.full_like) and args and (free := self._free.get(id(args[0]))):
+            memory = free[0]
+            if memory.dtype == (kwargs.get("dtype") or args[0].dtype) and memory.shape == args[0].shape:
                 fill = 0 if func is torch.zeros_like else kwargs.get("fill_value", args[1] if len(args) > 1 else 0)
-                return left.pop(0).fill_(fill)
+                return free.pop(0).fill_(fill)
         return func(*args, **kwargs)

@@ -23,9 +23,15 @@ class Movable(Protocol):
     name: str
     layout: Layout
 
-    def bind(self, views: Sequence[torch.Tensor]) -> None:
-        """Makes the optimizer use ``views``, one for each field, as its state; before its birth, to be born in."""
+    def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
+        """Makes the optimizer use ``views``, one for each field, as its state; before its birth, to be born in.
+
+        ``resident``: they are in a slot, not in host memory.
+        """
         ...
+
+
+_DONE = ThreadEvent(done=True)
 
 
 @dataclass(slots=True)
@@ -34,9 +40,9 @@ class _Place:
     host: torch.Tensor
     slot: Slot | None = None
     holds: bool = False  # whether there is a state yet
-    arrived: Event = ThreadEvent(done=True)  # it is in its slot
-    updated: Event = ThreadEvent(done=True)  # nothing computes on it in its slot
-    left: Event = ThreadEvent(done=True)  # the host's buffer has it
+    arrived: Event = _DONE  # it is in its slot
+    updated: Event = _DONE  # nothing computes on it in its slot
+    left: Event = _DONE  # the host's buffer has it
 
 
 class MovingStates(ABC):
@@ -91,12 +97,12 @@ class MovingStates(ABC):
     # --- what the optimizer calls
 
     def update(self, layer: int, job: Callable[[], None]) -> None:
-        """Has ``job`` update the layer when its state is there; afterwards the state may go. Returns at once on CUDA."""
+        """Has ``job`` update the layer once its state is there; then the state may go. On CUDA this returns at once."""
         views = self._views_for_update(layer)
         place = self._places[layer]
 
         def bound() -> None:
-            place.state.bind(views)
+            place.state.bind(views, resident=True)
             job()
 
         place.updated = self.transfers.compute(f"GRASS::update ({place.state.name})", bound, [place.arrived])
@@ -108,7 +114,7 @@ class MovingStates(ABC):
         views = self._views_for_update(layer)
         place = self._places[layer]
         self.transfers.wait(place.arrived)
-        place.state.bind(views)
+        place.state.bind(views, resident=True)
 
     def used(self, layer: int) -> None:
         """The caller of `ready` has queued its update, and the state may go."""
@@ -132,7 +138,7 @@ class MovingStates(ABC):
             if place.slot is None or not place.holds:
                 _ended(place.left)
             elif _ended(place.arrived):
-                place.state.bind(place.state.layout.device_views(place.slot.flat))
+                place.state.bind(place.state.layout.device_views(place.slot.flat), resident=True)
 
     def put(self, layer: int, fill: Callable[[], None] | None) -> None:
         """Replaces a layer's state: binds it to host memory and has ``fill`` write it there; None takes it away.
@@ -140,13 +146,15 @@ class MovingStates(ABC):
         The layer is in no slot afterwards: `enter` brings it.
         """
         place = self._places[layer]
-        self.settle()
-        if place.slot is not None:
+        if place.slot is None:
+            _ended(place.left)
+        else:
+            _ended(place.arrived)
             self.pool.give(place.slot)
             place.slot = None
         place.holds = fill is not None
         if fill is not None:
-            place.state.bind(place.state.layout.host_views(place.host))
+            place.state.bind(place.state.layout.host_views(place.host), resident=False)
             fill()
 
     def harvest(self) -> Traffic:
@@ -185,7 +193,7 @@ class MovingStates(ABC):
                 state.name,
                 state.layout.runs(slot.flat, place.host),
                 after=[place.updated, place.arrived],
-                then=lambda: state.bind(views),
+                then=lambda: state.bind(views, resident=False),
             )
         else:
             slot.free = place.arrived

@@ -77,8 +77,9 @@ def fingerprint(
     groups: Sequence[Mapping[str, Any]],
     optimizer_class: type,
     kwargs: Mapping[str, Any],
+    **more: Any,
 ) -> dict[str, Any]:
-    """What must be equal on all ranks, by the names that an error shows."""
+    """What must be equal on all ranks, by the names that an error shows; ``more`` is what one front door has."""
     layers = [(u.name, u.numel, len(u.params)) for u in (*found.layers, *found.roles)] if found else None
     return {
         **{f"grass.{name}": value for name, value in config.model_dump().items()},
@@ -86,4 +87,5 @@ def fingerprint(
         "optimizer": (optimizer_class.__name__, sorted(kwargs.items(), key=repr)),
         "parameter groups": [len(group["params"]) for group in groups],
         "torch version": torch.__version__,
+        **more,
     }

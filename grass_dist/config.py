@@ -71,8 +71,8 @@ class OffloadConfig(StrictModel):
             raise ConfigError(
                 "host_dtype",
                 self.host_dtype,
-                f"rounds the moments at every transfer, and with mode={self.mode!r} there is "
-                + ("none" if self.mode == "none" else "one at every step, which stops exp_avg_sq from moving"),
+                "rounds the moments whenever they go to the host: with mode='none' that is never, and with 'stream', "
+                f"which 'auto' may choose, at every step, so that exp_avg_sq stands still; mode={self.mode!r}",
                 "use mode='interval' or leave host_dtype out",
             )
         return self
@@ -163,7 +163,7 @@ class GrassConfig(StrictModel):
                 "draw_ahead",
                 self.draw_ahead,
                 f"is not below sampling_interval={self.sampling_interval} and update_interval={self.update_interval}",
-                f"use 0 to {shortest - 1}, or leave it out",
+                (f"use 0 to {shortest - 1}" if shortest > 1 else "use 0") + ", or leave it out",
             )
         if len(set(self.always_active)) != len(self.always_active):
             raise ConfigError("always_active", self.always_active, "a role is listed twice", "list each role once")

@@ -175,8 +175,8 @@ class GrassEngine:
     def _switch(self) -> None:
         if self._next is None:  # resumed from a state that was saved before layers were drawn ahead
             self._draw()
-        event, self._next = self._next, None
-        assert event is not None
+        assert self._next is not None
+        event, self._next = dataclasses.replace(self._next, step=self.step), None
         self.active_layers = event.active_layers
         self.states.leave(self.active_layers)
         self._set_trainable()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Refreshed:
-    """The probe has ended, or T_u steps have: importances and probabilities are new."""
+    """The probe has ended, or a window of measured steps: importances and probabilities are new."""
 
     step: int
     """Optimizer steps completed."""

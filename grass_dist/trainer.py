@@ -200,6 +200,7 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
         config=config,
         params=inner.param_groups,
         gradient_accumulation_steps=(trainer.args if trainer else accelerator).gradient_accumulation_steps,
+        shard_states=False,  # under DDP, Trainer and Accelerate save the optimizer of rank 0 alone
     )
     remember(bare)
     for own, group in zip(grass.param_groups, inner.param_groups, strict=True):

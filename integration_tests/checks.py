@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import grass_dist
+from grass_dist.optimizer import ELEMENTWISE
 from integration_tests.model import (
     ADAMW,
     CLIP,
@@ -19,8 +20,10 @@ from integration_tests.model import (
     small_llama,
     wrapped,
 )
+from integration_tests.ranks import refused
 from integration_tests.training import full, local, train_grass
 from integration_tests.wire import Wire
+from tests.tiny import loss_of, take_steps, tiny
 
 SETTINGS = {
     "active_layers": 2,
@@ -29,9 +32,10 @@ SETTINGS = {
     "update_interval": 3,
     "ema_alpha": 0.3,
     "temperature": 0.5,
-    "seed": 5,
+    "seed": 15,  # with it, a refresh or draw at another step draws other layers
 }
 STEPS = 30
+RESIDENT = {**SETTINGS, "offload": {"mode": "none"}}
 
 
 def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
@@ -39,17 +43,19 @@ def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "fsdp2": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS),
         "fsdp2 no sync": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, sync_every_micro_batch=False),
         "ddp": train_grass(rank, world_size, "ddp", SETTINGS, STEPS),
-        "ddp no sync": train_grass(rank, world_size, "ddp", SETTINGS, STEPS, sync_every_micro_batch=False),
+        "ddp no sync": train_grass(rank, world_size, "ddp", RESIDENT, STEPS, sync_every_micro_batch=False),
         "fsdp2 bf16": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, dtype=torch.bfloat16),
         "fsdp2 bf16 no sync": train_grass(
             rank, world_size, "fsdp2", SETTINGS, STEPS, dtype=torch.bfloat16, sync_every_micro_batch=False
         ),
+        "ddp bf16": train_grass(rank, world_size, "ddp", SETTINGS, STEPS, dtype=torch.bfloat16),
         "fsdp2 one micro-batch": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, accumulation=1),
         "fsdp2 full": full_is_adamw(rank, world_size, "fsdp2"),
         "ddp full": full_is_adamw(rank, world_size, "ddp"),
         "fsdp2 wire": bytes_of_a_step(rank, world_size, "fsdp2"),
         "ddp wire": bytes_of_a_step(rank, world_size, "ddp"),
         "fsdp2 wire bf16": bytes_of_a_step(rank, world_size, "fsdp2", torch.bfloat16),
+        "ddp wire bf16": bytes_of_a_step(rank, world_size, "ddp", torch.bfloat16),
         **{
             f"{backend} probe {micro}": gradients_held_in_probe(rank, world_size, backend, micro)
             for backend in ("fsdp2", "ddp")
@@ -68,8 +74,17 @@ def on_four_ranks(rank: int, world_size: int) -> dict[str, Any]:
     return {
         "fsdp2": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS),
         "hsdp": train_grass(rank, world_size, "hsdp", SETTINGS, STEPS),
+        "ddp": train_grass(rank, world_size, "ddp", SETTINGS, STEPS),
         "hsdp full": full_is_adamw(rank, world_size, "hsdp"),
         "hsdp wire": bytes_of_a_step(rank, world_size, "hsdp"),
+        "ddp wire": bytes_of_a_step(rank, world_size, "ddp"),
+        "ddp parts": {
+            **{cls.__name__: divided_and_whole(rank, world_size, cls) for cls in (*ELEMENTWISE, torch.optim.Adafactor)},
+            "bfloat16": divided_and_whole(rank, world_size, torch.optim.AdamW, torch.bfloat16),
+        },
+        "ddp in backward": in_backward_and_after(rank, world_size),
+        "ddp foreign states": foreign_states(rank, world_size),
+        "ddp disagree": refused(lambda: divided(world_size, shard_states=rank != 3)),
     }
 
 
@@ -103,16 +118,27 @@ def full_is_adamw(rank: int, world_size: int, backend: str) -> dict[str, Any]:
 
 
 def bytes_of_a_step(rank: int, world_size: int, backend: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Gradient bytes of four training steps (with and without the always-active roles) and of what trains in them."""
+    """Bytes of four training steps, with and without the always-active roles: gradients, weights, what trains, states.
+
+    The states are summed over the device and the host. After the first and the third step no layer without a state has
+    a slot on the device, so that the sum is of those that have trained.
+    """
     out = {}
     for name, always in (("with roles", grass_dist.config.ROLES), ("layers only", ())):
         reduce_dtype = torch.float32 if dtype != torch.float32 else None
         model = wrapped(small_llama(dtype), backend, world_size, reduce_dtype)
         config = grass_dist.GrassConfig(
-            active_layers=2, probe_steps=0, sampling_interval=2, update_interval=3, always_active=always
+            active_layers=2,
+            probe_steps=0,
+            sampling_interval=2,
+            update_interval=3,
+            draw_ahead=0,
+            always_active=always,
         )
         optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
         counted, expected, claimed, squares, lowest = [], [], [], [], []
+        states, trained = [], {}
+        roles = 4 * sum(len(unit.params) for unit in optimizer.grass.roles)  # AdamW's steps; layers' are not counted
         for step in range(4):
             units = optimizer.grass.trainable_units()
             expected.append(4 * sum(p.numel() for u in units for _, p in u.params))
@@ -123,7 +149,9 @@ def bytes_of_a_step(rank: int, world_size: int, backend: str, dtype: torch.dtype
                 model(input_ids=x, labels=x).loss.backward()
                 optimizer.step()
             lowest.append((min(optimizer_active(units)), min(reached, default=None)))
-            counted.append({kind: wire.floats[kind] for kind in ("reduce_scatter", "all_reduce")})
+            counted.append({kind: wire.floats[kind] for kind in ("reduce_scatter", "all_reduce", "all_gather")})
+            trained.update((unit.name, unit.numel) for unit in units)
+            states.append((optimizer.state_bytes + optimizer.host_state_bytes - roles, sum(trained.values())))
             squares.append((wire.calls["all_reduce"], wire.bytes["all_reduce"] - wire.floats["all_reduce"]))
             claimed.append(optimizer.grass.bytes_reduced - before)
             optimizer.zero_grad()
@@ -133,6 +161,8 @@ def bytes_of_a_step(rank: int, world_size: int, backend: str, dtype: torch.dtype
             "claimed": claimed,
             "squares": squares,
             "lowest": lowest,
+            "states": states[0::2],
+            "all layers": 4 * sum(unit.numel for unit in optimizer.grass.layers),
         }
     return out
 
@@ -163,7 +193,9 @@ def layers_reached_by_backward(model: nn.Module, optimizer: grass_dist.GrassOpti
 def gradients_held_in_probe(rank: int, world_size: int, backend: str, accumulation: int) -> dict[str, Any]:
     """The most bytes of gradients that parameters hold at any hook of a probe, on this rank."""
     model = wrapped(small_llama(), backend, world_size)
-    config = grass_dist.GrassConfig(active_layers=1, probe_steps=2, sampling_interval=2, update_interval=2)
+    config = grass_dist.GrassConfig(
+        active_layers=1, probe_steps=2, sampling_interval=2, update_interval=2, offload={"mode": "none"}
+    )
     held = HeldGradients(model)
     optimizer = grass_dist.GrassOptimizer(
         model, torch.optim.AdamW, ADAMW, config=config, gradient_accumulation_steps=accumulation
@@ -295,8 +327,8 @@ def not_finite_on_one_rank(rank: int, world_size: int, backend: str) -> dict[str
 
 
 def resumed(rank: int, world_size: int, backend: str) -> dict[str, Any]:
-    """Weights of a run that was saved mid-interval, built anew and loaded, and of one that went through."""
-    settings = {**SETTINGS, "probe_steps": 2}
+    """Weights of an undisturbed run, and of one saved between a draw and its switch, built anew and loaded."""
+    settings = {**SETTINGS, "probe_steps": 2, "draw_ahead": 2}  # drawn after 8 steps, switched after 10
 
     def build(state=None):
         model = wrapped(small_llama(), backend, world_size)
@@ -333,6 +365,91 @@ def resumed(rank: int, world_size: int, backend: str) -> dict[str, Any]:
         ],
         "same layers": optimizer.grass.active_layers == other_optimizer.grass.active_layers,
         "step": other_optimizer.grass.step,
+    }
+
+
+ODD = {"layers": 4, "width": 5, "vocab": 17}  # a norm in four parts: 2, 2, 1 and no entries
+DIVIDED = {"active_layers": 3, "probe_steps": 1, "sampling_interval": 2, "update_interval": 2}
+
+
+def divided(
+    world_size: int,
+    cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    shard_states: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **offload: Any,
+) -> tuple[nn.Module, grass_dist.GrassOptimizer]:
+    model = wrapped(tiny(dtype, **ODD), "ddp", world_size)
+    config = grass_dist.GrassConfig(**DIVIDED, offload=offload or {"mode": "none"})
+    return model, grass_dist.GrassOptimizer(model, cls, {"lr": 1e-3}, config=config, shard_states=shard_states)
+
+
+def divided_and_whole(
+    rank: int, world_size: int, cls: type[torch.optim.Optimizer], dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Six steps under DDP with states in parts, and with whole ones: weights, bytes of states, bytes of the gathers."""
+    out: dict[str, Any] = {}
+    for shard_states in (True, False):
+        model, optimizer = divided(world_size, cls, shard_states, dtype)
+        gathered, padded = [], []
+        for step in range(6):
+            units = optimizer.grass.trainable_units() if optimizer.grass.phase == "train" else []
+            padded.append(
+                sum(-(-p.numel() // world_size) * world_size * p.element_size() for u in units for _, p in u.params)
+            )
+            loss_of(model, step * world_size + rank).backward()
+            with Wire() as wire:
+                optimizer.step()
+            gathered.append(wire.floats["all_gather"])
+            optimizer.zero_grad()
+        state = optimizer.state_dict()["state"]
+        kept = [v for entry in state.values() for v in entry.values() if torch.is_tensor(v) and v.ndim]
+        out["parts" if shard_states else "whole"] = {
+            "params": [p.detach().clone() for p in model.parameters()],
+            "entries": sum(v.numel() for v in kept),
+            "gathered": gathered,
+            "padded": padded,
+        }
+    return out
+
+
+def in_backward_and_after(rank: int, world_size: int) -> list[str]:
+    """Parameters that differ when layers are updated within the backward, with states in parts."""
+    runs = []
+    for in_backward in (True, False):
+        model, optimizer = divided(world_size, mode="stream", slots=2, update_in_backward=in_backward)
+        for step in range(9):
+            loss_of(model, step * world_size + rank).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(dict(model.named_parameters()))
+    return [name for name in runs[0] if not torch.equal(runs[0][name], runs[1][name])]
+
+
+def foreign_states(rank: int, world_size: int) -> dict[str, str]:
+    """What loading says of a state that is not this rank's: of whole parameters, of another rank, of other ranks."""
+
+    def said(shard_states: bool, state: dict[str, Any]) -> str:
+        try:
+            divided(world_size, shard_states=shard_states)[1].load_state_dict(state)
+        except ValueError as error:
+            return str(error)
+        return "loaded"
+
+    states = {}
+    for shard_states in (True, False):
+        model, optimizer = divided(world_size, shard_states=shard_states)
+        take_steps(model, optimizer, range(4))
+        states[shard_states] = _copied(optimizer.state_dict())
+    theirs = optimizer.grass.backend.gather_objects(states[True])[0]
+    fewer = {**states[True], "state": {i: {**s, "part": (rank, 2)} for i, s in states[True]["state"].items()}}
+    return {
+        "own": said(True, states[True]),
+        "own whole": said(False, states[False]),
+        "whole": said(True, states[False]),
+        "part": said(False, states[True]),
+        "of rank 0": said(True, theirs),
+        "of fewer": said(True, fewer),
     }
 
 

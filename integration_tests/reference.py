@@ -41,21 +41,28 @@ def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32
     optimizers = [adamw(unit) for unit in units]
     role_optimizer = adamw(roles)
     probe, interval, update = settings["probe_steps"], settings["sampling_interval"], settings["update_interval"]
+    ahead = settings.get("draw_ahead")
+    if ahead is None:
+        ahead = min(2, interval - 1, update - 1)
     alpha, tau, gamma, seed = (settings[k] for k in ("ema_alpha", "temperature", "active_layers", "seed"))
     m = [math.nan] * LAYERS
     measured: list[list[float]] = [[] for _ in range(LAYERS)]
-    active: tuple[int, ...] = tuple(range(LAYERS))
+    active = drawn = tuple(range(LAYERS))
     log = {"active": [], "importances": [], "losses": [], "norms": []}
     for step in range(steps):
         trained = step - probe
-        if trained == 0 or (trained > 0 and trained % update == 0):
+        if trained == 0 or (trained > 0 and (trained + ahead) % update == 0):
             for i, values in enumerate(measured):
                 if values:
                     new = sum(values) / len(values)
                     m[i] = new if math.isnan(m[i]) else alpha * new + (1 - alpha) * m[i]
             measured = [[] for _ in range(LAYERS)]
+        if trained == 0:
+            drawn = draw(probabilities(m, tau), gamma, seed, 0)
+        elif trained > 0 and (trained + ahead) % interval == 0:
+            drawn = draw(probabilities(m, tau), gamma, seed, (trained + ahead) // interval)
         if trained >= 0 and trained % interval == 0:
-            active = draw(probabilities(m, tau), gamma, seed, trained // interval)
+            active = drawn
         log["active"].append(active)
         log["importances"].append(list(m))
         model.zero_grad()

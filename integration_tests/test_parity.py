@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from grass_dist.optimizer import ELEMENTWISE
 from integration_tests.checks import SETTINGS, STEPS, on_four_ranks, on_two_ranks
 from integration_tests.parity import check_parity
 from integration_tests.ranks import run_ranks
@@ -43,6 +44,14 @@ def test_one_process(reference):
     check_parity([train_grass(0, 1, "single", SETTINGS, STEPS)], reference)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_one_process_that_draws_less_far_ahead(reference, ahead):
+    settings = {**SETTINGS, "draw_ahead": ahead}
+    by_hand = run_reference(settings, STEPS)
+    assert by_hand["active"] != reference["active"]
+    check_parity([train_grass(0, 1, "single", settings, STEPS)], by_hand)
+
+
 def test_one_process_without_accumulation(reference):
     check_parity([train_grass(0, 1, "single", SETTINGS, STEPS, accumulation=1)], reference)
 
@@ -52,12 +61,12 @@ def test_two_ranks(two, reference, name):
     check_parity([run[name] for run in two], reference)
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "hsdp"])
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp", "ddp"])
 def test_four_ranks(four, reference, name):
     check_parity([run[name] for run in four], reference)
 
 
-@pytest.mark.parametrize("name", ["fsdp2 bf16", "fsdp2 bf16 no sync"])
+@pytest.mark.parametrize("name", ["fsdp2 bf16", "fsdp2 bf16 no sync", "ddp bf16"])
 def test_bf16_weights_with_fp32_masters(two, name):
     reference = run_reference(SETTINGS, STEPS, torch.bfloat16)
     runs = [run[name] for run in two]
@@ -72,18 +81,23 @@ def test_bf16_weights_with_fp32_masters(two, name):
     assert runs[0]["frozen_moved"] == runs[1]["frozen_moved"] == 0
 
 
-def test_state_bytes_are_those_of_the_layers_that_have_trained(two, reference):
-    trained = {i for active in reference["active"][3:] for i in active}
-    params = reference["params"]
-    in_layers = {n: p.numel() for n, p in params.items() if ".layers." in n}
-    numel = sum(v for n, v in in_layers.items() if int(n.split(".layers.")[1].split(".")[0]) in trained)
-    numel += sum(p.numel() for n, p in params.items() if n not in in_layers)
-    tensors = sum(1 for n in params if n not in in_layers or int(n.split(".layers.")[1].split(".")[0]) in trained)
-    steps = 4 * tensors  # AdamW keeps a 4-byte step for each parameter
-    for run in two:
-        assert run["fsdp2"]["state_bytes"] == 8 * numel / 2 + steps  # two moments, half of each on each rank
-        assert run["ddp"]["state_bytes"] == 8 * numel + steps
-        assert run["fsdp2 bf16"]["state_bytes"] == 12 * numel / 2 + steps  # and the master
+@pytest.mark.parametrize(
+    ("name", "width", "parts"),
+    [
+        ("fsdp2 wire", 8, 2),  # AdamW's two moments in fp32
+        ("ddp wire", 8, 2),
+        ("fsdp2 wire bf16", 12, 2),  # and the master
+        ("ddp wire bf16", 12, 2),
+        ("ddp wire, 4 ranks", 8, 4),
+        ("hsdp wire, 4 ranks", 8, 2),
+    ],
+)
+def test_a_rank_keeps_its_part_of_the_states_of_what_has_trained(two, four, name, width, parts):
+    for run in four if "4" in name else two:
+        for seen in run[name.split(",")[0]].values():
+            (first, once), (second, more) = seen["states"]
+            assert parts * first == width * once and parts * second == width * more
+            assert more > once > 0
 
 
 @pytest.mark.parametrize("name", ["fsdp2 full", "ddp full", "hsdp full"])
@@ -106,6 +120,57 @@ def test_ddp_reduces_the_trainable_parameters_and_no_byte_more(two, what):
     for run in two:
         seen = run["ddp wire"][what]
         assert [step["all_reduce"] for step in seen["counted"]] == seen["expected"] == seen["claimed"]
+
+
+@pytest.mark.parametrize(("name", "width"), [("ddp wire", 4), ("ddp wire, 4 ranks", 4), ("ddp wire bf16", 2)])
+def test_ddp_gathers_the_weights_that_have_trained_and_no_byte_more(two, four, name, width):
+    for run in four if "4" in name else two:
+        for what, seen in run[name.split(",")[0]].items():
+            gathered = [step["all_gather"] * 4 // width for step in seen["counted"]]
+            assert gathered == seen["expected"]
+            if what == "layers only":
+                assert [8 * n for n in gathered] == [2 * seen["all layers"]] * 4  # γ of L layers
+
+
+@pytest.mark.parametrize("name", [*sorted(cls.__name__ for cls in ELEMENTWISE), "bfloat16"])
+def test_under_ddp_states_in_parts_make_the_update_of_whole_ones(four, name):
+    runs = [run["ddp parts"][name] for run in four]
+    whole = runs[0]["whole"]
+    assert sum(run["parts"]["entries"] for run in runs) == whole["entries"]
+    for run in runs:
+        assert run["parts"]["gathered"] == run["parts"]["padded"] and not any(run["whole"]["gathered"])
+        assert all(map(torch.equal, run["parts"]["params"], runs[0]["parts"]["params"]))
+        worst = max((a - b).abs().max().item() for a, b in zip(run["parts"]["params"], whole["params"], strict=True))
+        print(f"worst parameter difference {worst:.1e}, entries {run['parts']['entries']} of {whole['entries']}")
+        assert worst <= 1e-6
+
+
+def test_under_ddp_a_class_that_needs_whole_parameters_has_them(four):
+    runs = [run["ddp parts"]["Adafactor"] for run in four]
+    for run in runs:
+        for kind in ("parts", "whole"):
+            assert run[kind]["entries"] == runs[0]["whole"]["entries"] > 0 and not any(run[kind]["gathered"])
+            assert all(map(torch.equal, run[kind]["params"], runs[0]["whole"]["params"]))
+
+
+def test_under_ddp_parts_are_updated_in_the_backward_to_the_same_weights(four):
+    assert [run["ddp in backward"] for run in four] == [[]] * 4
+
+
+def test_ranks_that_disagree_about_dividing_states_say_so(four):
+    for run in four:
+        assert run["ddp disagree"].startswith("RanksDisagree: shard_states is False on rank 3 and True on rank 0; ")
+
+
+def test_under_ddp_a_state_that_is_not_the_ranks_own_is_refused(four):
+    for rank, run in enumerate(four):
+        said = run["ddp foreign states"]
+        assert said["own"] == said["own whole"] == "loaded"
+        mine, whole = f"of part {rank} of 4", "of the whole"
+        assert f" is {whole}, and this rank keeps {mine}: " in said["whole"]
+        assert f" is {mine}, and this rank keeps {whole}: " in said["part"]
+        assert f" is of part {rank} of 2, and this rank keeps {mine}: " in said["of fewer"]
+        assert said["of rank 0"] == "loaded" if rank == 0 else " is of part 0 of 4, and this rank" in said["of rank 0"]
 
 
 def test_hsdp_scatters_in_the_shard_group_and_reduces_shards_over_replicas(four):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -22,6 +23,9 @@ from integration_tests.program import (
 )
 
 pytestmark = pytest.mark.timeout(300)
+
+LAYER_STATE = 8 * 10304 // 2
+"""Bytes of a layer's two moments in fp32, on one of two ranks: 4 × 32² + 3 × 32 × 64 + 2 × 32 parameters."""
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +53,10 @@ def test_a_run_leaves_a_record_a_report_and_a_model(two_ranks, config):
     evals = events(two_ranks, "eval")
     assert [e["step"] for e in evals] == [0, 5, 10] and evals[-1]["loss"] < 0.8 * evals[0]["loss"]
     assert [e["step"] for e in events(two_ranks, "sample")] == [2, 4, 6, 8, 10]
-    assert [e["step"] for e in events(two_ranks, "refresh")] == [2, 6, 10]
+    assert [e["drawn_at"] for e in events(two_ranks, "sample")] == [2, 3, 5, 7, 9]  # T_s = 2 leaves one step for it
+    assert [e["step"] for e in events(two_ranks, "refresh")] == [2, 5, 9]
     assert [a["when"] for a in events(two_ranks, "answer")] == ["before", "after"]
-    assert steps[0]["state_bytes"] == 0 < steps[2]["state_bytes"]
+    assert steps[0]["state_bytes"] == 2 * LAYER_STATE < steps[2]["state_bytes"]  # slots; then the roles' states too
     for step in steps:
         assert len(step["active_layers"]) == (6 if step["phase"] == "probe" else 2)
     assert (two_ranks / "report.html").stat().st_size > 50_000
@@ -61,6 +66,7 @@ def test_a_run_leaves_a_record_a_report_and_a_model(two_ranks, config):
         "probability",
         "counts",
         "cost",
+        "moves",
     }
     model = AutoModelForCausalLM.from_pretrained(two_ranks / "model")
     assert model.config.architectures == ["LlamaForCausalLM"] and model.dtype == torch.float32
@@ -107,9 +113,56 @@ def test_options_train(config, overrides):
     assert all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0]
 
 
+def trained_before(rounds, number):
+    """Layers that have a state when round ``number`` begins."""
+    return {layer for layers in rounds[:number] for layer in layers}
+
+
+def test_states_move_at_the_switches_and_the_metrics_count_them(two_ranks):
+    rounds = [set(e["active_layers"]) for e in events(two_ranks, "sample")]  # the last one is drawn and does not train
+    steps = events(two_ranks, "step")
+    leaving = [len(old - new) for old, new in itertools.pairwise(rounds)]
+    returning = [len((new - rounds[i]) & trained_before(rounds, i + 1)) for i, new in enumerate(rounds[1:])]
+    assert sum(returning) > 0, "no layer comes back, so nothing is checked"
+    assert sum(s["bytes_to_device"] for s in steps) == LAYER_STATE * sum(returning)
+    # The way out begins in the last step before a switch, which is every second one.
+    assert [s["bytes_to_host"] for s in steps] == [0, 0, *(n * LAYER_STATE for out in leaving for n in (0, out))]
+    assert all(s["bytes_to_device"] == s["bytes_to_host"] == s["transfer_seconds"] == 0 for s in steps[:3])
+    assert sum(s["transfer_seconds"] for s in steps) > 0 and all(s["wait_seconds"] >= 0 for s in steps)
+    # All that have trained are on the device or in host memory, and those of the next layers are on the device.
+    at_rest = trained_before(rounds, len(rounds) - 1) - rounds[-1]
+    assert steps[-1]["host_state_bytes"] == LAYER_STATE * len(at_rest)
+    assert "of the copying time ran beside the compute" in (two_ranks / "report.html").read_text()
+
+
+def test_streamed_states_move_at_every_step(config):
+    streamed = ["grass.offload.mode=stream", "grass.offload.slots=2", "grass.active_layers=3", "save_model=false"]
+    run = run_all(config, 2, "name=streamed", *streamed)
+    rounds = [e["active_layers"] for e in events(run, "sample")]
+    steps = events(run, "step")
+    assert [s["bytes_to_host"] for s in steps] == [0] * 2 + [3 * LAYER_STATE] * 8
+    came = sum(layer in trained_before(rounds, i) for i, layers in enumerate(rounds[:-1]) for layer in layers)
+    came += sum(len(layers) for layers in rounds[:-1])  # the second step of each round: all three
+    early = sorted(rounds[-1], reverse=True)[:2]  # those that a further step would update first
+    came += sum(layer in trained_before(rounds, len(rounds) - 1) for layer in early)
+    assert sum(s["bytes_to_device"] for s in steps) == LAYER_STATE * came
+    assert max(s["state_bytes"] for s in steps) < 3 * LAYER_STATE  # two slots and the roles
+    assert [s["active_layers"] for s in steps[2::2]] == rounds[:-1]
+
+
+def test_states_that_stay_do_not_move(config):
+    run = run_all(config, 2, "name=resident", "grass.offload.mode=none", "save_model=false")
+    steps = events(run, "step")
+    for name in ("bytes_to_device", "bytes_to_host", "transfer_seconds", "wait_seconds", "host_state_bytes"):
+        assert {s[name] for s in steps} == {0}, name
+    assert steps[1]["state_bytes"] == 0 < steps[2]["state_bytes"] < steps[-1]["state_bytes"]
+    assert "No optimizer state moved" in (run / "report.html").read_text()
+
+
 BAD = {
     "a wrong key": (["train.learning_rte=1"], r"train.learning_rte=1: there is no such setting; .*'learning_rate'"),
     "a wrong type": (["train.max_steps=ten"], r"train.max_steps='ten': this value cannot be used"),
+    "a wrong mode": (["grass.offload.mode=steam"], r"grass.offload.mode='steam': .* it should be 'interval', 'stream'"),
     "too many layers": (["grass.active_layers=7"], r"grass.active_layers=7: the model has 6 layers; use 1 to 6"),
     "an unknown sampler": (["grass.sampler=gras"], r"grass.sampler='gras': there is no such sampler; use one of"),
     "a missing column": (["data.prompt=questoin"], r"data.prompt='questoin': there is no column .*question, answer"),

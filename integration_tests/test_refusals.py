@@ -92,7 +92,7 @@ def sentences():
         ("rates", "RanksDisagree: optimizer is ", None),
         ("models", "GrassError: rank 1: layers='nope': ", "ConfigError: layers='nope': "),
         ("one rank", "GrassError: rank 1: active_layers=92: the model has 8 layers", "ConfigError: active_layers=92: "),
-        ("draw", "RanksDisagree: Draw 1 at step 2 came out differently on the ranks: ", None),
+        ("draw", "RanksDisagree: Draw 1 at step 1 came out differently on the ranks: ", None),
         ("failing draw", "GrassError: Draw 0 at step 0 failed on rank 1.", "RuntimeError: out of luck"),
         ("half sharded", "UnsupportedModel: 3 parameters are not sharded (model.embed_tokens.weight, ...)", None),
         ("never sharded", "UnsupportedModel: The parameters are DTensors but no module is sharded", None),

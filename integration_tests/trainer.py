@@ -18,7 +18,7 @@ from integration_tests.model import CLIP, GLOBAL_BATCH, LENGTH, global_batch, sm
 
 GRASS = {"active_layers": 3, "probe_steps": 2, "sampling_interval": 3, "update_interval": 3, "temperature": 0.4}
 STEPS, ACCUMULATION, WARMUP, DECAY = 9, 2, 2, 0.1
-SAVED_AT, REFRESHED_AT = 4, 5  # within an interval, and at the end of one: draws are at 2, 5 and 8
+SAVED_AT, SWITCHED_AT = 4, 5  # between a draw and its switch, and at one: draws are at 2, 3, 6, switches at 2, 5, 8
 ADAMW = {"lr": 1e-3, "eps": 1e-6, "fused": True}  # Trainer's default is the fused one
 
 DS_CONFIG = {
@@ -247,11 +247,11 @@ def on_ddp(rank: int, world_size: int, folder: Path) -> dict:
     grass_dist.enable(grass_dist.GrassConfig(**GRASS))
     seen["accelerate"] = accelerate_loop(rank, world_size, fsdp2=False)
     seen["accelerate, fsdp2"] = accelerate_loop(rank, world_size, fsdp2=True)
-    trainer = ddp_trainer(world_size, folder, save_strategy="steps", save_steps=REFRESHED_AT)
+    trainer = ddp_trainer(world_size, folder, save_strategy="steps", save_steps=SWITCHED_AT)
     trainer.train()
     seen["trainer"] = read(trainer)
     resumed = ddp_trainer(world_size, folder)
-    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{REFRESHED_AT}"))
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{SWITCHED_AT}"))
     seen["resumed"] = read(resumed)
     return seen
 

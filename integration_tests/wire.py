@@ -13,7 +13,8 @@ class Wire(TorchDispatchMode):
     """Bytes that this rank puts into each kind of collective while the context is open.
 
     ``bytes["reduce_scatter"]`` counts inputs, ``bytes["all_reduce"]`` the tensors, ``bytes["all_gather"]`` the
-    gathered outputs. ``floats`` counts float32 and narrower tensors only: gradients, not the method's own sums.
+    gathered outputs. ``floats`` counts float32 and narrower tensors only: gradients and weights, not the method's own
+    sums and digests.
     """
 
     def __init__(self) -> None:

@@ -140,22 +140,22 @@ def state_bytes(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> N
     zero, grass = engine.optimizer, engine.grass
     share = {unit.name: unit.numel / world_size for unit in (*grass.layers, *grass.roles)}
     pad = 4 * 64 * len(zero.every)
-    assert zero.device_state_bytes == zero.store.nbytes == 0  # in the probe
+    assert zero.states.device_bytes == zero.states.host_bytes == 0  # in the probe
     seen: set[str] = set()
     for step in range(12):
         train_step(engine, step, rank, world_size, 1)
         on = [unit.name for unit in grass.trainable_units()] if grass.phase == "train" else []
         stepped = {g.unit.name for i, g in enumerate(zero.groups) if zero.optimizer.state.get(zero.masters[i])}
         wanted = sum(share[name] * (12 if name in stepped else 4) for name in on)
-        assert abs(zero.device_state_bytes - wanted) <= pad, (step, zero.device_state_bytes, wanted)
+        assert abs(zero.states.device_bytes - wanted) <= pad, (step, zero.states.device_bytes, wanted)
         off = sum(12 * share[name] for name in seen - set(on))
-        assert abs(zero.store.nbytes - off) <= pad, (step, zero.store.nbytes, off)
+        assert abs(zero.states.host_bytes - off) <= pad, (step, zero.states.host_bytes, off)
         seen |= set(on)
     assert len(seen) > 6
 
 
 def checkpoint(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> None:
-    """Saved in the probe, in the middle of an interval and at its end: continues as if nothing had happened."""
+    """Saved in the probe, between a draw and its switch, and at a switch: continues as if nothing had happened."""
     config = ds_config(stage, SETTINGS, 1, dtype)
     engine = make_engine(config, dtype)
     saved = {}

@@ -32,7 +32,7 @@ from grass_dist.training.batches import Examples, make_batches
 from grass_dist.training.config import RunConfig, flat_settings, load_config
 from grass_dist.training.data import Data, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
-from grass_dist.training.metrics import MetricsLog, make_run_folder
+from grass_dist.training.metrics import MetricsLog, StepCosts, make_run_folder
 from grass_dist.training.parallel import Parallelism, Run, choose_parallelism
 from grass_dist.training.progress import Reporter
 from grass_dist.training.steps import evaluate, train_step
@@ -171,7 +171,7 @@ def train(
         rank=world.rank,
         world_size=world.size,
     )
-    following = iter(batches)
+    following, costs = iter(batches), StepCosts(run)
     for step in range(settings.max_steps + 1):
         last = step == settings.max_steps
         if len(data.held_out) and (step == 0 or last or (settings.eval_every and step % settings.eval_every == 0)):
@@ -183,13 +183,14 @@ def train(
             break
         # A row of a stream is read by one rank alone, and may be one that cannot be used.
         micro_batches = world.together(lambda: next(following)) if config.data.streaming else next(following)
-        began, reduced = time.perf_counter(), grass.bytes_reduced
+        began = time.perf_counter()
         phase, active, rate = grass.phase, grass.active_layers, scheduler.get_last_lr()[0]
         result = train_step(run, micro_batches, pad_token_id, world)
         if phase == "train":
             scheduler.step()
         seconds = time.perf_counter() - began
         reporter.step(step + 1, phase, result.loss, seconds)
+        spent = costs.of_step()
         if log:
             log.write(
                 "step",
@@ -200,10 +201,8 @@ def train(
                 grad_norm=result.grad_norm,
                 seconds=seconds,
                 tokens=result.tokens,
-                bytes_reduced=grass.bytes_reduced - reduced,
-                state_bytes=run.state_bytes,
-                host_state_bytes=run.host_state_bytes,
                 active_layers=active,
+                **spent,
             )
 
 

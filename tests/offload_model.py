@@ -25,10 +25,10 @@ class Toy:
         shape = torch.Size([40 + 24 * (layer % 3)])
         self.layout = Layout([Field("a", shape, torch.float32), Field("b", shape, torch.float64)])
         self.views: Sequence[torch.Tensor] = []
-        self.born = False
+        self.born = self.resident = False
 
     def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
-        self.views = views
+        self.views, self.resident = views, resident
 
     def update(self, number: float, weight: torch.Tensor) -> None:
         a, b = self.views
@@ -92,6 +92,8 @@ def drive(module: Any, mode: str, seed: int, *, steps: int = 24, shuffled: bool 
             told = None
             states.leave(layers)
             states.enter(layers)
+            if inline:
+                check_shown(states, toys, layers, resident=mode == "interval")
         else:
             told = following, 2 - step % 3
             states.expect(*told)
@@ -100,6 +102,13 @@ def drive(module: Any, mode: str, seed: int, *, steps: int = 24, shuffled: bool 
         if rng.random() < 0.15:
             replace(states, toys, known, weights, rng.randrange(LAYERS), layers, told)
     read(states, toys, known)
+
+
+def check_shown(states: Any, toys: list[Toy], layers: Sequence[int], *, resident: bool) -> None:
+    for layer in layers:
+        states.show(layer)
+    states.transfers.compute("", lambda: None, [states._places[layer].left for layer in layers])
+    assert all(toys[layer].resident == resident for layer in layers if toys[layer].born)
 
 
 def read(states: Any, toys: list[Toy], known: list[tuple[float, float]]) -> None:

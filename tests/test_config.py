@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grass_dist.config import GrassConfig, check_num_layers
+from grass_dist.config import GrassConfig, OffloadConfig, check_num_layers
 from grass_dist.errors import ConfigError
 
 
@@ -20,6 +20,14 @@ from grass_dist.errors import ConfigError
         ({"sampling_interval": 0}, "sampling_interval=0: .* greater than or equal to 1"),
         ({"update_interval": -5}, "update_interval=-5: .* greater than or equal to 1"),
         ({"probe_steps": -1}, "probe_steps=-1: .* greater than or equal to 0"),
+        ({"draw_ahead": -1}, "draw_ahead=-1: .* greater than or equal to 0"),
+        ({"draw_ahead": True}, "draw_ahead=True: .* valid integer"),
+        ({"draw_ahead": 50}, "draw_ahead=50: is not below sampling_interval=50 and update_interval=50; use 0 to 49"),
+        (
+            {"draw_ahead": 3, "sampling_interval": 3},
+            "draw_ahead=3: is not below sampling_interval=3 and update_interval=50; use 0 to 2, or leave it out",
+        ),
+        ({"draw_ahead": 2, "update_interval": 2}, "draw_ahead=2: is not below .* update_interval=2; use 0 to 1"),
         ({"temperature": 0.0}, "temperature=0.0: .* greater than 0"),
         ({"temperature": math.nan}, "temperature=nan: it must be finite"),
         ({"temperature": math.inf}, "temperature=inf: it must be finite"),
@@ -54,6 +62,54 @@ def test_any_input_is_taken_or_refused_in_one_sentence(settings):
     except ConfigError as error:
         refused = str(error)
     assert refused is None or ("\n" not in refused and refused.endswith("."))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "update", "given", "lead"),
+    [
+        (50, 50, None, 2),
+        (3, 50, None, 2),
+        (50, 2, None, 1),
+        (2, 3, None, 1),
+        (1, 50, None, 0),
+        (50, 50, 0, 0),
+        (5, 9, 4, 4),
+    ],
+)
+def test_layers_are_drawn_two_steps_ahead_where_the_intervals_are_long_enough(sampling, update, given, lead):
+    assert GrassConfig(sampling_interval=sampling, update_interval=update, draw_ahead=given).lead == lead
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "steam"}, "mode='steam': .* cannot be used; it should be 'interval', 'stream', 'none' or 'auto'"),
+        ({"mods": "none"}, "mods='none': there is no such setting; did you mean 'mode'"),
+        ({"prefetch": 1}, "prefetch=1: there is no such setting; did you mean 'prefetch_steps'"),
+        ({"prefetch_steps": -1}, "prefetch_steps=-1: .* greater than or equal to 0"),
+        ({"slots": 1}, "slots=1: .* greater than or equal to 2"),
+        ({"host_dtype": "float16"}, "host_dtype='float16': .* it should be 'bfloat16'"),
+        (
+            {"host_dtype": "bfloat16", "mode": "stream"},
+            "host_dtype='bfloat16': rounds .* mode='stream' .* stops exp_avg_sq from moving; use mode='interval' or",
+        ),
+        ({"host_dtype": "bfloat16", "mode": "none"}, "host_dtype='bfloat16': rounds .* mode='none' there is none; use"),
+        ({"chaos": -1}, "chaos=-1: .* greater than or equal to 0"),
+        ({"folder": 3}, "folder=3: .* valid string"),
+    ],
+)
+def test_bad_settings_of_the_offload_are_one_sentence(settings, message):
+    for make, at in ((OffloadConfig, ""), (lambda **s: GrassConfig(offload=s), "offload.")):
+        with pytest.raises(ConfigError, match=f"^{at}{message}") as caught:
+            make(**settings)
+        text = str(caught.value)
+        assert "\n" not in text and text.endswith(".") and len(text) < 300
+
+
+def test_settings_of_the_offload():
+    assert GrassConfig().offload == OffloadConfig()
+    config = GrassConfig(offload={"host_dtype": "bfloat16", "prefetch_steps": 0})  # pyright: ignore[reportArgumentType]
+    assert config.offload == OffloadConfig(mode="interval", host_dtype="bfloat16", prefetch_steps=0)
 
 
 def test_lists_and_whole_numbers_are_taken_as_yaml_gives_them():

@@ -1,4 +1,5 @@
 import copy
+import io
 import math
 
 import numpy as np
@@ -7,11 +8,16 @@ import torch
 
 import grass_dist
 from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer, Refreshed, Sampled, UnsupportedModel
-from grass_dist.offload import ResidentStates
+from grass_dist.offload.states import ResidentStates
+from grass_dist.samplers import draw_layers, make_sampler
 from tests.tiny import loss_of, take_steps, tiny
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 QUICK = {"active_layers": 2, "probe_steps": 2, "sampling_interval": 3, "update_interval": 3}
+OFFLOADS = [
+    *({"prefetch_steps": steps} for steps in (0, 1, 2, 9)),
+    *({"mode": mode, "slots": 2} for mode in ("stream", "none", "auto")),
+]
 
 
 def grass(
@@ -30,7 +36,7 @@ def grass(
 
 def test_the_phases_of_a_run():
     model, seen = tiny(), []
-    optimizer = grass(model, observers=[seen.append])
+    optimizer = grass(model, draw_ahead=0, observers=[seen.append])
     view = optimizer.grass
     assert (view.phase, view.step, view.round, view.active_layers) == ("probe", 0, -1, tuple(range(8)))
     assert all(math.isnan(m) for m in view.importances) and view.probabilities == (0.125,) * 8
@@ -46,6 +52,48 @@ def test_the_phases_of_a_run():
         (Refreshed, 2), (Sampled, 2), (Refreshed, 5), (Sampled, 5), (Refreshed, 8), (Sampled, 8),
     ]  # fmt: skip
     assert seen[-1].active_layers == view.active_layers and seen[-2].importances == view.importances
+
+
+# T_p = 2, T_u = 4, T_s = 3: what is told after which step, R a refresh, S a switch with the step of its draw
+TOLD = {
+    0: ["R2", "S2 of 2", "S5 of 5", "R6", "S8 of 8", "R10", "S11 of 11"],
+    1: ["R2", "S2 of 2", "R5", "S5 of 4", "S8 of 7", "R9", "S11 of 10"],
+    2: ["R2", "S2 of 2", "R4", "S5 of 3", "R8", "S8 of 6", "S11 of 9", "R12"],
+}
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, None])
+def test_layers_are_drawn_ahead_by_the_probabilities_of_then_and_train_from_the_switch_on(ahead):
+    model, seen, trained = tiny(), [], []
+    optimizer = grass(model, update_interval=4, draw_ahead=ahead, observers=[seen.append])
+    for step in range(12):
+        trained.append(optimizer.grass.active_layers)
+        take_steps(model, optimizer, range(step, step + 1))
+    told = [f"R{e.step}" if isinstance(e, Refreshed) else f"S{e.step} of {e.drawn_at}" for e in seen]
+    assert told == TOLD[2 if ahead is None else ahead]
+    refreshes = [e for e in seen if isinstance(e, Refreshed)]
+    draws = [e for e in seen if isinstance(e, Sampled)]
+    assert [e.round for e in draws] == [0, 1, 2, 3]
+    for event in draws:
+        then = [e for e in refreshes if e.step <= event.drawn_at][-1]
+        assert event.probabilities == then.probabilities
+        sampler = make_sampler(optimizer.grass.config, 8)
+        by_hand = draw_layers(sampler, np.array(then.importances), optimizer.grass.config, event.round)
+        assert event.active_layers == by_hand
+    assert len({e.probabilities for e in draws}) == 3 and len({e.active_layers for e in draws}) > 1
+    first, second, third, last = (e.active_layers for e in draws)
+    assert trained == [tuple(range(8))] * 2 + [first] * 3 + [second] * 3 + [third] * 3 + [last]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_a_refresh_comes_before_a_draw_of_the_same_step(ahead):
+    model, seen = tiny(), []
+    optimizer = grass(model, draw_ahead=ahead, observers=[seen.append])
+    take_steps(model, optimizer, range(11))
+    refreshed = {e.step: e.probabilities for e in seen if isinstance(e, Refreshed)}
+    drawn = {e.drawn_at: e.probabilities for e in seen if isinstance(e, Sampled)}
+    assert list(drawn) == [2, 5 - ahead, 8 - ahead, 11 - ahead]
+    assert drawn == {step: refreshed[step] for step in drawn} and len(set(drawn.values())) == 4
 
 
 def test_only_active_layers_and_roles_move():
@@ -123,7 +171,7 @@ def test_importance_is_of_the_gradient_before_any_clipping():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_never_reaches_the_probabilities(bad):
     model, seen = tiny(), []
-    optimizer = grass(model, probe_steps=0, update_interval=3, kwargs={"lr": 0.0}, observers=[seen.append])
+    optimizer = grass(model, probe_steps=0, draw_ahead=0, kwargs={"lr": 0.0}, observers=[seen.append])
     for step in range(3):
         (loss_of(model, step) * (bad if step == 1 else 1.0)).backward()
         optimizer.step()
@@ -227,6 +275,76 @@ def test_a_saved_run_continues_to_the_bit(steps, dtype):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert other_optimizer.grass.importances == optimizer.grass.importances
     assert other_optimizer.state[other.norm.weight]["step"] == 13
+
+
+AHEAD = {"update_interval": 4, "sampling_interval": 5, "probe_steps": 2}
+"""With the default `draw_ahead` of 2, layers are drawn after 2, 5, 10 and 15 steps, and switch after 2, 7, 12 and 17;
+refreshes are after 2, 4, 8, 12 and 16."""
+
+
+def kept(model, optimizer):
+    """A checkpoint, by way of a file."""
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    return io.BytesIO(file.getvalue())
+
+
+def loaded(file, **config):
+    model, seen = tiny(), []
+    optimizer = grass(model, observers=[seen.append], **{**AHEAD, **config})
+    weights, state = torch.load(file, weights_only=True)
+    model.load_state_dict(weights)
+    return model, optimizer, state, seen
+
+
+@pytest.mark.parametrize("steps", [5, 6, 7, 10, 11])
+def test_a_run_saved_between_a_draw_and_its_switch_continues_to_the_bit(steps):
+    model, seen = tiny(), []
+    optimizer = grass(model, observers=[seen.append], **AHEAD)
+    take_steps(model, optimizer, range(steps))
+    file, told = kept(model, optimizer), len(seen)
+    take_steps(model, optimizer, range(steps, 18))
+
+    other, resumed, state, new = loaded(file)
+    waits = None if steps == 7 else {"step": 7, "round": 1, "drawn_at": 5} if steps < 7 else {"step": 12, "round": 2}
+    assert waits is None or waits.items() <= state["grass"]["next"].items()
+    assert (waits is None) == (state["grass"]["next"] is None)
+    resumed.load_state_dict(state)
+    take_steps(other, resumed, range(steps, 18))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert new == seen[told:] and [e.drawn_at for e in new if isinstance(e, Sampled)][-2:] == [10, 15]
+
+
+def test_a_state_of_before_layers_were_drawn_ahead_is_drawn_for_at_its_switch():
+    model, seen = tiny(), []
+    optimizer = grass(model, observers=[seen.append], **AHEAD)
+    take_steps(model, optimizer, range(6))
+    file = kept(model, optimizer)
+    take_steps(model, optimizer, range(6, 18))
+
+    other, resumed, state, new = loaded(file)
+    del state["grass"]["next"]
+    resumed.load_state_dict(state)
+    take_steps(other, resumed, range(6, 18))
+    # No refresh is between the draw after step 5 and the switch after step 7, so that the later draw is the same one.
+    assert [(e.step, e.drawn_at) for e in new if isinstance(e, Sampled)] == [(7, 7), (12, 10), (17, 15)]
+    assert [e.active_layers for e in new if isinstance(e, Sampled)] == [
+        e.active_layers for e in seen if isinstance(e, Sampled) and e.step > 6
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("offload", OFFLOADS, ids=str)
+def test_layers_and_weights_do_not_depend_on_where_states_are_or_when_they_come(offload):
+    def run(**config):
+        model, seen = tiny(torch.bfloat16), []
+        optimizer = grass(model, observers=[seen.append], active_layers=4, **AHEAD, **config)
+        take_steps(model, optimizer, range(18))
+        return seen, list(model.parameters())
+
+    (told, ours), (expected, theirs) = run(offload=offload), run()
+    assert told == expected and len({e.active_layers for e in expected if isinstance(e, Sampled)}) > 1
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_probe_can_be_gone_back_to():

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,15 @@ from typer.testing import CliRunner
 
 import grass_dist.cli
 from grass_dist.errors import GrassError
+from grass_dist.events import Refreshed, Sampled
+from grass_dist.offload.transfer import Traffic
 from grass_dist.report import build_report, load_run
-from grass_dist.report.load import Interval, relative
+from grass_dist.report.costs import BARS, _bars
+from grass_dist.report.drawing import byte_unit, envelope, rolling_mean
+from grass_dist.report.load import Interval, RefreshEvent, SampleEvent, relative
 from grass_dist.report.page import cards, layer_rows, numbers, pair_answers, render
-from grass_dist.report.plots import PLOTS, _columns, _envelope, _held, _norm, _rolling_mean, byte_unit, plot_all
+from grass_dist.report.plots import PLOTS, _columns, _held, _norm, plot_all
+from grass_dist.training.metrics import MetricsLog, StepCosts
 
 LAYERS, STEPS, PROBE, LAYER_NUMEL, ALWAYS = 30, 120, 6, 3_540_096, 28_312_128
 TOTAL = LAYERS * LAYER_NUMEL + ALWAYS
@@ -55,7 +61,10 @@ def run_json() -> Record:
 
 
 def events() -> list[Record]:
-    """A realistic record: noisy falling loss, importances high at both ends of the stack that drift."""
+    """A realistic record: noisy falling loss, importances high at both ends of the stack that drift.
+
+    Step 106 brings the states of three layers back to the device and step 66 those of two; fourteen go to host memory.
+    """
     rng = np.random.default_rng(0)
     trained = 3 * LAYER_NUMEL + ALWAYS
     found: list[Record] = [{"event": "answer", "when": "before", "prompt": "2+2=", "text": "22", "expected": "4"}]
@@ -69,6 +78,10 @@ def events() -> list[Record]:
             "tokens": 2048, "bytes_reduced": 4 * (TOTAL if probe else trained),
             "state_bytes": 0 if probe else 6 * trained,
             "active_layers": list(range(LAYERS)) if probe else list(ROUNDS[(k - PROBE - 1) // 20]),
+            "bytes_to_device": 6 * LAYER_NUMEL * {66: 2, 106: 3}.get(k, 0),
+            "bytes_to_host": 6 * LAYER_NUMEL * {26: 2, 46: 3, 66: 3, 86: 3, 106: 3}.get(k, 0),
+            "transfer_seconds": {26: 0.02, 46: 0.03, 66: 0.05, 86: 0.03, 106: 0.06}.get(k, 0.0),
+            "wait_seconds": {66: 0.001, 106: 0.003}.get(k, 0.0),
         })  # fmt: skip
         if k % 20 == 0:
             found.append({"event": "eval", "step": k, "loss": 1.65 + 1.35 * math.exp(-k / 40)})
@@ -166,6 +179,8 @@ def test_key_figures_against_numbers_computed_by_hand(run_dir: Path) -> None:
     assert found.bytes_probe == 538_060_032
     assert found.state_peak == 233_594_496
     assert found.state_full == pytest.approx(807_090_048)
+    assert (found.bytes_to_device, found.bytes_to_host) == (106_202_880, 297_368_064)  # 5 and 14 layers
+    assert (found.copying, found.waiting) == pytest.approx((0.19, 0.004))
     assert found.first_eval and found.first_eval.loss == 3.0 and found.first_eval.step == 0
     assert found.last_eval and found.last_eval.step == 120
 
@@ -198,6 +213,52 @@ def test_layers_of_different_sizes_and_speed(tmp_path: Path) -> None:
     assert (found.state_peak, found.state_full) == (350, 350 * 65 / 35)
 
 
+def test_full_state_is_reckoned_from_what_trains_wherever_states_are(tmp_path: Path) -> None:
+    """10 bytes a parameter: states that stay, that go to host memory at the switch, and those of a slot at a time."""
+    for name, held in (
+        ("none", [(150, 0), (350, 0), (650, 0)]),
+        ("interval", [(150, 0), (250, 100), (350, 300)]),
+        ("stream", [(50, 100), (50, 300), (50, 600)]),
+    ):
+        record = [step(k + 1, [k], state_bytes=device, host_state_bytes=host) for k, (device, host) in enumerate(held)]
+        run = load_run(small_run(tmp_path / name, record))
+        found = numbers(run)
+        assert found.state_full == 650, name
+        assert (found.state_peak, found.host_peak) == (max(d for d, _ in held), max(h for _, h in held))
+        note = next(card.note for card in cards(found, run) if card.label == "Optimizer state a rank")
+        assert ("up to 600 bytes in host memory" in note) == (name == "stream")
+        assert ("host memory" in note) == (name != "none")
+
+
+def test_moves_are_told_in_a_sentence(run_dir: Path, tmp_path: Path) -> None:
+    told = "moved 106 MB to the device and 297 MB back; 98% of the copying time ran beside the compute; training waited"
+    assert f"<p>This rank {told} 4 ms in all.</p>" in text_of(run_dir)
+    for number, (moved, sentence) in enumerate([
+        ({"bytes_to_host": 7}, "moved 0 bytes to the device and 7 bytes back.</p>"),
+        ({"bytes_to_host": 7, "transfer_seconds": 2.0}, "100% of the copying time ran beside the compute; training "
+         "never waited.</p>"),
+        ({"bytes_to_device": 7, "transfer_seconds": 2.0, "wait_seconds": 1e-4}, "99.9% of the copying time"),
+        ({"bytes_to_device": 7, "transfer_seconds": 2.0, "wait_seconds": 0.3}, "85% of the copying time"),
+        ({"bytes_to_device": 7, "transfer_seconds": 2.0, "wait_seconds": 3.0}, "; 0% of the copying time"),
+    ]):  # fmt: skip
+        assert sentence in text_of(small_run(tmp_path / str(number), [step(1, [0], **moved)]))
+
+
+def test_costs_of_a_step_are_what_came_since_the_last_one() -> None:
+    traffic = Traffic(5, 7, 2, 0.5, 0.125)
+    grass = SimpleNamespace(bytes_reduced=100, traffic=traffic)
+    run: Any = SimpleNamespace(grass=grass, state_bytes=10, host_state_bytes=20)
+    costs = StepCosts(run)
+    traffic.bytes_to_device, traffic.seconds, grass.bytes_reduced = 25, 0.75, 140  # the very object, as the engine does
+    first = costs.of_step()
+    assert first == {
+        "bytes_reduced": 40, "bytes_to_device": 20, "bytes_to_host": 0, "transfer_seconds": 0.25, "wait_seconds": 0,
+        "state_bytes": 10, "host_state_bytes": 20,
+    }  # fmt: skip
+    traffic.bytes_to_host, traffic.waited, run.host_state_bytes = 8, 0.625, 0
+    assert costs.of_step() == {**dict.fromkeys(first, 0), "bytes_to_host": 1, "wait_seconds": 0.5, "state_bytes": 10}
+
+
 def test_share_before_the_first_training_step_is_that_of_the_configuration(tmp_path: Path) -> None:
     found = numbers(load_run(small_run(tmp_path, [step(1, [0, 1, 2], "probe")])))
     assert found.share == pytest.approx((20 + 5) / 65)
@@ -213,6 +274,41 @@ def test_layer_table_shows_the_last_importances_and_probabilities(tmp_path: Path
     assert [row.importance for row in rows] == [0.5, 1.5, None]
     assert [row.probability for row in rows] == [0.2, 0.7, 0.1]
     assert [(row.index, row.name, row.numel) for row in rows][2] == (2, "layers.2", 30)
+
+
+def test_probabilities_are_those_of_the_last_refresh_also_where_layers_were_drawn_before_it(tmp_path: Path) -> None:
+    older, newer = [0.5, 0.3, 0.2], [0.2, 0.7, 0.1]
+    refresh = {"event": "refresh", "importances": [1, 1, 1], "dropped": 0}
+    record = [
+        *(step(k, [0]) for k in range(1, 7)),
+        refresh | {"step": 1, "probabilities": older},
+        refresh | {"step": 4, "probabilities": newer},
+        {"event": "sample", "step": 5, "round": 1, "active_layers": [2], "probabilities": older, "drawn_at": 3},
+    ]
+    run = load_run(small_run(tmp_path, record))
+    assert [(event.step, list(event.probabilities)) for event in run.probability_events()] == [
+        (1, older), (3, older), (4, newer),
+    ]  # fmt: skip
+    assert [row.probability for row in layer_rows(run)] == newer
+    assert (run.samples[0].step, run.samples[0].drawn_at) == (5, 3)
+
+
+def test_what_observers_are_told_is_what_a_report_reads(tmp_path: Path) -> None:
+    folder = small_run(tmp_path, [])
+    log = MetricsLog(folder, json.loads((folder / "run.json").read_text()))
+    log.observe(Refreshed(3, (1.0, math.nan, 3.0), (0.25, 0.25, 0.5), 1))
+    log.observe(Sampled(5, 1, (2,), (0.25, 0.25, 0.5), drawn_at=3))
+    log.close()
+    run = load_run(folder)
+    assert run.refreshes == (RefreshEvent(3, (1.0, None, 3.0), (0.25, 0.25, 0.5), 1),)
+    assert run.samples == (SampleEvent(5, 1, (2,), (0.25, 0.25, 0.5), 3),)
+
+
+def test_a_record_of_before_layers_were_drawn_ahead_is_read(run_dir: Path) -> None:
+    run = load_run(run_dir)
+    assert [event.step for event in run.samples] == [6, 26, 46, 66, 86, 106]
+    assert {event.drawn_at for event in run.samples} == {None}
+    assert [event.step for event in run.probability_events()] == [s for s in range(6, 120, 20) for _ in range(2)]
 
 
 def test_relative_importances_skip_the_unmeasured() -> None:
@@ -244,7 +340,8 @@ def test_a_repeated_step_of_a_resumed_run_counts_once(tmp_path: Path) -> None:
 
 def test_every_picture_is_drawn_and_stands_in_the_page(run_dir: Path) -> None:
     page = html_of(run_dir)
-    assert picture_names(run_dir) == set(PLOTS) == {"loss", "importance", "probability", "counts", "cost"}
+    assert picture_names(run_dir) == set(PLOTS)
+    assert set(PLOTS) == {"loss", "importance", "probability", "counts", "cost", "moves"}
     for name in PLOTS:
         path = run_dir / "plots" / f"{name}.png"
         assert_is_picture(path)
@@ -258,7 +355,14 @@ def test_the_marks_follow_the_layers_that_trained(run_dir: Path, tmp_path: Path)
         plot_all(load_run(folder), folder / "plots")
     same = {name: (run_dir / f"plots/{name}.png").read_bytes() == (other / f"plots/{name}.png").read_bytes()
             for name in PLOTS}  # fmt: skip
-    assert same == {"loss": True, "importance": True, "probability": False, "counts": False, "cost": True}
+    assert same == {
+        "loss": True,
+        "importance": True,
+        "probability": False,
+        "counts": False,
+        "cost": True,
+        "moves": True,
+    }
 
 
 def test_states_in_host_memory_are_drawn_where_there_are_any(run_dir: Path, tmp_path: Path) -> None:
@@ -270,6 +374,26 @@ def test_states_in_host_memory_are_drawn_where_there_are_any(run_dir: Path, tmp_
         plot_all(load_run(picture.parents[1]), picture.parent)
     without, none, some = (p.read_bytes() for p in (run_dir / "plots" / "cost.png", *pictures))
     assert without == none != some
+
+
+@pytest.mark.parametrize("field", ["bytes_to_device", "bytes_to_host", "transfer_seconds", "wait_seconds"])
+def test_the_picture_of_the_moves_shows_each_of_them(run_dir: Path, tmp_path: Path, field: str) -> None:
+    record = [e | {field: 0} if e["event"] == "step" and e["step"] == 66 else e for e in events()]
+    other = write_run(tmp_path / "other", record)
+    for folder in (run_dir, other):
+        plot_all(load_run(folder), folder / "plots")
+    assert (run_dir / "plots/moves.png").read_bytes() != (other / "plots/moves.png").read_bytes()
+
+
+def test_bars_of_a_long_run_are_as_long_as_the_longest_step() -> None:
+    steps, values = np.arange(1, 1001), np.zeros(1000)
+    values[500] = 7.0  # step 501, the last of a bar of three
+    at, heights, widths = _bars(steps, values)
+    assert len(at) == 334 <= BARS and set(widths[:-1]) == {3} and widths[-1] == 1
+    assert (heights.max(), at[heights.argmax()], np.count_nonzero(heights)) == (7.0, 500, 1)
+    assert _bars(steps, -values)[1].min() == -7.0 and _bars(steps, -values)[1].max() == 0
+    at, heights, widths = _bars(np.array([1, 2, 5]), np.array([1.0, 2.0, 3.0]))
+    assert (at.tolist(), heights.tolist()) == ([1, 2, 5], [1, 2, 3]) and widths == pytest.approx([0.9] * 3)
 
 
 def test_a_heatmap_holds_the_values_of_the_last_refresh(run_dir: Path) -> None:
@@ -291,14 +415,14 @@ def test_colours_are_on_a_log_scale_only_where_the_values_differ_much() -> None:
 
 
 def test_rolling_mean_is_centred_and_skips_gaps() -> None:
-    assert _rolling_mean(np.array([1.0, 2.0, 3.0, 10.0]), 3).tolist() == [1.5, 2.0, 5.0, 6.5]
-    assert _rolling_mean(np.array([1.0, np.nan, 3.0]), 3).tolist() == [1.0, 2.0, 3.0]
+    assert rolling_mean(np.array([1.0, 2.0, 3.0, 10.0]), 3).tolist() == [1.5, 2.0, 5.0, 6.5]
+    assert rolling_mean(np.array([1.0, np.nan, 3.0]), 3).tolist() == [1.0, 2.0, 3.0]
 
 
 def test_a_long_line_keeps_its_extremes() -> None:
     values = np.zeros(10_000)
     values[4321], values[8765] = 5.0, -3.0
-    x, y = _envelope(np.arange(1, 10_001), values, bins=100)
+    x, y = envelope(np.arange(1, 10_001), values, bins=100)
     assert len(x) == len(y) == 200
     assert (y.max(), y.min()) == (5.0, -3.0)
     assert x[y.argmax()] == 4301
@@ -316,14 +440,15 @@ def test_small_and_large_runs_are_drawn(tmp_path: Path, layers: int, steps: int)
     record: list[Record] = []
     for k in range(1, steps + 1):
         layer = k // 25 % layers
-        record.append(step(k, [layer], loss=1 + 1 / k, seconds=20.0 if k == 1 else 0.4 + k % 7 / 100))
+        record.append(step(k, [layer], loss=1 + 1 / k, seconds=20.0 if k == 1 else 0.4 + k % 7 / 100,
+                           bytes_to_host=0 if k % 5 else 10**6))  # fmt: skip
         if k == 1 or k % 50 == 0:
             importances = [1 + (i * k) % 11 for i in range(layers)]
             record.append({"event": "refresh", "step": k, "importances": importances, "probabilities": odds,
                            "dropped": 0})  # fmt: skip
     folder = small_run(tmp_path, record, numel=(10,) * layers)
     pictures = plot_all(load_run(folder), folder / "plots")
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     for path in pictures.values():
         assert path is not None
         assert_is_picture(path)
@@ -345,7 +470,7 @@ def test_the_page_holds_everything_it_promises(run_dir: Path) -> None:
 def test_the_page_refers_to_nothing_outside_itself(run_dir: Path) -> None:
     page = html_of(run_dir)
     targets = re.findall(r"""(?:src|href|action|data)\s*=\s*["']?([^"'\s>]+)""", page)
-    assert len(targets) == 5
+    assert len(targets) == 6
     assert all(target.startswith("data:image/png;base64,") for target in targets)
     for outside in ("http:", "https:", "url(", "@import", "<script", "<link", "<iframe"):
         assert outside not in page
@@ -435,8 +560,8 @@ def test_events_of_a_later_version_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "pictures", "sentence"),
     [
-        (("refresh",), {"loss", "probability", "counts", "cost"}, "No importances were recorded"),
-        (("refresh", "sample"), {"loss", "counts", "cost"}, "No sampling probabilities were recorded"),
+        (("refresh",), {"loss", "probability", "counts", "cost", "moves"}, "No importances were recorded"),
+        (("refresh", "sample"), {"loss", "counts", "cost", "moves"}, "No sampling probabilities were recorded"),
         (("eval",), set(PLOTS), "no evaluation was recorded"),
         (("answer",), set(PLOTS), "No answers were recorded."),
         (("step",), {"loss", "importance", "probability"}, "No training step was recorded"),
@@ -449,6 +574,16 @@ def test_a_part_that_was_not_recorded_is_told(
     assert sentence in page
     assert picture_names(tmp_path) == pictures
     assert page.count("<img ") == len(pictures)
+
+
+def test_a_record_of_before_states_moved_is_read(tmp_path: Path) -> None:
+    fields = {"bytes_to_device", "bytes_to_host", "transfer_seconds", "wait_seconds"}
+    record = [{name: value for name, value in event.items() if name not in fields} for event in events()]
+    page = html_of(write_run(tmp_path, record))
+    assert "No optimizer state moved" in page and "This rank moved" not in page
+    assert picture_names(tmp_path) == set(PLOTS) - {"moves"}
+    last = load_run(tmp_path).steps[-1]
+    assert all(getattr(last, name) == 0 for name in fields)
 
 
 def test_an_empty_record_still_makes_a_page(tmp_path: Path) -> None:
@@ -482,7 +617,7 @@ def test_null_and_infinite_readings(tmp_path: Path) -> None:
 def test_importances_that_are_all_null_leave_the_picture_out(tmp_path: Path) -> None:
     record = [e | {"importances": [None] * LAYERS} if e["event"] == "refresh" else e for e in events()]
     html_of(write_run(tmp_path, record))
-    assert picture_names(tmp_path) == {"loss", "probability", "counts", "cost"}
+    assert picture_names(tmp_path) == {"loss", "probability", "counts", "cost", "moves"}
 
 
 def test_a_picture_of_an_earlier_report_does_not_stay(run_dir: Path) -> None:

@@ -1,34 +1,72 @@
+import itertools
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from grass_dist.schedule import Schedule
 
-schedules = st.builds(Schedule, st.integers(0, 20), st.integers(1, 20), st.integers(1, 20))
+
+@st.composite
+def clocks(draw):
+    probe, update, sampling = (draw(st.integers(least, 20)) for least in (0, 1, 1))
+    return Schedule(probe, update, sampling, draw(st.integers(0, min(update, sampling) - 1)))
 
 
-def test_a_run_by_hand():
-    clock = Schedule(probe_steps=3, update_interval=4, sampling_interval=2)
+# For each lead, steps done when a refresh falls due, when a round is drawn, when it begins to train.
+BY_HAND = {
+    0: (Schedule(3, 4, 2, 0), [7, 11], {3: 0, 5: 1, 7: 2, 9: 3, 11: 4, 13: 5}, {3: 0, 5: 1, 7: 2, 9: 3, 11: 4, 13: 5}),
+    1: (Schedule(3, 4, 3, 1), [6, 10], {3: 0, 5: 1, 8: 2, 11: 3}, {3: 0, 6: 1, 9: 2, 12: 3}),
+    2: (Schedule(1, 3, 4, 2), [2, 5, 8, 11], {1: 0, 3: 1, 7: 2, 11: 3}, {1: 0, 5: 1, 9: 2, 13: 3}),
+}
+
+
+@pytest.mark.parametrize("lead", BY_HAND)
+def test_a_run_by_hand(lead):
+    clock, refreshed, drawn, switched = BY_HAND[lead]
+    assert clock.lead == lead
+    assert [s for s in range(14) if clock.probe_ends(s)] == [clock.probe_steps]
+    assert [s for s in range(14) if clock.refresh_due(s)] == refreshed
+    assert {s: clock.round_drawn(s) for s in range(14) if clock.draw_due(s)} == drawn
+    assert {s: clock.round(s) for s in range(14) if clock.switch_due(s)} == switched
+
+
+def test_between_a_draw_and_its_switch():
+    clock = Schedule(probe_steps=3, update_interval=4, sampling_interval=3, lead=1)
     assert [clock.phase(s) for s in range(5)] == ["probe", "probe", "probe", "train", "train"]
-    assert [s for s in range(14) if clock.probe_ends(s)] == [3]
-    assert [s for s in range(14) if clock.draw_due(s)] == [3, 5, 7, 9, 11, 13]
-    assert [s for s in range(14) if clock.refresh_due(s)] == [7, 11]
-    assert [clock.round(s) for s in range(8)] == [-1, -1, -1, 0, 0, 1, 1, 2]
+    assert [clock.round(s) for s in range(1, 10)] == [-1, -1, 0, 0, 0, 1, 1, 1, 2]
+    assert [clock.round_drawn(s) for s in range(1, 10)] == [-1, -1, 0, 0, 1, 1, 1, 2, 2]
+    assert [clock.steps_to_switch(s) for s in range(3, 10)] == [3, 2, 1, 3, 2, 1, 3]
 
 
 def test_without_a_probe_the_first_step_trains():
-    clock = Schedule(probe_steps=0, update_interval=5, sampling_interval=5)
-    assert clock.phase(0) == "train" and clock.draw_due(0)
+    clock = Schedule(probe_steps=0, update_interval=5, sampling_interval=5, lead=2)
+    assert clock.phase(0) == "train" and clock.draw_due(0) and clock.switch_due(0) and clock.round_drawn(0) == 0
     assert not clock.probe_ends(0) and not clock.refresh_due(0)
 
 
-@given(schedules, st.integers(0, 200))
-def test_rounds_change_exactly_where_layers_are_drawn(clock, step):
-    assert clock.draw_due(step) == (clock.round(step) != (clock.round(step - 1) if step else -1))
+@given(clocks())
+def test_each_round_is_drawn_once_and_lead_steps_before_it_trains(clock):
+    steps = range(clock.probe_steps + 6 * clock.sampling_interval)
+    drawn = [(s, clock.round_drawn(s)) for s in steps if clock.draw_due(s)]
+    switched = [s for s in steps if clock.switch_due(s)]
+    assert [number for _, number in drawn] == list(range(7 if clock.lead else 6))  # the last one waits for its switch
+    assert switched == [clock.probe_steps + k * clock.sampling_interval for k in range(6)]
+    assert drawn[0] == (switched[0], 0)
+    for (at, _), switch in zip(drawn[1:], switched[1:], strict=False):
+        assert at == switch - clock.lead
+        assert clock.lead == 0 or clock.steps_to_switch(at) == clock.lead
 
 
-@given(schedules, st.integers(0, 200))
-def test_every_window_between_refreshes_has_update_interval_steps(clock, step):
-    if clock.refresh_due(step):
-        window = range(step - clock.update_interval + 1, step)
-        assert not any(clock.refresh_due(s) for s in window)
-        assert all(clock.phase(s) == "train" for s in range(step - clock.update_interval, step))
+@given(clocks(), st.integers(0, 200))
+def test_rounds_change_exactly_at_switches_and_draws(clock, step):
+    for number, due in ((clock.round, clock.switch_due), (clock.round_drawn, clock.draw_due)):
+        assert due(step) == (number(step) != (number(step - 1) if step else -1))
+
+
+@given(clocks())
+def test_refreshes_are_update_interval_steps_apart_and_the_first_has_lead_less(clock):
+    refreshed = [s for s in range(clock.probe_steps + 6 * clock.update_interval) if clock.refresh_due(s)]
+    assert refreshed[0] == clock.probe_steps + clock.update_interval - clock.lead
+    assert len(refreshed) >= 5
+    assert all(b - a == clock.update_interval for a, b in itertools.pairwise(refreshed))

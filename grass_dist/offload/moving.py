@@ -62,6 +62,9 @@ class MovingStates(ABC):
         last_first: whether layers are updated from the last to the first, as a backward finishes them.
     """
 
+    stays: bool
+    """Whether an active layer's state stays in its slot from step to step."""
+
     def __init__(
         self,
         states: Sequence[Movable],
@@ -121,12 +124,20 @@ class MovingStates(ABC):
         self._places[layer].updated = self.transfers.compute("GRASS::updated", _nothing, [])
         self._after_update(layer)
 
+    def show(self, layer: int) -> None:
+        """Binds the state to where it is between two steps, though it may not have arrived there."""
+        place = self._places[layer]
+        _ended(place.left)  # binds it to host memory
+        if place.slot is not None and self.stays:
+            place.state.bind(place.state.layout.device_views(place.slot.flat), resident=True)
+
     def finish(self) -> None:
         """Ends the updates of a step: what is computed next comes after them."""
         for event in self._updates:
             event.wait()
         self._updates.clear()
         self.pool.trim()
+        self.transfers.harvest()  # or the events of all copies would be kept
 
     def settle(self) -> None:
         """Binds every state to where it is and makes it readable there: in its slot, or in host memory.
@@ -234,6 +245,8 @@ class IntervalStates(MovingStates):
     into the same slot; so the slot more is empty in the end, and goes.
     """
 
+    stays = True
+
     def __init__(self, *args: Any, prefetch_steps: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._prefetch_steps = prefetch_steps
@@ -262,6 +275,8 @@ class StreamedStates(MovingStates):
     A layer's state goes out when it has been updated, and the state that is needed next comes into its slot; after the
     last update those that the next step needs first.
     """
+
+    stays = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -55,6 +55,8 @@ def make_plan(
         ConfigError: on every rank alike.
     """
     mode = config.offload.mode
+    if fallback is None and not any(size for size, _ in sizes):
+        return Plan("none", resident, 0)  # the optimizer keeps nothing that could move
     if fallback is not None and mode != "none":
         if mode in ("interval", "stream") and "mode" in config.offload.model_fields_set:
             raise ConfigError("offload.mode", mode, f"states cannot move: {fallback}", "use 'none'")

@@ -1,4 +1,4 @@
-"""The host's side: one flat buffer for each layer of this rank, cut out of one span of memory."""
+"""The host's side: one flat buffer for each layer of this rank."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ class LayerStateStore:
     """Host memory for the states of all layers, made at once and before training communicates.
 
     On a CUDA device it is pinned: registered as it is, since torch's pinned allocator rounds a size up to a power of
-    two. With a ``folder`` it is a memory-mapped file instead, which the operating system writes out as it needs to.
-    The file is scratch: it has no name from the moment on that it is mapped, so it is gone with the process however
-    that ends, and it is never flushed. A checkpoint reads the states, not the file.
+    two. With a ``folder`` each buffer is a memory-mapped file instead, which the operating system writes out as it
+    needs to. The files are scratch: they have no name from the moment on that they are mapped, so they are gone with
+    the process however that ends, and they are never flushed. A checkpoint reads the states, not the files.
+
+    Each buffer has a storage of its own, so that a file that is saved of one layer holds that layer alone.
 
     Args:
         sizes: bytes of each layer.
@@ -30,27 +32,34 @@ class LayerStateStore:
         folder: for the host tier on disk; None is memory.
 
     Raises:
-        ConfigError: the folder cannot hold the file.
+        ConfigError: the folder cannot hold the files.
         GrassError: the memory cannot be had.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device, folder: str | None = None) -> None:
-        spans = [-(-size // PAGE) * PAGE for size in sizes]
-        self.nbytes = sum(spans)
-        try:
-            self._memory = _mapped(self.nbytes, Path(folder)) if folder else torch.empty(self.nbytes, dtype=torch.uint8)
-        except (RuntimeError, MemoryError) as error:
-            raise GrassError(
-                f"{self.nbytes:,} bytes of host memory for the layers' states cannot be had: {error}"
-            ) from None
-        if device.type == "cuda" and not folder:
-            pin(self._memory)
-            weakref.finalize(self, unpin, self._memory).atexit = False
-        self._buffers = [part[:size] for part, size in zip(self._memory.split(spans), sizes, strict=True)]
+        self.nbytes = sum(sizes)
+        self._buffers: list[torch.Tensor] = []
+        for layer, size in enumerate(sizes):
+            if folder:
+                self._buffers.append(_mapped(size, Path(folder), layer))
+                continue
+            self._buffers.append(_pages(size))
+            if device.type == "cuda":
+                pin(self._buffers[-1])
+                weakref.finalize(self, unpin, self._buffers[-1]).atexit = False
 
     def __getitem__(self, layer: int) -> torch.Tensor:
         """The buffer of ``layer``: uint8."""
         return self._buffers[layer]
+
+
+def _pages(size: int) -> torch.Tensor:
+    """Memory that shares no page with another's, so that each can be registered."""
+    try:
+        raw = torch.empty(-(-size // PAGE) * PAGE + PAGE, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        raise GrassError(f"{size:,} bytes of host memory for a layer's state cannot be had: {error}") from None
+    return raw[-raw.data_ptr() % PAGE :][:size]
 
 
 def pin(memory: torch.Tensor) -> None:
@@ -81,19 +90,17 @@ def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
-def _mapped(nbytes: int, folder: Path) -> torch.Tensor:
-    path = folder / f"grass_states.{os.getpid()}"
+def _mapped(size: int, folder: Path, layer: int) -> torch.Tensor:
+    path = folder / f"grass_states.{os.getpid()}.{layer}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))  # a full disk shows now, not as a signal later
-            except OSError:
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))  # a full disk shows now, not as a signal later
+                memory = torch.from_file(str(path), shared=True, size=max(size, 1), dtype=torch.uint8)
+            finally:
                 path.unlink()
-                raise
-        memory = torch.from_file(str(path), shared=True, size=max(nbytes, 1), dtype=torch.uint8)[:nbytes]
-        path.unlink()
     except OSError as error:
-        fix = f"free {nbytes:,} bytes there for each rank" if error.errno == errno.ENOSPC else "choose another folder"
+        fix = "free space for the states of all layers" if error.errno == errno.ENOSPC else "choose another folder"
         raise ConfigError("offload.folder", str(folder), f"{error.strerror}", fix) from None
-    return memory
+    return memory[:size]

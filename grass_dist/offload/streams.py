@@ -66,12 +66,14 @@ class ThreadEvent:
     def run(self, job: Job, after: Sequence[Event]) -> None:
         """Runs ``job`` after the others and sets the event; a failure is kept for those who wait."""
         called = time.perf_counter()
+        waits = not all(event.done() for event in after)
         try:
             for event in after:
                 event.synchronize()
             began = time.perf_counter()
+            self.waited = began - called if waits else 0.0
             job()
-            self.waited, self.seconds = began - called, time.perf_counter() - began
+            self.seconds = time.perf_counter() - began
         except BaseException as error:
             self._error = error
         finally:

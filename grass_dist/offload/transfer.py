@@ -131,8 +131,10 @@ class TransferEngine:
 
 
 def _take_ended(events: list[Event]) -> list[Event]:
-    ended = [event for event in events if event.done()]
-    events[:] = [event for event in events if event not in ended]
+    ended, running = [], []
+    for event in events:
+        (ended if event.done() else running).append(event)
+    events[:] = running
     return ended
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -54,6 +54,10 @@ class StepEvent:
     state_bytes: int
     active_layers: tuple[int, ...]
     host_state_bytes: int = 0
+    bytes_to_device: int = 0
+    bytes_to_host: int = 0
+    transfer_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,13 @@ class RefreshEvent:
 
 @dataclass(frozen=True, slots=True)
 class SampleEvent:
-    """The draw of the layers that train after ``step`` steps."""
+    """The draw of the layers that train after ``step`` steps, made after ``drawn_at``; None in older records."""
 
     step: int
     round: int
     active_layers: tuple[int, ...]
     probabilities: tuple[Reading, ...]
+    drawn_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +174,9 @@ class Run:
         return found
 
     def probability_events(self) -> list[RefreshEvent | SampleEvent]:
-        """Everything that says the sampling probabilities, in the order of the steps."""
-        return sorted([*self.refreshes, *self.samples], key=lambda event: event.step)
+        """Everything that says the sampling probabilities, in the order of the steps; a draw is at its own step."""
+        draws = [event if event.drawn_at is None else replace(event, step=event.drawn_at) for event in self.samples]
+        return sorted([*self.refreshes, *draws], key=lambda event: event.step)
 
     def has_importances(self) -> bool:
         """Whether any layer's importance was ever recorded."""

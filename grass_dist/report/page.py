@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from grass_dist.report.captions import CAPTIONS
+from grass_dist.report.drawing import byte_unit
 from grass_dist.report.load import EvalEvent, Run, relative
-from grass_dist.report.plots import byte_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,14 @@ class Numbers:
     """The same for a step of the probe, which reduces every layer."""
     state_peak: int | None
     state_full: float | None
-    """Optimizer state if every parameter trained, at the bytes a parameter of the peak."""
+    """Optimizer state if every parameter trained, at the bytes that a trained one has."""
+    host_peak: int
+    bytes_to_device: int
+    bytes_to_host: int
+    copying: float
+    """Seconds in which copies ran, both directions added up."""
+    waiting: float
+    """Seconds in which training stood still for one."""
     first_eval: EvalEvent | None
     last_eval: EvalEvent | None
 
@@ -58,10 +66,12 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture with its two sentences; ``data`` is a data URL, None where there is nothing to draw."""
+    """A picture with its sentences; ``data`` is a data URL, None where there is nothing to draw."""
 
     name: str
     heading: str
+    told: str
+    """What comes before the picture, in numbers; may be empty."""
     caption: str
     missing: str
     data: str | None
@@ -77,46 +87,10 @@ class Answer:
     after: str | None
 
 
-_PICTURES = {
-    "loss": (
-        "Loss",
-        "The faint line is the loss of each step, the strong one its running mean, and the diamonds are the loss on "
-        "examples held out of the training. The diamonds should fall; if they rise while the line falls, the model "
-        "has begun to memorise.",
-        "No loss was recorded, so there is no picture of it.",
-    ),
-    "importance": (
-        "Importance",
-        "Each row is a layer, with the input at the bottom; its colour is the root-mean-square gradient of the layer "
-        "over the mean of all layers, held until the next refresh. A layer at 2 has gradients twice the average, and "
-        "rows that change colour along the run are why the probabilities are refreshed.",
-        "No importances were recorded: this sampler does not measure them, or the run ended before the first refresh.",
-    ),
-    "probability": (
-        "Sampling",
-        "The colour is the probability with which a draw picks the layer, and the white marks are the layers that "
-        "were drawn and trained. Bright rows should carry more marks than dark ones; the bars below count every "
-        "step.",
-        "No sampling probabilities were recorded, so there is no picture of them.",
-    ),
-    "counts": (
-        "Coverage",
-        "Each bar counts the steps that trained the layer; the probe trains none and is not counted. The dashed line "
-        "is where every bar would end if all layers were drawn equally often.",
-        "No training step was recorded, so no layer was trained.",
-    ),
-    "cost": (
-        "Cost",
-        "From top to bottom: how long each step took, how many bytes of gradients this rank put into reduce-scatter "
-        "or all-reduce, and how much optimizer state it held. A probe measures every layer, so its reduced bytes are "
-        "those of training every layer; the drop after it is what training a few layers saves.",
-        "No step was recorded, so there is no picture of its cost.",
-    ),
-}
-
-
 def render(run: Run, pictures: Mapping[str, Path | None]) -> str:
     """The whole page, with the pictures inside it."""
+    found = numbers(run)
+    told = {"moves": _moves(found)}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -129,8 +103,8 @@ def render(run: Run, pictures: Mapping[str, Path | None]) -> str:
         summary=_summary(run),
         facts=_facts(run),
         notes=run.notes,
-        cards=cards(numbers(run), run),
-        pictures=[_picture(name, pictures.get(name)) for name in _PICTURES],
+        cards=cards(found, run),
+        pictures=[_picture(name, pictures.get(name), told.get(name, "")) for name in CAPTIONS],
         layers=layer_rows(run),
         answers=pair_answers(run),
         config_text=run.config_text,
@@ -145,7 +119,8 @@ def numbers(run: Run) -> Numbers:
     expected = sum(info.layer_numel) * (active if isinstance(active, int) else info.num_layers) / info.num_layers
     mean_trained = sum(trained) / len(trained) if trained else expected + info.params_always_active
     seconds = sum(step.seconds for step in train)
-    peak = max(zip(train, trained, strict=True), key=lambda pair: pair[0].state_bytes, default=None)
+    # The least of them are of the first steps, when nothing has a state but what trains.
+    rates = [(s.state_bytes + s.host_state_bytes) / n for s, n in zip(train, trained, strict=True) if n]
     return Numbers(
         steps=run.steps[-1].step if run.steps else 0,
         probe_steps=len(probe),
@@ -154,8 +129,13 @@ def numbers(run: Run) -> Numbers:
         share=mean_trained / info.params_total,
         bytes_train=sum(step.bytes_reduced for step in train) / len(train) if train else None,
         bytes_probe=sum(step.bytes_reduced for step in probe) / len(probe) if probe else None,
-        state_peak=peak[0].state_bytes if peak else None,
-        state_full=peak[0].state_bytes * info.params_total / peak[1] if peak and peak[1] else None,
+        state_peak=max((step.state_bytes for step in train), default=None),
+        state_full=min(rates) * info.params_total if rates else None,
+        host_peak=max((step.host_state_bytes for step in train), default=0),
+        bytes_to_device=sum(step.bytes_to_device for step in run.steps),
+        bytes_to_host=sum(step.bytes_to_host for step in run.steps),
+        copying=sum(step.transfer_seconds for step in run.steps),
+        waiting=sum(step.wait_seconds for step in run.steps),
         first_eval=run.evals[0] if run.evals else None,
         last_eval=run.evals[-1] if run.evals else None,
     )
@@ -235,8 +215,22 @@ def _state_card(found: Numbers) -> Card:
     label = "Optimizer state a rank"
     if found.state_peak is None or found.state_full is None:
         return Card(label, "—", "no training step was recorded")
-    note = f"peak; full fine-tuning would hold {_bytes(found.state_full)} at the same bytes a parameter"
+    rest = f" on the device, and up to {_bytes(found.host_peak)} in host memory" if found.host_peak else ""
+    note = f"peak{rest}; full fine-tuning would hold {_bytes(found.state_full)} at the same bytes a parameter"
     return Card(label, _bytes(found.state_peak), note)
+
+
+def _moves(found: Numbers) -> str:
+    """What moving states has cost this rank, in one sentence."""
+    if not found.bytes_to_device + found.bytes_to_host:
+        return ""
+    ways = f"moved {_bytes(found.bytes_to_device)} to the device and {_bytes(found.bytes_to_host)} back"
+    if not found.copying:
+        return f"This rank {ways}."
+    hidden = 100 * max(0.0, 1 - found.waiting / found.copying)
+    share = f"{hidden:.0f}%" if hidden < 99 else f"{min(hidden, 99.9):.1f}%" if found.waiting else "100%"
+    waited = f"waited {_duration(found.waiting)} in all" if found.waiting else "never waited"
+    return f"This rank {ways}; {share} of the copying time ran beside the compute; training {waited}."
 
 
 def _summary(run: Run) -> str:
@@ -263,10 +257,10 @@ def _facts(run: Run) -> str:
 _EXAMPLES = {"train_examples": "training examples", "eval_examples": "held out"}
 
 
-def _picture(name: str, path: Path | None) -> Picture:
-    heading, caption, missing = _PICTURES[name]
+def _picture(name: str, path: Path | None, told: str) -> Picture:
+    heading, caption, missing = CAPTIONS[name]
     data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path else None
-    return Picture(name, heading, caption, missing, data)
+    return Picture(name, heading, told, caption, missing, data)
 
 
 def _loss(loss: float | None) -> str:
@@ -294,4 +288,6 @@ def _duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    if minutes:
+        return f"{minutes} min {rest:02d} s"
+    return f"{seconds:.1f} s" if seconds >= 0.1 or not seconds else f"{1000 * seconds:.2g} ms"

@@ -2,66 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from grass_dist.report.costs import plot_cost, plot_moves
+from grass_dist.report.drawing import (
+    BLUE,
+    COLUMNS,
+    INK,
+    ORANGE,
+    UNKNOWN,
+    as_floats,
+    envelope,
+    picture,
+    rolling_mean,
+    shade_probe,
+    step_axis,
+    whole_numbers,
+)
 from grass_dist.report.load import Run, relative
-
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5C9E"
-INK, MUTED, PROBE, UNKNOWN = "#1f2933", "#66727f", "#e8e4d8", "#dfe3e8"
-COLUMNS = 1000  # at most, in a heatmap; also the bins of a long line
-STYLE: dict[Any, Any] = {
-    "font.size": 10.5,
-    "legend.fontsize": 10,
-    "legend.edgecolor": "none",
-    "axes.titlesize": 12.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e9ed",
-    **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
-    **dict.fromkeys(["text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"], INK),
-    **dict.fromkeys(["axes.edgecolor", "xtick.color", "ytick.color"], MUTED),
-}
 
 
 def plot_loss(run: Run, folder: Path) -> Path | None:
     """Training loss, raw and smoothed, and the held-out loss."""
     steps = np.array([s.step for s in run.steps])
-    loss = _numbers([s.loss for s in run.steps])
+    loss = as_floats([s.loss for s in run.steps])
     evals = [e for e in run.evals if e.loss is not None]
     if not np.isfinite(loss).any() and not evals:
         return None
-    with _picture(folder / "loss.png", 4.6) as (ax,):
-        probe = _shade_probe(ax, run)
+    with picture(folder / "loss.png", 4.6) as (ax,):
+        probe = shade_probe(ax, run)
         if len(steps) >= 10:
-            ax.plot(*_envelope(steps, loss), color=BLUE, alpha=0.3, lw=0.9, label="training loss, each step")
+            ax.plot(*envelope(steps, loss), color=BLUE, alpha=0.3, lw=0.9, label="training loss, each step")
             window = max(3, len(steps) // 15)
-            smooth = _rolling_mean(loss, window)
-            ax.plot(*_envelope(steps, smooth), color=BLUE, lw=2, label=f"training loss, mean of {window:,} steps")
+            smooth = rolling_mean(loss, window)
+            ax.plot(*envelope(steps, smooth), color=BLUE, lw=2, label=f"training loss, mean of {window:,} steps")
         elif len(steps):
             ax.plot(steps, loss, color=BLUE, lw=1.5, marker="o", ms=4, label="training loss, each step")
         if evals:
             size = 6.5 if len(evals) <= 60 else 3
             marker: dict[str, Any] = {"marker": "D", "ms": size, "mec": "white", "mew": 0.8, "clip_on": False}
-            held_out = _numbers([e.loss for e in evals])
+            held_out = as_floats([e.loss for e in evals])
             ax.plot([e.step for e in evals], held_out, color=ORANGE, lw=1.2, label="held-out loss", zorder=4, **marker)
         ax.set(title="Training and held-out loss", ylabel="loss (nats a token)")
-        _step_axis(ax, [*steps, *(e.step for e in evals)])
+        step_axis(ax, [*steps, *(e.step for e in evals)])
         ax.legend(handles=[*ax.get_legend_handles_labels()[0], *probe], ncols=2)
     return folder / "loss.png"
 
@@ -72,7 +66,7 @@ def plot_importance(run: Run, folder: Path) -> Path | None:
         return None
     columns = _columns(run, run.refreshes[-1].step)
     grid = _held(run.refreshes, columns, lambda event: relative(event.importances), run.info.num_layers)
-    with _picture(folder / "importance.png", _height(run)) as (ax,):
+    with picture(folder / "importance.png", _height(run)) as (ax,):
         _heatmap(ax, grid, columns, "viridis", "importance / mean over the layers")
         ax.set_title("Importance of each layer")
         _unknown_legend(ax, grid, [], "not measured yet")
@@ -86,7 +80,7 @@ def plot_probability(run: Run, folder: Path) -> Path | None:
         return None
     columns = _columns(run, events[-1].step)
     grid = _held(events, columns, lambda event: event.probabilities, run.info.num_layers)
-    with _picture(folder / "probability.png", _height(run)) as (ax,):
+    with picture(folder / "probability.png", _height(run)) as (ax,):
         _heatmap(ax, grid, columns, "cividis", "probability that a draw picks the layer")
         ax.set_title("Sampling probability of each layer")
         _unknown_legend(ax, grid, _mark_trained(ax, run), "no probabilities yet")
@@ -99,56 +93,22 @@ def plot_counts(run: Run, folder: Path) -> Path | None:
     if not any(counts):
         return None
     mean = sum(counts) / len(counts)
-    with _picture(folder / "counts.png", 3.8) as (ax,):
+    with picture(folder / "counts.png", 3.8) as (ax,):
         ax.bar(range(len(counts)), counts, color=BLUE, width=0.8)
         ax.axhline(mean, color=ORANGE, ls="--", lw=1.6, label=f"mean over the layers: {mean:,.4g} steps")
         ax.set(title="Steps that trained each layer", xlabel="layer", ylabel="training steps")
         ax.set(xlim=(-0.6, len(counts) - 0.4), ylim=(0, max(counts) * 1.18))
-        _whole_numbers(ax.xaxis, bins=16)
-        _whole_numbers(ax.yaxis, bins=7)
+        whole_numbers(ax.xaxis, bins=16)
+        whole_numbers(ax.yaxis, bins=7)
         ax.grid(axis="x", visible=False)
         ax.legend(loc="upper right")
     return folder / "counts.png"
 
 
-def plot_cost(run: Run, folder: Path) -> Path | None:
-    """Time, reduced bytes and bytes of optimizer state of each step."""
-    if not run.steps:
-        return None
-    steps = np.array([s.step for s in run.steps])
-    seconds = _numbers([s.seconds for s in run.steps])
-    line: dict[str, Any] = {"lw": 1.6, "drawstyle": "steps-mid", "marker": "o" if len(steps) < 10 else "", "ms": 4}
-    with _picture(folder / "cost.png", 7.2, rows=3) as (top, middle, bottom):
-        probe = [_shade_probe(ax, run) for ax in (top, middle, bottom)][-1]
-        if probe:
-            top.legend(handles=probe, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
-        if len(steps) < 200:
-            top.plot(steps, seconds, color=BLUE, **line)
-        else:
-            top.plot(*_envelope(steps, seconds), color=BLUE, alpha=0.3, lw=0.9)
-            top.plot(*_envelope(steps, _rolling_mean(seconds, len(steps) // 50)), color=BLUE, lw=2)
-        top.set(title="Step time", ylabel="seconds")
-        _usual_seconds(top, seconds)
-        reduced, state, host = np.array(
-            [[s.bytes_reduced, s.state_bytes, s.host_state_bytes] for s in run.steps], float
-        ).T
-        held = [(state, PURPLE, "on the device"), (host, ORANGE, "in host memory")]
-        for ax, series in ((middle, [(reduced, GREEN, "")]), (bottom, held if host.any() else held[:1])):
-            largest = max(values.max() for values, *_ in series)
-            scale, unit = byte_unit(largest)
-            for values, color, label in series:
-                ax.plot(*_envelope(steps, values / scale), color=color, label=label, clip_on=False, zorder=3, **line)
-            ax.set(ylabel=unit, ylim=(0, largest / scale * 1.12 or 1))
-            ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        if host.any():
-            bottom.legend(loc="lower right", ncols=2, bbox_to_anchor=(1, 1), borderaxespad=0)
-        middle.set_title("Gradient bytes this rank reduced")
-        bottom.set_title("Optimizer state on this rank")
-        _step_axis(bottom, steps)
-    return folder / "cost.png"
-
-
-PLOTS = {plot.__name__[5:]: plot for plot in (plot_loss, plot_importance, plot_probability, plot_counts, plot_cost)}
+PLOTS = {
+    plot.__name__[5:]: plot
+    for plot in (plot_loss, plot_importance, plot_probability, plot_counts, plot_cost, plot_moves)
+}
 
 
 def plot_all(run: Run, folder: Path) -> dict[str, Path | None]:
@@ -159,78 +119,8 @@ def plot_all(run: Run, folder: Path) -> dict[str, Path | None]:
     return {name: plot(run, folder) for name, plot in PLOTS.items()}
 
 
-def byte_unit(largest: float) -> tuple[float, str]:
-    """Decimal unit for numbers of bytes up to ``largest``, as its size and its name."""
-    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if largest >= scale:
-            return scale, unit
-    return 1.0, "bytes"
-
-
-@contextmanager
-def _picture(path: Path, height: float, rows: int = 1) -> Iterator[list[Axes]]:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, height), layout="constrained")
-        yield list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
-        figure.savefig(path, dpi=150)
-
-
 def _height(run: Run) -> float:
     return float(np.clip(2.4 + 0.085 * run.info.num_layers, 3.2, 7.5))
-
-
-def _numbers(values: Sequence[float | None]) -> np.ndarray:
-    """As floats, NaN for None."""
-    return np.array(values, dtype=float)
-
-
-def _whole_numbers(axis: Axis, bins: int = 10) -> None:
-    axis.set_major_locator(MaxNLocator(nbins=bins, steps=[1, 2, 5, 10], integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def _step_axis(ax: Axes, steps: Sequence[int] | np.ndarray) -> None:
-    ax.set(xlabel="optimizer step", xlim=(min(steps) - 0.5, max(steps) + 0.5))
-    _whole_numbers(ax.xaxis)
-
-
-def _shade_probe(ax: Axes, run: Run) -> list[Patch]:
-    """Shades the steps of the probe and returns their entry in the legend, if there are any."""
-    steps = [s.step for s in run.probe_steps]
-    if not steps:
-        return []
-    ax.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=PROBE, lw=0, zorder=0)
-    return [Patch(color=PROBE, label="probe: measures every layer, trains none")]
-
-
-def _rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values in a centred window, which is shorter at the two ends; NaN where there is none."""
-    known, kernel = np.isfinite(values), np.ones(window)
-    counts = np.convolve(known, kernel, mode="same")
-    return np.convolve(np.where(known, values, 0), kernel, mode="same") / np.where(counts > 0, counts, np.nan)
-
-
-def _envelope(x: np.ndarray, y: np.ndarray, bins: int = COLUMNS) -> tuple[np.ndarray, np.ndarray]:
-    """The line itself, or the lowest and highest value of each of ``bins`` bins where it has many more points."""
-    if len(x) <= 2 * bins:
-        return x, y
-    edges = np.linspace(0, len(x), bins + 1).astype(int)[:-1]
-    low, high = np.fmin.reduceat(y, edges), np.fmax.reduceat(y, edges)
-    return np.repeat(x[edges], 2), np.stack([low, high], axis=1).reshape(-1)
-
-
-def _usual_seconds(ax: Axes, seconds: np.ndarray) -> None:
-    """y from 0 to the usual times; the few steps that took far longer (the first, say) are told in the panel."""
-    known = seconds[np.isfinite(seconds)]
-    usual = known[known <= 5 * np.median(known)] if known.size else np.ones(1)
-    outside = known.size - usual.size
-    if outside > max(1, known.size // 50):
-        usual = known
-    elif outside > 0:
-        text = f"{outside:,} {'step' if outside == 1 else 'steps'} off the scale, up to {known.max():,.3g} s"
-        ax.text(0.99, 0.95, text, transform=ax.transAxes, ha="right", va="top", color=MUTED, fontsize=9.5)
-    ax.set_ylim(0, usual.max() * 1.35 or 1)
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
 
 
 def _columns(run: Run, last_event: int) -> np.ndarray:
@@ -244,7 +134,7 @@ def _columns(run: Run, last_event: int) -> np.ndarray:
 def _held(events: Sequence[Any], columns: np.ndarray, values: Callable[[Any], Any], num_layers: int) -> np.ndarray:
     """Layer × column: the values of the last event before each column's step (an event is after its own step)."""
     latest = np.searchsorted([event.step for event in events], columns, side="left") - 1
-    rows = {i: _numbers(values(events[i])) for i in set(latest.tolist()) if i >= 0}
+    rows = {i: as_floats(values(events[i])) for i in set(latest.tolist()) if i >= 0}
     unknown = np.full(num_layers, np.nan)
     return np.stack([rows.get(i, unknown) for i in latest.tolist()], axis=1)
 
@@ -266,8 +156,8 @@ def _heatmap(ax: Axes, grid: np.ndarray, columns: np.ndarray, colors: str, label
     image = ax.imshow(known, origin="lower", aspect="auto", interpolation="nearest", extent=extent, **look)
     ax.grid(visible=False)
     ax.set(xlabel="optimizer step", ylabel="layer")
-    _whole_numbers(ax.xaxis)
-    _whole_numbers(ax.yaxis)
+    whole_numbers(ax.xaxis)
+    whole_numbers(ax.yaxis)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.015, aspect=30)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     log = isinstance(look["norm"], LogNorm)

@@ -12,6 +12,7 @@ from typing import Any
 from grass_dist.errors import ConfigError
 from grass_dist.events import Event, Refreshed
 from grass_dist.training.config import RunConfig, dump_config
+from grass_dist.training.parallel import Run
 
 
 def make_run_folder(config: RunConfig) -> Path:
@@ -61,7 +62,7 @@ class MetricsLog:
                 self._board.add_scalar(f"{event}/{name}", value, step)
 
     def observe(self, event: Event) -> None:
-        """An observer of the method: refreshes and draws."""
+        """An observer of the method: refreshes, and the draws as they begin to train."""
         if isinstance(event, Refreshed):
             p = event.probabilities
             self.write(
@@ -80,6 +81,7 @@ class MetricsLog:
                 "sample",
                 event.step,
                 round=event.round,
+                drawn_at=event.drawn_at,
                 active_layers=event.active_layers,
                 probabilities=event.probabilities,
             )
@@ -87,6 +89,35 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+class StepCosts:
+    """What each step has cost this rank in communication and in optimizer states, from sums since the start.
+
+    Asked after every step on every rank: it also lets go of what has been measured.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._before = self._sums()
+
+    def of_step(self) -> dict[str, Any]:
+        """What came since it was last asked; a copy's time counts in the step in which its end is noticed."""
+        now, before = self._sums(), self._before
+        self._before = now
+        spent = {name: now[name] - before[name] for name in now}
+        return {**spent, "state_bytes": self._run.state_bytes, "host_state_bytes": self._run.host_state_bytes}
+
+    def _sums(self) -> dict[str, Any]:
+        grass = self._run.grass
+        traffic = grass.traffic
+        return {
+            "bytes_reduced": grass.bytes_reduced,
+            "bytes_to_device": traffic.bytes_to_device,
+            "bytes_to_host": traffic.bytes_to_host,
+            "transfer_seconds": traffic.seconds,
+            "wait_seconds": traffic.waited,
+        }
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,7 @@ class Run(Protocol):
 
     @property
     def state_bytes(self) -> int:
-        """Optimizer state on this rank's device."""
+        """Device memory of this rank that optimizer states have, slots that wait for one included."""
         ...
 
     @property

@@ -148,11 +148,11 @@ class DeepSpeedRun:
 
     @property
     def state_bytes(self) -> int:
-        return self.model.optimizer.device_state_bytes
+        return self.model.optimizer.states.device_bytes
 
     @property
     def host_state_bytes(self) -> int:
-        return self.model.optimizer.store.nbytes
+        return self.model.optimizer.states.host_bytes
 
     def save(self, tokenizer: Any, folder: Path) -> None:
         module = self.model.module

@@ -82,7 +82,7 @@ class TorchRun:
 
     @property
     def host_state_bytes(self) -> int:
-        return 0
+        return self.optimizer.host_state_bytes
 
     def save(self, tokenizer: Any, folder: Path) -> None:
         inner = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model

@@ -19,16 +19,16 @@ from grass_dist.backends.zero.backend import ZeroBackend
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
 from grass_dist.backends.zero.private import check_classes, deepspeed_version
 from grass_dist.config import check_num_layers
-from grass_dist.discovery import Unit, find_layers
+from grass_dist.discovery import find_layers
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
-from grass_dist.offload.transfer import Traffic
 from grass_dist.samplers import make_sampler
 from grass_dist.zero.checkpoint import add_checkpoints
 from grass_dist.zero.checks import check_model, check_optimizer
 from grass_dist.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
 from grass_dist.zero.jit import accelerator, on_cpu, spare_the_compiler
+from grass_dist.zero.place import place_states
 
 Initialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -125,28 +125,10 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
     zero.every = backend.groups_of([*layers, *roles]) if problem is None else []
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
     agree_at_start(backend, problem, fingerprint(config, found, groups, type(zero.user_optimizer), kwargs))
-    zero.grass = GrassEngine(config, layers, roles, backend, _States(zero, layers), observers)
+    zero.states = place_states(zero, backend, config, layers, roles)
+    zero.grass = GrassEngine(config, layers, roles, backend, zero.states, observers)
     remember(model)
     zero.on_step = lambda applied: zero.grass.advance() if applied else zero.grass.skip_step()
-
-
-class _States:
-    """`LayerStates`: those of the active layers are in the ZeRO optimizer, those of the others in its host store."""
-
-    def __init__(self, zero: NarrowZero, layers: Sequence[Unit]) -> None:
-        self._zero, self._layers = zero, layers
-
-    def expect(self, layers: Sequence[int], steps: int) -> None:
-        pass
-
-    def leave(self, active: Sequence[int]) -> None:
-        self._zero.evict({unit.name for i, unit in enumerate(self._layers) if i not in active})
-
-    def enter(self, active: Sequence[int]) -> None:
-        """They came when the layers were made trainable, which constructs the optimizer over them."""
-
-    def harvest(self) -> Traffic:
-        return Traffic()
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,9 @@ def groups_of(units: Iterable[Unit], user_groups: Sequence[Mapping[str, Any]]) -
     return found
 
 
+Around = Callable[[Sequence[torch.Tensor]], AbstractContextManager[None]]
+
+
 class GroupsOptimizer(torch.optim.Optimizer):
     """The user's optimizer, made to step over other parameter groups than its own.
 
@@ -49,21 +53,24 @@ class GroupsOptimizer(torch.optim.Optimizer):
     Args:
         user: her optimizer, without state.
         groups: what trains in the interval.
+        around: entered for each step with the flat partitions that it updates.
     """
 
-    def __init__(self, user: torch.optim.Optimizer, groups: Sequence[Group]) -> None:
-        self._user = user
+    def __init__(self, user: torch.optim.Optimizer, groups: Sequence[Group], around: Around) -> None:
+        self._user, self._around = user, around
         self._of_user = [group.user_group for group in groups]
-        own = [{**_hyperparameters(user.param_groups[g.user_group]), "params": list(g.params)} for g in groups]
+        own = [{**hyperparameters(user.param_groups[g.user_group]), "params": list(g.params)} for g in groups]
         super().__init__(own, user.defaults)
 
     def follow_user(self) -> None:
         """Takes over the learning rates and other hyperparameters of the user's groups as they are now."""
         for group, index in zip(self.param_groups, self._of_user, strict=True):
-            group.update(_hyperparameters(self._user.param_groups[index]))
+            group.update(hyperparameters(self._user.param_groups[index]))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        step_over(self._user, self.param_groups, self.state)
+        """Called by DeepSpeed once for each group, whose master's gradient is set then."""
+        with self._around([param for group in self.param_groups for param in group["params"]]):
+            step_over(self._user, self.param_groups, self.state)
 
     def step_nothing(self) -> None:
         """For schedulers: see `step_over`."""
@@ -80,5 +87,6 @@ def numel_of(param: nn.Parameter) -> int:
     return getattr(param, "ds_numel", param.numel())
 
 
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a group of the user's that an update needs."""
     return {k: v for k, v in group.items() if k not in ("params", "initial_lr")}

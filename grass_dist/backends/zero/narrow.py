@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
-from grass_dist.backends.zero.store import HostStore, Record
+from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, narrow_again, take_over, whole_state
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class NarrowZero(_Stock):
     Attributes:
         user_optimizer: the optimizer that the engine was given; its groups are `param_groups` here.
         groups: what trains, in DeepSpeed's order; empty while at `rest`.
-        store: states of the other groups.
+        states: of all groups; put here by the front door.
         every: all groups, in the order of a checkpoint.
         loaded: the method's state out of a checkpoint; empty if that was saved without GRASS, None if not loaded.
         hidden: within `whole`, the lists that it has put those of all groups in the place of.
@@ -48,10 +48,12 @@ class NarrowZero(_Stock):
     """
 
     names: ClassVar[Names]
+    relink: Callable[[], None] | None
     connect: ClassVar[Callable[[Any], None]]
     """Set by the front door on a subclass: finds the layers, and narrows or rests the new object."""
 
     grass: Any
+    states: ZeroStates
     on_gradients: Callable[[], None]
     on_rest_step: Callable[[], bool]
     on_step: Callable[[bool], None]
@@ -65,7 +67,6 @@ class NarrowZero(_Stock):
         self.loaded: dict[str, Any] | None = None
         self.hidden: dict[str, Any] | None = None
         self._built = False
-        self.store = HostStore(pin=torch.cuda.is_available())
         type(self).connect(self)
 
     # --- what the engine and schedulers see
@@ -85,6 +86,7 @@ class NarrowZero(_Stock):
             self.optimizer.follow_user()
             self.on_gradients()
             super().step()
+            self.states.end_step()
         else:
             self.overflow = self.on_rest_step()
             self._end_rest_step()
@@ -118,15 +120,12 @@ class NarrowZero(_Stock):
     # --- what the backend does with it
 
     def narrow(self, groups: Sequence[Group]) -> None:
-        """Trains ``groups`` and nothing else from the next forward on; their states come, the others' go."""
-        staying = self._let_go({group.key for group in groups})
+        """Trains ``groups`` and nothing else from the next forward on."""
+        self._let_go({group.key for group in groups})
         self._construct(groups)
         self.groups = list(groups)
         for i, group in enumerate(self.groups):
-            record = staying.pop(group.key, None) or self.store.get(group.key)
-            if record is not None:
-                self._put_back(i, record)
-            self.store.drop(group.key)
+            self.states.of[group.key].adopt(self.masters[i], self.optimizer.state)
 
     def rest(self, stand_in: Group) -> None:
         """Trains nothing. DeepSpeed must own a parameter: that of ``stand_in``, of which it gets no gradient."""
@@ -136,16 +135,9 @@ class NarrowZero(_Stock):
         self._release()
         self.groups = []
 
-    def evict(self, units: Collection[str]) -> None:
-        """Copies the states of the units' groups to the host; `narrow` lets go of those on the device."""
-        leaving = [i for i, group in enumerate(self.groups) if group.unit.name in units]
-        state = super().state_dict() if leaving else {}
-        for i in leaving:
-            self.store.put(self.groups[i].key, self.record(i, state))
-
     def forget(self) -> None:
         """Throws the states of all groups away; `narrow` begins with new masters, of the weights as they are."""
-        self.store.clear()
+        self.states.forget()
         self.groups = []
 
     def partition_grads_of(self, i: int) -> list[torch.Tensor]:
@@ -155,12 +147,6 @@ class NarrowZero(_Stock):
     def saved_order(self, group: Group) -> list[nn.Parameter]:
         """The parameters of ``group`` in the order in which its flat partitions hold them."""
         return list(group.params)
-
-    @property
-    def device_state_bytes(self) -> int:
-        """Bytes of masters and moments that are on the device."""
-        vectors = [t for s in self.optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() > 1]
-        return sum(t.nbytes for t in (*vectors, *(self.masters if self.groups else ())))
 
     def _end_rest_step(self) -> None:
         self.optimizer.step_nothing()
@@ -174,7 +160,7 @@ class NarrowZero(_Stock):
 
     def _construct(self, groups: Sequence[Group]) -> None:
         carried = {name: self.__dict__[name] for name in CARRIED if self._built and name in self.__dict__}
-        own = {"init_optimizer": GroupsOptimizer(self.user_optimizer, groups)}
+        own = {"init_optimizer": GroupsOptimizer(self.user_optimizer, groups, self._updating)}
         with _quiet() if self._built else nullcontext():
             super().__init__(**{**self.arguments, **own})
         self.__dict__.update(carried)
@@ -182,19 +168,18 @@ class NarrowZero(_Stock):
             check_instance(self, self.names, len(groups))
         self._built = True
 
-    def _let_go(self, keep: set[tuple[str, int]]) -> dict[tuple[str, int], Record]:
-        """Before construction: evicts the groups not in ``keep``; gives the records of the others, on the device."""
+    def _updating(self, masters: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+        return self.states.updating(masters, self.optimizer.state)
+
+    def _let_go(self, keep: set[tuple[str, int]]) -> None:
+        """Before construction: keeps what DeepSpeed has of the groups that train."""
         if not self._built:
-            return {}
-        staying = {}
-        state = super().state_dict() if self.groups else {}
-        for i, group in enumerate(self.groups):
-            if group.key in keep:
-                staying[group.key] = self.record(i, state)
-            elif group.key not in self.store:
-                self.store.put(group.key, self.record(i, state))
+            return
+        self.keep_lists()
+        self.states.keep_newborn()
+        for group in self.groups:
+            self.states.of[group.key].param = None
         self._release()
-        return staying
 
     def _release(self) -> None:
         """Takes DeepSpeed's hooks and references off the parameters."""
@@ -202,20 +187,19 @@ class NarrowZero(_Stock):
 
     # --- states
 
-    def record(self, i: int, state: dict[str, Any]) -> Record:
-        """State of group ``i`` out of a state_dict of all groups."""
+    def keep_lists(self) -> None:
+        """Notes the entries that the groups which train have in DeepSpeed's state, besides their tensors."""
+        if not self.groups:
+            return
+        with narrow_again(self):
+            state = super().state_dict()
         check_state(state, self.names)
         count = len(self.masters)
-        lists = {k: v[i] for k, v in state.items() if isinstance(v, list) and len(v) == count}
-        return {**lists, "state": state[self.names.optimizer_key]["state"].get(i, {})}
-
-    def _put_back(self, i: int, record: Record) -> None:
-        master, saved = self.masters[i], record[self.names.masters_key]
-        with torch.no_grad():  # ZeRO-1 and 2 save it without the padding
-            master[: saved.numel()].copy_(saved, non_blocking=True)
-        own = {k: _placed(v, master.device) for k, v in record["state"].items()}
-        if own:
-            self.optimizer.state[master] = own
+        lists = {k: v for k, v in state.items() if isinstance(v, list) and len(v) == count}
+        saved = lists.pop(self.names.masters_key)
+        for i, group in enumerate(self.groups):
+            kept = self.states.of[group.key]
+            kept.lists, kept.saved = {k: v[i] for k, v in lists.items()}, saved[i].numel()
 
 
 def narrow_class(stock: type, stage3: bool, connect: Callable[[Any], None]) -> type:
@@ -227,6 +211,16 @@ def narrow_class(stock: type, stage3: bool, connect: Callable[[Any], None]) -> t
 class _Narrow12(NarrowZero):
     names = STAGE_1_AND_2
 
+    def _lazy_init_hp_params_optimizer_state(self) -> None:
+        """DeepSpeed takes views of the moments, for its `safe_get_full_optimizer_state`; not of memory that changes."""
+        if not self.states.streams:
+            super()._lazy_init_hp_params_optimizer_state()
+
+    def relink(self) -> None:
+        """DeepSpeed takes its views of the masters anew, for `safe_get_full_fp32_param`."""
+        if self.groups:
+            self._link_all_hp_params()
+
     def saved_order(self, group: Group) -> list[nn.Parameter]:
         if not self.round_robin_gradients:
             return list(group.params)
@@ -235,6 +229,7 @@ class _Narrow12(NarrowZero):
 
 class _Narrow3(NarrowZero):
     names = STAGE_3
+    relink = None  # it has no such views
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.parameter_offload: Any = None
@@ -254,25 +249,17 @@ class _Narrow3(NarrowZero):
         self.arguments["sub_group_size"] = sys.maxsize  # one flat partition a group
         super()._construct(groups)
 
-    def _let_go(self, keep: set[tuple[str, int]]) -> dict[tuple[str, int], Record]:
-        staying = super()._let_go(keep)
+    def _let_go(self, keep: set[tuple[str, int]]) -> None:
+        super()._let_go(keep)
         for group in self.groups:
             if group.key not in keep:  # or one layer would hold the flat buffer of the whole interval
                 for param in group.params:
                     shard = zero_shard(param)
                     shard.data = shard.data.clone()
-        return staying
 
     def _release(self) -> None:
         for hook in (*self._grad_acc_hooks, *self._leaf_module_hooks):
             hook.remove()
-
-
-def _placed(value: Any, device: torch.device) -> Any:
-    """A copy on the device of what lay on the host; step counts stay where the optimizer class has them."""
-    if torch.is_tensor(value) and value.numel() > 1:
-        return value.to(device, non_blocking=True, copy=value.device.type == "cpu")
-    return value
 
 
 @contextmanager

@@ -42,7 +42,10 @@ STAGE_1_AND_2 = Names(
     optimizer_key="base_optimizer_state",
     shapes=("bit16_groups", "round_robin_bit16_groups"),
     attributes=(*_ATTRIBUTES, "round_robin_gradients", "partition_count"),
-    methods=(*_METHODS, "reduce_gradients", "_round_robin_reorder"),
+    methods=(
+        *(*_METHODS, "reduce_gradients", "_round_robin_reorder"),
+        *("_link_all_hp_params", "_lazy_init_hp_params_optimizer_state"),
+    ),
 )
 STAGE_3 = Names(
     masters="fp32_partitioned_groups_flat",

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from grass_dist.backends.zero.groups import Group, zero_shard
+from grass_dist.backends.zero.states import GroupState
 from grass_dist.errors import GrassError
 
 if TYPE_CHECKING:
     from grass_dist.backends.zero.narrow import NarrowZero
 
-GROUPS_KEY, GRASS_KEY = "grass_groups", "grass"
-"""What we add to DeepSpeed's ZeRO state: names of the groups in order, and the state of the method on this rank."""
+GROUPS_KEY, SIZES_KEY, GRASS_KEY = "grass_groups", "grass_sizes", "grass"
+"""What we add to DeepSpeed's ZeRO state: names of the groups in order, elements of this rank's partitions with their
+padding, and the state of the method on this rank."""
 
 
 @contextmanager
@@ -47,14 +49,15 @@ def narrow_again(zero: NarrowZero) -> Iterator[None]:
 
 
 def complete(zero: NarrowZero) -> None:
-    """Makes masters of the layers that were never drawn, one layer at a time, in host memory."""
+    """Makes masters of the layers that were never drawn, one layer at a time, and takes them where states are kept."""
     current = list(zero.groups)
-    known = {group.key for group in current}
-    missing = [group for group in zero.every if group.key not in known and group.key not in zero.store]
+    missing = [group for group in zero.every if not zero.states.of[group.key].numel]
     for _, groups in groupby(missing, key=lambda group: group.unit.name):
         make(zero, [*current, *groups])
     if missing:
         resume(zero, current)
+    zero.keep_lists()
+    zero.states.settle()
 
 
 def make(zero: NarrowZero, groups: Sequence[Group]) -> None:
@@ -65,29 +68,46 @@ def make(zero: NarrowZero, groups: Sequence[Group]) -> None:
 
 def resume(zero: NarrowZero, groups: Sequence[Group]) -> None:
     """Goes back to what trained before."""
-    zero.narrow(groups) if groups else zero.rest(zero.stand_in)
+    if groups:
+        zero.narrow(groups)
+        zero.states.enter(zero.grass.active_layers)
+    else:
+        zero.rest(zero.stand_in)
 
 
 def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
     """``state``, the stock state_dict of what trains, with every other group in its place."""
-    names = zero.names
-    training = {group.key: zero.record(i, state) for i, group in enumerate(zero.groups)}
-    order = [training.get(group.key) or zero.store[group.key] for group in zero.every]
-    lists = {key: [record[key] for record in order] for key in order[0] if key != "state"}
+    names, order = zero.names, [zero.states.of[group.key] for group in zero.every]
+    lists = {key: [own.lists[key] for own in order] for key in order[0].lists}
+    lists[names.masters_key] = [_master(own) for own in order]
     user = zero.user_optimizer.param_groups
     base = {
-        "state": {i: record["state"] for i, record in enumerate(order) if record["state"]},
+        "state": {i: {k: _saved(own, v) for k, v in own.state.items()} for i, own in enumerate(order) if own.state},
         "param_groups": [
             {**{k: v for k, v in user[g.user_group].items() if k != "params"}, "params": [i]}
             for i, g in enumerate(zero.every)
         ],
     }
-    ours = {GROUPS_KEY: [group.key for group in zero.every], GRASS_KEY: zero.grass.state_dict()}
+    keys, sizes = [group.key for group in zero.every], [own.numel for own in order]
+    ours = {GROUPS_KEY: keys, SIZES_KEY: sizes, GRASS_KEY: zero.grass.state_dict()}
     return {**state, **lists, names.optimizer_key: base, **ours}
 
 
+def _master(own: GroupState) -> torch.Tensor:
+    if own.master is not None:
+        return _saved(own, own.master[: own.saved])
+    return torch.cat([zero_shard(param).detach().reshape(-1) for param in own.group.params])
+
+
+def _saved(own: GroupState, value: Any) -> Any:
+    """A tensor as a file should hold it: in host memory that holds nothing but this layer's state."""
+    if own.resident and own.homes and torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    return value
+
+
 def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
-    """Puts what `whole_state` gave into the host store, and ZeRO-3's weights into their shards.
+    """Puts what `whole_state` gave where states are kept, and ZeRO-3's weights into their shards.
 
     Raises:
         GrassError: the state is of other layers or parameter groups.
@@ -101,12 +121,20 @@ def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
             f"where {odd[1]} is expected; load it with the model, parameter groups and grass.always_active of that run."
         )
     zero.loss_scaler, zero.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
-    lists = {k: v for k, v in saved.items() if isinstance(v, list) and len(v) == len(keys) and k != GROUPS_KEY}
+    lists = {
+        k: v
+        for k, v in saved.items()
+        if isinstance(v, list) and len(v) == len(keys) and k not in (GROUPS_KEY, SIZES_KEY)
+    }
+    masters = lists.pop(zero.names.masters_key)
     states = saved[zero.names.optimizer_key]["state"]
+    sizes = saved.get(SIZES_KEY, [master.numel() for master in masters])
     zero.forget()
+    zero.states.replace({key: (sizes[i], masters[i], states.get(i, {})) for i, key in enumerate(keys)})
     for i, group in enumerate(zero.every):
-        zero.store.put(group.key, {**{k: v[i] for k, v in lists.items()}, "state": states.get(i, {})})
-        _fill_shards(group, lists[zero.names.masters_key][i])
+        own = zero.states.of[group.key]
+        own.lists, own.saved = {k: v[i] for k, v in lists.items()}, masters[i].numel()
+        _fill_shards(group, masters[i])
     for mine, theirs in zip(zero.user_optimizer.param_groups, _user_groups(zero, saved), strict=True):
         mine.update(theirs)
 

@@ -1,0 +1,83 @@
+"""Where the states of a ZeRO optimizer's groups are, decided and made before it is constructed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from grass_dist.agreement import agree_at_start
+from grass_dist.backends.zero.backend import ZeroBackend
+from grass_dist.backends.zero.groups import Group, hyperparameters
+from grass_dist.backends.zero.narrow import NarrowZero
+from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
+from grass_dist.config import GrassConfig
+from grass_dist.discovery import Unit
+from grass_dist.errors import GrassError
+from grass_dist.offload.build import build
+from grass_dist.offload.fields import Kept, kept_for
+from grass_dist.offload.moving import MovingStates
+from grass_dist.offload.plan import make_plan
+from grass_dist.optimizer import ELEMENTWISE, step_over
+
+
+def place_states(
+    zero: NarrowZero, backend: ZeroBackend, config: GrassConfig, layers: Sequence[Unit], roles: Sequence[Unit]
+) -> ZeroStates:
+    """Chooses the mode and takes the memory for it; on all ranks alike.
+
+    Raises:
+        ConfigError, GrassError: the states cannot be where the configuration wants them.
+    """
+    device = backend.shard_of(layers[0].params[0][1]).device
+    dtype = torch.bfloat16 if config.offload.host_dtype else None
+    fallback: str | None = None
+    kept: dict[int, Kept] = {}
+    try:
+        for group in zero.every:
+            if group.user_group not in kept:
+                kept[group.user_group] = _kept(zero.user_optimizer, group, backend.world_size, device)
+    except GrassError as error:
+        fallback, kept = str(error), {}
+    made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
+    for group in zero.every:
+        in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
+        own = GroupState(group, kept.get(group.user_group, []), backend.world_size, has_master=not in_place)
+        made[group.unit.name].append(own)
+    states = [UnitState(unit.name, made[unit.name], dtype) for unit in layers]
+    staying = [UnitState(unit.name, made[unit.name], None) for unit in roles]
+    sizes = [(state.layout.device_bytes, state.layout.host_bytes) for state in states]
+    resident = sum(state.layout.device_bytes for state in staying)
+    plan = make_plan(backend, config, sizes, resident, device, fallback=fallback)
+    moving: MovingStates | None = None
+    problem: Exception | None = None
+    if plan.mode != "none":
+        try:
+            moving = build(plan, config, states, device, last_first=False, inline=True)
+        except GrassError as error:
+            problem = error
+        agree_at_start(backend, problem, {})
+    return ZeroStates(states, staying, moving, device, zero.relink)
+
+
+def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Kept:
+    """What the user's optimizer keeps for a flat fp32 partition."""
+
+    def step(groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
+        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        step_over(user, groups, state)
+        return state
+
+    like = torch.empty(1, device=device).expand(capacity(group, world_size))
+    name = type(user).__name__
+    try:
+        kept = kept_for(
+            step, hyperparameters(user.param_groups[group.user_group]), like, elementwise=type(user) in ELEMENTWISE
+        )
+    except Exception as error:
+        raise GrassError(f"{name} does not say what it keeps: {error}") from error
+    if odd := [key for key, shape, _ in kept if shape != like.shape]:
+        raise GrassError(f"{name} keeps {odd[0]} in another shape than a partition's")
+    return kept

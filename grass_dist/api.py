@@ -18,12 +18,8 @@ from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
-from grass_dist.offload.build import build
-from grass_dist.offload.layout import Field, Layout
-from grass_dist.offload.moving import MovingStates
-from grass_dist.offload.plan import make_plan
-from grass_dist.offload.states import ResidentStates
 from grass_dist.optimizer import ELEMENTWISE, UnitOptimizer
+from grass_dist.placement import place_states
 from grass_dist.samplers import make_sampler
 
 ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
@@ -99,7 +95,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         remember(model)
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
-        self._states = self._place_states(config)
+        self._states = place_states(self._layer_optimizers, self._role_optimizers, self.param_groups, backend, config)
         self._in_backward = config.offload.update_in_backward
         self._updated: set[int] = set()  # layers, since the last step ended
         if self._in_backward:
@@ -178,10 +174,11 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._states.settle()
         position = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         state: dict[int, dict[str, Any]] = {}
-        for optimizer in self._unit_optimizers:
+        for index, optimizer in enumerate(self._unit_optimizers):
+            lent = index < len(self._layer_optimizers) and self._states.lends(index)
             for at, (_, param) in enumerate(optimizer.unit.params):
                 if own := optimizer.state_of(at):
-                    state[position[id(param)]] = own
+                    state[position[id(param)]] = {k: _copied(v) for k, v in own.items()} if lent else own
         groups, start = [], 0
         for group in self.param_groups:
             count = len(group["params"])
@@ -202,11 +199,16 @@ class GrassOptimizer(torch.optim.Optimizer):
                 f"{[len(g['params']) for g in saved]} parameters, this optimizer's have "
                 f"{[len(g['params']) for g in mine]}; build it with the same model and groups."
             )
+        position = {id(p): i for i, p in enumerate(p for g in mine for p in g["params"])}
+        entries = [
+            [state_dict["state"].get(position[id(p)], {}) for _, p in optimizer.unit.params]
+            for optimizer in self._unit_optimizers
+        ]
+        for optimizer, states in zip(self._unit_optimizers, entries, strict=True):
+            optimizer.check_parts(states)
         for group, other in zip(mine, saved, strict=True):
             group.update({k: v for k, v in other.items() if k != "params"})
-        position = {id(p): i for i, p in enumerate(p for g in mine for p in g["params"])}
-        for index, optimizer in enumerate(self._unit_optimizers):
-            states = [state_dict["state"].get(position[id(p)], {}) for _, p in optimizer.unit.params]
+        for index, (optimizer, states) in enumerate(zip(self._unit_optimizers, entries, strict=True)):
             load = partial(optimizer.load_state, states, mine)
             if index >= len(self._layer_optimizers):
                 load()
@@ -217,33 +219,6 @@ class GrassOptimizer(torch.optim.Optimizer):
                 load()
             self._show_state(optimizer)
         self.grass.load_state_dict(state_dict["grass"])
-
-    def _place_states(self, config: GrassConfig) -> ResidentStates | MovingStates:
-        """Decides where the states of the layers are, and takes the memory for them; on all ranks alike."""
-        fields: list[list[Field]] = []
-        fallback: str | None = None
-        try:
-            fields = [optimizer.fields(self.param_groups) for optimizer in self._layer_optimizers]
-            resident = sum(f.nbytes for o in self._role_optimizers for f in o.fields(self.param_groups))
-        except GrassError as error:
-            fallback, resident = str(error), 0
-        dtype = torch.bfloat16 if config.offload.host_dtype else None
-        layouts = [Layout(own, dtype) for own in fields]
-        sizes = [(layout.device_bytes, layout.host_bytes) for layout in layouts]
-        device = self._backend.shard_of(self._layer_optimizers[0].unit.params[0][1]).device
-        plan = make_plan(self._backend, config, sizes, resident, device, fallback=fallback)
-        if plan.mode == "none":
-            return ResidentStates(self._layer_optimizers)
-        for optimizer, layout in zip(self._layer_optimizers, layouts, strict=True):
-            optimizer.layout = layout
-        states, problem = None, None
-        try:
-            states = build(plan, config, self._layer_optimizers, device)
-        except GrassError as error:
-            problem = error
-        agree_at_start(self._backend, problem, {})
-        assert states is not None
-        return states
 
     @property
     def _unit_optimizers(self) -> list[UnitOptimizer]:
@@ -284,6 +259,11 @@ class GrassOptimizer(torch.optim.Optimizer):
             UnitOptimizer(unit, [group_of[id(p)] for _, p in unit.params], optimizer_class, kwargs, self._backend)
             for unit in units
         ]
+
+
+def _copied(value: Any) -> Any:
+    """A copy in host memory: device memory that is lent to a layer is another's later."""
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
 def _full_groups(

@@ -178,12 +178,7 @@ class UnitOptimizer:
         return {**state, "part": self._backend.part} if state and self._backend.part != WHOLE else state
 
     def load_state(self, states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over what `state_of` gave for each position; all empty leaves the unit unborn.
-
-        Raises:
-            ValueError: it is of another part of the parameters than this rank's.
-        """
-        self._check_parts(states)
+        """Takes over what `state_of` gave for each position, after `check_parts`; all empty leaves the unit unborn."""
         if not any(states):
             self.inner, self.updated = None, []
             return
@@ -197,7 +192,12 @@ class UnitOptimizer:
                 if own:
                     self.inner.state[target] = own
 
-    def _check_parts(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def check_parts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Checks a loaded state before anything is changed.
+
+        Raises:
+            ValueError: it is of another part of the parameters than this rank's.
+        """
         for (name, param), state in zip(self.unit.params, states, strict=True):
             if not state:
                 continue

@@ -181,6 +181,9 @@ def _prepare(stock: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: 
 
 def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module], config: GrassConfig) -> None:
     """Puts a `GrassOptimizer` in the place of the optimizer that ``accelerated`` wraps."""
+    if config.offload.update_in_backward:
+        problem = "Trainer and Accelerate clip by calls of their own, which would come too late"
+        raise ConfigError("grass.offload.update_in_backward", True, problem, "leave it out, or call GrassOptimizer")
     inner: torch.optim.Optimizer = accelerated.optimizer
     trained = {id(p) for group in inner.param_groups for p in group["params"]}
     model = next((m for m in reversed(models) if any(id(p) in trained for p in m.parameters())), None)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "grass_dist"
 RANKS = [
     {"errors", "config"},
     {"importance", "samplers", "schedule", "events", "discovery"},
-    {"backends", "optimizer", "offload", "measurement", "clipping", "agreement", "assembly"},
+    {"backends", "optimizer", "offload", "measurement", "clipping", "agreement", "assembly", "placement"},
     {"engine"},
     {"api", "zero", "cli", "report", "training", "trainer", "__init__"},
 ]

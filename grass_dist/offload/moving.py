@@ -4,45 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from grass_dist.errors import GrassError
-from grass_dist.offload.layout import Layout
-from grass_dist.offload.slots import Slot, SlotPool
+from grass_dist.offload.place import Movable, Place
+from grass_dist.offload.slots import SlotPool
 from grass_dist.offload.store import LayerStateStore
-from grass_dist.offload.streams import Event, ThreadEvent
+from grass_dist.offload.streams import Event
 from grass_dist.offload.transfer import Traffic, TransferEngine
-
-
-class Movable(Protocol):
-    """The state of one layer, wherever it is."""
-
-    name: str
-    layout: Layout
-
-    def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
-        """Makes the optimizer use ``views``, one for each field, as its state; before its birth, to be born in.
-
-        ``resident``: they are in a slot, not in host memory.
-        """
-        ...
-
-
-_DONE = ThreadEvent(done=True)
-
-
-@dataclass(slots=True)
-class _Place:
-    state: Movable
-    host: torch.Tensor
-    slot: Slot | None = None
-    holds: bool = False  # whether there is a state yet
-    arrived: Event = _DONE  # it is in its slot
-    updated: Event = _DONE  # nothing computes on it in its slot
-    left: Event = _DONE  # the host's buffer has it
 
 
 class MovingStates(ABC):
@@ -74,7 +45,7 @@ class MovingStates(ABC):
         *,
         last_first: bool = True,
     ) -> None:
-        self._places = [_Place(state, store[i]) for i, state in enumerate(states)]
+        self._places = [Place(state, store[i]) for i, state in enumerate(states)]
         self.pool, self.store, self.transfers = pool, store, transfers
         self._last_first = last_first
         self._updates: list[Event] = []  # of this step
@@ -124,12 +95,18 @@ class MovingStates(ABC):
         self._places[layer].updated = self.transfers.compute("GRASS::updated", _nothing, [])
         self._after_update(layer)
 
+    def lends(self, layer: int) -> bool:
+        """Whether the state lies in memory that another layer gets when this one leaves."""
+        return self._places[layer].slot is not None
+
     def show(self, layer: int) -> None:
         """Binds the state to where it is between two steps, though it may not have arrived there."""
         place = self._places[layer]
-        _ended(place.left)  # binds it to host memory
+        _ended(place.left)  # which binds it to host memory
         if place.slot is not None and self.stays:
             place.state.bind(place.state.layout.device_views(place.slot.flat), resident=True)
+        else:
+            place.state.bind(place.state.layout.host_views(place.host), resident=False)
 
     def finish(self) -> None:
         """Ends the updates of a step: what is computed next comes after them."""

@@ -60,6 +60,9 @@ class ResidentStates:
     def settle(self) -> None:
         pass
 
+    def lends(self, layer: int) -> bool:
+        return False
+
     def put(self, layer: int, fill: Callable[[], None] | None) -> None:
         if fill is not None:
             fill()

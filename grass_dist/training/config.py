@@ -143,6 +143,14 @@ class RunConfig(StrictModel):
         return {"backend": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _updates_can_be_early(self) -> RunConfig:
+        clip = self.train.clip_grad_norm
+        if self.grass.offload.update_in_backward and clip is not None:
+            problem = f"train.clip_grad_norm={clip} needs the norm of all gradients before any update"
+            raise ConfigError("grass.offload.update_in_backward", True, problem, "set one of them to false or null")
+        return self
+
+    @model_validator(mode="after")
     def _something_trains(self) -> RunConfig:
         grass, steps = self.grass, self.train.max_steps
         try:

@@ -68,11 +68,18 @@ def merge_grass(ds_config: Mapping[str, Any], given: Mapping[str, Any] | None) -
     block = ds_config.get("grass")
     if block is None and given is None:
         return None
-    mine, theirs = dict(given or {}), {str(k): v for k, v in (block or {}).items() if v != "auto"}
-    for name in mine:
-        if name in theirs and not _same(mine[name], theirs[name]):
-            problem = f"the DeepSpeed JSON has {theirs[name]!r}"
-            raise ConfigError(f"grass.{name}", mine[name], problem, f'change one, or write "{name}": "auto" there')
+    return _merged("grass", given or {}, block or {})
+
+
+def _merged(section: str, given: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
+    mine, theirs = dict(given), {str(k): v for k, v in block.items() if v != "auto" or section == "grass.offload"}
+    for name, value in mine.items():
+        other = theirs.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            mine[name] = _merged(f"{section}.{name}", value, other)
+        elif name in theirs and not _same(value, other):
+            problem = f"the DeepSpeed JSON has {other!r}"
+            raise ConfigError(f"{section}.{name}", value, problem, f'change one, or write "{name}": "auto" there')
     return {**theirs, **mine}
 
 

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.api import GrassOptimizer
+from grass_dist.config import GrassConfig
 from grass_dist.discovery import LayerMap
 from grass_dist.events import Observer
 from grass_dist.training.answers import greedy_answer
@@ -48,7 +49,7 @@ class Torch:
             model,
             torch.optim.AdamW,
             adamw_settings(self._config.train),
-            config=self._config.grass,
+            config=_early_updates(self._config),
             params=parameter_groups(model, self._config.train.weight_decay),
             gradient_accumulation_steps=accumulation_steps(self._config, self._world),
             observers=observers,
@@ -90,6 +91,15 @@ class TorchRun:
 
     def close(self) -> None:
         del self.model, self.optimizer, self.grass
+
+
+def _early_updates(config: RunConfig) -> GrassConfig:
+    """States that are streamed go out under the backward where nothing is clipped, unless the user says otherwise."""
+    offload = config.grass.offload
+    if offload.mode != "stream" or config.train.clip_grad_norm or "update_in_backward" in offload.model_fields_set:
+        return config.grass
+    early = offload.model_copy(update={"update_in_backward": True})
+    return config.grass.model_copy(update={"offload": early})
 
 
 def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) -> nn.Module:

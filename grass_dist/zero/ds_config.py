@@ -176,6 +176,9 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
         grass = GrassConfig(**{str(key): value for key, value in ds_config.pop("grass").items()})
     except ConfigError as error:
         raise error.under("grass") from None
+    if grass.offload.update_in_backward:
+        problem = "DeepSpeed updates after the backward, when it knows the norm of all gradients"
+        raise ConfigError("grass.offload.update_in_backward", True, problem, "leave it out")
     said: list[str] = []
     stage = _normalise_zero(ds_config, said)
     _refuse(ds_config)

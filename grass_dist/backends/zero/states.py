@@ -26,8 +26,8 @@ class GroupState:
         state: of the base optimizer, by key: moments wherever they are, and step counts.
         master: wherever it is; None if the group has no state yet, or is updated in the weights themselves.
         param: what the ZeRO optimizer of now calls the master of this group; None if the group does not train.
-        lists: the group's entries in DeepSpeed's state, of the time when it last trained; ``saved`` is how many elements
-            of the master DeepSpeed saves, without padding.
+        lists: the group's entries in DeepSpeed's state, of the time when it last trained.
+        saved: elements of the master that DeepSpeed saves, without padding.
         numel: elements of the partition; 0 if the group has no state yet.
         resident: whether the state is on the device.
     """
@@ -140,8 +140,8 @@ class UnitState:
 class ZeroStates:
     """`LayerStates` under ZeRO: what the method's engine, the ZeRO optimizer and checkpoints ask of all states.
 
-    A layer's state is born when the layer is first constructed over: its master, which DeepSpeed makes then, goes to the
-    host at once and comes with all others.
+    A layer's state is born when the layer is first constructed over: its master, which DeepSpeed makes then, goes to
+    the host at once and comes with all others.
 
     Args:
         layers, roles: states of all groups.

@@ -135,22 +135,26 @@ def wire_bytes(rank: int, world_size: int, stage: int) -> dict[str, int]:
 
 
 def state_bytes(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
-    """On the device the active layers' share, on the host the rest; never more, from the start on."""
+    """On the device slots for the active layers and the roles' states, on the host the layers that are away."""
     engine = make_engine(ds_config(stage, SETTINGS, 1, dtype), dtype)
-    zero, grass = engine.optimizer, engine.grass
+    states, grass = engine.optimizer.states, engine.grass
     share = {unit.name: unit.numel / world_size for unit in (*grass.layers, *grass.roles)}
-    pad = 4 * 64 * len(zero.every)
-    assert zero.states.device_bytes == zero.states.host_bytes == 0  # in the probe
+    layers, slots = [unit.name for unit in grass.layers], grass.config.active_layers
+    pad = 12 * 100 * len(engine.optimizer.every)
+    size = 12 * share[layers[0]]
+    assert abs(states.device_bytes - slots * size) <= pad and states.host_bytes == 0  # the probe has no state
     seen: set[str] = set()
     for step in range(12):
+        active = {layers[i] for i in grass.active_layers} if grass.phase == "train" else set()
         train_step(engine, step, rank, world_size, 1)
-        on = [unit.name for unit in grass.trainable_units()] if grass.phase == "train" else []
-        stepped = {g.unit.name for i, g in enumerate(zero.groups) if zero.optimizer.state.get(zero.masters[i])}
-        wanted = sum(share[name] * (12 if name in stepped else 4) for name in on)
-        assert abs(zero.states.device_bytes - wanted) <= pad, (step, zero.states.device_bytes, wanted)
-        off = sum(12 * share[name] for name in seen - set(on))
-        assert abs(zero.states.host_bytes - off) <= pad, (step, zero.states.host_bytes, off)
-        seen |= set(on)
+        seen |= active
+        roles = sum(12 * share[unit.name] for unit in grass.roles) if seen else 0
+        landing = size if grass.schedule.steps_to_switch(grass.step) == 1 or grass.schedule.switch_due(grass.step) else 0
+        on = states.device_bytes - slots * size - roles
+        assert -pad <= on <= landing + pad, (step, on, landing)
+        now = {layers[i] for i in grass.active_layers}
+        off = 12 * sum(share[name] for name in seen - now)
+        assert -landing - pad <= states.host_bytes - off <= pad, (step, states.host_bytes, off)
     assert len(seen) > 6
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.config import OffloadConfig
-from tests.tiny import Tiny, loss_of
+from tests.tiny import Tiny, take_steps
 
 SETTINGS = {"active_layers": 3, "sampling_interval": 4, "update_interval": 6, "probe_steps": 2, "seed": 5}
 
@@ -39,24 +38,19 @@ def make(
     return model, GrassOptimizer(model, cls, kwargs or {"lr": 1e-2}, config=config)
 
 
-def train(model: nn.Module, optimizer: GrassOptimizer, steps: range, *, shuffled: bool = False) -> list[tuple]:
-    """Active layers of each step. ``shuffled`` updates the layers in another order than is foreseen."""
+def train(model: nn.Module, optimizer: GrassOptimizer, steps: range) -> list[tuple[int, ...]]:
+    """Active layers of each step."""
     drawn = []
-    rng = random.Random(0)
     for step in steps:
         drawn.append(optimizer.grass.active_layers)
-        if shuffled:
-            optimizer.grass.active_layers = tuple(rng.sample(drawn[-1], len(drawn[-1])))
-        loss_of(model, step).backward()
-        optimizer.step()
-        if (
-            shuffled
-            and optimizer.grass.active_layers not in (drawn[-1],)
-            and set(drawn[-1]) == set(optimizer.grass.active_layers)
-        ):
-            optimizer.grass.active_layers = drawn[-1]
-        optimizer.zero_grad()
+        take_steps(model, optimizer, range(step, step + 1))
     return drawn
+
+
+def returned(drawn: list[tuple[int, ...]]) -> set[int]:
+    """Layers that trained, rested, and trained again; ``drawn`` without the probe."""
+    rested = {layer: [i for i, active in enumerate(drawn) if layer in active] for layer in set().union(*drawn)}
+    return {layer for layer, at in rested.items() if at[-1] - at[0] >= len(at)}
 
 
 def outcome(optimizer: GrassOptimizer, model: nn.Module) -> list[torch.Tensor]:
@@ -70,7 +64,8 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def run(offload: dict[str, Any], steps: int = 50, *, shuffled: bool = False, **options: Any) -> list[torch.Tensor]:
+def run(offload: dict[str, Any], steps: int, **options: Any) -> tuple[list[tuple[int, ...]], list[torch.Tensor]]:
+    """Active layers of each step after the probe, and what is left."""
     model, optimizer = make(offload, **options)
-    train(model, optimizer, range(steps), shuffled=shuffled)
-    return outcome(optimizer, model)
+    drawn = train(model, optimizer, range(steps))
+    return drawn[SETTINGS["probe_steps"] :], outcome(optimizer, model)

@@ -1,5 +1,7 @@
 """The CUDA paths: the same code as on the CPU, with pinned memory and NCCL."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,10 @@ from torch.distributed.fsdp import fully_shard
 
 from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.backends.host_sums import HostSums
+from grass_dist.offload.layout import Field, Layout
+from grass_dist.offload.store import PAGE, LayerStateStore
+from grass_dist.offload.transfer import TransferEngine
+from tests.offload_runs import make, outcome, same, uneven
 from tests.tiny import tiny
 
 pytestmark = [
@@ -81,13 +87,147 @@ def test_host_sums_are_pinned_and_give_the_sum_back_on_the_device():
     assert sums.pending() == ["p"] and torch.equal(sums.take("p"), parts[0])
 
 
-def test_the_states_of_frozen_layers_lie_in_pinned_memory():
-    from grass_dist.backends.zero.store import HostStore
+CUDA = torch.device("cuda")
+OFFLOADS = [
+    {"mode": "interval", "prefetch_steps": 0},
+    {"mode": "interval", "prefetch_steps": 2, "update_in_backward": True},
+    {"mode": "stream", "slots": 2},
+    {"mode": "stream", "slots": 2, "folder": "scratch"},
+]
 
-    store = HostStore(pin=True)
-    master = torch.arange(1000.0, device="cuda")
-    store.put(("layer", 0), {"fp32": master, "state": {"exp_avg": master * 2, "step": torch.tensor(1.0)}})
+
+def moved(offload, steps, model, look=lambda optimizer: None, **options):
+    """A training on the GPU, what it leaves, and what ``look`` saw of it after each step."""
+    model, optimizer = make(offload, model=model.to(CUDA), **options)
+    seen = []
+    for step in range(steps):
+        loss_on(model, step, "cuda").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(look(optimizer))
+    return optimizer, [t.cpu() for t in outcome(optimizer, model)], seen
+
+
+@pytest.fixture
+def to_the_bit(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.chdir(tmp_path)  # where the folder "scratch" goes
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offload", OFFLOADS, ids=str)
+def test_states_that_move_leave_what_states_that_stay_leave(offload, dtype, to_the_bit):
+    optimizer, ours, _ = moved(offload, 50, uneven(dtype))
+    _, theirs, _ = moved({"mode": "none"}, 50, uneven(dtype))
+    assert same(ours, theirs)
+    traffic = optimizer.grass.traffic
+    assert traffic.seconds > 0 and traffic.copies > 20 and traffic.bytes_to_device > 0 < traffic.bytes_to_host
+
+
+def test_states_that_are_away_take_no_memory_of_the_device():
+    sizes = {"sampler": "cyclic", "probe_steps": 0, "active_layers": 2}
+    used = {}
+    for mode in ("none", "interval", "none"):  # the first run has cuBLAS take its workspace
+        before = torch.cuda.memory_allocated()
+        optimizer, _, seen = moved(
+            {"mode": mode, "prefetch_steps": 0},
+            16,  # four intervals, in which each of the eight layers trains
+            tiny(width=256),
+            lambda optimizer: torch.cuda.synchronize() or torch.cuda.memory_allocated(),
+            **sizes,
+        )
+        assert all(own.born for own in optimizer._layer_optimizers)
+        used[mode] = seen[-1] - before
+        del optimizer
+        gc.collect()
+    layer = 8 * (2 * 256 + 2 * 256 * 512 + 512 + 256)  # exp_avg and exp_avg_sq of LayerNorm, up and down
+    assert used["none"] - used["interval"] == pytest.approx(6 * layer, rel=0.02)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS[:3], ids=str)
+def test_a_step_asks_the_device_for_no_memory_but_the_slot_that_is_added(offload):
+    def large(optimizer):
+        return torch.cuda.memory_stats()["allocation.large_pool.allocated"], optimizer._states.pool.allocations
+
+    optimizer, _, seen = moved(offload, 50, tiny(width=256), large)
+    pool = optimizer._states.pool
+    assert pool.nbytes // pool.count > 2**20  # nothing else that a step makes is as large
+    assert len({asked - slots for asked, slots in seen[10:]}) == 1
+    assert (seen[-1][1] > seen[10][1]) == bool(offload.get("prefetch_steps"))
+
+
+def test_states_that_are_away_are_pinned():
+    optimizer, _, _ = moved({"mode": "interval"}, 12, uneven())
+    optimizer._states.settle()
+    away = [i for i, own in enumerate(optimizer._layer_optimizers) if own.born and not optimizer._states.lends(i)]
+    assert away
+    for layer in away:
+        moments = [t for t in optimizer._layer_optimizers[layer].tensors() if t.numel() > 1]
+        assert moments and all(t.is_pinned() for t in moments)
+
+
+def test_host_buffers_are_pinned_as_long_as_their_store_lives_and_not_rounded_up():
+    store = LayerStateStore([5_000_000, 1000, 0], CUDA)
+    buffers = [store[i] for i in range(3)]
+    assert [buffer.numel() for buffer in buffers] == [5_000_000, 1000, 0] and store.nbytes == 5_001_000
+    assert buffers[0].is_pinned() and buffers[1].is_pinned()
+    assert all(buffer.untyped_storage().nbytes() <= buffer.numel() + 2 * PAGE for buffer in buffers)
+    del store
+    gc.collect()
+    assert not buffers[0].is_pinned()
+
+
+BIG = 64_000_000
+"""Entries: 256 MB, of which a copy takes 4 ms or more."""
+
+
+def test_copies_in_both_directions_run_beside_the_compute():
+    store, transfers = LayerStateStore([4 * BIG] * 2, CUDA), TransferEngine(CUDA)
+    slots = torch.zeros(2, 4 * BIG, dtype=torch.uint8, device=CUDA)
+    store[0].view(torch.float32).copy_(torch.arange(BIG))
     torch.cuda.synchronize()
-    held = store[("layer", 0)]
-    assert held["fp32"].is_pinned() and torch.equal(held["fp32"], master.cpu())
-    assert held["state"]["exp_avg"].is_pinned() and torch.equal(held["state"]["exp_avg"], master.cpu() * 2)
+    came = transfers.to_device("a", [(slots[0], store[0])], [])
+    went = transfers.to_host("b", [(slots[1], store[1])], [])
+    assert torch.cuda.current_stream().query() and not came.done() and not went.done()  # nobody waits for them
+    doubled = transfers.compute("double", lambda: slots[0].view(torch.float32).mul_(2), [came])
+    left = transfers.to_host("a", [(slots[0], store[1])], [doubled, went])
+    left.synchronize()
+    assert torch.equal(store[1].view(torch.float32), torch.arange(BIG) * 2.0)
+    traffic = transfers.harvest()
+    assert (traffic.copies, traffic.bytes_to_device, traffic.bytes_to_host) == (3, 4 * BIG, 8 * BIG)
+    assert 0 < traffic.waited <= came.seconds * 1.1 and traffic.seconds >= came.seconds + left.seconds
+
+
+def test_what_the_compute_does_not_wait_for_is_hidden():
+    store, transfers = LayerStateStore([4 * BIG], CUDA), TransferEngine(CUDA)
+    slot = torch.zeros(4 * BIG, dtype=torch.uint8, device=CUDA)
+    copy = transfers.to_device("a", [(slot, store[0])], [])
+    copy.synchronize()
+    transfers.compute("nothing", lambda: None, [copy])
+    torch.cuda.synchronize()
+    assert transfers.harvest().hidden > 0.9
+    copy = transfers.to_device("a", [(slot, store[0])], [])
+    transfers.wait(copy)
+    torch.cuda.synchronize()
+    assert transfers.harvest().hidden == pytest.approx(0.5, abs=0.2)  # one of two copies
+
+
+def test_moments_are_rounded_on_their_way_to_the_host():
+    layout = Layout([Field(n, torch.Size([1000]), torch.float32, narrow=n == "b") for n in "ab"], torch.bfloat16)
+    store, transfers = LayerStateStore([layout.host_bytes], CUDA), TransferEngine(CUDA)
+    slot = torch.zeros(layout.device_bytes, dtype=torch.uint8, device=CUDA)
+    views, numbers = layout.device_views(slot), torch.randn(1000)
+    for view in views:
+        view.copy_(numbers)
+    torch.cuda.synchronize()
+    left = transfers.to_host("x", layout.runs(slot, store[0]), [])
+    left.synchronize()
+    a, b = layout.host_views(store[0])
+    assert torch.equal(a, numbers) and torch.equal(b, numbers.bfloat16())
+    slot.zero_()
+    torch.cuda.synchronize()
+    transfers.to_device("x", layout.runs(slot, store[0]), [left]).synchronize()
+    assert torch.equal(views[0].cpu(), numbers) and torch.equal(views[1].cpu(), numbers.bfloat16().float())

@@ -8,6 +8,7 @@ import torch
 
 import grass_dist
 from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer, Refreshed, Sampled, UnsupportedModel
+from grass_dist.offload.moving import IntervalStates, StreamedStates
 from grass_dist.offload.states import ResidentStates
 from grass_dist.samplers import draw_layers, make_sampler
 from tests.tiny import loss_of, take_steps, tiny
@@ -368,19 +369,31 @@ def test_a_probe_can_be_gone_back_to():
     assert optimizer.grass.importances == reference.grass.importances
 
 
-def test_states_are_fetched_when_drawn_and_let_go_when_frozen(monkeypatch):
+@pytest.mark.parametrize("states", [ResidentStates, IntervalStates, StreamedStates])
+def test_states_are_told_what_is_drawn_and_what_is_frozen(states, monkeypatch):
     calls = []
-    for name in ("prefetch", "ready", "evict"):
-        original = getattr(ResidentStates, name)
-        monkeypatch.setattr(
-            ResidentStates, name, lambda self, layer, n=name, f=original: calls.append((n, layer)) or f(self, layer)
-        )
+
+    def listen(name, original):
+        def told(self, *args):
+            calls.append((name, *args[: 1 if name == "update" else 2]))
+            return original(self, *args)
+
+        monkeypatch.setattr(states, name, told)
+
+    for name in ("expect", "leave", "enter", "update", "finish"):
+        listen(name, getattr(states, name))
+    mode = {ResidentStates: "none", IntervalStates: "interval", StreamedStates: "stream"}[states]
+    sizes = {"active_layers": 3, "sampling_interval": 3, "draw_ahead": 2}
     model = tiny()
-    optimizer = grass(model, sampler="cyclic", probe_steps=0, sampling_interval=2)
-    take_steps(model, optimizer, range(3))
+    optimizer = grass(model, sampler="cyclic", probe_steps=0, offload={"mode": mode, "slots": 2}, **sizes)
+    take_steps(model, optimizer, range(4))
+    updates = [("update", 2), ("update", 1), ("update", 0), ("finish",)]
     assert calls == [
-        *[("evict", []), ("prefetch", (0, 1)), ("ready", 1), ("ready", 0), ("ready", 1), ("ready", 0)],
-        *[("evict", [0, 1]), ("prefetch", (2, 3)), ("ready", 3), ("ready", 2)],
+        *[("leave", (0, 1, 2)), ("enter", (0, 1, 2))],
+        *[*updates, ("expect", (3, 4, 5), 2)],
+        *[*updates, ("expect", (3, 4, 5), 1)],
+        *[*updates, ("leave", (3, 4, 5)), ("enter", (3, 4, 5))],
+        *[("update", 5), ("update", 4), ("update", 3), ("finish",), ("expect", (0, 6, 7), 2)],
     ]
 
 

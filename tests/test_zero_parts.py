@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 import tomllib
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,13 @@ from torch import nn
 
 from grass_dist.backends.zero import private
 from grass_dist.backends.zero.groups import GroupsOptimizer, groups_of
-from grass_dist.backends.zero.store import HostStore
+from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
 from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
+from grass_dist.offload.moving import IntervalStates
+from grass_dist.offload.slots import SlotPool
+from grass_dist.offload.store import LayerStateStore
+from grass_dist.offload.transfer import TransferEngine
 from grass_dist.zero import jit
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -96,8 +102,15 @@ def test_the_users_optimizer_steps_over_the_groups_of_the_interval_and_keeps_its
     user = torch.optim.SGD(
         [{"params": [p for _, p in a.params]}, {"params": [p for _, p in b.params], "lr": 5.0}], lr=1.0
     )
-    own = user.param_groups
-    narrowed = GroupsOptimizer(user, groups_of([b], own))
+    own, updated = user.param_groups, []
+
+    @contextmanager
+    def around(masters):
+        updated.append((list(masters), b.params[0][1].tolist()))
+        yield
+        updated.append(b.params[0][1].tolist())
+
+    narrowed = GroupsOptimizer(user, groups_of([b], own), around)
     for _, p in (*a.params, *b.params):
         p.grad = torch.ones_like(p)
     own[1]["lr"] = 2.0  # a scheduler's doing
@@ -106,23 +119,169 @@ def test_the_users_optimizer_steps_over_the_groups_of_the_interval_and_keeps_its
     assert b.params[0][1].tolist() == [-1.0] * 3 and a.params[0][1].tolist() == [0.0] * 2
     narrowed.step_nothing()
     assert b.params[0][1].tolist() == [-1.0] * 3 and user.param_groups is own
+    assert updated == [([b.params[0][1]], [1.0] * 3), [-1.0] * 3]  # ``around`` is there for the step, and for no other
 
 
-def test_the_host_store_gives_back_what_it_took_in_one_buffer():
-    store = HostStore(pin=False)
-    master, moment = torch.arange(4.0), torch.arange(4.0) * 2
-    record = {"fp32": master, "padding": 1, "state": {"exp_avg": moment, "step": torch.tensor(3.0)}}
-    store.put(("a", 0), record)
-    held = store[("a", 0)]
-    master.zero_(), moment.zero_(), record["state"]["step"].zero_()
-    assert held["fp32"].tolist() == [0, 1, 2, 3] and held["state"]["exp_avg"].tolist() == [0, 2, 4, 6]
-    assert held["state"]["step"] == 3 and held["padding"] == 1 and store.nbytes == 32
-    assert held["fp32"].untyped_storage().data_ptr() == held["state"]["exp_avg"].untyped_storage().data_ptr()
-    before = held["fp32"].data_ptr()
-    store.drop(("a", 0))
-    assert ("a", 0) not in store and store.nbytes == 0
-    store.put(("a", 0), record)
-    assert store[("a", 0)]["fp32"].data_ptr() == before  # the buffer is used again
+CPU = torch.device("cpu")
+
+
+def states_of_units(*, has_master=True):
+    """States of `units` for two ranks: a of 91 elements at most (6 / 2 + 8 for each parameter + 64), b of 74."""
+    kept = [("exp_avg", torch.Size([1]), torch.float32), ("exp_avg_sq", torch.Size([1]), torch.float32)]
+    found = units()
+    groups = groups_of(found, [{"params": [p for unit in found for _, p in unit.params]}])
+    return [UnitState(g.unit.name, [GroupState(g, kept, 2, has_master=has_master)], None) for g in groups]
+
+
+def made(numel, start, *, born=True):
+    """A master as DeepSpeed makes it, and the base optimizer's state of it."""
+    param = nn.Parameter(torch.arange(numel) + float(start))
+    state = defaultdict(dict)
+    if born:
+        state[param] = {"exp_avg": param.data * 2, "exp_avg_sq": param.data * 3, "step": torch.tensor(4.0)}
+    return param, state
+
+
+def numbers(own):
+    """What a group's state is, in the order of master, exp_avg, exp_avg_sq."""
+    return [own.master.tolist(), *(own.state[key].tolist() for key in ("exp_avg", "exp_avg_sq"))]
+
+
+def stands_in(param, numel):
+    """Whether DeepSpeed sees a master of the right form that takes no memory."""
+    return (param.shape, param.dtype, param.untyped_storage().nbytes()) == ((numel,), torch.float32, 4)
+
+
+def test_a_newborn_group_is_taken_over_and_a_born_one_given_what_there_is():
+    [a, _] = states_of_units()
+    [own] = a.groups
+    param, state = made(3, 10)
+    own.adopt(param, state)
+    assert own.state is state[param] and own.master.data_ptr() == param.data_ptr() and own.resident
+    assert numbers(own) == [[10, 11, 12], [20, 22, 24], [30, 33, 36]]
+
+    later, later_state = made(3, 50, born=False)
+    own.adopt(later, later_state)
+    assert later_state[later] is own.state and later.data_ptr() == param.data_ptr() and later.tolist() == [10, 11, 12]
+    assert own.state["step"] == 4 and own.param is later
+
+
+@pytest.mark.parametrize("has_master", [True, False])
+def test_a_group_is_where_it_was_bound_last(has_master):
+    [a, _] = states_of_units(has_master=has_master)
+    [own] = a.groups
+    assert [field.name for field in own.fields] == ["a/master", "a/exp_avg", "a/exp_avg_sq"][not has_master :]
+    assert a.layout.device_bytes == len(own.fields) * 384  # 91 x 4 bytes, aligned
+    param, state = made(3, 10)
+    own.adopt(param, state)
+    host, slot = (torch.full((a.layout.device_bytes,), 0xFF, dtype=torch.uint8) for _ in range(2))
+    a.bind(a.layout.host_views(host), resident=False)
+    own.fill(3, torch.tensor([1.0, 2.0, 3.0]), {"exp_avg": torch.tensor([4.0, 5.0, 6.0]), "step": torch.tensor(7.0)})
+    assert list(own.state) == ["exp_avg", "step"] and state[param] is own.state
+    slot.copy_(host)
+    for flat, resident in ((host, False), (slot, True), (host, False)):
+        a.bind(a.layout.device_views(flat), resident=resident)
+        assert own.state["exp_avg"].tolist() == [4, 5, 6] and own.state["step"] == 7
+        assert own.state["exp_avg"].untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+        if has_master:
+            assert own.master.tolist() == [1, 2, 3]
+            assert param.tolist() == [1, 2, 3] if resident else stands_in(param, 3)
+            own.link()
+            assert param.data_ptr() == own.master.data_ptr()
+        else:
+            assert own.master is None and param.tolist() == [10, 11, 12]  # these are the weights
+
+
+def test_padding_that_a_checkpoint_lacks_is_zero():
+    [_, b] = states_of_units()
+    [own] = b.groups
+    flat = torch.full((b.layout.host_bytes,), 0xFF, dtype=torch.uint8)
+    b.bind(b.layout.host_views(flat), resident=False)
+    own.fill(4, torch.tensor([1.0, 2.0]), {"exp_avg": torch.tensor([3.0, 4.0, 5.0]), "exp_avg_sq": torch.ones(4)})
+    assert numbers(own) == [[1, 2, 0, 0], [3, 4, 5, 0], [1, 1, 1, 1]]
+    assert all(home[4:].eq(0).all() and home.numel() == 74 for home in own.homes.values())
+
+
+def test_a_partition_that_is_padded_further_than_foreseen_is_refused():
+    [a, b] = states_of_units()
+    assert [capacity(unit.groups[0].group, 2) for unit in (a, b)] == [91, 74]
+    a.groups[0].adopt(*made(91, 0))
+    with pytest.raises(GrassError, match="partition of a has 92 elements where at most 91 were expected"):
+        a.groups[0].adopt(*made(92, 0))
+
+
+def zero_states():
+    layers = states_of_units()
+    pool = SlotPool(1, max(layer.layout.device_bytes for layer in layers), CPU)
+    store = LayerStateStore([layer.layout.host_bytes for layer in layers], CPU)
+    moving = IntervalStates(layers, pool, store, TransferEngine(CPU), last_first=False, prefetch_steps=0)
+    return ZeroStates(layers, [], moving, CPU, None), [layer.groups[0] for layer in layers]
+
+
+def narrow(states, own, param, state, layer):
+    """What happens at a switch to ``layer``, in the place of which DeepSpeed has made ``param``."""
+    for group in states.of.values():
+        group.param = None
+    states.leave((layer,))
+    own.adopt(param, state)
+    states.enter((layer,))
+
+
+def test_a_layer_leaves_its_state_behind_and_finds_it_again():
+    states, (a, b) = zero_states()
+    first, state = made(3, 10)
+    narrow(states, a, first, state, 0)
+    assert (states.device_bytes, states.host_bytes) == (3 * 384, 0)
+    with states.updating([first], state):
+        assert first.tolist() == [10, 11, 12] and state[first]["exp_avg"].tolist() == [20, 22, 24]
+        first.data.add_(1)
+        state[first]["exp_avg"].add_(1)
+    assert numbers(a) == [[11, 12, 13], [21, 23, 25], [30, 33, 36]]
+    states.end_step()
+
+    other, other_state = made(2, 0, born=False)
+    narrow(states, b, other, other_state, 1)
+    with states.updating([other], other_state):
+        for key in ("exp_avg", "exp_avg_sq"):
+            other_state[other][key] = torch.zeros_like(other)
+            assert other_state[other][key].untyped_storage().data_ptr() == b.homes[key].untyped_storage().data_ptr()
+        other.data.sub_(5)
+    states.end_step()
+    states.settle()
+    assert numbers(a) == [[11, 12, 13], [21, 23, 25], [30, 33, 36]] and not a.resident
+    assert numbers(b) == [[-5, -4], [0, 0], [0, 0]] and b.resident
+    assert states.host_bytes == 3 * 384 and states.device_bytes == 3 * 384
+
+    again, again_state = made(3, 70, born=False)
+    narrow(states, a, again, again_state, 0)
+    with states.updating([again], again_state):
+        assert again.tolist() == [11, 12, 13] and again_state[again]["exp_avg"].tolist() == [21, 23, 25]
+        assert a.resident and again_state[again]["step"] == 4
+    states.end_step()
+    states.leave(())
+    states.settle()
+    assert stands_in(again, 3) and numbers(a) == [[11, 12, 13], [21, 23, 25], [30, 33, 36]]
+    assert numbers(b) == [[-5, -4], [0, 0], [0, 0]]
+
+
+def test_an_update_of_several_layers_at_once_is_refused():
+    states, (a, b) = zero_states()
+    (first, state), (other, _) = made(3, 0), made(2, 0)
+    a.param, b.param = first, other
+    with pytest.raises(GrassError, match="updates several groups in one step"), states.updating([first, other], state):
+        pass
+
+
+def test_states_are_thrown_away_and_replaced():
+    states, (a, b) = zero_states()
+    param, state = made(3, 10)
+    narrow(states, a, param, state, 0)
+    states.forget()
+    assert (a.numel, b.numel, a.master, a.state) == (0, 0, None, {}) and states.host_bytes == 0
+    moments = {"exp_avg": torch.tensor([4.0, 5.0]), "exp_avg_sq": torch.tensor([6.0, 7.0])}
+    states.replace({("a", 0): (2, torch.tensor([1.0, 2.0]), moments), ("b", 0): (2, torch.tensor([8.0]), moments)})
+    assert numbers(a) == [[1, 2], [4, 5], [6, 7]] and numbers(b) == [[8, 0], [4, 5], [6, 7]]
+    assert states.host_bytes == 3 * (384 + 320)
 
 
 def test_a_killed_build_is_cleared_and_one_under_way_is_told(tmp_path, monkeypatch):

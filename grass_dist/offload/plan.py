@@ -57,7 +57,9 @@ def make_plan(
     mode = config.offload.mode
     if fallback is None and not any(size for size, _ in sizes):
         return Plan("none", resident, 0)  # the optimizer keeps nothing that could move
-    if fallback is not None and mode != "none":
+    if fallback is not None:
+        if mode == "none":
+            return Plan("none", resident, 0)
         if mode in ("interval", "stream") and "mode" in config.offload.model_fields_set:
             raise ConfigError("offload.mode", mode, f"states cannot move: {fallback}", "use 'none'")
         say(ranks, f"States stay on the device (grass.offload.mode='none'): {fallback}.")

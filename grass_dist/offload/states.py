@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
+
 from grass_dist.offload.transfer import Traffic
 from grass_dist.optimizer import UnitOptimizer
 
@@ -52,7 +54,8 @@ class ResidentStates:
         pass
 
     def update(self, layer: int, job: Callable[[], None]) -> None:
-        job()
+        with torch.profiler.record_function(f"GRASS::update ({self._optimizers[layer].name})"):
+            job()
 
     def finish(self) -> None:
         pass

@@ -49,6 +49,7 @@ class NarrowZero(_Stock):
 
     names: ClassVar[Names]
     relink: Callable[[], None] | None
+    link_moments: Callable[[], None]
     connect: ClassVar[Callable[[Any], None]]
     """Set by the front door on a subclass: finds the layers, and narrows or rests the new object."""
 
@@ -87,6 +88,7 @@ class NarrowZero(_Stock):
             self.on_gradients()
             super().step()
             self.states.end_step()
+            self.link_moments()
         else:
             self.overflow = self.on_rest_step()
             self._end_rest_step()
@@ -212,8 +214,11 @@ class _Narrow12(NarrowZero):
     names = STAGE_1_AND_2
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
-        """DeepSpeed takes views of the moments, for its `safe_get_full_optimizer_state`; not of memory that changes."""
-        if not self.states.streams:
+        """DeepSpeed calls it when one group has been updated, and the others may have no moments yet."""
+
+    def link_moments(self) -> None:
+        """DeepSpeed takes views of the moments, for `safe_get_full_optimizer_state`; not of slots that others get."""
+        if not self.states.streams and not self.overflow:
             super()._lazy_init_hp_params_optimizer_state()
 
     def relink(self) -> None:
@@ -230,6 +235,9 @@ class _Narrow12(NarrowZero):
 class _Narrow3(NarrowZero):
     names = STAGE_3
     relink = None  # it has no such views
+
+    def link_moments(self) -> None:
+        pass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.parameter_offload: Any = None

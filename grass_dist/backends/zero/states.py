@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -77,9 +78,9 @@ class GroupState:
                 self.state[key] = view[: self.numel]
 
     def show(self, master: torch.Tensor) -> None:
-        """Gives DeepSpeed the master; while that is on the host, one of its shape, dtype and device without memory."""
-        if self.param is not None:
-            self.param.data = master if self.resident else self.param.new_zeros(1).expand(self.numel)
+        """Gives DeepSpeed the master; while that is on the host, NaN of its shape, dtype and device without memory."""
+        if (param := self.param) is not None:  # which may change meanwhile: a copy that ends calls this, too
+            param.data = master if self.resident else param.new_full((1,), math.nan).expand(self.numel)
 
     def link(self) -> None:
         """Shows the master where it is, until `bind` or `adopt`: for what takes views of it."""
@@ -197,7 +198,8 @@ class ZeroStates:
             raise GrassError("DeepSpeed updates several groups in one step of its optimizer; use another release.")
         self._use(layers.pop() if layers else None)
         homes = [home for group in groups for home in group.homes_of_moments()]
-        with born_in(homes, state):
+        name = groups[0].group.unit.name if groups else "nothing"
+        with born_in(homes, state), torch.profiler.record_function(f"GRASS::update ({name})"):
             yield
         move_home(homes, state)
 

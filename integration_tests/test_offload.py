@@ -1,0 +1,107 @@
+"""States that come and go: the same run to the bit on every backend, and no more memory than is said."""
+
+from __future__ import annotations
+
+import pytest
+
+from integration_tests.offload import BASE, CASES, STEPS, every_mode
+from integration_tests.ranks import run_ranks
+
+pytestmark = pytest.mark.timeout(400)
+BACKENDS = [(2, "fsdp2"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (2, "zero3")]
+WIDE = [(4, "hsdp"), (4, "ddp"), (4, "zero2"), (4, "zero3")]
+
+
+@pytest.fixture(scope="module", params=[*BACKENDS, *WIDE], ids=lambda p: f"{p[1]} on {p[0]}")
+def told(request):
+    world_size, backend = request.param
+    cases = list(CASES) if world_size == 2 else ["three layers"]
+    return backend, run_ranks(world_size, every_mode, backend, cases, timeout=380)
+
+
+def runs_of(told):
+    _, ranks = told
+    for rank in ranks:
+        for case, modes in rank.items():
+            for mode, run in modes.items():
+                yield f"{case}, {mode}", case, mode, run
+
+
+def test_the_same_to_the_bit(told):
+    for name, _, _, run in runs_of(told):
+        assert run["differing weights"] == [] and run["differing states"] == [], name
+
+
+def test_the_runs_test_something(told):
+    _, ranks = told
+    for case, modes in ranks[0].items():
+        active = [layers for layers in modes["none"]["active"] if layers]
+        assert all(run["active"] == modes["none"]["active"] for run in modes.values())
+        switches = sum(a != b for a, b in zip(active, active[1:], strict=False))
+        if case != "all layers":
+            assert switches >= 8, case
+            gone, back = set(), set()
+            for before, layers in zip(active, active[1:], strict=False):
+                back |= gone & set(layers)
+                gone |= set(before) - set(layers)
+            assert back, case
+            assert (
+                any(set(a) & set(b) and a != b for a, b in zip(active, active[1:], strict=False)) or case == "one layer"
+            )
+
+
+def test_no_more_memory_than_is_said(told):
+    for name, case, mode, run in runs_of(told):
+        if mode == "none":
+            continue
+        longest, roles = longest_slot(run), run["roles"]
+        gamma = CASES.get(case, {}).get("active_layers", BASE["active_layers"])
+        slots = min(2, gamma) if mode == "stream" else gamma
+        for step, (device, host) in enumerate(run["bytes"]):
+            landing = mode == "interval" and slots < 8
+            assert device <= (slots + landing) * longest + roles, (name, step)
+            assert host <= sum(run["layers"]) * 1.1, (name, step)
+        settled = [device for device, _ in run["bytes"][-1:]]
+        assert all(device >= slots * min(run["layers"]) for device in settled)
+
+
+def longest_slot(run) -> float:
+    """A slot: the longest state, and what ZeRO's padding may take."""
+    return max(run["layers"]) * 1.15
+
+
+def test_each_rank_keeps_its_part(told):
+    backend, ranks = told
+    shards = {"hsdp": 2}.get(backend, len(ranks))
+    totals = [sum(rank["three layers"]["stream"]["layers"]) for rank in ranks]
+    one = 8 * 8 * 36_992  # bytes of exp_avg and exp_avg_sq of eight layers in fp32
+    whole = one * (1.5 if backend in ("zero1", "zero2") else 1)
+    born = sum(n > 0 for n in ranks[0]["three layers"]["stream"]["layers"]) / 8
+    for total in totals:
+        assert total == pytest.approx(whole * born / shards, rel=0.1)
+
+
+def test_slots_are_made_once(told):
+    for name, case, mode, run in runs_of(told):
+        if mode == "none":
+            continue
+        gamma = CASES.get(case, {}).get("active_layers", BASE["active_layers"])
+        active = [layers for layers in run["active"] if layers]
+        switches = sum(a != b for a, b in zip(active, active[1:], strict=False)) + 2
+        most = min(2, gamma) if mode == "stream" else gamma + switches
+        assert run["allocations"] <= most, name
+
+
+def test_bytes_that_move(told):
+    for name, case, mode, run in runs_of(told):
+        moved = run["moved"][-1]
+        if mode == "none" or (case == "all layers" and mode == "interval"):
+            assert moved[1] == 0, name
+        elif mode == "stream":
+            gamma = CASES.get(case, {}).get("active_layers", BASE["active_layers"])
+            if gamma > 2:
+                longest = longest_slot(run)
+                updates = sum(len(layers) for layers in run["active"])
+                assert updates * min(run["layers"]) * 0.9 <= moved[1] <= updates * longest, name
+        else:
+            assert 0 < moved[1] <= STEPS / 2 * 3 * longest_slot(run) * 2, name

@@ -66,7 +66,7 @@ def step_times(args: argparse.Namespace, world: World) -> dict[str, Any]:
         timed += turn if number >= 0 else ()
         at = turn[-1] + 1
     told = {}
-    for name, run in runs.items():
+    for name in names:
         to_device, to_host, copies, waited = (value / len(timed) for value in traffic[name])
         on_device, on_host = map(max, zip(*held[name], strict=True))
         told[name] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from integration_tests.offload import BASE, CASES, STEPS, every_mode
@@ -37,17 +39,15 @@ def test_the_runs_test_something(told):
     for case, modes in ranks[0].items():
         active = [layers for layers in modes["none"]["active"] if layers]
         assert all(run["active"] == modes["none"]["active"] for run in modes.values())
-        switches = sum(a != b for a, b in zip(active, active[1:], strict=False))
+        switches = sum(a != b for a, b in pairwise(active))
         if case != "all layers":
             assert switches >= 8, case
             gone, back = set(), set()
-            for before, layers in zip(active, active[1:], strict=False):
+            for before, layers in pairwise(active):
                 back |= gone & set(layers)
                 gone |= set(before) - set(layers)
             assert back, case
-            assert (
-                any(set(a) & set(b) and a != b for a, b in zip(active, active[1:], strict=False)) or case == "one layer"
-            )
+            assert any(set(a) & set(b) and a != b for a, b in pairwise(active)) or case == "one layer"
 
 
 def test_no_more_memory_than_is_said(told):
@@ -87,7 +87,7 @@ def test_slots_are_made_once(told):
             continue
         gamma = CASES.get(case, {}).get("active_layers", BASE["active_layers"])
         active = [layers for layers in run["active"] if layers]
-        switches = sum(a != b for a, b in zip(active, active[1:], strict=False)) + 2
+        switches = sum(a != b for a, b in pairwise(active)) + 2
         most = min(2, gamma) if mode == "stream" else gamma + switches
         assert run["allocations"] <= most, name
 

@@ -61,8 +61,7 @@ class GroupState:
             self.state, self.resident = state[param], True
             self.master = param.data if self.has_master else None
             return
-        if self.state:
-            state[param] = self.state
+        state[param] = self.state
         if self.master is not None:
             self.show(self.master)
 

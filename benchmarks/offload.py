@@ -118,10 +118,10 @@ def rounded(args: argparse.Namespace, world: World) -> dict[str, Any]:
         for step in range(args.host_dtype):
             first = (step * world.size + world.rank) * args.batch
             run.step(known[[(first + i) % len(known) for i in range(args.batch)]].to(world.device))
+        weights[name] = [w.double() for w in run.weights()]  # before a forward without backward leaves some gathered
         to_device, to_host, *_ = run.traffic()
         told[name] = {"loss on text held out": run.loss(list(held_out.split(1))), "host bytes": run.state_bytes()[1]}
         told[name] |= {"bytes to device": to_device, "bytes to host": to_host}
-        weights[name] = [w.double() for w in run.weights()]
         del run
     start, exact, low = (torch.cat([w.flatten() for w in own]).cpu() for own in weights.values())
     sums = torch.stack([(low - exact).square().sum(), exact.square().sum(), (exact - start).square().sum()])
@@ -207,7 +207,7 @@ def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at least 2")
     parser.add_argument("--host-dtype", type=int, metavar="STEPS", help="only compare bfloat16 moments with exact ones")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

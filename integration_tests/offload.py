@@ -164,10 +164,10 @@ def every_mode(rank: int, world_size: int, backend: str, cases: list[str]) -> di
     """Each case in each mode: what differs from the mode "none", and what was counted."""
     told = {}
     for case in cases:
-        steps = STEPS if case == "three layers" else 26
+        steps = STEPS if case == "three layers" else 22
         told[case] = _compared(rank, world_size, backend, MODES, steps=steps, **CASES[case])
     if not backend.startswith("zero"):
-        told["early"] = _compared(rank, world_size, backend, EARLY, clips=False, steps=26)
+        told["early"] = _compared(rank, world_size, backend, EARLY, clips=False, steps=22)
     return told
 
 

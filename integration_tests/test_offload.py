@@ -12,12 +12,13 @@ from integration_tests.ranks import run_ranks
 pytestmark = pytest.mark.timeout(400)
 BACKENDS = [(2, "fsdp2"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (2, "zero3")]
 WIDE = [(4, "hsdp"), (4, "ddp"), (4, "zero2"), (4, "zero3")]
+FEWER = ["three layers", "all layers", "layers of unequal sizes", "bf16"]
 
 
 @pytest.fixture(scope="module", params=[*BACKENDS, *WIDE], ids=lambda p: f"{p[1]} on {p[0]}")
 def told(request):
     world_size, backend = request.param
-    cases = list(CASES) if world_size == 2 else ["three layers"]
+    cases = ["three layers"] if world_size == 4 else list(CASES) if backend in ("fsdp2", "zero2") else FEWER
     return backend, run_ranks(world_size, every_mode, backend, cases, timeout=380)
 
 
@@ -41,7 +42,7 @@ def test_the_runs_test_something(told):
         assert all(run["active"] == modes["none"]["active"] for run in modes.values())
         switches = sum(a != b for a, b in pairwise(active))
         if case != "all layers":
-            assert switches >= 8, case
+            assert switches >= (8 if case == "three layers" else 4), case
             gone, back = set(), set()
             for before, layers in pairwise(active):
                 back |= gone & set(layers)
@@ -102,6 +103,6 @@ def test_bytes_that_move(told):
             if gamma > 2:
                 longest = longest_slot(run)
                 updates = sum(len(layers) for layers in run["active"])
-                assert updates * min(run["layers"]) * 0.9 <= moved[1] <= updates * longest, name
+                assert updates * min(run["layers"]) * 0.9 <= moved[1] <= updates * longest * 1.2, name
         else:
             assert 0 < moved[1] <= STEPS / 2 * 3 * longest_slot(run) * 2, name

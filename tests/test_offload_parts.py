@@ -223,14 +223,14 @@ def test_a_class_that_cannot_step_on_a_stand_in_keeps_its_states_on_the_device(c
 
 
 def test_host_buffers_share_neither_pages_nor_storages():
-    sizes = [100, 5000, 0, PAGE, 7]
+    sizes = [100, 5000, 0, PAGE] + [7] * 20
     store = LayerStateStore(sizes, CPU)
-    buffers = [store[i] for i in range(5)]
-    assert [buffer.numel() for buffer in buffers] == sizes and store.nbytes == 100 + 5000 + PAGE + 7
+    buffers = [store[i] for i in range(24)]
+    assert [buffer.numel() for buffer in buffers] == sizes and store.nbytes == 100 + 5000 + PAGE + 140
     assert all(buffer.data_ptr() % PAGE == 0 for buffer in buffers if buffer.numel())
     pages = [set(range(b.data_ptr() // PAGE, -(-(b.data_ptr() + b.numel()) // PAGE))) for b in buffers]
-    assert len(set().union(*pages)) == sum(map(len, pages)) == 1 + 2 + 0 + 1 + 1
-    assert len({buffer.untyped_storage().data_ptr() for buffer in buffers}) == 5
+    assert len(set().union(*pages)) == sum(map(len, pages)) == 1 + 2 + 0 + 1 + 20
+    assert len({buffer.untyped_storage().data_ptr() for buffer in buffers}) == 24
 
 
 def mapped() -> list[str]:
@@ -320,9 +320,10 @@ def test_slots_are_handed_on_and_one_is_added_at_a_time():
     assert pool.count == 2 and len(pool) == 1
     busy.run(lambda: None, [])
     pool.trim()
-    assert pool.count == 2 and pool.take() is second
+    assert pool.count == 2 and len(pool) == 1
     pool.give(third)
-    assert pool.take() is third and pool.allocations == 3
+    assert [pool.take(), pool.take()] == [second, third]  # the one whose state left first
+    assert len(pool) == 0 and pool.allocations == 3
 
 
 def test_no_room_for_slots_is_one_sentence(monkeypatch):
@@ -364,9 +365,9 @@ def test_what_the_compute_does_not_wait_for_is_hidden():
     came = transfers.to_device("layer", [(slot, host)], [])
     came.synchronize()
     transfers.compute("update", lambda: None, [came])
-    traffic = transfers.harvest()
-    assert traffic.seconds > 0 and (traffic.waited, traffic.hidden) == (0, 1)
-    assert transfers.harvest().seconds == traffic.seconds  # nothing is counted twice
+    seconds = transfers.harvest().seconds
+    assert seconds > 0 and (transfers.traffic.waited, transfers.traffic.hidden) == (0, 1)
+    assert transfers.harvest().seconds == seconds  # nothing is counted twice
 
 
 def test_a_failure_is_that_of_all_that_wait_for_it_and_of_nothing_else():

@@ -92,19 +92,23 @@ class Run:
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
         return grass_dist.initialize(model=model, optimizer=optimizer, config=config)[0]
 
-    def step(self, ids: torch.Tensor) -> float:
-        """Seconds of the slowest rank."""
-        dist.barrier(group=self.world.patient)
-        began = time.perf_counter()
+    def train(self, ids: torch.Tensor) -> None:
+        """A step."""
         if self.engine is not None:
             self.engine.backward(self.engine(input_ids=ids, labels=ids, use_cache=False).loss)
             self.engine.step()
-        else:
-            self.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            if self.clips:
-                self.optimizer.clip_grad_norm_(NO_CLIPPING)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            return
+        self.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if self.clips:
+            self.optimizer.clip_grad_norm_(NO_CLIPPING)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self, ids: torch.Tensor) -> float:
+        """A step, which all ranks begin at once; seconds of the slowest rank."""
+        dist.barrier(group=self.world.patient)
+        began = time.perf_counter()
+        self.train(ids)
         if self.world.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # not the device: copies may run on
         seconds = torch.tensor(time.perf_counter() - began)

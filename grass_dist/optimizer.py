@@ -174,7 +174,7 @@ class UnitOptimizer:
             return {}
         (_, param), target = self.unit.params[position], self.updated[position]
         master = {"master": target.detach()} if _is_master(param, target) else {}
-        state = {**self.inner.state[target], **master}
+        state = {k: _as_wide(v, target) for k, v in self.inner.state[target].items()} | master
         return {**state, "part": self._backend.part} if state and self._backend.part != WHOLE else state
 
     def load_state(self, states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -249,6 +249,12 @@ class UnitOptimizer:
 
 def _named(part: tuple[int, ...]) -> str:
     return "of the whole" if part == WHOLE else f"of part {part[0]} of {part[1]}"
+
+
+def _as_wide(value: Any, target: torch.Tensor) -> Any:
+    """A moment in the dtype in which it is updated; in host memory it may be rounded (`offload.host_dtype`)."""
+    rounded = torch.is_tensor(value) and value.dtype in LOW and target.dtype == torch.float32
+    return value.to(target.dtype) if rounded else value
 
 
 def _is_master(param: torch.Tensor, target: torch.Tensor) -> bool:

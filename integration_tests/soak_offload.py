@@ -207,7 +207,7 @@ class Account:
 
     def after_step(self, active: tuple[int, ...], *, settled: bool) -> list[str]:
         """``active`` trained in the step; nothing did if it was of the probe. What is wrong now."""
-        training, grass = self._training, self._training.grass
+        grass = self._training.grass
         self._born |= set(active)
         following = set(grass.active_layers) if grass.phase == "train" else set()
         if switched := grass.schedule.switch_due(grass.step):

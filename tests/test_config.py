@@ -91,9 +91,12 @@ def test_layers_are_drawn_two_steps_ahead_where_the_intervals_are_long_enough(sa
         ({"host_dtype": "float16"}, "host_dtype='float16': .* it should be 'bfloat16'"),
         (
             {"host_dtype": "bfloat16", "mode": "stream"},
-            "host_dtype='bfloat16': rounds .* mode='stream' .* stops exp_avg_sq from moving; use mode='interval' or",
+            "host_dtype='bfloat16': rounds .* so that exp_avg_sq stands still; mode='stream'; use mode='interval' or",
         ),
-        ({"host_dtype": "bfloat16", "mode": "none"}, "host_dtype='bfloat16': rounds .* mode='none' there is none; use"),
+        (
+            {"host_dtype": "bfloat16", "mode": "none"},
+            "host_dtype='bfloat16': rounds .* still; mode='none'; use mode='interval'",
+        ),
         ({"chaos": -1}, "chaos=-1: .* greater than or equal to 0"),
         ({"folder": 3}, "folder=3: .* valid string"),
     ],

@@ -58,13 +58,16 @@ def born_in(homes: Iterable[Home], state: Mapping[Any, Mapping[str, Any]]) -> Ab
 
 def move_home(homes: Iterable[Home], state: Mapping[Any, dict[str, Any]]) -> None:
     """Puts what an optimizer class has made elsewhere into the memory that it belongs in."""
+    misplaced = []
     for target, key, memory in homes:
         own = state.get(target, {})
         made = own.get(key)
         if torch.is_tensor(made) and made is not memory:
             if made.data_ptr() != memory.data_ptr():
-                memory.copy_(made)
+                misplaced.append((memory, made.clone()))  # it may lie where another belongs
             own[key] = memory
+    for memory, made in misplaced:
+        memory.copy_(made)
 
 
 class _BornIn(TorchFunctionMode):

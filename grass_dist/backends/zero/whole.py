@@ -101,6 +101,8 @@ def _master(own: GroupState) -> torch.Tensor:
 
 def _saved(own: GroupState, value: Any) -> Any:
     """A tensor as a file should hold it: in host memory that holds nothing but this layer's state."""
+    if torch.is_tensor(value) and value.dtype == torch.bfloat16:
+        return value.float()  # the host rounds it
     if own.resident and own.homes and torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
     return value

@@ -19,7 +19,7 @@ LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)
 endif
 ARGS ?=
 
-.PHONY: setup demo test lint unit integration bench clean
+.PHONY: setup demo test lint unit integration soak bench clean
 
 setup: $(VENV)/.installed
 
@@ -47,6 +47,9 @@ unit: setup
 
 integration: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests
+
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.soak_offload --minutes 20
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 benchmarks/step_time.py

@@ -58,8 +58,8 @@ class OffloadConfig(StrictModel):
     """For "interval": rounds the moments to this dtype whenever they go to the host. Left out: exact."""
 
     folder: str | None = None
-    """A folder on a fast local disk that is the host tier instead of memory: one file a rank, memory-mapped, gone when
-    the process ends."""
+    """A folder on a fast local disk that is the host tier instead of memory: a file for each layer of each rank,
+    memory-mapped, gone when the process ends."""
 
     chaos: int | None = Field(default=None, ge=0)
     """For tests, on the CPU: a seed by which copies are delayed and reordered wherever nothing orders them, and memory

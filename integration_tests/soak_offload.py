@@ -190,16 +190,20 @@ class Account:
         self._there: set[int] = set()
         self._in = self._out = self.switches = 0
         if training.grass.phase == "train":
-            self._enter(set(training.grass.active_layers))
+            self._switch(set(training.grass.active_layers))
 
     def _sum(self, layers: set[int]) -> int:
         return sum(self._sizes[layer] for layer in layers)
 
-    def _enter(self, active: set[int]) -> None:
+    def _switch(self, active: set[int]) -> None:
+        self.switches += 1
         if self._training.born_on_host:
+            self._there -= active - self._born  # one that came before its birth comes again
             self._born |= active
-        self._there &= active
-        self._arrive(active - self._there)
+        if not self._streams:
+            self._out += self._sum((self._there - active) & self._born)
+            self._there &= active
+            self._arrive(active - self._there)
 
     def _arrive(self, layers: set[int]) -> None:
         self._in += self._sum(layers & self._born)
@@ -209,17 +213,12 @@ class Account:
         """``active`` trained in the step; nothing did if it was of the probe. What is wrong now."""
         grass = self._training.grass
         self._born |= set(active)
-        following = set(grass.active_layers) if grass.phase == "train" else set()
-        if switched := grass.schedule.switch_due(grass.step):
-            self.switches += 1
         if self._streams:
             self._out += self._sum(set(active))
-        else:
-            self._out += self._sum((self._there - following) & self._born)
-        self._enter(following)
-        if not self._streams:
-            known = grass.state_dict()["next"]
-            new = set(known["active_layers"]) - following if known and not switched else set()
+        if grass.schedule.switch_due(grass.step):
+            self._switch(set(grass.active_layers))
+        elif known := grass.state_dict()["next"]:
+            new = set(known["active_layers"]) - set(grass.active_layers)
             if new and grass.schedule.steps_to_switch(grass.step) <= self._prefetch:
                 self._arrive({max(new) if self._last_first else min(new)} - self._there)
         return [f"{what} after step {grass.step}" for what in self._wrong(settled)]

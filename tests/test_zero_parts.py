@@ -148,8 +148,9 @@ def numbers(own):
 
 
 def stands_in(param, numel):
-    """Whether DeepSpeed sees a master of the right form that takes no memory."""
-    return (param.shape, param.dtype, param.untyped_storage().nbytes()) == ((numel,), torch.float32, 4)
+    """Whether DeepSpeed sees a master of the right form that takes no memory, and that shows if it is used."""
+    form = param.shape, param.dtype, param.untyped_storage().nbytes()
+    return form == ((numel,), torch.float32, 4) and bool(param.isnan().all())
 
 
 def test_a_newborn_group_is_taken_over_and_a_born_one_given_what_there_is():

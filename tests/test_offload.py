@@ -376,7 +376,7 @@ trained = []
 for offload in ({"mode": "interval", "chaos": 1}, {"mode": "stream", "slots": 2}):
     trained.append(make(offload))
     train(*trained[-1], range(10))  # the tenth step is the last before a switch
-big = torch.zeros(2**27, dtype=torch.uint8)
+big = torch.zeros(2**28, dtype=torch.uint8)
 copy = trained[-1][1]._states.transfers.to_host("big", [(big, torch.empty_like(big))], [])
 print(copy.done())
 sys.exit(0)

@@ -48,10 +48,10 @@ def place_states(
     for optimizer, layout in zip(layers, layouts, strict=True):
         optimizer.layout = layout
     states: MovingStates | None = None
-    problem: GrassError | None = None
+    problem: Exception | None = None
     try:
         states = build(plan, config, layers, device)
-    except GrassError as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         problem = error
     agree_at_start(backend, problem, {})
     assert states is not None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import threading
+import weakref
 
 import pytest
 import torch
@@ -18,11 +21,12 @@ MODES = [
     {"mode": "interval", "prefetch_steps": 0},
     {"mode": "interval", "prefetch_steps": 1, "chaos": 1},
     {"mode": "interval", "prefetch_steps": 2, "update_in_backward": True},
-    {"mode": "stream", "slots": 2, "chaos": 2, "update_in_backward": True},
+    {"mode": "stream", "slots": 2, "chaos": 2},
+    {"mode": "stream", "slots": 2, "chaos": 3, "update_in_backward": True},
     {"mode": "stream", "slots": 3},
     {"mode": "none", "update_in_backward": True},
 ]
-CHAOS = [mode for mode in MODES if "chaos" in mode]
+CHAOS = [mode for mode in MODES if "chaos" in mode and "update_in_backward" not in mode]
 LONG = {"AdamW": {}, "masters": {"dtype": torch.bfloat16}}
 """50 steps in all modes; the others take 22, in the two with chaos."""
 SHORT = {
@@ -367,6 +371,23 @@ def test_a_copy_that_fails_is_told_by_the_update_that_needs_it_and_no_state_is_l
 
 
 # --- the end
+
+
+@pytest.mark.parametrize("mode", [*PLACES.values(), MODES[2]], ids=[*PLACES, "in backward"])
+def test_an_optimizer_that_is_dropped_gives_its_memory_back_and_ends_its_threads(mode):
+    def threads():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("grass_dist")}
+
+    gc.collect()
+    before = threads()
+    model, optimizer = make(mode)
+    train(model, optimizer, range(7))
+    assert len(threads() - before) == (0 if mode["mode"] == "none" else 2)
+    held = weakref.ref(optimizer), weakref.ref(optimizer._states)
+    del optimizer
+    gc.collect()
+    assert [ref() for ref in held] == [None, None] and threads() == before
+
 
 ENDS = """
 import sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -154,14 +155,15 @@ class HookedBackend(Backend):
         self._probing = self._measuring = False
         self._fired: Counter[tuple[str, int]] = Counter()
         self._sums: HostSums | None = None
-        self._on_final: Callable[[Unit], None] | None = None
+        self._on_final: weakref.WeakMethod[Callable[[Unit], None]] | None = None
         self._final: dict[str, set[int]] = {}  # slots of each unit whose gradients are final
         self._forwards = 0
 
-    def tell_final(self, layer: Callable[[Unit], None]) -> None:
+    def tell_final(self, layer: weakref.WeakMethod[Callable[[Unit], None]]) -> None:
         """Calls ``layer`` within a backward of training, as soon as all gradients of a layer are those of the step.
 
-        The last micro-batch is known by the number of forwards, so there must be one for each.
+        Held weakly: hooks on parameters are never collected, nor is what they refer to. The last micro-batch is known
+        by the number of forwards, so there must be one for each.
         """
         self._on_final = layer
         self.model.register_forward_pre_hook(self._count_forward)
@@ -185,7 +187,9 @@ class HookedBackend(Backend):
             final = self._final.setdefault(unit.name, set())
             final.update(slots)
             if len(final) == len(unit.params):
-                self._on_final(unit)
+                update = self._on_final()
+                assert update is not None
+                update(unit)
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
         self._layers, self._units = list(layers), [*layers, *roles]

@@ -38,7 +38,7 @@ class SlotPool:
         self._count = count
         try:
             self._free = [self._make() for _ in range(count)]
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RuntimeError):  # the latter on a CPU
             raise GrassError(
                 f"The device has no room for the optimizer states of {count} layers ({count * nbytes:,} bytes); use "
                 "grass.offload.mode='stream', fewer grass.active_layers, or more ranks."
@@ -66,7 +66,7 @@ class SlotPool:
             return False
         try:
             self._free.insert(0, self._make())
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RuntimeError):  # the latter on a CPU
             return False
         return True
 

@@ -56,7 +56,7 @@ def place_states(
     if plan.mode != "none":
         try:
             moving = build(plan, config, states, device, last_first=False, inline=True)
-        except GrassError as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
         agree_at_start(backend, problem, {})
     return ZeroStates(states, staying, moving, device, zero.relink)

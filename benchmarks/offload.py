@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """What moving the layers' optimizer states costs, over states that stay on the device: step time, bytes and memory.
 
-    torchrun --nproc-per-node 2 benchmarks/offload.py [--backend fsdp2] [--rounds 5] [--json FILE]
+    torchrun --nproc-per-node 2 benchmarks/offload.py [--backend fsdp2] [--rounds 4] [--json FILE]
     torchrun --nproc-per-node 2 benchmarks/offload.py --host-dtype 48      # what rounded moments change, and no more
     torchrun --nproc-per-node 1 benchmarks/offload.py --random-llama 1.5B --batch 4 --length 1024      # on a GPU
 
 The modes train models of their own, of the same weights on the same tokens with the same draws. Layers are drawn in
-turn, so that every switch replaces all of them, which is the most that a switch can move; a cycle of short steps gives
-all layers a state to move, before anything is measured. Gradients are clipped to a norm that they never reach, except
-where layers are updated in the backward, so that all modes train the same weights.
+turn, so that a switch replaces all of them (save where a cycle ends), which is the most that it can move; a
+cycle of short steps gives all layers a state to move, before anything is timed. Gradients are clipped to a norm that
+they never reach, except where layers are updated in the backward, so that all modes train the same weights.
 
 A copy may run on beside the next step, which must be one of its own mode. So the modes take turns of an interval, not
 of a step: a first step, then those of a whole interval, which are timed, then a wait for what is still on its way. A
@@ -49,21 +49,19 @@ def step_times(args: argparse.Namespace, world: World) -> dict[str, Any]:
     traffic: dict[str, list[float]] = {name: [0] * 4 for name in runs}
     held: dict[str, list[tuple[int, int]]] = {name: [] for name in runs}
     at = give_all_layers_a_state(list(runs.values()))
-    for number in range(-1, args.rounds):  # one round warms up
+    for number in range(args.rounds):
         turn = range(at + 1, at + 1 + args.interval)
         for name in (names[(number + i) % len(names)] for i in range(len(names))):
             run = runs[name]
             run.step(random_ids(run, at, args.batch, args.length))
-            before, took = run.traffic(), []
+            before = run.traffic()
             for step in turn:
                 drawn[name].append(run.grass.active_layers)
-                took.append(run.step(random_ids(run, step, args.batch, args.length)))
+                seconds[name].append(run.step(random_ids(run, step, args.batch, args.length)))
                 held[name].append(run.state_bytes())
-            if number >= 0:
-                traffic[name] = [a + y - x for a, x, y in zip(traffic[name], before, run.traffic(), strict=True)]
-                seconds[name] += took
+            traffic[name] = [a + y - x for a, x, y in zip(traffic[name], before, run.traffic(), strict=True)]
             run.grass.states.settle()  # waits for all copies
-        timed += turn if number >= 0 else ()
+        timed += turn
         at = turn[-1] + 1
     told = {}
     for name in names:
@@ -207,7 +205,7 @@ def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="at least 2")
+    parser.add_argument("--rounds", type=int, default=4, help="at least 2")
     parser.add_argument("--host-dtype", type=int, metavar="STEPS", help="only compare bfloat16 moments with exact ones")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

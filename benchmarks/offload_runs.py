@@ -164,7 +164,7 @@ def load(args: argparse.Namespace, world: World) -> nn.Module:
 def in_turn(gamma: int) -> str:
     """Name of a sampler that measures as the method's own does, and draws ``gamma`` of all layers after the other.
 
-    They are mixed, and each draw has layers that the last had not.
+    They are mixed. A draw has none of the last one's layers, save where a cycle ends whose last draw is filled up.
     """
 
     def draw(importances: np.ndarray, generator: Any) -> list[int]:

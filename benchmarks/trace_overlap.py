@@ -164,25 +164,30 @@ def draw(lanes: Lanes, step: int, path: Path) -> None:
         "host → device": (union(i for own in lanes.to_device for i in own), "#3d9a50"),
         "device → host": (union(i for own in lanes.to_host for i in own), "#c8483f"),
     }
+    copies = union(i for own in lanes.to_device + lanes.to_host for i in own)
     updating = common(lanes.updates, [(begin, end)])
     first, last = updating[0][0], updating[-1][1]
-    if last - first > 0.4 * (end - begin):  # within the backward: the first two
-        last = updating[min(1, len(updating) - 1)][1]
-    margin = 0.05 * (last - first)
+    if last - first > 0.2 * (end - begin):  # within the backward: the first, and the copies that it sets off
+        first, last = updating[0]
+        last = max([last, *(b for a, b in copies if first < a < updating[min(1, len(updating) - 1)][0])])
+    margin = 0.1 * (last - first)
     part = first - margin, last + margin
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     whole, near = figure.subplots(2, 1)
     for axes, (left, right) in ((whole, (begin, end)), (near, part)):
         for at, (intervals, colour) in enumerate(rows.values()):
             boxes = [((a - begin) / 1e3, (b - a) / 1e3) for a, b in common(intervals, [(left, right)])]
-            axes.broken_barh(boxes, (at - 0.38, 0.76), facecolors=colour, edgecolor="none")
+            thin = axes is whole and at > 1  # or a copy of a step of seconds could not be seen
+            axes.broken_barh(boxes, (at - 0.38, 0.76), color=colour, linewidth=0.8 if thin else 0)
         axes.set_yticks(range(len(rows)), list(rows))
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim((left - begin) / 1e3, (right - begin) / 1e3)
         axes.grid(axis="x", color="#e6e9ed")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    whole.axvspan(*((edge - begin) / 1e3 for edge in part), color="#f3f0e6", zorder=0)
+    whole.axvspan(
+        *((edge - begin) / 1e3 for edge in part), facecolor="#f3f0e6", edgecolor="#c9b26b", linewidth=0.8, zorder=0
+    )
     whole.set_title("one step of rank 0; the shaded part is drawn larger below", loc="left")
     near.set_xlabel("milliseconds since the step began")
     path.parent.mkdir(parents=True, exist_ok=True)

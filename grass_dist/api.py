@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, overload
@@ -100,7 +99,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._in_backward = config.offload.update_in_backward
         self._updated: set[int] = set()  # layers, since the last step ended
         if self._in_backward:
-            backend.tell_final(weakref.WeakMethod(self._update_in_backward))
+            backend.tell_final(self._update_in_backward)
         self.grass = GrassEngine(config, layers, roles, backend, self._states, observers)
 
     @overload

@@ -150,10 +150,11 @@ def test_a_probe_whose_last_batch_has_fewer_micro_batches_measures_what_there_wa
 
 def test_a_probe_with_more_backwards_than_it_was_told_says_so():
     model = tiny()
-    grass(model)
+    optimizer = grass(model)
     loss_of(model, 0).backward()
     with pytest.raises(GrassError, match="gradient_accumulation_steps=1: .* pass GrassOptimizer the number"):
         loss_of(model, 1).backward()
+    assert optimizer.grass.phase == "probe"
 
 
 def test_importance_is_of_the_gradient_before_any_clipping():

@@ -383,10 +383,13 @@ def test_an_optimizer_that_is_dropped_gives_its_memory_back_and_ends_its_threads
     model, optimizer = make(mode)
     train(model, optimizer, range(7))
     assert len(threads() - before) == (0 if mode["mode"] == "none" else 2)
-    held = weakref.ref(optimizer), weakref.ref(optimizer._states)
+    held = weakref.ref(optimizer), weakref.ref(optimizer._states), weakref.ref(model)
     del optimizer
     gc.collect()
-    assert [ref() for ref in held] == [None, None] and threads() == before
+    assert [ref() for ref in held] == [None, None, model] and threads() == before
+    del model
+    gc.collect()
+    assert held[2]() is None
 
 
 ENDS = """

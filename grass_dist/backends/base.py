@@ -6,7 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -139,6 +139,21 @@ def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
+def hook_weakly(param: nn.Parameter, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int) -> None:
+    """Calls ``method(name, slot, param)`` whenever a gradient has been accumulated, for as long as its object lives.
+
+    Python's collector does not see such hooks: what they referred to would live as long as the process, and the
+    parameter with it.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def hook(param: torch.Tensor) -> None:
+        if (call := reference()) is not None:
+            call(name, slot, cast(nn.Parameter, param))
+
+    param.register_post_accumulate_grad_hook(hook)
+
+
 class HookedBackend(Backend):
     """The way of a gradient in plain PyTorch: post-accumulate hook → (host sums, in a probe with accumulation) →
     reduction, by the subclass → sum of squares to the sink → freed, in a probe.
@@ -159,13 +174,13 @@ class HookedBackend(Backend):
         self._final: dict[str, set[int]] = {}  # slots of each unit whose gradients are final
         self._forwards = 0
 
-    def tell_final(self, layer: weakref.WeakMethod[Callable[[Unit], None]]) -> None:
+    def tell_final(self, layer: Callable[[Unit], None]) -> None:
         """Calls ``layer`` within a backward of training, as soon as all gradients of a layer are those of the step.
 
-        Held weakly: hooks on parameters are never collected, nor is what they refer to. The last micro-batch is known
-        by the number of forwards, so there must be one for each.
+        The last micro-batch is known by the number of forwards, so there must be one for each. ``layer`` is a method,
+        held weakly: the model outlives the optimizer.
         """
-        self._on_final = layer
+        self._on_final = weakref.WeakMethod(layer)
         self.model.register_forward_pre_hook(self._count_forward)
 
     def _count_forward(self, *_: object) -> None:
@@ -183,13 +198,12 @@ class HookedBackend(Backend):
         """Gradients of ``unit`` have been reduced, those of the last micro-batch if it is the last."""
         if self._on_final is None or self._probing or unit.index is None:
             return
-        if self._forwards == self.accumulation_steps:
-            final = self._final.setdefault(unit.name, set())
-            final.update(slots)
-            if len(final) == len(unit.params):
-                update = self._on_final()
-                assert update is not None
-                update(unit)
+        if self._forwards != self.accumulation_steps:
+            return
+        final, update = self._final.setdefault(unit.name, set()), self._on_final()
+        final.update(slots)
+        if len(final) == len(unit.params) and update is not None:
+            update(unit)
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
         self._layers, self._units = list(layers), [*layers, *roles]
@@ -197,7 +211,10 @@ class HookedBackend(Backend):
         self._sink = sink
         for unit in self._units:
             for slot, (_, param) in enumerate(unit.params):
-                param.register_post_accumulate_grad_hook(partial(self._on_gradient, unit, slot))
+                hook_weakly(param, self._on_hook, unit.name, slot)
+
+    def _on_hook(self, name: str, slot: int, param: nn.Parameter) -> None:
+        self._on_gradient(self._by_name[name], slot, param)
 
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
         on = {unit.name for unit in units}

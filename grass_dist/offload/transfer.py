@@ -111,6 +111,8 @@ class TransferEngine:
         after: Sequence[Event],
         then: Callable[[], None] | None = None,
     ) -> Event:
+        chaos = self._chaos  # a job that held the engine would keep its threads from ending
+
         def job() -> None:
             with torch.profiler.record_function(name):
                 try:
@@ -118,7 +120,7 @@ class TransferEngine:
                         target.copy_(source, non_blocking=True)
                 except Exception as error:
                     raise GrassError(f"{name} failed: {error}") from error
-            if self._chaos:
+            if chaos:
                 for source, _ in pairs:
                     poison(source)
             if then is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from grass_dist.backends.base import Backend, GradientSink, sum_of_squares
+from grass_dist.backends.base import Backend, GradientSink, hook_weakly, sum_of_squares
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.zero.groups import Group, groups_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
@@ -100,7 +99,7 @@ class ZeroBackend(Backend):
         self._squares: list[torch.Tensor] = []
         for unit in layers:
             for slot, (_, param) in enumerate(unit.params):
-                param.register_post_accumulate_grad_hook(partial(self._on_probe_gradient, unit, slot))
+                hook_weakly(param, self._on_probe_gradient, unit.name, slot)
 
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
         on = {unit.name for unit in units}
@@ -165,12 +164,12 @@ class ZeroBackend(Backend):
 
     # --- probe
 
-    def _on_probe_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
+    def _on_probe_gradient(self, name: str, slot: int, param: nn.Parameter) -> None:
         if not self._probing:
             return
         grad, param.grad = param.grad, None
         assert grad is not None
-        bucket = self._buckets[unit.name]
+        bucket = self._buckets[name]
         if slot not in bucket.missing:  # the next micro-batch, after one in which some parameters took no part
             self._send_rest()
         bucket.put(slot, grad, self.world_size)

@@ -218,6 +218,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 self._states.put(index, None)
                 load()
             self._show_state(optimizer)
+        self._updated.clear()
         self.grass.load_state_dict(state_dict["grass"])
 
     @property

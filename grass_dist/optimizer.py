@@ -68,7 +68,7 @@ class UnitOptimizer:
         self._group_of = list(group_of)
         self._class, self._kwargs, self._backend = optimizer_class, dict(kwargs), backend
         self._shards = optimizer_class in ELEMENTWISE
-        self._keys: list[tuple[int, str]] = []
+        self._kept: dict[tuple[int, str], torch.dtype] = {}  # what `fields` foretells, by position and key
         self._views: dict[tuple[int, str], torch.Tensor] = {}  # where the state is, by position and key; if it moves
         self.inner: torch.optim.Optimizer | None = None
         self.updated: list[nn.Parameter] = []
@@ -84,7 +84,7 @@ class UnitOptimizer:
         Raises:
             GrassError: the class cannot say, or works on whole parameters of which this rank holds a part.
         """
-        fields, self._keys = [], []
+        fields, self._kept = [], {}
         for position, (name, param) in enumerate(self.unit.params):
             view = self._view(param)
             if not self._shards and self._backend.local(view) is not view:
@@ -98,7 +98,7 @@ class UnitOptimizer:
             except Exception as error:
                 raise GrassError(f"{self._class.__name__} does not say what it keeps: {error}") from error
             fields += [field(name, *entry) for entry in entries]
-            self._keys += [(position, key) for key, _, _ in entries]
+            self._kept |= {(position, key): dtype for key, _, dtype in entries}
         return fields
 
     def _step_once(self, groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
@@ -108,7 +108,7 @@ class UnitOptimizer:
 
     def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
         """Makes ``views``, one for each of `fields`, the state; before its birth, what it is born in."""
-        self._views = dict(zip(self._keys, views, strict=True))
+        self._views = dict(zip(self._kept, views, strict=True))
         if self.inner is None:
             return
         for (position, key), view in self._views.items():
@@ -174,7 +174,7 @@ class UnitOptimizer:
             return {}
         (_, param), target = self.unit.params[position], self.updated[position]
         master = {"master": target.detach()} if _is_master(param, target) else {}
-        state = {k: _as_wide(v, target) for k, v in self.inner.state[target].items()} | master
+        state = {k: self._exact(position, k, v) for k, v in self.inner.state[target].items()} | master
         return {**state, "part": self._backend.part} if state and self._backend.part != WHOLE else state
 
     def load_state(self, states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
@@ -230,6 +230,11 @@ class UnitOptimizer:
     def _homes(self) -> list[Home]:
         return [(self.updated[i], key, view) for (i, key), view in self._views.items() if key != "master"]
 
+    def _exact(self, position: int, key: str, value: Any) -> Any:
+        """A moment in the dtype in which it is updated: host memory may round it (`offload.host_dtype`)."""
+        dtype = self._kept.get((position, key))
+        return value.to(dtype) if torch.is_tensor(value) and dtype is not None else value
+
     def _placed(self, position: int, key: str, value: Any) -> Any:
         """A copy of a loaded state entry, where it belongs; step counts stay where the optimizer class has them."""
         if not torch.is_tensor(value):
@@ -249,12 +254,6 @@ class UnitOptimizer:
 
 def _named(part: tuple[int, ...]) -> str:
     return "of the whole" if part == WHOLE else f"of part {part[0]} of {part[1]}"
-
-
-def _as_wide(value: Any, target: torch.Tensor) -> Any:
-    """A moment in the dtype in which it is updated; in host memory it may be rounded (`offload.host_dtype`)."""
-    rounded = torch.is_tensor(value) and value.dtype in LOW and target.dtype == torch.float32
-    return value.to(target.dtype) if rounded else value
 
 
 def _is_master(param: torch.Tensor, target: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import subprocess
 import sys
@@ -325,14 +326,14 @@ def test_what_an_optimizer_class_raises_reaches_the_user_as_it_is(mode, monkeypa
     assert all(map(equal, by_layer(model, optimizer), before))
 
 
-def torn(optimizer, direction: str, copy: int, *, late: bool) -> None:
+def torn(optimizer, direction: str, number: int, *, late: bool) -> None:
     """Has a copy fail, counted in its direction; ``late``: when all has been copied."""
     transfers = optimizer._states.transfers
     queue, count = getattr(transfers, direction), iter(range(10**6))
     unequal = (torch.zeros(2, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8))
 
     def queued(name, runs, *args, **kwargs):
-        if next(count) == copy:
+        if next(count) == number:
             runs = [*runs, unequal] if late else [unequal, *runs]
             optimizer.torn = name
         return queue(name, runs, *args, **kwargs)
@@ -368,6 +369,12 @@ def test_a_copy_that_fails_is_told_by_the_update_that_needs_it_and_no_state_is_l
     assert all(equal(ours[i], before[i]) for i in range(8) if i not in updated)
     assert sorted(active, reverse=True)[: len(updated)] == updated[::-1] and len(updated) < 3
     assert any(before[int(optimizer.torn.rpartition(".")[2])])
+    model.load_state_dict(other.state_dict())  # and training can go on from a checkpoint
+    optimizer.load_state_dict(copy.deepcopy(exact.state_dict()))
+    for trained in ((model, optimizer), (other, exact)):
+        trained[1].zero_grad()
+        take_steps(*trained, range(step + 1, step + 12))
+    assert same(outcome(optimizer, model), outcome(exact, other))
 
 
 # --- the end

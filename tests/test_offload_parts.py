@@ -518,11 +518,18 @@ def test_states_that_cannot_move_stay_unless_that_was_asked_for(caplog):
 
 
 MEMINFO = {"/proc/meminfo": "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable:    4000 kB\nHugePages_Total: 0\n"}
-V2, V1 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup/memory/memory"
+V1 = {
+    "/sys/fs/cgroup/memory/job/memory.limit_in_bytes": "2000000",
+    "/sys/fs/cgroup/memory/job/memory.usage_in_bytes": "1500000",
+    "/sys/fs/cgroup/memory/job/memory.stat": "total_inactive_file 100000\n",
+    "/proc/self/cgroup": "5:cpu,cpuacct:/\n3:memory:/job/step\n",
+}
 
 
-def v2(limit):
-    return {f"{V2}.max": limit, f"{V2}.current": "1500000", f"{V2}.stat": "anon 7\ninactive_file 300000\nslab 1\n"}
+def v2(limit, at="", own="/"):
+    folder, stat = f"/sys/fs/cgroup{at}", "anon 7\ninactive_file 300000\nslab 1\n"
+    files = {f"{folder}/memory.max": limit, f"{folder}/memory.current": "1500000", f"{folder}/memory.stat": stat}
+    return {**files, "/proc/self/cgroup": f"0::{own}\n"}
 
 
 @pytest.mark.parametrize(
@@ -532,15 +539,9 @@ def v2(limit):
         ({**MEMINFO, **v2("max\n")}, 4_096_000),
         ({**MEMINFO, **v2("3000000\n")}, 1_800_000),  # what is used counts, but for a cache that is given back
         ({**MEMINFO, **v2("9000000\n")}, 4_096_000),
-        (
-            {
-                **MEMINFO,
-                f"{V1}.limit_in_bytes": "2000000",
-                f"{V1}.usage_in_bytes": "1500000",
-                f"{V1}.stat": "total_inactive_file 100000\n",
-            },
-            600_000,
-        ),
+        ({**MEMINFO, **v2("3000000\n", "/job", "/job/step/task")}, 1_800_000),  # of a group around this one's
+        ({**MEMINFO, **v2("3000000\n", "/other", "/job")}, 4_096_000),
+        ({**MEMINFO, **V1}, 600_000),
         ({}, None),
         ({"/proc/meminfo": "MemTotal: 9000 kB\n"}, None),
     ],

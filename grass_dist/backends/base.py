@@ -224,7 +224,7 @@ class HookedBackend(Backend):
                 if unit.name not in on:
                     param.grad = None
         self._probing, self._measuring = probing, measuring
-        self._fired.clear()
+        self._begin_step()
         self._sums = None
         if probing and self.accumulation_steps > 1:
             self._sums = HostSums(
@@ -237,6 +237,9 @@ class HookedBackend(Backend):
             for name, slot in self._sums.pending():
                 unit = self._by_name[name]
                 self._reduce(unit, slot, unit.params[slot][1], self._sums.take((name, slot)))
+        self._begin_step()
+
+    def _begin_step(self) -> None:
         self._fired.clear()
         self._final.clear()
         self._forwards = 0

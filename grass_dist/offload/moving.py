@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from grass_dist.offload.place import Movable, Place
+from grass_dist.offload.place import DONE, Movable, Place
 from grass_dist.offload.slots import SlotPool
 from grass_dist.offload.store import LayerStateStore
 from grass_dist.offload.streams import Event
@@ -135,10 +135,13 @@ class MovingStates(ABC):
         place = self._places[layer]
         if place.slot is None:
             _ended(place.left)
+            self.pool.forgive(place.left)
         else:
             _ended(place.arrived)
+            place.slot.free = DONE
             self.pool.give(place.slot)
-            place.slot = None
+        self._updates = [event for event in self._updates if event is not place.updated]
+        place.slot, place.arrived, place.updated, place.left = None, DONE, DONE, DONE  # failures are past, too
         place.holds = fill is not None
         if fill is not None:
             place.state.bind(place.state.layout.host_views(place.host), resident=False)

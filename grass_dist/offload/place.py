@@ -27,7 +27,7 @@ class Movable(Protocol):
         ...
 
 
-_DONE = ThreadEvent(done=True)
+DONE = ThreadEvent(done=True)
 
 
 @dataclass(slots=True)
@@ -38,6 +38,6 @@ class Place:
     host: torch.Tensor
     slot: Slot | None = None
     holds: bool = False  # whether there is a state yet
-    arrived: Event = _DONE  # it is in its slot
-    updated: Event = _DONE  # nothing computes on it in its slot
-    left: Event = _DONE  # the host's buffer has it
+    arrived: Event = DONE  # it is in its slot
+    updated: Event = DONE  # nothing computes on it in its slot
+    left: Event = DONE  # the host's buffer has it

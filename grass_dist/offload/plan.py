@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -95,15 +95,29 @@ def free_host_memory() -> int | None:
         limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, KeyError, ValueError):
         return None
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for limit, used in _cgroup_files():
         try:
-            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()) + _cache(Path(limit).parent))
+            limits.append(int(limit.read_text()) - int(used.read_text()) + _cache(limit.parent))
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return min(limits)
+
+
+def _cgroup_files() -> Iterator[tuple[Path, Path]]:
+    """Limit and use of memory of each control group that this process is in, as cgroup 2 and 1 name them."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", controllers)
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        inner = root / path.lstrip("/")
+        for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(root))):
+            yield folder / names[0], folder / names[1]
 
 
 def _cache(group: Path) -> int:

@@ -70,6 +70,12 @@ class SlotPool:
             return False
         return True
 
+    def forgive(self, failed: Event) -> None:
+        """What `failed` was to copy out of a slot is needed no more."""
+        for slot in self._free:
+            if slot.free is failed:
+                slot.free = ThreadEvent(done=True)
+
     def trim(self) -> None:
         """Gives back the memory of slots that were added, as soon as they are empty."""
         for slot in list(self._free):

@@ -100,6 +100,8 @@ def _mapped(size: int, folder: Path, layer: int) -> torch.Tensor:
                 memory = torch.from_file(str(path), shared=True, size=max(size, 1), dtype=torch.uint8)
             finally:
                 path.unlink()
+    except RuntimeError as error:  # torch's, of mmap
+        raise ConfigError("offload.folder", str(folder), f"it cannot be mapped ({error})", "choose another") from None
     except OSError as error:
         fix = "free space for the states of all layers" if error.errno == errno.ENOSPC else "choose another folder"
         raise ConfigError("offload.folder", str(folder), f"{error.strerror}", fix) from None

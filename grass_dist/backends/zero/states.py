@@ -46,7 +46,7 @@ class GroupState:
         self._capacity = capacity(group, world_size)
         shape = torch.Size([self._capacity])
         own = [(MASTER, shape, torch.float32), *kept] if has_master else kept
-        self.keys = [key for key, _, _ in own]
+        self.dtypes = {key: dtype for key, _, dtype in own}
         self.fields = [field(group.unit.name, key, shape, dtype) for key, _, dtype in own]
 
     def adopt(self, param: torch.Tensor, state: dict[Any, dict[str, Any]]) -> None:
@@ -68,7 +68,7 @@ class GroupState:
     def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
         """``views``, one for each of `fields`, are the state."""
         self.resident = resident
-        self.homes = dict(zip(self.keys, views, strict=True))
+        self.homes = dict(zip(self.dtypes, views, strict=True))
         if self.has_master:
             self.master = self.homes[MASTER][: self.numel]
             self.show(self.master)

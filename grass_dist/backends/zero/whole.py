@@ -82,7 +82,7 @@ def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
     lists[names.masters_key] = [_master(own) for own in order]
     user = zero.user_optimizer.param_groups
     base = {
-        "state": {i: {k: _saved(own, v) for k, v in own.state.items()} for i, own in enumerate(order) if own.state},
+        "state": {i: _moments(own) for i, own in enumerate(order) if own.state},
         "param_groups": [
             {**{k: v for k, v in user[g.user_group].items() if k != "params"}, "params": [i]}
             for i, g in enumerate(zero.every)
@@ -99,10 +99,14 @@ def _master(own: GroupState) -> torch.Tensor:
     return torch.cat([zero_shard(param).detach().reshape(-1) for param in own.group.params])
 
 
-def _saved(own: GroupState, value: Any) -> Any:
-    """A tensor as a file should hold it: in host memory that holds nothing but this layer's state."""
-    if torch.is_tensor(value) and value.dtype == torch.bfloat16:
-        return value.float()  # the host rounds it
+def _moments(own: GroupState) -> dict[str, Any]:
+    return {key: _saved(own, value, own.dtypes.get(key)) for key, value in own.state.items()}
+
+
+def _saved(own: GroupState, value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A tensor as a file should hold it: in host memory that holds nothing but this layer's state, and not rounded."""
+    if torch.is_tensor(value) and dtype not in (None, value.dtype):
+        return value.to(dtype)
     if own.resident and own.homes and torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
     return value

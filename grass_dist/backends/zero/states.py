@@ -43,6 +43,7 @@ class GroupState:
         self.param: torch.Tensor | None = None
         self.numel = self.saved = 0
         self.resident = True
+        self._absent = torch.empty(0)
         self._capacity = capacity(group, world_size)
         shape = torch.Size([self._capacity])
         own = [(MASTER, shape, torch.float32), *kept] if has_master else kept
@@ -57,6 +58,7 @@ class GroupState:
                 f"{self._capacity} were expected: this DeepSpeed pads in another way."
             )
         born, self.param, self.numel = self.numel > 0, param, param.numel()
+        self._absent = param.new_full((1,), math.nan).expand(self.numel)
         if not born:
             self.state, self.resident = state[param], True
             self.master = param.data if self.has_master else None
@@ -79,7 +81,7 @@ class GroupState:
     def show(self, master: torch.Tensor) -> None:
         """Gives DeepSpeed the master; while that is on the host, NaN of its shape, dtype and device without memory."""
         if (param := self.param) is not None:  # which may change meanwhile: a copy that ends calls this, too
-            param.data = master if self.resident else param.new_full((1,), math.nan).expand(self.numel)
+            param.data = master if self.resident else self._absent
 
     def link(self) -> None:
         """Shows the master where it is, until `bind` or `adopt`: for what takes views of it."""

@@ -142,12 +142,11 @@ def train_zero(
 
 
 def _run(steps: int, step: Callable[[int], Any], grass: Any, count: Callable[[], tuple[int, int]]) -> dict[str, Any]:
-    told: dict[str, Any] = {"active": [], "bytes": [], "moved": []}
+    told: dict[str, Any] = {"active": [], "bytes": []}
     for number in range(steps):
         told["active"].append(grass.active_layers if grass.phase == "train" else ())
         step(number)
         told["bytes"].append(count())
-        told["moved"].append((grass.traffic.bytes_to_device, grass.traffic.bytes_to_host))
     return told
 
 
@@ -180,6 +179,5 @@ def _compared(rank: int, world_size: int, backend: str, modes: dict[str, dict], 
             same = mine.keys() == theirs.keys()
             run[f"differing {kind}"] = [n for n in mine if not (same and torch.equal(mine[n], theirs[n]))]
     for run in runs.values():
-        run["moved_weights"] = len(run.pop("weights"))
-        run.pop("states")
+        del run["weights"], run["states"]
     return runs

@@ -1,4 +1,7 @@
-"""States that come and go: the same run to the bit on every backend, and no more memory than is said."""
+"""States that come and go: the same run to the bit on every backend, and no more memory than is said.
+
+The bytes that move are counted exactly by the soak (`soak_trainings.Account`), which test_soak.py runs in short.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from integration_tests.offload import BASE, CASES, STEPS, every_mode
+from integration_tests.offload import BASE, CASES, every_mode
 from integration_tests.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(400)
@@ -68,8 +71,7 @@ def test_no_more_memory_than_is_said(told):
             landing = mode == "interval" and slots < 8
             assert device <= (slots + landing) * longest + roles, (name, step)
             assert host <= sum(run["layers"]) * 1.1, (name, step)
-        settled = [device for device, _ in run["bytes"][-1:]]
-        assert all(device >= slots * min(run["layers"]) for device in settled)
+        assert run["bytes"][-1][0] >= slots * min(run["layers"])
 
 
 def longest_slot(run) -> float:
@@ -97,18 +99,3 @@ def test_slots_are_made_once(told):
         switches = sum(a != b for a, b in pairwise(active)) + 2
         most = min(2, gamma) if mode == "stream" else gamma + switches
         assert run["allocations"] <= most, name
-
-
-def test_bytes_that_move(told):
-    for name, case, mode, run in runs_of(told):
-        moved = run["moved"][-1]
-        if mode == "none" or (case == "all layers" and mode == "interval"):
-            assert moved[1] == 0, name
-        elif mode == "stream":
-            gamma = CASES.get(case, {}).get("active_layers", BASE["active_layers"])
-            if gamma > 2:
-                longest = longest_slot(run)
-                updates = sum(len(layers) for layers in run["active"])
-                assert updates * min(run["layers"]) * 0.9 <= moved[1] <= updates * longest * 1.2, name
-        else:
-            assert 0 < moved[1] <= STEPS / 2 * 3 * longest_slot(run) * 2, name

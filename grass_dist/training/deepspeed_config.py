@@ -72,6 +72,7 @@ def merge_grass(ds_config: Mapping[str, Any], given: Mapping[str, Any] | None) -
 
 
 def _merged(section: str, given: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
+    # "auto" leaves a setting to the YAML; but it is a mode of the section offload.
     mine, theirs = dict(given), {str(k): v for k, v in block.items() if v != "auto" or section == "grass.offload"}
     for name, value in mine.items():
         other = theirs.get(name)

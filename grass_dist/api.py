@@ -12,6 +12,7 @@ from torch import nn
 from grass_dist.agreement import agree_at_start
 from grass_dist.assembly import choose_units, fingerprint, refuse_second, remember
 from grass_dist.backends import backend_for
+from grass_dist.checkpoint.torch_run import TorchHoldings
 from grass_dist.clipping import clip_grads
 from grass_dist.config import GrassConfig, check_num_layers
 from grass_dist.discovery import LayerMap, Unit, find_layers
@@ -208,18 +209,22 @@ class GrassOptimizer(torch.optim.Optimizer):
             optimizer.check_parts(states)
         for group, other in zip(mine, saved, strict=True):
             group.update({k: v for k, v in other.items() if k != "params"})
-        for index, (optimizer, states) in enumerate(zip(self._unit_optimizers, entries, strict=True)):
-            load = partial(optimizer.load_state, states, mine)
-            if index >= len(self._layer_optimizers):
-                load()
-            elif any(states):
-                self._states.put(index, load)
-            else:
-                self._states.put(index, None)
-                load()
-            self._show_state(optimizer)
+        for index, states in enumerate(entries):
+            self._put_state(index, states)
         self._updated.clear()
         self.grass.load_state_dict(state_dict["grass"])
+
+    def holdings(self) -> TorchHoldings:
+        """What `grass_dist.checkpoint` saves and loads: the model's weights too, for any number of ranks."""
+        return TorchHoldings(
+            self._model,
+            self._backend,
+            self._unit_optimizers,
+            self.param_groups,
+            self.grass,
+            self._states.settle,
+            self._put_state,
+        )
 
     @property
     def _unit_optimizers(self) -> list[UnitOptimizer]:
@@ -237,6 +242,19 @@ class GrassOptimizer(torch.optim.Optimizer):
 
         self._updated.add(unit.index)
         self._states.update(unit.index, job)
+
+    def _put_state(self, index: int, states: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces the state of a unit by one for each of its parameters; all empty, it has none yet."""
+        optimizer = self._unit_optimizers[index]
+        load = partial(optimizer.load_state, states, self.param_groups)
+        if index >= len(self._layer_optimizers):
+            load()
+        elif any(states):
+            self._states.put(index, load)
+        else:
+            self._states.put(index, None)
+            load()
+        self._show_state(optimizer)
 
     def _update(self, optimizer: UnitOptimizer) -> None:
         newborn = not optimizer.born

@@ -34,6 +34,7 @@ class GrassEngine:
 
     Attributes:
         step: optimizer steps completed, those of the probe included.
+        skipped: steps that were not applied, on all ranks alike, because a loss or gradient was not finite.
         active_layers: indices of the layers that train in the next step; all of them in the probe.
     """
 
@@ -54,6 +55,7 @@ class GrassEngine:
         self._tracker = ImportanceTracker([unit.numel for unit in layers], config.ema_alpha)
         self._observers = list(observers)
         self.step = 0
+        self.skipped = 0
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
         self._next: Sampled | None = None
         device = backend.shard_of(layers[0].params[0][1]).device
@@ -130,7 +132,9 @@ class GrassEngine:
             self.states.expect(self._next.active_layers, self.schedule.steps_to_switch(self.step))
 
     def skip_step(self) -> None:
-        """Ends an optimizer step that was not applied (fp16 overflow): nothing moves, what it measured is forgotten."""
+        """Ends an optimizer step that was not applied (fp16 overflow, a NaN): nothing moves, what it measured is
+        forgotten."""
+        self.skipped += 1
         self._sums.discard()
 
     @property
@@ -215,10 +219,11 @@ class GrassEngine:
             "next": None if self._next is None else dataclasses.asdict(self._next),
             "tracker": self._tracker.state_dict(),
             "measured": self._sums.state_dict(),
+            "skipped": self.skipped,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.step = int(state["step"])
+        self.step, self.skipped = int(state["step"]), int(state.get("skipped", 0))
         self.active_layers = tuple(state["active_layers"])
         self._tracker.load_state_dict(state["tracker"])
         self._sums.load_state_dict(state["measured"])

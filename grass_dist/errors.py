@@ -37,6 +37,15 @@ class UnsupportedModel(GrassError, ValueError):
     """A model, or a way of wrapping it, that this version cannot train layer by layer."""
 
 
+class CheckpointError(GrassError, RuntimeError):
+    """A checkpoint that cannot be written, or that is damaged, foreign or of another run."""
+
+    def everywhere(self) -> CheckpointError:
+        """The same error, known to be raised by all ranks."""
+        self.on_every_rank = True
+        return self
+
+
 class RanksDisagree(GrassError, RuntimeError):
     """Ranks that must be identical (configuration, model, importances, choice of layers) are not."""
 

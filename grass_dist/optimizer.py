@@ -78,6 +78,15 @@ class UnitOptimizer:
     def born(self) -> bool:
         return self.inner is not None
 
+    @property
+    def shards(self) -> bool:
+        """Whether it updates this rank's shards as plain tensors."""
+        return self._shards
+
+    def shard_of(self, param: nn.Parameter) -> torch.Tensor:
+        """What it keeps a state for, of a parameter of the unit: plain, and without a graph."""
+        return self._backend.local(self._view(param))
+
     def fields(self, groups: Sequence[Mapping[str, Any]]) -> list[Field]:
         """The tensors of its state as they will be, for each parameter its master and what the class keeps.
 

@@ -129,6 +129,18 @@ class Backend(Ranks, ABC):
         """This rank's shard of a parameter's weights, sharing their memory."""
         return self.local(param.detach())
 
+    def start_of(self, param: nn.Parameter) -> int:
+        """Where the entries of `shard_of` begin in the flattened whole parameter, of which they are consecutive."""
+        return 0
+
+    def state_start_of(self, param: nn.Parameter) -> int:
+        """The same of `state_shard`."""
+        return self.start_of(param)
+
+    def replicates(self, param: nn.Parameter) -> bool:
+        """Whether every rank of the group has the whole of ``param``."""
+        return True
+
     def verify(self) -> None:
         """Raises if what the model would train is no longer what `set_trainable` said; called before each draw."""
         return

@@ -164,6 +164,10 @@ class DdpBackend(HookedBackend):
     def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.part[1] == 1 else part_of(tensor, *self.part)
 
+    def state_start_of(self, param: nn.Parameter) -> int:
+        part, parts = self.part
+        return min(part * chunk(param.numel(), parts), param.numel())
+
     def publish(self, units: Sequence[Unit]) -> None:
         """Gathers what the ranks have updated. Two units' weights are on their way, and in memory twice, at a time."""
         if self.part[1] == 1:

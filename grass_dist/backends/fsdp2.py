@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from grass_dist.backends.base import GradientSink, HookedBackend
 from grass_dist.discovery import Unit
@@ -76,6 +76,26 @@ class Fsdp2Backend(HookedBackend):
         tensor = cast(DTensor, param)
         where = tensor.device_mesh.get_coordinate() or []
         return all(c == 0 for c, placed in zip(where, tensor.placements, strict=True) if isinstance(placed, Replicate))
+
+    def start_of(self, param: nn.Parameter) -> int:
+        tensor = cast(DTensor, param)
+        start, rows = 0, tensor.shape[0]
+        where = tensor.device_mesh.get_coordinate() or []
+        for coordinate, size, placed in zip(where, tensor.device_mesh.shape, tensor.placements, strict=True):
+            if isinstance(placed, Replicate):
+                continue
+            if placed != Shard(0):
+                raise UnsupportedModel(
+                    f"A checkpoint holds runs of consecutive entries, and a parameter of shape {tuple(tensor.shape)} is "
+                    f"placed as {placed}: call fully_shard without shard_placement_fn."
+                )
+            chunk = -(-rows // size)
+            skipped = min(coordinate * chunk, rows)
+            start, rows = start + skipped, max(0, min(chunk, rows - skipped))
+        return start * (tensor.numel() // max(tensor.shape[0], 1))
+
+    def replicates(self, param: nn.Parameter) -> bool:
+        return False
 
     def _on_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
         self.bytes_reduced += self._wire_bytes[unit.name, slot]

@@ -133,6 +133,12 @@ class ZeroBackend(Backend):
         shard = zero_shard(param)
         return shard.detach()[: max(0, min(shard.numel(), numel_of(param) - self.rank * shard.numel()))]
 
+    def start_of(self, param: nn.Parameter) -> int:
+        return min(self.rank * zero_shard(param).numel(), numel_of(param)) if hasattr(param, "ds_tensor") else 0
+
+    def replicates(self, param: nn.Parameter) -> bool:
+        return not hasattr(param, "ds_tensor")
+
     def verify(self) -> None:
         """Raises if the model's trainable parameters are not those that were set here."""
         if self._on is None:  # before the first draw

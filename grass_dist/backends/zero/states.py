@@ -105,6 +105,10 @@ class GroupState:
             else:
                 self.state[key] = value.clone() if torch.is_tensor(value) else value
 
+    def exact(self, key: str, value: torch.Tensor) -> torch.Tensor:
+        """A moment in the dtype in which it is updated: host memory may round it (`offload.host_dtype`)."""
+        return value.to(self.dtypes.get(key, value.dtype))
+
     def forget(self) -> None:
         self.state, self.lists, self.homes, self.master, self.numel = {}, {}, {}, None, 0
 
@@ -249,13 +253,18 @@ class ZeroStates:
 
     def replace(self, states: Mapping[tuple[str, int], tuple[int, torch.Tensor | None, Mapping[str, Any]]]) -> None:
         """Takes over (elements, master, state) of every group by its key."""
-        for index, unit in enumerate(self._units):
-            fill = partial(_fill_all, [(group, *states[group.group.key]) for group in unit.groups])
-            if self._moving is not None and index < len(self._layers):
-                self._moving.put(index, fill)
-            else:
-                unit.stay(self._device)
-                fill()
+        for unit in self._units:
+            self.put(unit.name, [(group, *states[group.group.key]) for group in unit.groups])
+
+    def put(self, name: str, made: Sequence[Made]) -> None:
+        """Takes over the groups of the unit ``name``."""
+        index = next(i for i, unit in enumerate(self._units) if unit.name == name)
+        fill = partial(_fill_all, made)
+        if self._moving is not None and index < len(self._layers):
+            self._moving.put(index, fill)
+        else:
+            self._units[index].stay(self._device)
+            fill()
 
     def forget(self) -> None:
         """Throws all states away."""
@@ -278,7 +287,11 @@ class ZeroStates:
         return 0 if self._moving is None else self._moving.host_bytes
 
 
-def _fill_all(made: Sequence[tuple[GroupState, int, torch.Tensor | None, Mapping[str, Any]]]) -> None:
+Made = tuple[GroupState, int, torch.Tensor | None, Mapping[str, Any]]
+"""A group's state: (where it goes, elements of the partition, master, state)."""
+
+
+def _fill_all(made: Sequence[Made]) -> None:
     for group, numel, master, state in made:
         group.fill(numel, master, state)
 

@@ -1,0 +1,213 @@
+"""`torch.distributed.checkpoint` over `Piece`s: safetensors files, with the place of every run of entries in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from grass_dist.checkpoint.pieces import Piece
+from grass_dist.errors import CheckpointError
+
+FILE_BYTES = 512 * 2**20
+"""A rank begins another file after this much: writing one takes its size in memory once more."""
+
+
+class PieceSavePlanner(DefaultSavePlanner):
+    """Saves each `Piece` as the chunk of a one-dimensional tensor; no two ranks give the same entries."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(piece) for piece in self.state_dict.values()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+def _write_item(piece: Piece) -> WriteItem:
+    start, size = torch.Size([piece.start]), piece.tensor.size()
+    return WriteItem(
+        index=MetadataIndex(piece.key, start),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=start, sizes=size),
+            properties=TensorProperties.create_from_tensor(piece.tensor),
+            size=torch.Size([piece.numel]),
+        ),
+    )
+
+
+def write(folder: Path, pieces: Sequence[Piece], files: Mapping[str, int], group: dist.ProcessGroup | None) -> None:
+    """Writes the pieces of all ranks into ``folder``, each rank into files of its own. Called on every rank.
+
+    Args:
+        pieces: this rank's; over the ranks they cover each tensor exactly once.
+        files: number of the file of each key, from 1, equal on all ranks; see `file_numbers`.
+
+    Raises:
+        CheckpointException: of torch; on every rank if one fails.
+    """
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=dict(files), save_distributed=True)
+    given = {piece.key: piece for piece in pieces if piece.tensor.numel()}
+    alone = group is None
+    dcp.save(given, storage_writer=writer, planner=PieceSavePlanner(), process_group=group, no_dist=alone)
+
+
+def file_numbers(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Which file of a rank's a tensor goes to, so that none is much larger than `FILE_BYTES`.
+
+    Args:
+        sizes: bytes of each whole tensor.
+    """
+    number, filled, found = 1, 0, {}
+    for key in sorted(sizes):
+        share = sizes[key] / world_size
+        if filled and filled + share > FILE_BYTES:
+            number, filled = number + 1, 0
+        filled += share
+        found[key] = number
+    return found
+
+
+class _Targets(LoadPlanner):
+    """Reads into tensors that are given."""
+
+    def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
+        self._targets = targets
+
+    def set_up_planner(
+        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError  # `TensorReader` makes the plan
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise CheckpointError(f"{read_item.storage_index.fqn} is not a tensor.")
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        start, length = read_item.dest_offsets[0], read_item.lengths[0]
+        return self._targets[read_item.dest_index.fqn][start : start + length]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
+
+
+class TensorReader:
+    """Any run of entries of any tensor of a checkpoint, read by a `StorageReader` into memory that is given.
+
+    No collective: each rank reads what it needs, whatever the number of ranks that saved it.
+
+    Args:
+        reader: of the files.
+        where: the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: the files are damaged.
+    """
+
+    def __init__(self, reader: dcp.StorageReader, where: Path) -> None:
+        self._reader, self._where = reader, where
+        try:
+            self._metadata = reader.read_metadata()
+            reader.set_up_storage_reader(self._metadata, True)
+            self.tensors: dict[str, tuple[int, torch.dtype]] = {
+                key: (math.prod(tensor.size), tensor.properties.dtype)
+                for key, tensor in self._metadata.state_dict_metadata.items()
+                if isinstance(tensor, TensorStorageMetadata)
+            }
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a damaged file makes its reader raise
+            raise CheckpointError(f"{where} cannot be read: {_line(error)}.") from error
+
+    def read(self, key: str, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Entries ``start`` to ``start + out.numel()`` of ``key`` into the flat tensor ``out``.
+
+        Raises:
+            CheckpointError: they are not all there, or of another dtype.
+        """
+        return self.read_all([(key, start, out)])[0]
+
+    def read_all(self, wanted: Sequence[tuple[str, int, torch.Tensor]]) -> list[torch.Tensor]:
+        """As `read`, of several at once, each key once; a file is then opened once."""
+        items = [item for key, start, out in wanted for item in self._items(key, start, out)]
+        try:
+            plan = LoadPlan(items)
+            self._reader.read_data(plan, _Targets({key: out for key, _, out in wanted})).wait()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self._where} cannot be read: {_line(error)}.") from error
+        return [out for _, _, out in wanted]
+
+    def _items(self, key: str, start: int, out: torch.Tensor) -> list[ReadItem]:
+        found = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(found, TensorStorageMetadata):
+            raise CheckpointError(f"{self._where} holds no tensor {key}.")
+        if found.properties.dtype != out.dtype:
+            raise CheckpointError(f"{self._where} holds {key} in {found.properties.dtype} and not in {out.dtype}.")
+        items, at, end = [], start, start + out.numel()
+        for chunk in sorted(found.chunks, key=lambda chunk: tuple(chunk.offsets)):
+            if len(chunk.offsets) != 1 or chunk.offsets[0] < 0:
+                raise CheckpointError(f"{self._where} holds {key} in a part that lies nowhere.")
+            low, high = max(start, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
+            if low < high:
+                if low != at:
+                    break
+                at = high
+                items.append(_read_item(key, chunk, low, high, start))
+        if at != end:
+            raise CheckpointError(f"{self._where} does not hold entry {at} of {key}, or holds it twice.")
+        return items
+
+
+def _read_item(key: str, chunk: ChunkStorageMetadata, low: int, high: int, start: int) -> ReadItem:
+    return ReadItem(
+        type=LoadItemType.TENSOR,
+        dest_index=MetadataIndex(key),
+        dest_offsets=torch.Size([low - start]),
+        storage_index=MetadataIndex(key, chunk.offsets),
+        storage_offsets=torch.Size([low - chunk.offsets[0]]),
+        lengths=torch.Size([high - low]),
+    )
+
+
+def open_tensors(folder: Path) -> TensorReader:
+    """The tensors that `write` has written into ``folder``."""
+    return TensorReader(dcp.HuggingFaceStorageReader(str(folder)), folder)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")

@@ -1,0 +1,252 @@
+"""A checkpoint's folder: what is in it, that it is whole, and which of a run's is the newest good one.
+
+A save writes into ``.step-000200.writing`` and renames that to ``step-000200`` when every file is on the disk and
+listed, with its size and SHA-256, in ``checkpoint.json``: so a folder with that name is complete, whenever the power
+went. `verify` finds what happened to it afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from grass_dist.config import StrictModel
+from grass_dist.errors import CheckpointError, GrassError
+
+FORMAT, VERSION = "grass_dist checkpoint", 1
+MANIFEST, STATE, TENSORS, DEEPSPEED, MODEL = "checkpoint.json", "state.json", "tensors", "deepspeed", "model"
+LARGEST_JSON = 64 * 2**20
+_FOLDER = re.compile(r"step-(\d{6,12})")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+class FileEntry(StrictModel):
+    """A file as it was written."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class TensorEntry(StrictModel):
+    """A weight or buffer of the model."""
+
+    shape: list[int]
+    dtype: str
+
+
+class Manifest(StrictModel):
+    """``checkpoint.json``."""
+
+    format: Literal["grass_dist checkpoint"]
+    version: int
+    kind: Literal["dcp", "deepspeed"]
+    """Whose files the tensors are in: those of `torch.distributed.checkpoint`, or DeepSpeed's own."""
+    step: int = Field(ge=0)
+    """Global batches trained on."""
+    world_size: int = Field(ge=1)
+    backend: str
+    saved: str
+    """When, UTC."""
+    versions: dict[str, str]
+    weights: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+    """Every other file, by its path in the folder."""
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint's folder; None if it is none by its name."""
+    found = _FOLDER.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def digest(file: Path) -> FileEntry:
+    """Size and SHA-256 of a file that is a file of its own, not a link."""
+    with _open_regular(file) as stream:
+        return FileEntry(
+            bytes=os.fstat(stream.fileno()).st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest()
+        )
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes and flushes to the disk."""
+    with file.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, allow_nan=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_json(file: Path) -> Any:
+    """
+    Raises:
+        CheckpointError: it is missing, too large, or not JSON.
+    """
+    try:
+        with _open_regular(file) as stream:
+            if (size := os.fstat(stream.fileno()).st_size) > LARGEST_JSON:
+                raise CheckpointError(f"{file} has {size} bytes, more than a file of ours ever has.")
+            return json.loads(stream.read(), parse_constant=_no_constant)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: it is not JSON ({' '.join(str(error).split())[:100]}).") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Paths of all files in a folder but the manifest, sorted."""
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    return sorted(name for name in found if name != MANIFEST)
+
+
+def commit(writing: Path, manifest: Manifest) -> Path:
+    """Lists what is in ``writing`` in its manifest, and gives the folder its name: from then on it is a checkpoint.
+
+    An earlier one of the same step makes room.
+    """
+    body = manifest.model_dump(mode="json")
+    write_json(writing / MANIFEST, {**body, "digest": _digest_of(body)})
+    for folder in (*(path for path in writing.rglob("*") if path.is_dir()), writing):
+        sync_folder(folder)
+    final = writing.with_name(folder_name(manifest.step))
+    if final.exists():
+        shutil.rmtree(final)
+    writing.rename(final)
+    sync_folder(final.parent)
+    return final
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """
+    Raises:
+        CheckpointError: the folder is no checkpoint of ours, or its manifest is damaged.
+    """
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder.")
+    if not file.exists():
+        raise CheckpointError(f"{folder} is not a checkpoint of grass_dist: it has no {MANIFEST}.")
+    body = read_json(file)
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not of a checkpoint of grass_dist.")
+    if body.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file} is of version {body.get('version')!r:.40} of the format, and this grass_dist reads {VERSION}; "
+            "load it with the release that wrote it."
+        )
+    if body.pop("digest", None) != _digest_of(body):
+        raise CheckpointError(f"{file} is damaged: its content is not what was written.")
+    try:
+        manifest = Manifest(**body)
+    except GrassError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    for name in manifest.files:
+        _check_name(folder, name)
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest, part: tuple[int, int] = (0, 1)) -> None:
+    """Compares the files with the manifest.
+
+    Args:
+        part: (i, n): read every n-th file from the i-th on, for ranks that share the work; the list of files is
+            compared by all.
+
+    Raises:
+        CheckpointError: names the first file that is missing, of another size, changed, or not listed.
+    """
+    if unknown := sorted(set(files_in(folder)) - set(manifest.files)):
+        raise CheckpointError(f"{folder} holds a file that was not saved with it: {unknown[0]!r:.80}.")
+    for name in sorted(manifest.files):
+        _check_regular(folder, name)
+        size, wanted = (folder / name).stat().st_size, manifest.files[name].bytes
+        if size != wanted:
+            raise CheckpointError(f"{folder / name} is damaged: it has {size} bytes and was written with {wanted}.")
+    for name in sorted(manifest.files)[part[0] :: part[1]]:
+        try:
+            found = digest(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error.strerror or error}.") from None
+        if found != manifest.files[name]:
+            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not that of the file that was written.")
+
+
+def checkpoints_in(parent: Path) -> list[Path]:
+    """Folders of checkpoints by their names, the newest first."""
+    if not parent.is_dir():
+        return []
+    found = [(step, path) for path in parent.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def prune(parent: Path, keep: int) -> None:
+    """Removes all but the newest ``keep`` checkpoints, the oldest first, and what unfinished saves have left."""
+    for path in reversed(checkpoints_in(parent)[keep:]):
+        gone = path.with_name(f".{path.name}.removing")
+        path.rename(gone)  # or half a checkpoint would keep its name
+        shutil.rmtree(gone)
+    for path in parent.glob(".step-*.removing"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def total_bytes(manifest: Manifest, names: Iterable[str] | None = None) -> int:
+    return sum(manifest.files[name].bytes for name in (manifest.files if names is None else names))
+
+
+def numel(entry: TensorEntry) -> int:
+    return math.prod(entry.shape)
+
+
+def _digest_of(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _check_name(folder: Path, name: str) -> None:
+    parts = name.split("/")
+    if not 1 <= len(parts) <= 3 or not all(_NAME.fullmatch(part) for part in parts):
+        raise CheckpointError(f"{folder / MANIFEST} lists {name!r:.80}, which is no name of a file in a checkpoint.")
+
+
+def _check_regular(folder: Path, name: str) -> None:
+    at = folder
+    for part in name.split("/"):
+        at = at / part
+        if at.is_symlink():
+            raise CheckpointError(f"{at} is a link; a checkpoint is made of files.")
+    if not at.exists():
+        raise CheckpointError(f"{at} is missing.")
+    if not at.is_file():
+        raise CheckpointError(f"{at} is not a file.")
+
+
+def _open_regular(file: Path) -> Any:
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{file} is not a file.")
+    return os.fdopen(descriptor, "rb")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")

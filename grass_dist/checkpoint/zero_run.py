@@ -1,0 +1,151 @@
+"""What a run under DeepSpeed ZeRO holds: flat partitions of groups, seen as entries of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.backends.zero.groups import Group, numel_of, zero_shard
+from grass_dist.backends.zero.narrow import NarrowZero
+from grass_dist.backends.zero.states import MASTER, GroupState
+from grass_dist.backends.zero.whole import make
+from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
+from grass_dist.checkpoint.pieces import Entries, Piece, Read, UnitPieces, decode, encode, state_key
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The entries of a parameter that a partition holds; ``length`` may be 0."""
+
+    name: str
+    numel: int
+    start: int
+    length: int
+    at: int
+    """Where they begin in the partition."""
+
+
+class ZeroHoldings:
+    """`Holdings` of an engine that `grass_dist.initialize` made."""
+
+    def __init__(self, engine: Any) -> None:
+        self._zero: NarrowZero = engine.optimizer
+        self._module: nn.Module = engine.module
+        self._grass = engine.grass
+        self.ranks = self._backend = engine.grass.backend
+        self.name, self.active = f"zero{self._backend.stage}", engine.grass.config.active_layers
+        self._names = {param: fqn(name) for name, param in self._module.named_parameters()}
+
+    def unit_names(self) -> list[str]:
+        return list(dict.fromkeys(group.unit.name for group in self._zero.every))
+
+    def weights(self) -> list[Piece]:
+        return pieces_of(self._module, self._backend)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return shapes_of(self._module)
+
+    def states(self) -> Iterator[UnitPieces]:
+        self._zero.states.settle()
+        for name, groups in self._by_unit().items():
+            tensors: list[Piece] = []
+            entries: dict[str, dict[str, Any]] = {}
+            for group, own in groups:
+                if own.numel:
+                    self._collect(group, own, tensors, entries)
+            if entries:
+                yield UnitPieces(name, tensors, entries)
+
+    def describe(self) -> dict[str, Any]:
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self._zero.user_optimizer.param_groups]
+        return {"engine": self._grass.state_dict(), "groups": groups}
+
+    def layout(self) -> dict[str, Any]:
+        """Where DeepSpeed's partitions lie, for who reads its files; `complete` has been called."""
+        sizes = self.ranks.gather_objects([self._zero.states.of[group.key].numel for group in self._zero.every])
+        groups = [
+            {"unit": group.unit.name, "params": [[self._names[p], numel_of(p)] for p in self._zero.saved_order(group)]}
+            for group in self._zero.every
+        ]
+        return {"stage": self._backend.stage, "groups": groups, "partitions": sizes}
+
+    def restore(self, saved: Mapping[str, Any], units: Mapping[str, Entries], read: Read) -> None:
+        zero = self._zero
+        for group, other in zip(zero.user_optimizer.param_groups, saved["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in other.items()})
+        zero.forget()
+        for name, groups in self._by_unit().items():
+            if name in units:  # DeepSpeed itself says how it cuts the unit, and makes masters of the weights
+                make(zero, [group for group, _ in groups])
+                zero.states.put(name, [self._read(group, own, units[name], read) for group, own in groups])
+        self._grass.load_state_dict(saved["engine"])
+
+    def _by_unit(self) -> dict[str, list[tuple[Group, GroupState]]]:
+        units: dict[str, list[tuple[Group, GroupState]]] = {}
+        for group in self._zero.every:
+            units.setdefault(group.unit.name, []).append((group, self._zero.states.of[group.key]))
+        return units
+
+    def _collect(self, group: Group, own: GroupState, tensors: list[Piece], entries: dict[str, dict[str, Any]]) -> None:
+        keep_master = own.master is not None and group.params[0].dtype != torch.float32  # else it is the weights
+        values = {**own.state, **({MASTER: own.master} if keep_master else {})}
+        vectors = {k: own.exact(k, v) for k, v in values.items() if torch.is_tensor(v) and v.ndim}
+        for extent in self._extents(group, own.numel):
+            entries[extent.name] = {k: encode(vectors.get(k, v)) for k, v in values.items()}
+            for key, value in vectors.items():
+                part = value.detach()[extent.at : extent.at + extent.length]
+                tensors.append(Piece(state_key(extent.name, key), extent.numel, extent.start, part))
+
+    def _read(
+        self, group: Group, own: GroupState, entries: Entries, read: Read
+    ) -> tuple[GroupState, int, torch.Tensor | None, dict[str, Any]]:
+        extents = list(self._extents(group, own.numel))
+        master = None if own.master is None else own.master.detach().to("cpu", copy=True)
+        state: dict[str, Any] = {}
+        for extent in extents:
+            for key, entry in entries.get(extent.name, {}).items():
+                value = decode(entry)
+                if not isinstance(value, torch.dtype):
+                    state.setdefault(key, value)
+                    continue
+                into = master if key == MASTER else state.setdefault(key, torch.zeros(own.numel, dtype=value))
+                if extent.length and into is not None:  # a master is missing where the weights are their own
+                    read(state_key(extent.name, key), extent.start, into[extent.at : extent.at + extent.length])
+        return own, own.numel, master, state
+
+    def _extents(self, group: Group, partition: int) -> Iterator[Extent]:
+        sizes = [(self._names[param], numel_of(param)) for param in self._zero.saved_order(group)]
+        shards = [zero_shard(p).numel() for p in self._zero.saved_order(group)] if self._backend.stage == 3 else None
+        return extents_of(sizes, self.ranks.rank, partition, shards)
+
+
+def extents_of(
+    sizes: Sequence[tuple[str, int]], rank: int, partition: int, shards: Sequence[int] | None
+) -> Iterator[Extent]:
+    """What the partition of ``rank`` holds of each parameter of a group.
+
+    Stages 1 and 2 cut the group, its parameters one after the other, into equal partitions; stage 3 cuts each
+    parameter, and a partition is a rank's shards one after the other.
+
+    Args:
+        sizes: name and elements of each parameter.
+        partition: elements of a partition, with padding.
+        shards: stage 3: elements of a shard of each parameter, with padding.
+    """
+    if shards is not None:
+        at = 0
+        for (name, numel), shard in zip(sizes, shards, strict=True):
+            start = min(rank * shard, numel)
+            yield Extent(name, numel, start, min(shard, numel - start), at)
+            at += shard
+        return
+    begin, offset = rank * partition, 0
+    for name, numel in sizes:
+        low, high = max(begin, offset), min(begin + partition, offset + numel)
+        length = max(0, high - low)
+        yield Extent(name, numel, (low - offset) if length else 0, length, (low - begin) if length else 0)
+        offset += numel

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from grass_dist import GrassConfig, GrassError, GrassOptimizer
+from grass_dist.offload.moving import StreamedStates
 from grass_dist.offload.slots import SlotPool
 from tests.offload_runs import SETTINGS, make, outcome, returned, run, same, train, uneven
 from tests.tiny import Tiny, loss_of, take_steps
@@ -109,6 +110,21 @@ def test_fifty_steps_take_the_slots_and_host_bytes_that_they_must(mode):
         assert optimizer.host_state_bytes == sum(BYTES[i % 3] for i in born - inside)
         waiting, was = bool(ahead), grass.active_layers
     assert len(born) == 8 and (adds > 8) == bool(mode.get("prefetch_steps"))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_every_streamed_layer_has_been_brought_before_its_update(ahead, monkeypatch):
+    """In the first step after a switch too, where five of the seven are not the first to come."""
+    late, stock = [], StreamedStates._views_for_update
+
+    def noted(self, layer):
+        if self._places[layer].slot is None:
+            late.append((layer, self._active))
+        return stock(self, layer)
+
+    monkeypatch.setattr(StreamedStates, "_views_for_update", noted)
+    run({"mode": "stream", "slots": 2}, 26, active_layers=7, draw_ahead=ahead)
+    assert not late
 
 
 def test_a_slot_that_there_is_no_room_for_is_done_without(monkeypatch):

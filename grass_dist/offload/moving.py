@@ -263,8 +263,9 @@ class StreamedStates(MovingStates):
         self._to_update: set[int] = set()
 
     def leave(self, active: Sequence[int]) -> None:
-        super().leave(active)
-        self._to_come = []
+        first = self._ordered(active)[: self.pool.count]  # with draw_ahead=0 the slots hold the first of the old ones
+        super().leave(first)
+        self._to_come, self._to_update = [], set()  # `enter` begins anew, with what is in no slot yet
 
     def _bring(self) -> None:
         if not self._to_update:

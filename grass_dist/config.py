@@ -240,4 +240,4 @@ def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]
         if not nested:
             break
         model = nested[0]
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

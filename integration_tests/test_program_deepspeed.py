@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from grass_dist.training.config import load_config
+from grass_dist.training.config_file import load_config
 from grass_dist.training.run_deepspeed import DeepSpeed
 from grass_dist.training.world import World
 from integration_tests.program import (

@@ -4,16 +4,19 @@
     torchrun --nproc-per-node 2 launch/finetune.py --config configs/fsdp2_grass.yaml train.learning_rate=1e-5
     deepspeed --num_gpus 2 launch/finetune.py --config configs/zero3_grass.yaml train.learning_rate=1e-5
 
-What happens, in order: the configuration is checked, model and data are loaded and the model is put on its ranks (each
-of these on all ranks or on none); then the steps run; then the model is saved and the report is made.
+What happens, in order: the configuration is checked, with --resume a checkpoint too, model and data are loaded and the
+model is put on its ranks (each of these on all ranks or on none); then the steps run, and are saved now and then; then
+the model is written and the report is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,27 +27,45 @@ from torch import nn
 
 import grass_dist
 from grass_dist.assembly import always_active_roles
+from grass_dist.checkpoint.loading import Checkpoint
+from grass_dist.checkpoint.saving import Saved
 from grass_dist.discovery import LayerMap, find_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import setup
 from grass_dist.training.answers import answer_from_folder
-from grass_dist.training.batches import Examples, make_batches
-from grass_dist.training.config import RunConfig, flat_settings, load_config
+from grass_dist.training.batches import Examples
+from grass_dist.training.checkpoints import (
+    Checkpoints,
+    Position,
+    check_settings,
+    find_checkpoint,
+    position_of,
+    resume_run,
+)
+from grass_dist.training.config import RunConfig
+from grass_dist.training.config_file import flat_settings, load_config
 from grass_dist.training.data import Data, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
-from grass_dist.training.metrics import MetricsLog, StepCosts, make_run_folder
-from grass_dist.training.parallel import Parallelism, Run, choose_parallelism
+from grass_dist.training.export import write_model_files
+from grass_dist.training.identity import data_identity, model_identity, versions
+from grass_dist.training.loop import Loop
+from grass_dist.training.metrics import MetricsLog, make_run_folder
+from grass_dist.training.parallel import Parallelism, choose_parallelism
+from grass_dist.training.peers import lost_peer
 from grass_dist.training.progress import Reporter
-from grass_dist.training.steps import evaluate, train_step
+from grass_dist.training.signals import exit_code
 from grass_dist.training.world import World
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/ and docs/configuration.md")
+    parser.add_argument(
+        "--resume", metavar="auto|PATH", help="go on with this run's newest good checkpoint, or with one that is named"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it, and LOCAL_RANK too
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config, problem = read_config(args.config, args.overrides)
     try:
         world = World.join(datetime.timedelta(seconds=config.train.timeout_seconds if config else 60))
@@ -53,15 +74,21 @@ def main() -> int:
         return 1
     try:
         config = world.together(lambda: config or _raise(problem))
-        world.together(lambda: None, **flat_settings(config))
-        finetune(config, world)
+        same = {"--resume": args.resume, **versions(deepspeed=config.parallel.backend == "deepspeed")}
+        world.together(lambda: None, **flat_settings(config), **same)
+        asked = finetune(config, world, args.resume)
     except GrassError as error:
         if world.is_main or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        torch.distributed.destroy_process_group()
+        world.close()
         return 1
+    except Exception as error:
+        if (lost := lost_peer(world, error, "the run can go on with --resume auto")) is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr, flush=True)
+        world.abandon(1)
     world.leave()
-    return 0
+    return exit_code(asked) if asked else 0
 
 
 def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:
@@ -72,138 +99,132 @@ def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, Con
         return None, problem
 
 
-def finetune(config: RunConfig, world: World) -> None:
-    """One fine-tune, from its configuration to its report."""
+def finetune(config: RunConfig, world: World, resume: str | None) -> int | None:
+    """One fine-tune, from its configuration to its report; the signal by which it left before that, if it did."""
     torch.manual_seed(config.train.seed)
     transformers.logging.disable_progress_bar()
     parallel = world.together(lambda: choose_parallelism(config, world))
+    say = print if world.is_main else lambda *_: None
+    checkpoint = find_checkpoint(config, resume, world, say)
     tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
     data = world.together(lambda: _load_data(config, tokenizer))
+    data_is = world.together(lambda: data_identity(data.train))
     model = world.together(parallel.load)
+    world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
+    start = world.together(lambda: _start(config, checkpoint, data_is, say))
     layers = find_layers(model, config.grass.layers)
     folder = Path(config.output_dir) / config.name
-    world.together(lambda: make_run_folder(config) if world.is_main else None)  # all input is good: now may files go
+    going_on = checkpoint is not None and folder.resolve() in checkpoint.folder.resolve().parents
+    # All input is good: now may files go.
+    world.together(lambda: make_run_folder(config, resume=resume, going_on=going_on) if world.is_main else None)
     about = _about(config, world, parallel.name, layers, data, model)
-    log = world.together(lambda: MetricsLog(folder, about) if world.is_main else None)
-    question = world.together(lambda: _question(config, data, tokenizer) if world.is_main else None)
-    answer = world.together(partial(_answer_before, parallel, model, tokenizer, question))
+    before = checkpoint.state.run if checkpoint else {}
+    keep = before.get("record", 0) if going_on else 0
+    log = world.together(lambda: MetricsLog(folder, about, keep=keep, step=start.step) if world.is_main else None)
+    answer = before.get("answer")
+    if checkpoint is None:
+        answer = world.together(partial(_answer_before, config, parallel, model, data, tokenizer, world))
 
     torch.manual_seed(config.train.seed + 1 + world.rank)  # dropout differs on the ranks
     reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
-    if log and question:
-        log.write("answer", 0, when="before", prompt=question["prompt"], text=answer, expected=question["expected"])
-    if isinstance(data.train, Examples) and data.train.dropped:
-        reporter.say(f"{data.train.dropped} examples have no token of their completion within max_length: left out")
+    if log and answer and checkpoint is None:
+        log.write("answer", 0, when="before", **answer)
+    for sentence in _about_data(data):
+        reporter.say(sentence)
     run = parallel.start(model, layers, [reporter.observe, *([log.observe] if log else [])])
+    settings = model.config
     del model, layers  # the run has what it needs of them
+    if checkpoint:
+        exact = resume_run(checkpoint, run, config.train.seed, world)
+        reporter.resumed(start.step, str(checkpoint.folder), exact)
+
+    def state() -> dict[str, Any]:
+        record = log.nbytes if log else 0
+        return {"config": config.model_dump(mode="json"), "data": data_is, "answer": answer, "record": record}
+
+    def tell(saved: Saved) -> None:
+        reporter.saved(saved)
+        if log:
+            log.saved(saved)
+
+    add_model = partial(write_model_files, settings, tokenizer)
+    checkpoints = Checkpoints(config, world, run, folder, add_model, tell)
+    loop = Loop(config, world, run, data, tokenizer.pad_token_id, reporter, log, checkpoints, state)
     began = time.perf_counter()
     with reporter:
-        train(config, world, run, data, tokenizer.pad_token_id, reporter, log)
+        if (asked := loop.train(start)) is not None:
+            reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
+            return asked
     if log:
         log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)
     if config.save_model:
-        world.together(partial(run.save, tokenizer, folder / "model"))
+        with world.during("the writing of the model"):
+            world.together(partial(run.save, tokenizer, folder / "model"))
     run.close()  # its memory is free for the model that answers
-    world.together(lambda: _conclude(config, world, tokenizer, question, answer, reporter, log) if log else None)
+    world.together(lambda: _conclude(config, world, tokenizer, answer, reporter, log) if log else None)
+    return None
+
+
+def _start(
+    config: RunConfig, checkpoint: Checkpoint | None, data_is: dict[str, str], say: Callable[..., None]
+) -> Position:
+    """Where the run begins, after what has changed since the checkpoint was looked at."""
+    if checkpoint is None:
+        return Position()
+    for sentence in check_settings(config, checkpoint, data_is):
+        say(f"warning: {sentence}; the run will not be the one that it would have been")
+    return position_of(checkpoint)
+
+
+def _about_data(data: Data) -> Iterator[str]:
+    if isinstance(data.train, Examples) and data.train.dropped:
+        yield f"{data.train.dropped} examples have no token of their completion within max_length: left out"
 
 
 def _answer_before(
-    parallel: Parallelism, model: nn.Module, tokenizer: Any, question: dict[str, Any] | None
-) -> str | None:
-    """On the main rank, on its device for as long as it takes; the other ranks, without a question, wait."""
+    config: RunConfig, parallel: Parallelism, model: nn.Module, data: Data, tokenizer: Any, world: World
+) -> dict[str, Any] | None:
+    """The first held-out question and the answer of the model as it was loaded.
+
+    On the main rank, on its device for as long as it takes; the other ranks wait.
+    """
+    question = _question(config, data) if world.is_main else None
     if question is None:
         return None
+    ids = render_prompt(tokenizer, question["prompt"], config.data.chat_template)
     try:
-        return parallel.answer(model, tokenizer, question["ids"])
+        return {**question, "text": parallel.answer(model, tokenizer, ids)}
     except torch.cuda.OutOfMemoryError:
-        return "(the whole model does not fit on one device)"
+        return {**question, "text": "(the whole model does not fit on one device)"}
 
 
 def _conclude(
     config: RunConfig,
     world: World,
     tokenizer: Any,
-    question: dict[str, Any] | None,
-    before: str | None,
+    before: dict[str, Any] | None,
     reporter: Reporter,
     log: MetricsLog,
 ) -> None:
     """On the main rank: the answer of the saved model, and the report."""
     from grass_dist.report import build_report
 
-    if config.save_model and question:
+    if config.save_model and before:
         try:
             text = answer_from_folder(
                 str(log.folder / "model"),
                 tokenizer,
-                question["ids"],
+                render_prompt(tokenizer, before["prompt"], config.data.chat_template),
                 config.answer_tokens,
                 world.device,
                 trust_remote_code=config.model.trust_remote_code,
             )
         except torch.cuda.OutOfMemoryError:
             text = "(the whole model does not fit on one device)"
-        about = {"prompt": question["prompt"], "text": text, "expected": question["expected"]}
-        log.write("answer", config.train.max_steps, when="after", **about)
-        reporter.say(f"\nquestion: {question['prompt']}\n\nbefore: {before}\n\nafter: {text}\n")
+        log.write("answer", config.train.max_steps, when="after", **{**before, "text": text})
+        reporter.say(f"\nquestion: {before['prompt']}\n\nbefore: {before['text']}\n\nafter: {text}\n")
     log.close()
     reporter.say(f"report: {build_report(log.folder)}")
-
-
-def train(
-    config: RunConfig,
-    world: World,
-    run: Run,
-    data: Data,
-    pad_token_id: int,
-    reporter: Reporter,
-    log: MetricsLog | None,
-) -> None:
-    """All optimizer steps, with evaluations between them."""
-    settings, grass = config.train, run.grass
-    updates = settings.max_steps - grass.schedule.probe_steps
-    scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, setup.learning_rate_factor(settings, updates))
-    batches = make_batches(
-        data.train,
-        seed=settings.seed,
-        global_batch_size=settings.global_batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    following, costs = iter(batches), StepCosts(run)
-    for step in range(settings.max_steps + 1):
-        last = step == settings.max_steps
-        if len(data.held_out) and (step == 0 or last or (settings.eval_every and step % settings.eval_every == 0)):
-            loss = evaluate(run.model, data.held_out, settings.micro_batch_size, pad_token_id, world)
-            reporter.held_out(step, loss)
-            if log:
-                log.write("eval", step, loss=loss)
-        if last:
-            break
-        # A row of a stream is read by one rank alone, and may be one that cannot be used.
-        micro_batches = world.together(lambda: next(following)) if config.data.streaming else next(following)
-        began = time.perf_counter()
-        phase, active, rate = grass.phase, grass.active_layers, scheduler.get_last_lr()[0]
-        result = train_step(run, micro_batches, pad_token_id, world)
-        if phase == "train":
-            scheduler.step()
-        seconds = time.perf_counter() - began
-        reporter.step(step + 1, phase, result.loss, seconds)
-        spent = costs.of_step()
-        if log:
-            log.write(
-                "step",
-                step + 1,
-                phase=phase,
-                loss=result.loss,
-                lr=rate if phase == "train" else 0.0,
-                grad_norm=result.grad_norm,
-                seconds=seconds,
-                tokens=result.tokens,
-                active_layers=active,
-                **spent,
-            )
 
 
 def _raise(problem: ConfigError | None) -> RunConfig:
@@ -219,7 +240,7 @@ def _load_data(config: RunConfig, tokenizer: Any) -> Data:
         raise error if error.field.startswith("data.") else error.under("data") from None
 
 
-def _question(config: RunConfig, data: Data, tokenizer: Any) -> dict[str, Any] | None:
+def _question(config: RunConfig, data: Data) -> dict[str, Any] | None:
     """The prompt that is answered before and after, and the answer that the data gives, if it does."""
     if config.answer_tokens == 0:
         return None
@@ -229,8 +250,7 @@ def _question(config: RunConfig, data: Data, tokenizer: Any) -> dict[str, Any] |
             return None
         row = data.held_out_rows[0]
         prompt, expected = fill(config.data.prompt, row, "prompt"), fill(config.data.completion, row, "completion")
-    ids = render_prompt(tokenizer, prompt, config.data.chat_template)
-    return {"prompt": prompt, "expected": expected, "ids": ids}
+    return {"prompt": prompt, "expected": expected}
 
 
 def _about(

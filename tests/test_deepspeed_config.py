@@ -11,7 +11,8 @@ import pytest
 
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
-from grass_dist.training.config import RunConfig, TrainConfig, dump_config, load_config
+from grass_dist.training.config import RunConfig, TrainConfig
+from grass_dist.training.config_file import dump_config, load_config
 from grass_dist.training.deepspeed_config import check, fill, merge_grass, read_json
 
 TRAIN = TrainConfig(

@@ -79,7 +79,7 @@ def test_modules_fit_in_one_sitting():
 
 @pytest.mark.parametrize("file", sorted((PACKAGE.parent / "configs").glob("*.yaml")), ids=lambda f: f.name)
 def test_every_configuration_that_we_ship_is_valid(file, tmp_path):
-    from grass_dist.training.config import dump_config, load_config
+    from grass_dist.training.config_file import dump_config, load_config
 
     config = load_config(file)
     assert config.name == file.stem

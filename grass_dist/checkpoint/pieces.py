@@ -68,11 +68,15 @@ Read = Callable[[str, int, torch.Tensor], torch.Tensor]
 class Holdings(Protocol):
     """What the ranks of a run hold, asked for by `save` and `load`; a class for each kind of optimizer."""
 
-    ranks: Ranks
     name: str
     """Of the backend."""
     active: int
     """Layers that train at a time."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """That train one model together."""
+        ...
 
     def unit_names(self) -> list[str]:
         """All units that may have a state."""

@@ -59,7 +59,7 @@ class HostCopies:
 
 
 def take_snapshot(
-    holdings: Holdings, ranks: Ranks, step: int, extra: Mapping[str, Any], copy: Callable[[Piece], Piece] = lambda p: p
+    holdings: Holdings, ranks: Ranks, step: int, extra: Mapping[str, Any], copy: Callable[[Piece], Piece] | None = None
 ) -> Snapshot:
     """Collects what this rank writes, in the format that any number of ranks can load.
 
@@ -76,7 +76,7 @@ def take_snapshot(
         for piece in pieces:
             sizes[piece.key] = piece.numel * piece.tensor.element_size()
             if (written := piece.to_write(holdings.ranks)) is not None:
-                mine.append(copy(written))
+                mine.append(written if copy is None else copy(written))
 
     with torch.no_grad():
         take(weights)
@@ -232,7 +232,7 @@ class Saver:
         add_files: Callable[[Path], None] | None = None,
     ) -> None:
         self._parent, self._ranks, self._take, self._keep = parent, ranks, take, keep
-        self._background, self._add_files = background, add_files
+        self.background, self._add_files = background, add_files
         self._copies = HostCopies() if background else None
         self._thread: threading.Thread | None = None
         self._outcome: Saved | None = None
@@ -271,7 +271,7 @@ class Saver:
             except Exception as error:
                 self._outcome = Saved(step, None, _as_checkpoint_error(error), stall, time.perf_counter() - begun, 0)
 
-        if self._background:
+        if self.background:
             stall = time.perf_counter() - began
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
             self._thread.start()

@@ -11,10 +11,11 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import Group, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
-from grass_dist.backends.zero.states import MASTER, GroupState
+from grass_dist.backends.zero.states import GroupState, Made
 from grass_dist.backends.zero.whole import make
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
-from grass_dist.checkpoint.pieces import Entries, Piece, Read, UnitPieces, decode, encode, state_key
+from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
+from grass_dist.checkpoint.saving import together
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class ZeroHoldings:
             tensors: list[Piece] = []
             entries: dict[str, dict[str, Any]] = {}
             for group, own in groups:
-                if own.numel:
+                if own.changed:
                     self._collect(group, own, tensors, entries)
             if entries:
                 yield UnitPieces(name, tensors, entries)
@@ -66,12 +67,22 @@ class ZeroHoldings:
 
     def layout(self) -> dict[str, Any]:
         """Where DeepSpeed's partitions lie, for who reads its files; `complete` has been called."""
-        sizes = self.ranks.gather_objects([self._zero.states.of[group.key].numel for group in self._zero.every])
+        zero = self._zero
         groups = [
-            {"unit": group.unit.name, "params": [[self._names[p], numel_of(p)] for p in self._zero.saved_order(group)]}
-            for group in self._zero.every
+            {
+                "unit": group.unit.name,
+                "partition": zero.states.of[group.key].numel,
+                "params": [self._placed(param) for param in zero.saved_order(group)],
+            }
+            for group in zero.every
         ]
-        return {"stage": self._backend.stage, "groups": groups, "partitions": sizes}
+        trained = {param for group in zero.every for param in group.params}
+        frozen = [self._placed(param) for param in self._names if param not in trained]
+        return {"stage": self._backend.stage, "groups": groups, "frozen": frozen}
+
+    def _placed(self, param: nn.Parameter) -> dict[str, Any]:
+        shard = zero_shard(param).numel() if self._backend.stage == 3 else 0
+        return {"name": self._names[param], "numel": numel_of(param), "shard": shard}
 
     def restore(self, saved: Mapping[str, Any], units: Mapping[str, Entries], read: Read) -> None:
         zero = self._zero
@@ -79,10 +90,19 @@ class ZeroHoldings:
             group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in other.items()})
         zero.forget()
         for name, groups in self._by_unit().items():
-            if name in units:  # DeepSpeed itself says how it cuts the unit, and makes masters of the weights
-                make(zero, [group for group, _ in groups])
-                zero.states.put(name, [self._read(group, own, units[name], read) for group, own in groups])
+            if name in units:
+                self._restore_unit(name, groups, units[name], read)
         self._grass.load_state_dict(saved["engine"])
+
+    def _restore_unit(
+        self, name: str, groups: Sequence[tuple[Group, GroupState]], entries: Entries, read: Read
+    ) -> None:
+        """DeepSpeed itself says how it cuts the unit, and makes masters of the weights."""
+        make(self._zero, [group for group, _ in groups])
+        made = together(self.ranks, lambda: [self._read(group, own, entries, read) for group, own in groups])
+        self._zero.states.put(name, made)
+        for _, own in groups:
+            own.changed = True
 
     def _by_unit(self) -> dict[str, list[tuple[Group, GroupState]]]:
         units: dict[str, list[tuple[Group, GroupState]]] = {}
@@ -100,9 +120,7 @@ class ZeroHoldings:
                 part = value.detach()[extent.at : extent.at + extent.length]
                 tensors.append(Piece(state_key(extent.name, key), extent.numel, extent.start, part))
 
-    def _read(
-        self, group: Group, own: GroupState, entries: Entries, read: Read
-    ) -> tuple[GroupState, int, torch.Tensor | None, dict[str, Any]]:
+    def _read(self, group: Group, own: GroupState, entries: Entries, read: Read) -> Made:
         extents = list(self._extents(group, own.numel))
         master = None if own.master is None else own.master.detach().to("cpu", copy=True)
         state: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
@@ -48,6 +49,14 @@ class Examples:
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
+
+    def digest(self) -> str:
+        """SHA-256 of all examples, in their order, as 64 hexadecimal digits."""
+        total = hashlib.sha256(self._ends)
+        for key in sorted(self._tokens):
+            total.update(key.encode())
+            total.update(self._tokens[key])
+        return total.hexdigest()
 
 
 def has_labels(example: Example) -> bool:

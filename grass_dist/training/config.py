@@ -1,21 +1,16 @@
-"""`RunConfig`: the one YAML file of a fine-tune, with dotted overrides, validated whole before anything is loaded."""
+"""`RunConfig`: all settings of a fine-tune, validated whole before anything is loaded."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from grass_dist.config import GrassConfig, StrictModel
 from grass_dist.errors import ConfigError
 from grass_dist.samplers import make_sampler, probe_steps
 from grass_dist.training.data_config import DataConfig
-from grass_dist.training.deepspeed_config import find_file, merge_grass, read_json
 
 
 class ModelConfig(StrictModel):
@@ -32,6 +27,26 @@ class ModelConfig(StrictModel):
     """Recompute each layer's activations in the backward."""
     trust_remote_code: bool = False
     """Allow code that comes with the model to run."""
+
+
+class CheckpointConfig(StrictModel):
+    """When the run is saved, so that it can go on (docs/reliability.md)."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    every: int = Field(default=200, ge=0)
+    """Steps between two saves; 0 saves only when a signal asks the run to leave."""
+    keep: int = Field(default=3, ge=1)
+    """Checkpoints of a run that stay; older ones are removed when a new one is complete."""
+    background: bool = Field(default=True, alias="async")
+    """``async: true``: training waits only while weights and states are copied to host memory, and goes on while they
+    are written. Takes as much host memory as a rank writes."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """What happens when a checkpoint cannot be written (a full disk, say). Earlier ones stay in either case."""
+    format: Literal["auto", "dcp", "deepspeed"] = "auto"
+    """"dcp": torch's distributed checkpoint in safetensors, which any number of ranks and any backend can go on from.
+    "deepspeed": DeepSpeed's own files, with ours beside them; written while training waits. "auto": deepspeed under
+    parallel.backend=deepspeed, else dcp."""
 
 
 class TrainConfig(StrictModel):
@@ -60,6 +75,10 @@ class TrainConfig(StrictModel):
     """Of the order of the data and of dropout. The order depends on it and on the global batch size alone."""
     timeout_seconds: int = Field(default=600, ge=1)
     """After which a collective that a rank does not join ends the run."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """So many steps in a row whose loss or gradient is not finite end the run. Such a step updates nothing."""
+    checkpoint: CheckpointConfig | None = CheckpointConfig()
+    """null: the run is never saved."""
 
     @field_validator("learning_rate", "weight_decay", "eps", "clip_grad_norm", "min_learning_rate_ratio")
     @classmethod
@@ -143,6 +162,14 @@ class RunConfig(StrictModel):
         return {"backend": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _format_is_of_the_backend(self) -> RunConfig:
+        checkpoint = self.train.checkpoint
+        if checkpoint and checkpoint.format == "deepspeed" and self.parallel.backend != "deepspeed":
+            problem = f"parallel.backend={self.parallel.backend} does not write DeepSpeed's files"
+            raise ConfigError("train.checkpoint.format", "deepspeed", problem, "use dcp, or leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _updates_can_be_early(self) -> RunConfig:
         clip = self.train.clip_grad_norm
         if self.grass.offload.update_in_backward and clip is not None:
@@ -170,96 +197,3 @@ class RunConfig(StrictModel):
                 "use fewer",
             )
         return self
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file and applies overrides such as ``train.learning_rate=1e-5``.
-
-    A name with dots in the file means the same: ``parallel: deepspeed`` and ``parallel.config: my.json``. The section
-    ``grass`` may stand in the DeepSpeed JSON instead.
-
-    Raises:
-        ConfigError: the file, an override or a setting cannot be used.
-    """
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(
-            "--config", str(path), f"it cannot be read ({error.strerror})", "give an existing file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise ConfigError("--config", str(path), f"it is not YAML: {where}", "correct it there") from None
-    if not isinstance(data, dict):
-        raise ConfigError("--config", str(path), "it holds no settings", "see configs/ for examples")
-    data = {str(key): value for key, value in data.items()}
-    for key in [key for key in data if "." in key]:
-        _put(data, key, data.pop(key))
-    for override in overrides:
-        _override(data, override)
-    return RunConfig(**_with_json(data, path.parent))
-
-
-def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting by its dotted name."""
-
-    def walk(at: Any, name: str) -> dict[str, Any]:
-        if not isinstance(at, dict):
-            return {name: at}
-        return {k: v for key, below in at.items() for k, v in walk(below, f"{name}.{key}" if name else key).items()}
-
-    return walk(config.model_dump(mode="json"), "")
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose 1e-5 is a number (YAML 1.2), where PyYAML's 1.1 wants 1.0e-5."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError("override", override, "it is not of the form section.field=value", "write it like that")
-    try:
-        value = yaml.load(text, _Loader) if text else None
-    except yaml.YAMLError:
-        raise ConfigError(key, text, "the value is not YAML", "quote it") from None
-    _put(data, key, value)
-
-
-def _put(data: dict[str, Any], key: str, value: Any) -> None:
-    """Sets ``value`` at a dotted name."""
-    *path, last = key.split(".")
-    at: dict[str, Any] = data
-    for part in path:
-        below: Any = at.get(part)
-        if isinstance(below, str) and part == "parallel":  # parallel: ddp, then parallel.replicate=2
-            below = {"backend": below}
-        if below is None:
-            below = {}
-        if not isinstance(below, dict):
-            raise ConfigError(key, value, f"{part} is {below!r} in the file, not a section", f"override {part} itself")
-        at[part] = below
-        at = below
-    at[last] = value
-
-
-def _with_json(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings with the path of their DeepSpeed JSON made absolute and its ``"grass"`` merged in."""
-    parallel, grass = data.get("parallel"), data.get("grass")
-    if not isinstance(parallel, dict) or parallel.get("backend") != "deepspeed":
-        return data
-    if not isinstance(name := parallel.get("config"), str) or not isinstance(grass, dict | None):
-        return data  # refused where every other wrong type is
-    file = find_file(name, folder)
-    merged = merge_grass(read_json(file), grass)
-    return {**data, "parallel": {**parallel, "config": str(file)}, **({} if merged is None else {"grass": merged})}

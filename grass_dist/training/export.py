@@ -44,3 +44,9 @@ def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: P
     model.save_pretrained(folder, state_dict=whole)
     model.config.use_cache = False
     tokenizer.save_pretrained(folder)
+
+
+def write_model_files(config: Any, tokenizer: Any, folder: Path) -> None:
+    """What a Hugging Face folder has besides the weights."""
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

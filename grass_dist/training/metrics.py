@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shutil
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grass_dist.checkpoint.saving import Saved
 from grass_dist.errors import ConfigError
 from grass_dist.events import Event, Refreshed
-from grass_dist.training.config import RunConfig, dump_config
+from grass_dist.training.config import RunConfig
+from grass_dist.training.config_file import dump_config
 from grass_dist.training.parallel import Run
 
 
-def make_run_folder(config: RunConfig) -> Path:
-    """Makes ``output_dir/name``, empty of an earlier run.
+def make_run_folder(config: RunConfig, *, resume: str | None = None, going_on: bool = False) -> Path:
+    """Makes ``output_dir/name``, empty of an earlier run unless this one goes on with that.
+
+    Args:
+        resume: ``--resume``; with "auto" a run that was stopped before its first checkpoint makes room.
+        going_on: whether the folder is of the run that goes on.
 
     Raises:
         ConfigError: an earlier run lies there and ``overwrite`` is off, or the folder cannot be made.
     """
     folder = Path(config.output_dir) / config.name
     try:
-        if (folder / "metrics.jsonl").exists():
-            if not config.overwrite:
-                raise ConfigError(
-                    "name", config.name, f"{folder} holds an earlier run", "choose another name or set overwrite=true"
-                )
-            for part in ("plots", "tensorboard", "model"):
+        if not going_on and (folder / "metrics.jsonl").exists():
+            if not config.overwrite and resume != "auto":
+                fix = "choose another name, go on with it by --resume auto, or set overwrite=true"
+                raise ConfigError("name", config.name, f"{folder} holds an earlier run", fix)
+            for part in ("plots", "tensorboard", "model", "checkpoints"):
                 shutil.rmtree(folder / part, ignore_errors=True)
             for part in ("metrics.jsonl", "run.json", "report.html"):
                 (folder / part).unlink(missing_ok=True)
@@ -40,15 +49,30 @@ def make_run_folder(config: RunConfig) -> Path:
 
 
 class MetricsLog:
-    """Writes a line of metrics.jsonl for each event, at once, and TensorBoard scalars. On the main rank only."""
+    """Writes a line of metrics.jsonl for each event, at once, and TensorBoard scalars. On the main rank only.
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+    Args:
+        keep: bytes of an earlier record that it goes on after: what came after a checkpoint happens again.
+        step: that the run begins with.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any], *, keep: int = 0, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
         (folder / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        file = folder / "metrics.jsonl"
+        if keep and file.exists() and file.stat().st_size >= keep:
+            os.truncate(file, keep)
+            self._file = file.open("a", encoding="utf-8", buffering=1)
+        else:
+            self._file = file.open("w", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the record up to now."""
+        return os.fstat(self._file.fileno()).st_size
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One event; floats that are not finite become null."""
@@ -86,9 +110,25 @@ class MetricsLog:
                 probabilities=event.probabilities,
             )
 
+    def saved(self, saved: Saved) -> None:
+        """How a checkpoint went."""
+        error = str(saved.error) if saved.error else None
+        costs = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds, "bytes": saved.nbytes}
+        self.write("checkpoint", saved.step, error=error, **costs)
+
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+@contextlib.contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+    """Gives a function that says how many seconds the block has taken."""
+    began, ended = time.perf_counter(), None
+    try:
+        yield lambda: (ended or time.perf_counter()) - began
+    finally:
+        ended = time.perf_counter()
 
 
 class StepCosts:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from grass_dist.backends.base import Ranks
+from grass_dist.checkpoint.pieces import Holdings, Piece
+from grass_dist.checkpoint.saving import Snapshot
 from grass_dist.discovery import LayerMap
 from grass_dist.engine import GrassEngine
 from grass_dist.events import Observer
@@ -17,6 +21,21 @@ from grass_dist.training.world import World
 
 Batch = dict[str, torch.Tensor]
 """A micro-batch on this rank's device, as `collate` makes it."""
+
+
+Copy = Callable[[Piece], Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What an optimizer step did."""
+
+    total: torch.Tensor
+    """Summed loss of this rank's micro-batches, unscaled."""
+    norm: float | None
+    """Of the gradients, before clipping; None in the probe and without clipping."""
+    applied: bool
+    """Whether the step counts; not if a loss or gradient was not finite in training. The same on all ranks."""
 
 
 class Run(Protocol):
@@ -34,17 +53,25 @@ class Run(Protocol):
         """What a forward calls: on all ranks equally often."""
         ...
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> tuple[torch.Tensor, float | None]:
-        """One optimizer step, clipping included.
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
+        """One optimizer step, clipping included; on all ranks alike it updates nothing if a gradient is not finite.
 
         Args:
             batches: all micro-batches of this rank.
             scale: factor on their summed loss, under which the mean over the ranks is that of the global batch.
-
-        Returns:
-            The summed loss of ``batches``, unscaled, and the gradient norm before clipping; None in the probe and
-            without clipping.
         """
+        ...
+
+    def holdings(self) -> Holdings:
+        """What the ranks hold, for a checkpoint to be put into."""
+        ...
+
+    def saves_in_background(self, kind: str) -> bool:
+        """Whether a checkpoint of this `CheckpointConfig.format` can be written while training goes on."""
+        ...
+
+    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
+        """Makes snapshots for checkpoints of this `CheckpointConfig.format`."""
         ...
 
     @property

@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from grass_dist.checkpoint.saving import Saved
 from grass_dist.events import Event, Refreshed
 
 
@@ -56,6 +57,23 @@ class Reporter:
     def held_out(self, step: int, loss: float) -> None:
         self._held_out = loss
         self.say(f"step {step}: held-out loss {loss:.4f}")
+
+    def bad_step(self, step: int, loss: float, norm: float | None) -> None:
+        """``step`` is not counted: see `StepResult.applied`."""
+        what = f"loss {loss:.4g}" + (f", gradient norm {norm:.4g}" if norm is not None else "")
+        self.say(f"step {step}: {what}: not finite, nothing is updated")
+
+    def resumed(self, step: int, folder: str, exact: bool) -> None:
+        """The run goes on after ``step``."""
+        how = "" if exact else "; on another number of ranks, so dropout differs"
+        self.say(f"step {step}: goes on from {folder}{how}")
+
+    def saved(self, saved: Saved) -> None:
+        """How a checkpoint went."""
+        if saved.error:
+            self.say(f"warning: {saved.error}")
+        else:
+            self.say(f"step {saved.step}: saved in {saved.seconds:.1f} s; training waited {saved.stall_seconds:.2f} s")
 
     def step(self, step: int, phase: str, loss: float, seconds: float) -> None:
         """``step`` steps are done; the last one was of ``phase`` and took ``seconds``."""

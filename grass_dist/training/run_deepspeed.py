@@ -6,7 +6,8 @@ import contextlib
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from grass_dist.backends.base import Ranks
+from grass_dist.checkpoint.pieces import Holdings
+from grass_dist.checkpoint.saving import Snapshot, take_snapshot
+from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.discovery import LayerMap
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
@@ -22,7 +27,7 @@ from grass_dist.training.config import RunConfig
 from grass_dist.training.deepspeed_config import check, fill, read_json
 from grass_dist.training.export import gather_zero, save_pretrained
 from grass_dist.training.packaged_model import resolve_model
-from grass_dist.training.parallel import Batch
+from grass_dist.training.parallel import Batch, Copy, Stepped
 from grass_dist.training.setup import (
     accumulation_steps,
     adamw_settings,
@@ -135,7 +140,7 @@ class DeepSpeedRun:
         self.model, self.optimizer, self.grass = engine, optimizer, engine.grass
         self._accumulation, self._clip, self._world, self._keep = accumulation, clip, world, keep
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> tuple[torch.Tensor, float | None]:
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         probing = self.grass.phase == "probe"
         for batch in batches:
@@ -144,7 +149,21 @@ class DeepSpeedRun:
             self.model.backward(loss * (scale * self._accumulation))
             self.model.step()  # updates after the last one
             total += loss.detach()
-        return total, None if probing or self._clip is None else float(self.model.get_global_grad_norm())
+        norm = None if probing or self._clip is None else float(self.model.get_global_grad_norm())
+        return Stepped(total, norm, applied=probing or not self.model.optimizer.overflow)
+
+    def holdings(self) -> Holdings:
+        return ZeroHoldings(self.model)
+
+    def saves_in_background(self, kind: str) -> bool:
+        return kind == "dcp"  # DeepSpeed communicates while it writes
+
+    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
+        if kind == "dcp":
+            return partial(take_snapshot, ZeroHoldings(self.model))
+        from grass_dist.checkpoint.deepspeed_save import save_deepspeed
+
+        return partial(save_deepspeed, self.model)
 
     @property
     def state_bytes(self) -> int:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.api import GrassOptimizer
+from grass_dist.backends.base import Ranks
+from grass_dist.checkpoint.pieces import Holdings
+from grass_dist.checkpoint.saving import Snapshot, take_snapshot
 from grass_dist.config import GrassConfig
 from grass_dist.discovery import LayerMap
 from grass_dist.events import Observer
 from grass_dist.training.answers import greedy_answer
 from grass_dist.training.config import RunConfig
 from grass_dist.training.export import gather_torch, save_pretrained
-from grass_dist.training.parallel import Batch
+from grass_dist.training.parallel import Batch, Copy, Stepped
 from grass_dist.training.setup import accumulation_steps, adamw_settings, check_ranks, load_model, parameter_groups
 from grass_dist.training.steps import summed_loss
 from grass_dist.training.world import World
@@ -64,18 +70,44 @@ class TorchRun:
         self.model, self.optimizer, self.grass = model, optimizer, optimizer.grass
         self._clip, self._world = clip, world
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> tuple[torch.Tensor, float | None]:
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for number, batch in enumerate(batches):
             with _reduce_only(self.model, last=number == len(batches) - 1):
                 loss = summed_loss(self.model, batch)
                 (loss * scale).backward()
             total += loss.detach()
-        probing = self.grass.phase == "probe"
-        norm = None if probing or self._clip is None else self.optimizer.clip_grad_norm_(self._clip)
-        self.optimizer.step()
+        norm, applied = None, True
+        if self.grass.phase == "train":
+            if self._clip is not None:
+                norm = self.optimizer.clip_grad_norm_(self._clip).item()
+            applied = self._is_finite(total, norm)
+        if applied:
+            self.optimizer.step()
+        else:
+            self.grass.finish_gradients()
+            self.grass.skip_step()
         self.optimizer.zero_grad()
-        return total, None if norm is None else norm.item()
+        return Stepped(total, norm, applied)
+
+    def _is_finite(self, total: torch.Tensor, norm: float | None) -> bool:
+        """Whether the step may update: by the norm of all gradients, else by the loss of all ranks."""
+        if norm is not None:
+            return math.isfinite(norm)
+        if self.grass.config.offload.update_in_backward:
+            return True  # layers have been updated by now
+        bad = (~torch.isfinite(total)).to(torch.int32)
+        dist.all_reduce(bad)
+        return not bad.item()
+
+    def holdings(self) -> Holdings:
+        return self.optimizer.holdings()
+
+    def saves_in_background(self, kind: str) -> bool:
+        return True
+
+    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
+        return partial(take_snapshot, self.optimizer.holdings())
 
     @property
     def state_bytes(self) -> int:

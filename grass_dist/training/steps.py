@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,14 @@ class StepResult:
     """Before clipping; None in the probe and without clipping."""
     tokens: int
     """Target tokens."""
+    applied: bool
+    """False: a loss or gradient was not finite, and nothing was updated."""
+    flags: list[float]
+    """Sums over the ranks of what each gave."""
+
+    @property
+    def bad(self) -> bool:
+        return not (self.applied and math.isfinite(self.loss))
 
 
 def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -38,11 +47,21 @@ def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tenso
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def train_step(run: Run, micro_batches: Sequence[Sequence[Example]], pad_token_id: int, world: World) -> StepResult:
+def train_step(
+    run: Run,
+    micro_batches: Sequence[Sequence[Example]],
+    pad_token_id: int,
+    world: World,
+    flags: Callable[[], Sequence[float]] = tuple,
+) -> StepResult:
     """One optimizer step over the micro-batches of this rank.
 
     The loss is the mean over the target tokens of the *global* batch, so it does not depend on how the batch was cut
-    into ranks and micro-batches. Over the wire, besides the gradients: two all-reduces of 8 bytes.
+    into ranks and micro-batches. Over the wire, besides the gradients: an all-reduce of 8 bytes and one of 8 bytes for
+    the loss and for each flag.
+
+    Args:
+        flags: asked at the end of the step for numbers that the ranks add up.
     """
     batches = [
         {name: t.to(world.device, non_blocking=True) for name, t in collate(micro, pad_token_id).items()}
@@ -51,9 +70,14 @@ def train_step(run: Run, micro_batches: Sequence[Sequence[Example]], pad_token_i
     tokens = torch.stack([(b["labels"][:, 1:] != IGNORED).sum() for b in batches]).sum()
     dist.all_reduce(tokens)
     # The backends average over the ranks, so each rank's sum counts world.size-fold.
-    total, norm = run.step(batches, world.size / tokens.clamp(min=1))
-    dist.all_reduce(total)
-    return StepResult((total / tokens.clamp(min=1)).item(), norm, int(tokens.item()))
+    stepped = run.step(batches, world.size / tokens.clamp(min=1))
+    told = torch.tensor(list(flags()), dtype=torch.float64, device=world.device)
+    with world.during("the sum of the losses"):
+        sums = torch.cat([stepped.total.reshape(1), told])
+        dist.all_reduce(sums)
+        total, *counted = sums.tolist()
+    count = int(tokens.item())
+    return StepResult(total / max(count, 1), stepped.norm, count, stepped.applied, counted)
 
 
 @torch.no_grad()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import socket
+import sys
+import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from grass_dist.agreement import raise_if_ranks_differ
 from grass_dist.errors import GrassError
+from grass_dist.training.peers import ANSWERS_WITHIN, Peers, of_collective
 
 T = TypeVar("T")
 
@@ -26,11 +32,27 @@ class World:
     size: int
     device: torch.device
     patient: dist.ProcessGroup
-    """All ranks again, for waiting where one of them works alone (saving, answering): the timeout is a day."""
+    """All ranks again, for waiting where one of them works alone (saving, answering): the timeout is a day.
+
+    So in it a peer that is killed is noticed at once, and one that is stopped (SIGSTOP, a host that is cut off) only
+    after a day.
+    """
+    background: dist.ProcessGroup = field(default_factory=lambda: cast(dist.ProcessGroup, dist.group.WORLD))
+    """All ranks again, by gloo, for the one thread beside the main one that has collectives of its own."""
+    store: dist.Store = field(default_factory=dist.HashStore)
+    """Of this start of the ranks alone: what an earlier one has left in the launcher's store is not in it."""
+    peers: Peers = field(default_factory=Peers)
 
     @classmethod
     def join(cls, timeout: datetime.timedelta) -> World:
-        """Joins the process group: NCCL on GPUs, gloo without. A process without a launcher is a world of one."""
+        """Joins the process group: NCCL on GPUs, gloo without. A process without a launcher is a world of one.
+
+        Args:
+            timeout: of joining, and of every collective that is not `patient`'s.
+
+        Raises:
+            GrassError: more ranks than GPUs, or a rank that does not come; each rank speaks for itself.
+        """
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         device = torch.device("cpu")
@@ -47,12 +69,25 @@ class World:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))  # where DeepSpeed looks for it, whoever started us
         # Objects and small sums travel by gloo on CPU memory, gradients by NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-        return cls(rank, local_rank, size, device, cast(dist.ProcessGroup, patient))
+        if "RANK" not in os.environ:
+            store: dist.Store = dist.HashStore()
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+            groups = _gloo_groups(timeout)
+            return cls(rank, local_rank, size, device, *groups, store, Peers(hosts=[socket.gethostname()]))
+        try:
+            store, line = _meet(rank, size, timeout)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+            groups = _gloo_groups(timeout)
+            peers = _acquaint(rank, size, line, groups[1], timeout)
+        except RuntimeError as error:
+            if not of_collective(error):
+                raise
+            at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise GrassError(
+                f"rank {rank} and the others did not all join at {at} within {timeout.total_seconds():g} s "
+                f"({_first_line(error)}); start all {size} ranks, on hosts that reach that address."
+            ) from error
+        return cls(rank, local_rank, size, device, *groups, store, peers)
 
     @property
     def is_main(self) -> bool:
@@ -61,6 +96,9 @@ class World:
 
     def together(self, work: Callable[[], T], **must_agree: Any) -> T:
         """Does ``work`` on every rank; if it fails on one, every rank raises, before any goes on.
+
+        The others wait for the slowest up to a day, because some work is legitimately long on one rank alone: the
+        first download of a model (`in_turn`), an answer, a save. See `patient` for a peer that is lost meanwhile.
 
         Args:
             must_agree: values that have to be equal on all ranks, by the names that an error shows.
@@ -100,7 +138,98 @@ class World:
         dist.all_reduce(carried)
         return carried.tolist()
 
+    def during(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Says what is being done, for the sentence of a lost peer: "the backward of step 12". May be nested."""
+        return self.peers.during(what)
+
     def leave(self) -> None:
         """Waits for the others, then ends the process group, so that no rank aborts another's teardown."""
         dist.barrier(group=self.patient)
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process group without waiting: after an error that every rank has."""
+        self.peers.stop()
         dist.destroy_process_group()
+
+    def abandon(self, code: int) -> NoReturn:
+        """Ends the process at once, without any teardown: that may hang where a peer is lost."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
+                stream.flush()
+        os._exit(code)
+
+
+def _meet(rank: int, size: int, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
+    """The store that the launcher or rank 0 keeps, for this start alone, and a second connection to it.
+
+    After a restart of the ranks torchrun's store is the same as before, and full of the addresses of dead ranks.
+    """
+    store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Now, while it answers: making a connection to a process that hangs holds the interpreter's lock.
+    line = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    if not _launcher_keeps_store():
+        return store, line
+    start = _agree_on_start(dist.PrefixStore("starts", store), rank, size, timeout)
+    return dist.PrefixStore(start, store), dist.PrefixStore(start, line)
+
+
+def _launcher_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _agree_on_start(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> str:
+    """A name for this start of the ranks, equal on all of them, that no earlier start had.
+
+    Rank 0 makes it and answers everyone who asks. TORCHELASTIC_RESTART_COUNT would not do: where a node has joined or
+    left, the other nodes' launchers restart without counting it.
+
+    Raises:
+        GrassError: on rank 0, a rank did not ask in time.
+        dist.DistStoreError: on the others, rank 0 did not answer in time.
+    """
+    mine = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"asks/{rank}", mine)
+        start = store.get(f"answer/{mine}").decode()
+        store.set(f"{start}/{rank}", "1")
+        return start
+    missing, deadline = set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise GrassError(f"rank {min(missing)} of {size} did not join within {timeout.total_seconds():g} s.")
+        for other in sorted(missing):
+            if store.check([f"asks/{other}"]):  # maybe in an earlier start: then it asks anew
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", mine)
+            if store.check([f"{mine}/{other}"]):
+                missing.remove(other)
+        time.sleep(0.01)
+    return mine
+
+
+def _gloo_groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Two groups of all ranks: `World.patient` and `World.background`."""
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    background = dist.new_group(backend="gloo", timeout=timeout)
+    return cast(dist.ProcessGroup, patient), cast(dist.ProcessGroup, background)
+
+
+def _acquaint(rank: int, size: int, line: dist.Store, group: dist.ProcessGroup, timeout: datetime.timedelta) -> Peers:
+    """Tells all ranks their hosts' names."""
+    hosts: list[Any] = [""] * size
+    dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    by_launcher = _launcher_keeps_store()
+    keeper = f"the launcher on {os.environ['MASTER_ADDR']}" if by_launcher else f"rank 0 (on host {hosts[0]})"
+    return Peers(
+        rank,
+        hosts,
+        dist.PrefixStore("peers", line),
+        keeper=keeper,
+        keeps=rank == 0 and not by_launcher,
+        answers_within=min(ANSWERS_WITHIN, timeout.total_seconds()),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,83 @@
+"""A checkpoint in DeepSpeed's own files made into one of safetensors files, in one process on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from grass_dist.checkpoint import files
+from grass_dist.checkpoint.dcp import PieceSavePlanner, TensorReader, file_numbers
+from grass_dist.checkpoint.loading import Checkpoint, open_checkpoint
+from grass_dist.checkpoint.pieces import Piece
+from grass_dist.checkpoint.saving import sentence
+from grass_dist.errors import CheckpointError
+
+
+def to_dcp(source: Path, out: Path) -> Path:
+    """Writes what ``source``, of kind "deepspeed", holds as a checkpoint of kind "dcp" below the folder ``out``.
+
+    Takes about twice the bytes of one file (`dcp.FILE_BYTES`, or the largest tensor) in memory. The checkpoint is
+    for the same ranks as the source to go on from to the bit, and for any others.
+
+    Raises:
+        CheckpointError: the source is damaged or of kind "dcp", there is such a checkpoint already, or writing fails;
+            then nothing is left.
+    """
+    checkpoint = open_checkpoint(source)
+    if checkpoint.manifest.kind == "dcp":
+        raise CheckpointError(f"{source} is in that format already.")
+    final = out / files.folder_name(checkpoint.step)
+    if final.exists():
+        raise CheckpointError(f"{final} exists already; give another folder.")
+    writing = out / f".{final.name}.writing"
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        (writing / files.TENSORS).mkdir(parents=True)
+        _write_tensors(checkpoint.tensors(), writing / files.TENSORS)
+        _copy_rest(checkpoint, writing)
+        return files.commit(writing, _manifest(checkpoint, writing))
+    except CheckpointError:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    except Exception as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise CheckpointError(f"{final} was not written: {sentence(error)}") from error
+
+
+class _ReadWhenWritten(PieceSavePlanner):
+    """Reads a tensor when the file that it belongs to is being written."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        like = self.state_dict[index.fqn].tensor
+        return self._reader.read(index.fqn, 0, torch.empty(like.shape, dtype=like.dtype))
+
+
+def _write_tensors(reader: TensorReader, folder: Path) -> None:
+    like = {key: torch.empty(numel, dtype=dtype, device="meta") for key, (numel, dtype) in reader.tensors.items()}
+    pieces = {key: Piece(key, tensor.numel(), 0, tensor) for key, tensor in like.items() if tensor.numel()}
+    numbers = file_numbers({key: piece.tensor.nbytes for key, piece in pieces.items()}, 1)
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers, save_distributed=True)
+    dcp.save(dict(pieces), storage_writer=writer, planner=_ReadWhenWritten(reader), no_dist=True)
+
+
+def _copy_rest(checkpoint: Checkpoint, writing: Path) -> None:
+    """The description without the layout of DeepSpeed's files, and what is neither state nor tensors."""
+    files.write_json(writing / files.STATE, checkpoint.state.model_dump(exclude={"deepspeed"}))
+    for name in checkpoint.manifest.files:
+        if name.split("/")[0] not in (files.DEEPSPEED, files.TENSORS, files.STATE):
+            (writing / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / name, writing / name)
+
+
+def _manifest(checkpoint: Checkpoint, writing: Path) -> files.Manifest:
+    """``world_size`` stays: it is how what each rank had for itself is cut."""
+    entries = {name: files.digest(writing / name) for name in files.files_in(writing)}
+    return checkpoint.manifest.model_copy(update={"kind": "dcp", "files": entries})

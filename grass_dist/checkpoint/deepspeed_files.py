@@ -1,0 +1,338 @@
+"""A checkpoint in DeepSpeed's own files, read as if it were one of ours: any entries of any weight or state.
+
+`state.json` says where DeepSpeed's partitions lie (`ZeroHoldings.layout`), so no file is opened but for what is read
+from it. Files are mapped into memory, not read whole, and nothing in them is executed: classes of DeepSpeed's that
+they mention become empty objects, and a file that mentions any other is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import Field
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from grass_dist.backends.zero.private import STAGE_1_AND_2, STAGE_3
+from grass_dist.checkpoint import files
+from grass_dist.checkpoint.dcp import TensorReader
+from grass_dist.checkpoint.model import fqn
+from grass_dist.checkpoint.pieces import MASTER, Entries, decode, state_key
+from grass_dist.checkpoint.zero_run import Extent, extents_of
+from grass_dist.config import StrictModel
+from grass_dist.errors import CheckpointError, GrassError
+
+if TYPE_CHECKING:
+    from grass_dist.checkpoint.loading import State
+
+TAG = "state"
+"""Under which the files lie in the folder."""
+
+MODEL_FILE = "mp_rank_00_model_states.pt"
+OPEN_FILES = 16
+"""As many stay mapped: what is read next is often in one of the last ones."""
+
+
+class Placed(StrictModel):
+    """A parameter in a partition."""
+
+    name: str
+    numel: int = Field(ge=0)
+    shard: int = Field(ge=0)
+    """ZeRO-3: elements of a rank's shard, with padding."""
+
+
+class GroupLayout(StrictModel):
+    """The partitions of a parameter group of DeepSpeed's."""
+
+    unit: str
+    partition: int = Field(ge=0)
+    params: list[Placed]
+
+
+class Layout(StrictModel):
+    """``deepspeed`` in state.json: see `ZeroHoldings.layout`."""
+
+    stage: Literal[1, 2, 3]
+    groups: list[GroupLayout]
+    frozen: list[Placed]
+    """Parameters that never train."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where consecutive entries of a tensor are."""
+
+    start: int
+    length: int
+    file: str
+    keys: tuple[str | int, ...]
+    """The way to a tensor within the file."""
+    at: int
+    """Where the entries begin in it."""
+    dtype: torch.dtype
+    """In which they are there."""
+
+
+def open_deepspeed(folder: Path, manifest: files.Manifest, state: State) -> TensorReader:
+    """The tensors of a checkpoint of kind "deepspeed", under the keys of one of kind "dcp".
+
+    Args:
+        folder: that DeepSpeed's files are in, below that of the checkpoint.
+
+    Raises:
+        CheckpointError: state.json does not describe them, or what each rank has for itself cannot be read.
+    """
+    checkpoint = folder.parent
+    try:
+        layout = Layout(**(state.deepspeed or {}))
+    except (GrassError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / files.STATE} does not say where DeepSpeed's parts lie: {error}") from None
+    sources = _Sources(checkpoint, manifest, layout).collect(state.units)
+    own = dcp.HuggingFaceStorageReader(str(checkpoint / files.TENSORS))
+    return TensorReader(DeepSpeedReader(folder / TAG, sources, own), checkpoint)
+
+
+class _Sources:
+    """Finds where each tensor is."""
+
+    def __init__(self, checkpoint: Path, manifest: files.Manifest, layout: Layout) -> None:
+        self._checkpoint, self._manifest, self._layout = checkpoint, manifest, layout
+        self._names = STAGE_3 if layout.stage == 3 else STAGE_1_AND_2
+        self._found: dict[str, tuple[int, torch.dtype, list[Source]]] = {}
+
+    def collect(self, units: Mapping[str, Entries]) -> dict[str, tuple[int, torch.dtype, list[Source]]]:
+        """(entries, dtype, sources) of each weight and state.
+
+        Raises:
+            CheckpointError: the layout is not of this model, or a file is missing.
+        """
+        groups = self._layout.groups
+        if unknown := sorted(set(units) - {group.unit for group in groups}):
+            raise self._damaged(f"{unknown[0]!r:.80} has a state and lies nowhere")
+        for rank in range(self._manifest.world_size):
+            file = self._file(rank, "optim_states")
+            for index, group in enumerate(groups):
+                for extent in self._extents(group, rank):
+                    self._add_states(file, index, extent, units.get(group.unit, {}).get(extent.name, {}))
+        trained = {param.name for group in groups for param in group.params} if self._layout.stage == 3 else set()
+        self._add_weights({name for name in self._manifest.weights if name not in trained})
+        return self._found
+
+    def _add_states(self, file: str, index: int, extent: Extent, entries: Mapping[str, Any]) -> None:
+        masters = ("optimizer_state_dict", self._names.masters_key, index)
+        found = [(extent.name, self._dtype(extent.name), masters)] if self._layout.stage == 3 else []
+        for key, entry in entries.items():
+            if isinstance(dtype := decode(entry), torch.dtype):
+                moments = ("optimizer_state_dict", self._names.optimizer_key, "state", index, key)
+                found.append((state_key(extent.name, key), dtype, masters if key == MASTER else moments))
+        for key, dtype, way in found:
+            kept = torch.float32 if way == masters else dtype
+            self._add(key, extent.numel, dtype, Source(extent.start, extent.length, file, way, extent.at, kept))
+
+    def _add_weights(self, names: set[str]) -> None:
+        """Those that are in the model's files: all at stages 1 and 2, at stage 3 what never trains, and buffers."""
+        frozen = {param.name: param for param in self._layout.frozen} if self._layout.stage == 3 else {}
+        for name in sorted(names):
+            dtype, size = self._dtype(name), files.numel(self._manifest.weights[name])
+            if name not in frozen:
+                self._add(name, size, dtype, Source(0, size, self._file(0, MODEL_FILE), ("module", name), 0, dtype))
+                continue
+            self._check(frozen[name])
+            for rank in range(self._manifest.world_size):
+                way, file = ("frozen_param_fragments", name), self._file(rank, MODEL_FILE)
+                [extent] = extents_of([(name, size)], rank, 0, [frozen[name].shard])
+                self._add(name, size, dtype, Source(extent.start, extent.length, file, way, 0, dtype))
+
+    def _add(self, key: str, numel: int, dtype: torch.dtype, source: Source) -> None:
+        of = self._found.setdefault(key, (numel, dtype, []))
+        if source.length or not numel:
+            of[2].append(source)
+
+    def _extents(self, group: GroupLayout, rank: int) -> Iterator[Extent]:
+        for param in group.params:
+            self._check(param)
+        shards = [param.shard for param in group.params] if self._layout.stage == 3 else None
+        return extents_of([(param.name, param.numel) for param in group.params], rank, group.partition, shards)
+
+    def _check(self, param: Placed) -> None:
+        entry = self._manifest.weights.get(param.name)
+        if entry is None or files.numel(entry) != param.numel:
+            raise self._damaged(f"{param.name!r:.80} is no weight of {param.numel} elements")
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = getattr(torch, self._manifest.weights[name].dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{self._checkpoint / files.MANIFEST} is damaged: {name} is of no known dtype.")
+        return dtype
+
+    def _file(self, rank: int, kind: str) -> str:
+        """Name of a file of ``rank``, which depends on the stage and the dtype; see `DeepSpeedEngine`."""
+        listed = self._manifest.files
+        ending = MODEL_FILE if kind == MODEL_FILE else f"mp_rank_00_{kind}.pt"
+        names = (f"{low}zero_pp_rank_{rank}_{ending}" for low in ("", "bf16_"))
+        if kind == MODEL_FILE and self._layout.stage < 3:
+            names = (MODEL_FILE,)
+        for name in names:
+            if f"{files.DEEPSPEED}/{TAG}/{name}" in listed:
+                return name
+        raise CheckpointError(f"{self._checkpoint} has no {kind} of rank {rank} among DeepSpeed's files.")
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._checkpoint / files.STATE} is damaged: {what}.")
+
+
+class DeepSpeedReader(dcp.StorageReader):
+    """Gives `TensorReader` what is asked for out of DeepSpeed's files, and the rest out of those of ``own``.
+
+    Args:
+        folder: of DeepSpeed's files.
+        sources: (entries, dtype, where they are) of each tensor.
+        own: reads what each rank had for itself.
+    """
+
+    def __init__(
+        self, folder: Path, sources: Mapping[str, tuple[int, torch.dtype, list[Source]]], own: dcp.StorageReader
+    ) -> None:
+        self._folder, self._sources, self._own = folder, sources, own
+        self._of = {(key, source.start): source for key, (_, _, parts) in sources.items() for source in parts}
+        self._files: OrderedDict[str, Any] = OrderedDict()
+
+    def read_metadata(self) -> Metadata:
+        found = self._own.read_metadata()
+        self._own.set_up_storage_reader(found, True)
+        of_theirs = {
+            key: TensorStorageMetadata(
+                properties=TensorProperties(dtype=dtype),
+                size=torch.Size([numel]),
+                chunks=[ChunkStorageMetadata(torch.Size([s.start]), torch.Size([s.length])) for s in parts],
+            )
+            for key, (numel, dtype, parts) in self._sources.items()
+        }
+        return Metadata(state_dict_metadata={**found.state_dict_metadata, **of_theirs}, storage_data=found.storage_data)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """
+        Raises:
+            CheckpointError: a file cannot be read, or does not hold what the layout says.
+        """
+        theirs = [item for item in plan.items if item.storage_index.fqn in self._sources]
+        if rest := [item for item in plan.items if item.storage_index.fqn not in self._sources]:
+            self._own.read_data(LoadPlan(rest), planner).wait()
+        for item in sorted(theirs, key=lambda item: self._source(item).file):
+            self._copy(item, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _source(self, item: ReadItem) -> Source:
+        assert item.storage_index.offset is not None
+        return self._of[item.storage_index.fqn, item.storage_index.offset[0]]
+
+    def _copy(self, item: ReadItem, planner: LoadPlanner) -> None:
+        source = self._source(item)
+        flat = self._tensor(source)
+        begin = source.at + item.storage_offsets[0]
+        target = planner.resolve_tensor(item)
+        target.copy_(flat[begin : begin + item.lengths[0]])
+        planner.commit_tensor(item, target)
+
+    def _tensor(self, source: Source) -> torch.Tensor:
+        value: Any = self._opened(source.file)
+        try:
+            for key in source.keys:
+                value = value[key]
+        except (KeyError, IndexError, TypeError):
+            value = None
+        whole = torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
+        if not whole or value.dtype != source.dtype or value.numel() < source.at + source.length:
+            way = "/".join(str(key) for key in source.keys)
+            raise CheckpointError(f"{self._folder / source.file} does not hold {way} as {files.STATE} says.")
+        return value.detach().reshape(-1)
+
+    def _opened(self, name: str) -> Any:
+        if name in self._files:
+            self._files.move_to_end(name)
+            return self._files[name]
+        content = read_file(self._folder / name)
+        if isinstance(module := content.get("module"), Mapping):
+            content["module"] = {fqn(key): value for key, value in module.items()}
+        self._files[name] = content
+        while len(self._files) > OPEN_FILES:
+            self._files.popitem(last=False)
+        return content
+
+    # --- what `StorageReader` asks for besides
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+class _Unused:
+    """Stands for an object of a class of DeepSpeed's, of which nothing is asked."""
+
+    __slots__ = ()
+
+    def __new__(cls, *args: Any) -> _Unused:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+"""All that DeepSpeed's files mention, in the releases that are supported, besides tensors and what JSON can hold."""
+
+
+def read_file(file: Path, allowed: Iterable[str] = _CLASSES) -> dict[str, Any]:
+    """What a file of DeepSpeed's holds, mapped into memory; of its objects other than tensors only the names are used.
+
+    Raises:
+        CheckpointError: it cannot be read, or not without executing something in it.
+    """
+    try:
+        with torch.serialization.safe_globals([(_Unused, name) for name in allowed]):
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of {named[1]:.100}" if named else "something else than tensors"
+        raise CheckpointError(
+            f"{file} holds {what}, and is not read, since that could execute anything: a file of DeepSpeed's needs "
+            "no such object; leave it out of the engine's client state, scheduler and configuration."
+        ) from None
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is not a file of DeepSpeed's.")
+    return content

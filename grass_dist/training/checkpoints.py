@@ -1,0 +1,214 @@
+"""The checkpoints of a fine-tune: when it is saved, what it goes on from, and what may have changed meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grass_dist.backends.base import Ranks
+from grass_dist.checkpoint import files
+from grass_dist.checkpoint.loading import Checkpoint, load, newest_good, open_checkpoint
+from grass_dist.checkpoint.saving import Saved, Saver
+from grass_dist.errors import CheckpointError, ConfigError, GrassError
+from grass_dist.training.config import RunConfig
+from grass_dist.training.config_file import flatten
+from grass_dist.training.parallel import Run
+from grass_dist.training.world import World
+
+FOLDER = "checkpoints"
+"""In a run's folder."""
+
+_FIXED = ("data.", "grass.", "train.global_batch_size", "train.seed")
+_FREE = (
+    *("name", "output_dir", "overwrite", "save_model", "sample_prompt", "answer_tokens", "parallel."),
+    *("model.activation_checkpointing", "model.trust_remote_code", "data.on_bad_line", "grass.offload."),
+    *("train.micro_batch_size", "train.eval_every", "train.timeout_seconds", "train.max_bad_steps", "train.checkpoint"),
+)
+"""Settings that a run cannot change when it goes on, and those that do not change what is trained. Of all others it
+says that they have changed."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is, at the end of a step."""
+
+    step: int = 0
+    """Global batches trained on."""
+    updates: int = 0
+    """Of the learning-rate schedule."""
+    bad_steps: int = 0
+    """In a row, up to now."""
+
+
+def find_checkpoint(
+    config: RunConfig, resume: str | None, world: World, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint that ``--resume`` means, checked; None: the run begins anew.
+
+    Args:
+        resume: "auto": the newest good one of this run, if it has any. A path: of a run, whose newest good one it is,
+            or of a checkpoint.
+
+    Raises:
+        CheckpointError: on every rank: the path holds none that is good.
+    """
+    ranks = Ranks(world.patient)
+    if resume is None:
+        return None
+    if resume == "auto":
+        return newest_good(Path(config.output_dir) / config.name / FOLDER, ranks, say)
+    path = Path(resume)
+    if not (path / FOLDER).is_dir():
+        return open_checkpoint(path, ranks)
+    found = newest_good(path / FOLDER, ranks, say)
+    if found is None:
+        raise CheckpointError(f"--resume {resume}: none of its checkpoints is good.").everywhere()
+    return found
+
+
+def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str, Any]) -> list[str]:
+    """What has changed since, a sentence each, if it changes what is trained.
+
+    Args:
+        data: of `grass_dist.training.identity.data_identity`.
+
+    Raises:
+        ConfigError: a setting by which the checkpoint's run is another than this one.
+        CheckpointError: it was trained on other examples, or not by this program.
+    """
+    run = checkpoint.state.run
+    if not isinstance(saved := run.get("config"), dict):
+        raise CheckpointError(f"{checkpoint.folder} was not saved by a fine-tune: it has no configuration.")
+    before, now = flatten(saved), flatten(config.model_dump(mode="json"))
+    changed = []
+    for name in sorted(set(before) | set(now)):
+        old, new = before.get(name), now.get(name)
+        if old == new or name.startswith(_FREE):
+            continue
+        if name.startswith(_FIXED) and name != "data.name":
+            fix = f"set it to {old!r}, or begin a new run from the exported model"
+            raise ConfigError(name, new, f"the run that it goes on with has {old!r}", fix)
+        changed.append(f"{name} is {new!r}, and was {old!r} when the run was saved")
+    if run.get("data") and dict(data) != run["data"]:
+        raise CheckpointError(
+            f"{checkpoint.folder} was trained on other examples than {config.data.name} has now: a run goes on with "
+            "its own data only."
+        )
+    return changed
+
+
+def position_of(checkpoint: Checkpoint) -> Position:
+    """
+    Raises:
+        CheckpointError: state.json does not say.
+    """
+    run = checkpoint.state.run
+    numbers = [run.get(name) for name in ("step", "updates", "bad_steps")]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**53 for n in numbers):
+        raise CheckpointError(f"{checkpoint.folder / files.STATE} is damaged: it does not say where the run is.")
+    return Position(*numbers)  # type: ignore[arg-type]
+
+
+def resume_run(checkpoint: Checkpoint, run: Run, seed: int, world: World) -> bool:
+    """Puts the checkpoint into ``run``. The groups' settings stay those of the configuration.
+
+    Returns:
+        Whether it goes on to the bit; else the ranks' random numbers begin anew.
+    """
+    built = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
+    exact = load(checkpoint, run.holdings())
+    for group, own in zip(run.optimizer.param_groups, built, strict=True):
+        group.update(own)
+    if not exact:
+        torch.manual_seed((seed + 1 + world.rank + 1_000_003 * checkpoint.step) % 2**63)
+    return exact
+
+
+class Checkpoints:
+    """Saves a run. Every method is called on every rank, at the same steps.
+
+    Args:
+        folder: of the run.
+        add_model: writes what a Hugging Face folder has besides the weights.
+        tell: called on the main rank with each outcome.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        run: Run,
+        folder: Path,
+        add_model: Callable[[Path], None],
+        tell: Callable[[Saved], None],
+    ) -> None:
+        settings = config.train.checkpoint
+        self._settings, self._world, self._tell = settings, world, tell
+        self._saver: Saver | None = None
+        if settings is None:
+            return
+        take = run.snapshot(settings.format)
+        self._saver = Saver(
+            folder / FOLDER,
+            Ranks(world.background),
+            partial(take, Ranks(world.background)),
+            keep=settings.keep,
+            background=settings.background and run.saves_in_background(settings.format),
+            add_files=lambda writing: add_model(writing / files.MODEL),
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether the end of ``step`` is to be saved."""
+        return bool(self._settings and self._settings.every and step % self._settings.every == 0)
+
+    def flag(self) -> float:
+        """1 if this rank knows how the save under way went: to be summed over the ranks, and given to `poll`."""
+        return float(self._saver is not None and self._saver.done)
+
+    def poll(self, flags: float) -> None:
+        """Takes the outcome, once all ranks know it."""
+        if flags == self._world.size:
+            self.wait()
+
+    def save(self, step: int, state: Mapping[str, Any], *, leaving: bool = False) -> None:
+        """Begins a save; ends it, if the run is ``leaving``. Waits for an earlier one that is still under way.
+
+        Raises:
+            CheckpointError: on every rank: it, or the one before, could not be written, and ``on_save_error`` is stop.
+        """
+        if self._saver is None:
+            return
+        self.wait()
+        self._saver.save(step, state)
+        if leaving or not self._saver.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save that is under way, and says how it went. Raises as `save`."""
+        if self._saver is None or (outcome := self._saver.outcome()) is None:
+            return
+        self._tell(outcome)
+        if outcome.error and self._settings and self._settings.on_save_error == "stop":
+            raise outcome.error.everywhere()
+
+
+def check_bad_steps(bad_steps: int, config: RunConfig, step: int) -> None:
+    """Ends a run that updates nothing any more.
+
+    Raises:
+        GrassError: on every rank: so many steps in a row were not finite.
+    """
+    if bad_steps < config.train.max_bad_steps:
+        return
+    error = GrassError(
+        f"The loss or a gradient was not finite in each of the last {bad_steps} steps, up to step {step}: the run ends "
+        f"(train.max_bad_steps={config.train.max_bad_steps}). The weights are those of step {step - bad_steps}; go on "
+        "from a checkpoint with a smaller train.learning_rate, or look at the data."
+    )
+    error.on_every_rank = True
+    raise error

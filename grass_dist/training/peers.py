@@ -1,0 +1,251 @@
+"""What a rank knows of the other ranks beside the collectives: who of them is lost when a collective fails."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from grass_dist.errors import GrassError
+
+if TYPE_CHECKING:
+    from grass_dist.training.world import World
+
+LOOKS_EVERY = 1.0
+"""Seconds between two looks into the store, whether a rank has called the roll."""
+ANSWERS_WITHIN = 10.0
+"""Seconds in which a rank that lives answers."""
+LINGERS = 3.0
+"""Seconds for which the rank that keeps the store stays at most after the roll, for the others to read it."""
+
+_CALLER = "caller"
+_DURING = "during "
+_OF_GLOO = re.compile(r"gloo/|Timed out waiting \d+ms|Connection (closed|reset) by peer|Broken pipe")
+_TIMED_OUT = re.compile(r"(?:Timed out waiting|timeout after|ran for) (\d+) ?m(?:illi)?s")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a rank says when the roll is called."""
+
+    doing: str
+    failed: bool
+    """Whether it has an error of its own, or else the roll has found it in the middle of its work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Who was still there after an error."""
+
+    caller: int
+    """The rank whose error came first."""
+    answers: dict[int, Answer]
+    """By rank; those who are missing did not answer in time."""
+
+
+class Peers:
+    """The ranks and their hosts; a thread answers for this rank, however long its collective hangs.
+
+    Without the thread a rank could only be heard after its own error. But a peer that is killed is noticed at once by
+    those alone who exchange bytes with it; the others wait until the timeout, and would seem as silent as the dead.
+
+    Args:
+        hosts: host names by rank.
+        line: the store, over a connection that nothing else uses: others may hold theirs for as long as the timeout.
+            None for ranks that cannot ask each other.
+        keeper: who keeps the store, as a sentence names it.
+        keeps: whether that is this process.
+        answers_within: seconds.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        hosts: Sequence[str] = ("",),
+        line: dist.Store | None = None,
+        *,
+        keeper: str = "",
+        keeps: bool = False,
+        answers_within: float = ANSWERS_WITHIN,
+    ) -> None:
+        self.rank, self.hosts, self.keeper = rank, tuple(hosts), keeper
+        self.doing = ""
+        """What the main thread does, see `during`."""
+        self._keeps, self._answers_within = keeps, answers_within
+        self._failed_in: str | None = None
+        self._roll: Roll | None = None
+        self._wake, self._over = threading.Event(), threading.Event()
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+        if line is not None:
+            self._thread = threading.Thread(target=self._watch, args=(line,), name="peers", daemon=True)
+            self._thread.start()
+            atexit.register(self.stop)  # a thread inside the store's code aborts a process that ends
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Says what is being done, for the sentence of an error: "the backward of step 12". May be nested.
+
+        An error that passes keeps the innermost as a note.
+        """
+        before, shown = self.doing, threading.current_thread() is threading.main_thread()
+        if shown:
+            self.doing = what
+        try:
+            yield
+        except BaseException as error:
+            if _noted(error) is None:
+                error.add_note(_DURING + what)
+            raise
+        finally:
+            if shown:
+                self.doing = before
+
+    def call_roll(self, doing: str) -> Roll | None:
+        """Asks who is still there, or takes the roll that another has called before.
+
+        Returns:
+            None if the store does not answer: after 15 s or so, never later.
+        """
+        if self._thread is None:
+            return None
+        self._failed_in = doing
+        self._wake.set()
+        self._over.wait(LOOKS_EVERY + self._answers_within + (LINGERS if self._keeps else 0) + 1)
+        return self._roll
+
+    def stop(self) -> None:
+        """Ends the thread: before the process that keeps the store ends."""
+        self._stopped = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(2 * LOOKS_EVERY)  # it hangs where the store's host is gone
+
+    def _watch(self, line: dist.Store) -> None:
+        try:
+            while not self._wake.wait(LOOKS_EVERY) and not line.check([_CALLER]):
+                pass
+            if not self._stopped:
+                self._hold_roll(line)
+        except RuntimeError:  # the store is gone: there is no roll
+            pass
+        finally:
+            self._over.set()
+
+    def _hold_roll(self, line: dist.Store) -> None:
+        caller = int(line.compare_set(_CALLER, "", str(self.rank)))
+        doing = self.doing if self._failed_in is None else self._failed_in
+        line.set(f"answer/{self.rank}", json.dumps(asdict(Answer(doing, self._failed_in is not None))))
+        silent = _wait_for(line, "answer", range(len(self.hosts)), self._answers_within)
+        present = [rank for rank in range(len(self.hosts)) if rank not in silent]
+        answers = {rank: Answer(**json.loads(line.get(f"answer/{rank}"))) for rank in present}
+        line.set(f"read/{self.rank}", "1")
+        self._roll = Roll(caller, answers)
+        if self._keeps:
+            _wait_for(line, "read", present, LINGERS)
+
+
+def lost_peer(world: World, error: BaseException, then: str = "") -> GrassError | None:
+    """The sentence for an error of a collective: what was being done, and which rank it waited for.
+
+    Takes up to 15 s, in which the ranks are asked who is still there. Afterwards the process can only leave, by
+    `World.abandon`: ending the process group may hang.
+
+    Args:
+        then: what the user can do, without a full stop, e.g. "the run can go on with --resume auto".
+
+    Returns:
+        None if ``error`` is not one of a collective. Otherwise an error of this rank, which each of the others has too.
+    """
+    if world.size == 1 or not of_collective(error):
+        return None
+    peers = world.peers
+    origin = _origin(error)
+    text = " ".join(str(origin).split())
+    doing = _noted(origin) or _noted(error) or peers.doing or "a collective"
+    waited = _TIMED_OUT.search(text)
+    roll = peers.call_roll(doing)
+    happened = f"did not end within {int(waited[1]) / 1000:g} s" if waited else "failed"
+    blamed = _blame(peers, roll, doing, timed_out=waited is not None)
+    if blamed is None:
+        cause, look = f"all ranks are there, and the error was: {text[:200]}", ""
+    else:
+        cause, look = blamed, "Look at their logs" if " do not answer" in blamed else "Look at its log"
+    advice = "; ".join(part for part in (look, then) if part)
+    advice = f" {advice[0].upper()}{advice[1:]}." if advice else ""
+    return GrassError(f"{doing[0].upper()}{doing[1:]} {happened}: {cause}.{advice}")
+
+
+def of_collective(error: BaseException) -> bool:
+    """Whether an error comes from a collective or the store that failed, whoever has wrapped it."""
+    return _is_of_collective(_origin(error))
+
+
+def _blame(peers: Peers, roll: Roll | None, doing: str, *, timed_out: bool) -> str | None:
+    """Who is to blame, and what for; None if nobody is."""
+    if roll is None:
+        return f"{peers.keeper}, which keeps the store of all ranks, does not answer" if peers.keeper else None
+    silent = [rank for rank in range(len(peers.hosts)) if rank not in roll.answers]
+    if silent:
+        return f"{_names(peers, silent)} {'does' if len(silent) == 1 else 'do'} not answer"
+    elsewhere = [rank for rank, answer in roll.answers.items() if not answer.failed and answer.doing != doing]
+    if timed_out and elsewhere:
+        at = roll.answers[elsewhere[0]].doing or "something else"
+        return f"{_names(peers, elsewhere[:1])} was still at {at}"
+    if roll.caller != peers.rank:
+        return f"{_names(peers, [roll.caller])} failed before, in {roll.answers[roll.caller].doing}"
+    return None
+
+
+def _names(peers: Peers, ranks: list[int]) -> str:
+    """E.g. "rank 1 (on host b)" or "ranks 1 to 3 (on hosts b, c)"."""
+    hosts = list(dict.fromkeys(peers.hosts[rank] for rank in ranks))
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} (on host {hosts[0]})"
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    where = ", ".join(hosts[:8]) + (", …" if len(hosts) > 8 else "")
+    return f"ranks {shown} (on {'host' if len(hosts) == 1 else 'hosts'} {where})"
+
+
+def _wait_for(line: dist.Store, key: str, ranks: Sequence[int], seconds: float) -> set[int]:
+    """Waits for ``key/<rank>`` of all ranks; those whose is not there in time."""
+    missing, deadline = set(ranks), time.monotonic() + seconds
+    while True:
+        missing = {rank for rank in missing if not line.check([f"{key}/{rank}"])}
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.05)
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _OF_GLOO.search(str(error)) is not None
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The error of a collective that ``error`` is, or was raised from; else ``error``."""
+    at: BaseException | None = error
+    for _ in range(10):  # a chain may be a ring
+        if at is None:
+            break
+        if _is_of_collective(at):
+            return at
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return error
+
+
+def _noted(error: BaseException) -> str | None:
+    """What was being done when it was raised, as `Peers.during` has noted it."""
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith(_DURING):
+            return note.removeprefix(_DURING)
+    return None

@@ -72,23 +72,27 @@ def main() -> int:
     except GrassError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    code = 1
     try:
         config = world.together(lambda: config or _raise(problem))
         same = {"--resume": args.resume, **versions(deepspeed=config.parallel.backend == "deepspeed")}
         world.together(lambda: None, **flat_settings(config), **same)
         asked = finetune(config, world, args.resume)
+        code = exit_code(asked) if asked else 0
+        with world.during("the end of the run"):
+            world.leave()
     except GrassError as error:
         if world.is_main or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.on_every_rank:
+            world.abandon(code)  # the others may be inside a collective, which a teardown would wait for
         world.close()
-        return 1
     except Exception as error:
         if (lost := lost_peer(world, error, "the run can go on with --resume auto")) is None:
             raise
         print(f"error: {lost}", file=sys.stderr, flush=True)
-        world.abandon(1)
-    world.leave()
-    return exit_code(asked) if asked else 0
+        world.abandon(code)
+    return code
 
 
 def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:

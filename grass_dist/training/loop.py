@@ -57,8 +57,7 @@ class Loop:
                 self._evaluate(at.step)
                 if at.step >= settings.max_steps:
                     break
-                with self.world.during(f"step {at.step + 1}"):
-                    result, asked = self._step(at, batches, scheduler, costs, signals)
+                result, asked = self._step(at, batches, scheduler, costs, signals)
                 at = Position(at.step + 1, scheduler.last_epoch, at.bad_steps + 1 if result.bad else 0)
                 check_bad_steps(at.bad_steps, self.config, at.step)
                 if asked is not None:
@@ -77,9 +76,11 @@ class Loop:
         costs: StepCosts,
         signals: LeaveSignals,
     ) -> tuple[StepResult, int | None]:
+        step = at.step + 1
         # A row of a stream is read by one rank alone, and may be one that cannot be used.
         streaming = self.config.data.streaming
-        micro_batches = self.world.together(lambda: next(batches)) if streaming else next(batches)
+        with self.world.during(f"the reading of the data of step {step}"):
+            micro_batches = self.world.together(lambda: next(batches)) if streaming else next(batches)
         grass = self.run.grass
         phase, active, rate = grass.phase, grass.active_layers, scheduler.get_last_lr()[0]
         with timed() as seconds:
@@ -88,11 +89,11 @@ class Loop:
                 micro_batches,
                 self.pad_token_id,
                 self.world,
+                step,
                 lambda: [self.checkpoints.flag(), *signals.flags()],
             )
             if phase == "train" and result.applied:
                 scheduler.step()
-        step = at.step + 1
         self.reporter.step(step, phase, result.loss, seconds())
         if result.bad:
             self.reporter.bad_step(step, result.loss, result.grad_norm)

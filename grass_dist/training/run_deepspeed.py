@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -150,7 +151,8 @@ class DeepSpeedRun:
             self.model.step()  # updates after the last one
             total += loss.detach()
         norm = None if probing or self._clip is None else float(self.model.get_global_grad_norm())
-        return Stepped(total, norm, applied=probing or not self.model.optimizer.overflow)
+        finite = norm is None or math.isfinite(norm)
+        return Stepped(total, norm, applied=probing or (finite and not self.model.optimizer.overflow))
 
     def holdings(self) -> Holdings:
         return ZeroHoldings(self.model)

@@ -52,6 +52,7 @@ def train_step(
     micro_batches: Sequence[Sequence[Example]],
     pad_token_id: int,
     world: World,
+    step: int,
     flags: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
     """One optimizer step over the micro-batches of this rank.
@@ -61,6 +62,7 @@ def train_step(
     the loss and for each flag.
 
     Args:
+        step: its number, for errors.
         flags: asked at the end of the step for numbers that the ranks add up.
     """
     batches = [
@@ -68,11 +70,13 @@ def train_step(
         for micro in micro_batches
     ]
     tokens = torch.stack([(b["labels"][:, 1:] != IGNORED).sum() for b in batches]).sum()
-    dist.all_reduce(tokens)
-    # The backends average over the ranks, so each rank's sum counts world.size-fold.
-    stepped = run.step(batches, world.size / tokens.clamp(min=1))
+    with world.during(f"the sum of the tokens of step {step}"):
+        dist.all_reduce(tokens)
+    with world.during(f"the forward, backward and update of step {step}"):
+        # The backends average over the ranks, so each rank's sum counts world.size-fold.
+        stepped = run.step(batches, world.size / tokens.clamp(min=1))
     told = torch.tensor(list(flags()), dtype=torch.float64, device=world.device)
-    with world.during("the sum of the losses"):
+    with world.during(f"the sum of the losses of step {step}"):
         sums = torch.cat([stepped.total.reshape(1), told])
         dist.all_reduce(sums)
         total, *counted = sums.tolist()

@@ -1,0 +1,163 @@
+"""Ranks of which one is lost in the middle of a step, and how the others end."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from grass_dist.training import world as worlds
+from grass_dist.training.peers import lost_peer
+from grass_dist.training.world import World
+from integration_tests.ranks import SERVER, free_port
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What happens to which rank in step 2."""
+
+    size: int
+    victim: int = -1
+    blow: int | None = None
+    """Signal that the victim sends itself; None: it goes on, but never joins the reduction."""
+    timeout: float = 5
+    """Of a collective, seconds."""
+    answers_within: float = 3
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank ended."""
+
+    code: int | None
+    """None if it had to be killed."""
+    err: str
+    """All that it wrote to stderr, libraries included."""
+    seconds: float
+    """From the moment before the reduction of step 2."""
+
+    @property
+    def said(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+def play(scene: Scene, folder: Path, within: float) -> list[Ended]:
+    """Starts the ranks and waits until all but a stopped victim have ended; by rank.
+
+    Args:
+        within: seconds after which those that have not ended are killed.
+    """
+    port, waited_for = free_port(), [r for r in range(scene.size) if r != scene.victim or scene.blow == signal.SIGKILL]
+    processes = [
+        SERVER.Process(target=_rank, args=(rank, port, scene, folder), daemon=True) for rank in range(scene.size)
+    ]
+    for process in processes:
+        process.start()
+    ends = {}
+    try:
+        deadline = time.monotonic() + within
+        while len(ends) < len(waited_for) and time.monotonic() < deadline:
+            for rank in waited_for:
+                if rank not in ends and processes[rank].exitcode is not None:
+                    ends[rank] = time.monotonic()
+            time.sleep(0.02)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # a stopped one too
+        for process in processes:
+            process.join(10)
+    return [
+        Ended(codes[rank], (folder / f"{rank}.err").read_text(), ends.get(rank, deadline) - _hit_at(folder, rank))
+        for rank in range(scene.size)
+    ]
+
+
+def _hit_at(folder: Path, rank: int) -> float:
+    file = folder / f"{rank}.time"
+    return float(file.read_text()) if file.exists() else 0.0
+
+
+def _rank(rank: int, port: int, scene: Scene, folder: Path) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(folder / f"{rank}.{'out' if number == 1 else 'err'}", os.O_CREAT | os.O_WRONLY), number)
+    sys.stderr = os.fdopen(2, "w")
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(scene.size))
+    worlds.ANSWERS_WITHIN = scene.answers_within
+    world = World.join(datetime.timedelta(seconds=scene.timeout))
+    try:
+        steps(world, scene, folder)
+        sum_in_two_threads(world)
+        world.leave()
+    except Exception as error:
+        lost = lost_peer(world, error, then="the run can go on with --resume auto")
+        if lost is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr)
+        world.abandon(1)
+
+
+def steps(world: World, scene: Scene, folder: Path) -> None:
+    gradient = torch.ones(100_000)
+    for step in (1, 2):
+        with world.during(f"step {step}"):
+            with world.during(f"reading the data of step {step}"):
+                if step == 2:
+                    (folder / f"{world.rank}.time").write_text(str(time.monotonic()))
+                    if world.rank == scene.victim:
+                        _fall(scene.blow)
+            with world.during(f"the gradient reduction of step {step}"):
+                dist.all_reduce(gradient)
+
+
+def sum_in_two_threads(world: World, times: int = 50) -> None:
+    """The main thread over all ranks, and a second one with the group that is for it, in any order on each rank."""
+    sums = [torch.zeros(()), torch.zeros(())]
+
+    def add(total: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+        for _ in range(times):
+            one = torch.ones(())
+            dist.all_reduce(one, group=group)
+            total += one
+
+    thread = threading.Thread(target=add, args=(sums[0], world.background))
+    thread.start()
+    add(sums[1], None)
+    thread.join()
+    assert [total.item() for total in sums] == [times * world.size] * 2
+
+
+def _fall(blow: int | None) -> None:
+    if blow is None:
+        threading.Event().wait()
+    else:
+        os.kill(os.getpid(), blow)
+
+
+def restarted(folder: Path) -> None:
+    """A program for torchrun: at its first start rank 1 dies; at the second all is well."""
+    world = World.join(datetime.timedelta(seconds=20))
+    total = torch.ones(())
+    dist.all_reduce(total)
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    (folder / f"joined.{start}.{world.rank}").write_text(f"{total.item():g}")
+    if start == 0 and world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    # At the first start this waits for the dead: it fails, or is ended by torchrun.
+    world.together(lambda: None, start=start)
+    (folder / f"done.{start}.{world.rank}").write_text(repr(world.peers.hosts))
+    world.leave()
+
+
+if __name__ == "__main__":
+    restarted(Path(sys.argv[1]))

@@ -1,0 +1,166 @@
+"""A rank that is killed, stopped or stuck ends all others, with a sentence that names it; ranks can be restarted."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from grass_dist.errors import GrassError
+from grass_dist.training.peers import Peers, lost_peer, of_collective
+from grass_dist.training.world import World, _agree_on_start
+from integration_tests.peers import Ended, Scene, play
+from integration_tests.program import ROOT
+from integration_tests.ranks import free_port
+
+pytestmark = pytest.mark.timeout(90)
+
+HOST = re.escape(socket.gethostname())
+REDUCTION = "error: The gradient reduction of step 2"
+ADVICE = r"Look at its log; the run can go on with --resume auto\.$"
+
+
+def check_said(ended: Ended, message: str, within: float) -> None:
+    """The rank ended in time with status 1, and said one sentence, which matches ``message``."""
+    assert ended.code == 1, ended.err
+    assert len(ended.said) == 1 and re.match(message, ended.said[0]), ended.err
+    assert "Traceback" not in ended.err
+    assert ended.seconds < within
+
+
+def test_healthy_ranks_end_quietly(tmp_path):
+    for ended in play(Scene(3, timeout=30), tmp_path, within=40):
+        assert ended.code == 0 and ended.err == "", ended.err
+
+
+def test_a_rank_that_is_stopped_is_named_by_the_others(tmp_path):
+    ended = play(Scene(3, victim=1, blow=signal.SIGSTOP, answers_within=3), tmp_path, within=40)
+    said = rf"{REDUCTION} did not end within 5 s: rank 1 \(on host {HOST}\) does not answer\. {ADVICE}"
+    for rank in (0, 2):
+        check_said(ended[rank], said, within=20)
+
+
+def test_a_rank_that_is_killed_is_named_long_before_the_timeout(tmp_path):
+    # In a ring of five two ranks alone are connected to it: the others hear of it from these.
+    ended = play(Scene(5, victim=1, blow=signal.SIGKILL, timeout=60, answers_within=3), tmp_path, within=40)
+    assert ended[1].code == -signal.SIGKILL
+    for rank in (0, 2, 3, 4):
+        check_said(ended[rank], rf"{REDUCTION} failed: rank 1 \(on host {HOST}\) does not answer\. {ADVICE}", within=20)
+
+
+def test_a_rank_that_keeps_the_store_is_named_when_it_is_stopped(tmp_path):
+    ended = play(Scene(3, victim=0, blow=signal.SIGSTOP, answers_within=3), tmp_path, within=40)
+    said = rf"rank 0 \(on host {HOST}\), which keeps the store of all ranks, does not answer\. {ADVICE}"
+    for rank in (1, 2):
+        check_said(ended[rank], rf"{REDUCTION} did not end within 5 s: {said}", within=20)
+
+
+def test_a_rank_that_is_killed_with_the_store_is_named(tmp_path):
+    ended = play(Scene(3, victim=0, blow=signal.SIGKILL, timeout=60), tmp_path, within=40)
+    said = rf"rank 0 \(on host {HOST}\), which keeps the store of all ranks, does not answer\. {ADVICE}"
+    for rank in (1, 2):
+        check_said(ended[rank], rf"{REDUCTION} failed: {said}", within=20)
+
+
+def test_a_rank_that_is_stuck_elsewhere_is_named_with_what_it_does(tmp_path):
+    ended = play(Scene(3, victim=1), tmp_path, within=40)
+    said = rf"rank 1 \(on host {HOST}\) was still at reading the data of step 2\. {ADVICE}"
+    for rank in (0, 2):
+        check_said(ended[rank], rf"{REDUCTION} did not end within 5 s: {said}", within=20)
+
+
+def test_torchrun_restarts_the_ranks_after_one_is_killed(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
+    command += ["--master-port", str(free_port()), "-m", "integration_tests.peers", str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            err = launcher.communicate(timeout=80)[1]
+        finally:
+            launcher.terminate()  # it ends its ranks
+    assert launcher.returncode == 0, err
+    assert {file.name for file in tmp_path.glob("done.*")} == {"done.1.0", "done.1.1"}
+    assert {file.read_text() for file in tmp_path.glob("joined.*")} == {"2"} and len(list(tmp_path.iterdir())) == 6
+
+
+def agreed(store: dist.Store, size: int) -> set[str]:
+    names: list[str] = []
+    threads = [
+        threading.Thread(target=lambda r=r: names.append(_agree_on_start(store, r, size, timedelta(seconds=20))))
+        for r in range(size)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(names) == size
+    return set(names)
+
+
+def test_ranks_agree_on_a_new_start_in_a_store_that_earlier_ones_have_used():
+    store = dist.HashStore()
+    starts = [agreed(store, size) for size in (3, 3, 2, 4)]
+    assert all(len(names) == 1 for names in starts) and len(set.union(*starts)) == 4
+    with pytest.raises(GrassError, match=r"rank 1 of 2 did not join within 0\.1 s"):  # it has, but earlier
+        _agree_on_start(store, 0, 2, timedelta(seconds=0.1))
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
+ERRORS = {
+    "killed": RuntimeError(GLOO + "pair.cc:553] Connection closed by peer [127.0.0.1]:20908. This is typically …"),
+    "reset": RuntimeError(GLOO + "pair.cc:537] Read error [127.0.0.1]:20908: Connection reset by peer. This is …"),
+    "late": RuntimeError(GLOO + "unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"),
+    "store": dist.DistStoreError("wait timeout after 5000ms, keys: /default_pg/0/1"),
+    "network": dist.DistNetworkError("Connection reset by peer"),
+    "NCCL": dist.DistBackendError("Watchdog caught collective operation timeout: ran for 5000 milliseconds before …"),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS.keys())
+def test_errors_of_collectives_are_known(error):
+    assert of_collective(error)
+    wrapped = ValueError("wrapped")
+    wrapped.__cause__ = error
+    assert of_collective(wrapped)
+    assert not of_collective(RuntimeError("shapes do not match"))
+    assert not of_collective(ValueError(str(error)))
+
+
+def sentence(rank: int, peers: Peers, error: BaseException) -> str:
+    group: dist.ProcessGroup = None  # type: ignore[assignment]
+    world = World(rank, rank, len(peers.hosts), torch.device("cpu"), group, peers=peers)
+    return str(lost_peer(world, error))
+
+
+def test_several_silent_ranks_and_their_hosts():
+    peers = Peers(0, ["a", "b", "b", "c"], dist.HashStore(), answers_within=0.2)
+    said = sentence(0, peers, ERRORS["NCCL"])
+    assert said == (
+        "A collective did not end within 5 s: ranks 1, 2, 3 (on hosts b, c) do not answer. Look at their logs."
+    )
+
+
+def test_the_rank_whose_error_came_first_is_named_if_all_answer():
+    store = dist.HashStore()
+    ranks = [Peers(rank, ["a", "b"], store, answers_within=5) for rank in (0, 1)]
+    error = ERRORS["killed"]
+    with pytest.raises(RuntimeError), ranks[0].during("the start"), ranks[0].during("the forward of step 3"):
+        raise error
+    first = sentence(0, ranks[0], error)
+    assert first.startswith("The forward of step 3 failed: all ranks are there, and the error was: [/pytorch/")
+    second = sentence(1, ranks[1], ERRORS["reset"])
+    assert second == "A collective failed: rank 0 (on host a) failed before, in the forward of step 3. Look at its log."
+
+
+def test_an_error_that_is_none_of_a_collective_is_left_alone():
+    assert sentence(0, Peers(0, ["a", "b"]), KeyError("x")) == "None"
+    assert sentence(0, Peers(), ERRORS["late"]) == "None"  # in a world of one nobody can be lost

@@ -1,0 +1,65 @@
+"""Trainings that are stopped and go on: to the bit on as many ranks, and the same run on others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from integration_tests.ranks import run_ranks
+from integration_tests.resume import Setting, exact, leg
+
+pytestmark = pytest.mark.timeout(300)
+
+GRASS = {"active_layers": 3, "probe_steps": 3, "sampling_interval": 4, "update_interval": 6, "seed": 1}
+"""Layers switch after 3, 7, 11, 15 steps and are drawn two steps before; importances are refreshed after 7 and 13."""
+
+MOMENTS = {
+    1: "in the probe",
+    3: "at the first switch",
+    4: "between two draws, with measurements that wait for a refresh",
+    5: "after a draw, while the next states come",
+    6: "in the last step of a round, whose states leave",
+    7: "at a switch and a refresh",
+    10: "after a refresh, with a draw that waits",
+}
+"""Steps after which the trainings are saved."""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "setting"),
+    [
+        (2, Setting("fsdp2", GRASS, accumulation=2)),
+        (2, Setting("ddp", {**GRASS, "offload": {"mode": "stream", "slots": 2, "chaos": 3}}, torch.bfloat16)),
+        (4, Setting("hsdp", {**GRASS, "offload": {"mode": "none"}}, background=False)),
+        (1, Setting("single", {**GRASS, "offload": {"mode": "stream", "slots": 2}}, accumulation=3)),
+    ],
+    ids=["fsdp2 interval", "ddp stream bf16", "hsdp none", "single stream"],
+)
+def test_it_goes_on_to_the_bit(ranks, setting, tmp_path):
+    for odd in run_ranks(ranks, exact, setting, 16, list(MOMENTS), str(tmp_path), timeout=200):
+        assert not odd
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_it_goes_on_on_other_ranks_and_under_another_backend(tmp_path):
+    """4 → 2 → 3 → 1 ranks, FSDP2 → DDP → FSDP2 → one process, each saved in another phase of the method."""
+    legs = [
+        (4, Setting("hsdp", GRASS), 2),
+        (2, Setting("ddp", GRASS), 6),
+        (3, Setting("fsdp2", {**GRASS, "offload": {"mode": "stream", "slots": 2}}), 10),
+        (1, Setting("single", {**GRASS, "offload": {"mode": "none"}}), 13),
+        (2, Setting("fsdp2", GRASS), 29),
+    ]
+    [alone] = run_ranks(1, leg, Setting("single", GRASS), None, 30, 30, str(tmp_path / "alone"))
+    source, at, drawn = None, 0, []
+    for number, (ranks, setting, save_at) in enumerate(legs):
+        folder = tmp_path / str(number)
+        found = run_ranks(ranks, leg, setting, source, save_at + 1, save_at, str(folder), timeout=150)
+        assert all(other["active"] == found[0]["active"] for other in found)
+        drawn += found[0]["active"][: save_at - at]
+        source, at = str(folder / f"step-{save_at:06d}"), save_at
+    assert drawn == alone["active"][:29]
+    assert found[0]["active"][-1] == alone["active"][29]
+    worst = max((found[0]["params"][n] - p).abs().max().item() for n, p in alone["params"].items())
+    print(f"worst difference after 30 steps on 4, 2, 3, 1 and 2 ranks: {worst:.2g}")
+    assert worst < 1e-6

@@ -6,10 +6,12 @@ import contextlib
 import io
 import json
 import os
+import queue
 import re
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,21 +34,39 @@ class Ended:
     seconds: float
 
 
-def run_program(arguments: list[list[str]], timeout: float = 90) -> list[Ended]:
-    """One rank for each list of arguments; a rank that is not done in time is killed and fails the test."""
+Watch = Callable[[int, str, list[int]], None]
+"""Called with each line that a rank prints: (rank, line, process ids of all ranks)."""
+
+
+def run_program(arguments: list[list[str]], timeout: float = 90, watch: Watch | None = None, cwd=None) -> list[Ended]:
+    """One rank for each list of arguments; a rank that is not done in time is killed and fails the test.
+
+    Args:
+        cwd: working directory of each rank.
+    """
     port, results = free_port(), SERVER.Queue()
+    folders = cwd or [None] * len(arguments)
     processes = [
-        SERVER.Process(target=_program, args=(rank, len(arguments), port, argv, results), daemon=True)
+        SERVER.Process(target=_program, args=(rank, len(arguments), port, argv, results, folders[rank]), daemon=True)
         for rank, argv in enumerate(arguments)
     ]
     for process in processes:
         process.start()
+    pids = [process.pid for process in processes]
     given: dict[int, Ended] = {}
+    deadline = time.monotonic() + timeout
     try:
-        deadline = time.monotonic() + timeout
         while len(given) < len(arguments):
-            rank, ended = results.get(timeout=max(0.1, deadline - time.monotonic()))
-            given[rank] = ended
+            try:
+                rank, told = results.get(timeout=0.5)
+            except queue.Empty:
+                assert time.monotonic() < deadline, f"ranks {set(range(len(arguments))) - set(given)} are not done"
+                given |= _dead(processes, given)
+                continue
+            if isinstance(told, Ended):
+                given[rank] = told
+            elif watch is not None:
+                watch(rank, told, pids)
     finally:
         for process in processes:
             process.join(10)
@@ -55,11 +75,34 @@ def run_program(arguments: list[list[str]], timeout: float = 90) -> list[Ended]:
     return [given[rank] for rank in range(len(arguments))]
 
 
-def _program(rank: int, world_size: int, port: int, argv: list[str], results) -> None:
+def _dead(processes: list, given: dict[int, Ended]) -> dict[int, Ended]:
+    """Ranks that have ended without a word."""
+    missing = [rank for rank in range(len(processes)) if rank not in given]
+    return {rank: Ended(code, "", "", 0.0) for rank in missing if (code := processes[rank].exitcode) is not None}
+
+
+class _Lines(io.StringIO):
+    """Keeps what is written, and tells each line at once."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self._tell, self._begun = tell, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._tell(line)
+        return super().write(text)
+
+
+def _program(rank: int, world_size: int, port: int, argv: list[str], results, cwd) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    out, err, code, began = io.StringIO(), io.StringIO(), 0, time.monotonic()
+    if cwd is not None:
+        os.chdir(cwd)
+    out, err = (_Lines(lambda line: results.put((rank, line))) for _ in range(2))
+    code, began = 0, time.monotonic()
     sys.argv = ["finetune.py", *argv]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.pieces import Piece
 from grass_dist.errors import CheckpointError
 
@@ -71,12 +73,23 @@ def write(folder: Path, pieces: Sequence[Piece], files: Mapping[str, int], group
         files: number of the file of each key, from 1, equal on all ranks; see `file_numbers`.
 
     Raises:
-        CheckpointException: of torch; on every rank if one fails.
+        CheckpointError: on every rank if one fails.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=dict(files), save_distributed=True)
     given = {piece.key: piece for piece in pieces if piece.tensor.numel()}
     alone = group is None
-    dcp.save(given, storage_writer=writer, planner=PieceSavePlanner(), process_group=group, no_dist=alone)
+    try:
+        dcp.save(given, storage_writer=writer, planner=PieceSavePlanner(), process_group=group, no_dist=alone)
+    except CheckpointException as error:  # no subclass of Exception
+        raise CheckpointError(_of_ranks(error)) from error
+
+
+def _of_ranks(error: CheckpointException) -> str:
+    """What went wrong on the first rank on which something did."""
+    rank = min(error.failures)
+    cause = error.failures[rank][0]
+    what = cause.strerror if isinstance(cause, OSError) and cause.strerror else _line(cause)
+    return f"rank {rank}: {what}."
 
 
 def file_numbers(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
@@ -139,6 +152,7 @@ class TensorReader:
 
     def __init__(self, reader: dcp.StorageReader, where: Path) -> None:
         self._reader, self._where = reader, where
+        self._whole: dict[str, list[ChunkStorageMetadata]] = {}
         try:
             self._metadata = reader.read_metadata()
             reader.set_up_storage_reader(self._metadata, True)
@@ -172,25 +186,46 @@ class TensorReader:
             raise CheckpointError(f"{self._where} cannot be read: {_line(error)}.") from error
         return [out for _, _, out in wanted]
 
+    def require(self, key: str, numel: int, dtype: torch.dtype) -> None:
+        """Checks that all entries of ``key`` can be read, before any is.
+
+        Raises:
+            CheckpointError: they cannot, or they are not ``numel``.
+        """
+        found = sum(chunk.sizes[0] for chunk in self._chunks(key, dtype)) if numel else 0
+        if found != numel:
+            raise CheckpointError(f"{self._where} holds {found} entries of {key!r:.80} where there are {numel}.")
+
     def _items(self, key: str, start: int, out: torch.Tensor) -> list[ReadItem]:
-        found = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(found, TensorStorageMetadata):
-            raise CheckpointError(f"{self._where} holds no tensor {key}.")
-        if found.properties.dtype != out.dtype:
-            raise CheckpointError(f"{self._where} holds {key} in {found.properties.dtype} and not in {out.dtype}.")
-        items, at, end = [], start, start + out.numel()
-        for chunk in sorted(found.chunks, key=lambda chunk: tuple(chunk.offsets)):
-            if len(chunk.offsets) != 1 or chunk.offsets[0] < 0:
-                raise CheckpointError(f"{self._where} holds {key} in a part that lies nowhere.")
+        items, end = [], start + out.numel()
+        for chunk in self._chunks(key, out.dtype) if out.numel() else ():
             low, high = max(start, chunk.offsets[0]), min(end, chunk.offsets[0] + chunk.sizes[0])
             if low < high:
-                if low != at:
-                    break
-                at = high
                 items.append(_read_item(key, chunk, low, high, start))
-        if at != end:
-            raise CheckpointError(f"{self._where} does not hold entry {at} of {key}, or holds it twice.")
+        if sum(item.lengths[0] for item in items) != out.numel():
+            raise CheckpointError(f"{self._where} does not hold entries {start} to {end} of {key!r:.80}.")
         return items
+
+    def _chunks(self, key: str, dtype: torch.dtype) -> list[ChunkStorageMetadata]:
+        """The parts of ``key`` one after the other.
+
+        Raises:
+            CheckpointError: they leave a gap or overlap, or are of another dtype.
+        """
+        found = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(found, TensorStorageMetadata):
+            raise CheckpointError(f"{self._where} holds no tensor {key!r:.80}.")
+        if found.properties.dtype != dtype:
+            raise CheckpointError(f"{self._where} holds {key!r:.80} in {found.properties.dtype} and not in {dtype}.")
+        if key not in self._whole:
+            at, chunks = 0, sorted(found.chunks, key=lambda chunk: tuple(chunk.offsets))
+            for chunk in chunks:
+                flat = len(chunk.offsets) == len(chunk.sizes) == 1
+                if not flat or chunk.offsets[0] != at or not chunk.sizes[0]:
+                    raise CheckpointError(f"{self._where} does not hold entry {at} of {key!r:.80}, or holds it twice.")
+                at += chunk.sizes[0]
+            self._whole[key] = chunks
+        return self._whole[key]
 
 
 def _read_item(key: str, chunk: ChunkStorageMetadata, low: int, high: int, start: int) -> ReadItem:
@@ -210,4 +245,4 @@ def open_tensors(folder: Path) -> TensorReader:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+    return printable(f"{type(error).__name__}: {error}")[:200].rstrip(".")

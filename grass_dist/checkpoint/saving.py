@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
@@ -202,8 +201,6 @@ def together(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 def sentence(error: BaseException) -> str:
     """What went wrong, without a traceback."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = error.failures[min(error.failures)][0]
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the file system'}: {error.strerror}"
     return " ".join(str(error).split())[:300] or type(error).__name__

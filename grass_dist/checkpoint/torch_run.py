@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,16 @@ from torch import nn
 
 from grass_dist.backends import Backend
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
-from grass_dist.checkpoint.pieces import Entries, Piece, Read, UnitPieces, decode, encode, state_key
+from grass_dist.checkpoint.files import printable
+from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import CheckpointError
-from grass_dist.optimizer import WHOLE, UnitOptimizer
+from grass_dist.optimizer import LOW, WHOLE, UnitOptimizer
 
 Put = Callable[[int, Sequence[Mapping[str, Any]]], None]
+
+HOW = frozenset(("capturable", "differentiable", "foreach", "fused"))
+"""Entries of a parameter group that say how an optimizer computes, not what: a run keeps its own."""
 
 
 class TorchHoldings:
@@ -44,7 +49,7 @@ class TorchHoldings:
         self.name, self.active = backend.name, grass.config.active_layers
 
     def unit_names(self) -> list[str]:
-        return [optimizer.unit.name for optimizer in self._optimizers]
+        return [fqn(optimizer.unit.name) for optimizer in self._optimizers]
 
     def weights(self) -> list[Piece]:
         return pieces_of(self._model, self._backend)
@@ -66,17 +71,47 @@ class TorchHoldings:
                     for key, value in state.items()
                     if torch.is_tensor(value) and value.ndim
                 ]
-            yield UnitPieces(optimizer.unit.name, tensors, entries)
+            yield UnitPieces(fqn(optimizer.unit.name), tensors, entries)
 
     def describe(self) -> dict[str, Any]:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._groups]
         return {"engine": self._grass.state_dict(), "groups": groups}
 
+    def check(
+        self, engine: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], units: Mapping[str, Entries]
+    ) -> None:
+        """Whether this run could go on from what a checkpoint says. Changes nothing.
+
+        Raises:
+            CheckpointError: the method is not at such a point then, or an optimizer cannot take a step from its state.
+        """
+        self._check_clock(engine)
+        merged = [{**own, **_like(own, saved)} for own, saved in zip(self._groups, groups, strict=True)]
+        group_of = {id(param): index for index, own in enumerate(self._groups) for param in own["params"]}
+        tried = set()  # most parameters of a layer have the same
+        for optimizer in self._optimizers if all(o.shards for o in self._optimizers) else ():
+            for name, param in optimizer.unit.params:
+                index, state = group_of[id(param)], units.get(optimizer.unit.name, {}).get(fqn(name), {})
+                if (found := (index, param.dtype, json.dumps(state))) not in tried:
+                    tried.add(found)
+                    _try_step(optimizer, {**merged[index]}, param, state)
+
+    def _check_clock(self, engine: Mapping[str, Any]) -> None:
+        schedule, step, waiting = self._grass.schedule, engine["step"], engine["next"]
+        trains = len(self._grass.layers) if schedule.phase(step) == "probe" else self.active
+        if any(len(layers) != trains for layers in (engine["active_layers"], *engine["measured"]["layers"])):
+            raise CheckpointError(f"The checkpoint's method is not where this run's is after {step} steps.")
+        due = step + schedule.steps_to_switch(step), schedule.round(step) + 1
+        if waiting and ((waiting["step"], waiting["round"]) != due or len(waiting["active_layers"]) != self.active):
+            raise CheckpointError(
+                f"The checkpoint has drawn layers that this run does not switch to after step {step}."
+            )
+
     def restore(self, saved: Mapping[str, Any], units: Mapping[str, Entries], read: Read) -> None:
         for group, other in zip(self._groups, saved["groups"], strict=True):
             group.update(_like(group, other))
         for index, optimizer in enumerate(self._optimizers):
-            entries = units.get(optimizer.unit.name)
+            entries = units.get(fqn(optimizer.unit.name))
             self._put(index, [] if entries is None else self._states(optimizer, entries, read))
         self._grass.load_state_dict(saved["engine"])
 
@@ -100,8 +135,8 @@ class TorchHoldings:
         flat = self._backend.local(value.detach()).reshape(-1)
         if flat.numel() != optimizer.shard_of(param).numel():
             raise CheckpointError(
-                f"The {key} of {name} is of shape {tuple(value.shape)}, which is not the parameter's: a checkpoint that "
-                "any number of ranks can load needs states with an entry for each of the parameter's."
+                f"The {key} of {name} is of shape {tuple(value.shape)}, which is not the parameter's: a checkpoint "
+                "that any number of ranks can load needs states with an entry for each of the parameter's."
             )
         shared = self._backend.replicates(param) and (not optimizer.shards or self._backend.part == WHOLE)
         writes = self._backend.replicates(param) or self._backend.counts(param)
@@ -114,3 +149,28 @@ class TorchHoldings:
 def _like(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Hyperparameters out of JSON, which knows no tuples."""
     return {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()}
+
+
+def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Parameter, state: Mapping[str, Any]) -> None:
+    """A step of the optimizer's class on a stand-in of six entries that has such a state.
+
+    Raises:
+        CheckpointError: it cannot be taken.
+    """
+    like = optimizer.shard_of(param)
+    stand_in = nn.Parameter(torch.zeros(2, 3, dtype=torch.float32 if like.dtype in LOW else like.dtype))
+    stand_in.grad = torch.zeros_like(stand_in)
+    try:
+        made = {key: decode(entry) for key, entry in state.items() if key != MASTER}
+        own = {k: torch.zeros(2, 3, dtype=v) if isinstance(v, torch.dtype) else v for k, v in made.items()}
+        plain = {key: False for key in HOW if key in group}  # a stand-in is on the CPU
+        kwargs = {key: plain.get(key, value) for key, value in optimizer._kwargs.items()}
+        stepped = optimizer._class([{**group, **plain, "params": [stand_in]}], **kwargs)
+        if own:
+            stepped.state[stand_in] = own
+        stepped.step()
+    except Exception as error:  # whatever it makes an optimizer raise
+        raise CheckpointError(
+            f"The state of {optimizer.name} in the checkpoint, or its parameter group, is none that this run's "
+            f"optimizer can go on from ({printable(error)[:150]})."
+        ) from None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from grass_dist.errors import GrassError
+from grass_dist.errors import ConfigError, GrassError
 
 try:
     import typer
@@ -47,13 +50,148 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a 
         typer.echo(build_report(run))
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; new, or empty.")],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; left out, the newest good one.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 4GB or 500MB.")] = "4GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")] = False,
+) -> None:
+    """Write the model of a checkpoint to OUT as an ordinary Hugging Face folder."""
+    with _one_sentence_errors():
+        from grass_dist.checkpoint.export import export as write
+
+        shard_bytes = _parse_size("--max-shard-size", max_shard_size)
+        done = write(run, out, step=step, max_shard_bytes=shard_bytes, overwrite=overwrite, tell=_warn)
+        files = "1 file" if done.shards == 1 else f"{done.shards} files"
+        typer.echo(f"{done.folder}: the model after step {done.step}, {_size(done.nbytes)} in {files}")
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, for --resume.")],
+    ranks: Annotated[int, typer.Option(min=1, help="For DeepSpeed's format: ranks that are to go on.")] = 1,
+    ds_config: Annotated[Path | None, typer.Option(help="For DeepSpeed's format: JSON with the ZeRO stage.")] = None,
+) -> None:
+    """Carry a checkpoint from DeepSpeed's own format to the one of all other backends, or the other way.
+
+    With --ds-config the checkpoint is written in DeepSpeed's format by --ranks CPU processes.
+    """
+    with _one_sentence_errors():
+        from grass_dist.checkpoint.export import find_checkpoint
+
+        source = find_checkpoint(run, None, _warn).folder
+        if ds_config is None:
+            from grass_dist.checkpoint.convert import to_dcp
+
+            made = to_dcp(source, out / "checkpoints")
+        else:
+            from grass_dist.training.rewrite import to_deepspeed
+
+            made = to_deepspeed(source, out, ranks=ranks, ds_config=ds_config)
+        typer.echo(f"{made}: go on with it by --resume {out}")
+
+
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Leave the checksums of the files out.")] = False,
+) -> None:
+    """Show the checkpoints of a run, and what the newest good one holds."""
+    with _one_sentence_errors():
+        from grass_dist.checkpoint.inspect import inspect_run
+
+        found = inspect_run(run, fast=fast)
+        typer.echo(json.dumps(found, allow_nan=False)) if as_json else _show_checkpoints(found)
+        if found["newest_good"] is None:
+            raise GrassError(f"{run}: none of its checkpoints is good.")
+
+
+def _show_checkpoints(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    keys = ("step", "saved", "ranks", "backend", "format")
+    health = "health" if found["checksums"] else "health (without checksums)"
+    rows = [[*(row[key] for key in keys), _size(row["bytes"]), row["health"]] for row in found["checkpoints"]]
+    console.print(_table(f"Checkpoints of {found['run']}", (*keys, "size", health), rows))
+    if (good := found["newest_good"]) is None:
+        return
+    for line in _about(good):
+        console.print(_printable(line), markup=False, soft_wrap=True)
+    rows = [[layer["layer"], *_cells(layer), layer["name"]] for layer in good["layers"]]
+    rows += [
+        ["", role["times_trained"], "", "", "", _size(role["state_bytes"]), role["name"]] for role in good["roles"]
+    ]
+    columns = ("layer", "times trained", "importance", "probability", "trains", "state", "name")
+    console.print(_table(f"Layers after step {good['step']}", columns, rows))
+
+
+def _about(good: Mapping[str, Any]) -> Iterator[str]:
+    phase = f", phase {good['phase']}" if good["phase"] else ""
+    round = f", round {good['round']}" if good["round"] is not None else ""
+    yield (
+        f"The newest good one, {good['folder']}: {good['step']} steps done{phase}{round}, {good['skipped']} skipped, "
+        f"{good['dropped']} measurements dropped, {_size(good['state_bytes'])} of optimizer state."
+    )
+    if good["next"]:
+        yield f"Next, layers {good['next']['layers']} train, from step {good['next']['from_step']} of the method on."
+    yield from good["notes"]
+
+
+def _cells(layer: Mapping[str, Any]) -> list[Any]:
+    importance, p = layer["importance"], layer["probability"]
+    trains = ", ".join(word for word in ("now", "next") if layer[word])
+    numbers = [None if importance is None else f"{importance:.3g}", None if p is None else f"{p:.2%}"]
+    return [layer["times_trained"], *numbers, trains, _size(layer["state_bytes"])]
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(_printable(title)), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if cell is None else _printable(str(cell))) for cell in row))
+    return table
+
+
+def _size(nbytes: int | None) -> str | None:
+    if nbytes is None:
+        return None
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _parse_size(option: str, text: str) -> int:
+    """Bytes of a size such as 4GB (10^9) or 500MiB (2^20)."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?\s*", text.upper(), re.ASCII)
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")) if found else 0
+    if size < 1:
+        raise ConfigError(option, text, "this is no size", "write e.g. 4GB or 500MB")
+    return size
+
+
+def _warn(problem: str) -> None:
+    typer.echo("\n".join(map(_printable, problem.splitlines())), err=True)
+
+
+def _printable(text: str) -> str:
+    """``text`` without characters by which a checkpoint that was handed to somebody could steer the terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 @contextmanager
 def _one_sentence_errors() -> Iterator[None]:
     """Turns an error that grass_dist raises on purpose into its sentence on stderr and exit status 1."""
     try:
         yield
     except GrassError as error:
-        typer.echo(str(error), err=True)
+        _warn(str(error))
         raise typer.Exit(1) from None
 
 

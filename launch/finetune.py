@@ -183,6 +183,7 @@ def _start(
 def _about_data(data: Data) -> Iterator[str]:
     if isinstance(data.train, Examples) and data.train.dropped:
         yield f"{data.train.dropped} examples have no token of their completion within max_length: left out"
+    yield from map(str, data.skipped)
 
 
 def _answer_before(

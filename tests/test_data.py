@@ -203,7 +203,7 @@ def test_files_and_folders_give_the_same_rows(tmp_path, streaming):
     ("change", "problem"),
     [
         ({"name": "{tmp}/none.json"}, r"^name='.*none\.json': there is no such file; "),
-        ({"name": "{tmp}/broken.json"}, r"^name='.*broken\.json': split 'train' cannot be loaded \(.*\); "),
+        ({"name": "{tmp}/broken.json"}, r"^name='.*broken\.json': element 1 of broken\.json is no JSON \(.*\); "),
         ({"name": "{tmp}/empty.json"}, r"^name='.*empty\.json': split 'train' (has no examples|cannot be loaded)"),
         ({"name": "{tmp}/zero.json"}, r"^name='.*zero\.json': split 'train' cannot be loaded \(it is empty\)"),
         ({"name": "{tmp}/folder"}, r"^name='.*folder': split 'train' cannot be loaded \(.*data files\)"),

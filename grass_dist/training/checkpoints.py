@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from grass_dist.errors import CheckpointError, ConfigError, GrassError
 from grass_dist.training.config import RunConfig
 from grass_dist.training.config_file import flatten
 from grass_dist.training.parallel import Run
+from grass_dist.training.peers import of_collective
 from grass_dist.training.world import World
 
 FOLDER = "checkpoints"
@@ -82,7 +85,7 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
         CheckpointError: it was trained on other examples, or not by this program.
     """
     run = checkpoint.state.run
-    if not isinstance(saved := run.get("config"), dict):
+    if not isinstance(saved := run.get("config"), dict) or not _is_flat(saved) or len(flatten(saved)) > 1000:
         raise CheckpointError(f"{checkpoint.folder} was not saved by a fine-tune: it has no configuration.")
     before, now = flatten(saved), flatten(config.model_dump(mode="json"))
     changed = []
@@ -91,9 +94,9 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
         if old == new or name.startswith(_FREE):
             continue
         if name.startswith(_FIXED) and name != "data.name":
-            fix = f"set it to {old!r}, or begin a new run from the exported model"
-            raise ConfigError(name, new, f"the run that it goes on with has {old!r}", fix)
-        changed.append(f"{name} is {new!r}, and was {old!r} when the run was saved")
+            fix = f"set it to {shown(old):.100}, or begin a new run from the exported model"
+            raise ConfigError(name, new, f"the run that it goes on with has {shown(old):.100}", fix)
+        changed.append(f"{name} is {shown(new):.100}, and was {shown(old):.100} when the run was saved")
     if run.get("data") and dict(data) != run["data"]:
         raise CheckpointError(
             f"{checkpoint.folder} was trained on other examples than {config.data.name} has now: a run goes on with "
@@ -102,14 +105,22 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
     return changed
 
 
+def _is_flat(settings: Mapping[str, Any], depth: int = 6) -> bool:
+    """Whether they can be those of a configuration: long names, far down, would take any memory when flattened."""
+    below = [value for value in settings.values() if isinstance(value, dict)]
+    named = len(settings) <= 1000 and all(len(name) <= 100 and name.isprintable() for name in settings)
+    return named and (not below or (depth > 0 and all(_is_flat(value, depth - 1) for value in below)))
+
+
 def position_of(checkpoint: Checkpoint) -> Position:
     """
     Raises:
-        CheckpointError: state.json does not say.
+        CheckpointError: state.json does not say, or not as checkpoint.json.
     """
-    run = checkpoint.state.run
+    run, step = checkpoint.state.run, checkpoint.step
     numbers = [run.get(name) for name in ("step", "updates", "bad_steps")]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**53 for n in numbers):
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= step for n in numbers)
+    if not whole or numbers[0] != step:
         raise CheckpointError(f"{checkpoint.folder / files.STATE} is damaged: it does not say where the run is.")
     return Position(*numbers)  # type: ignore[arg-type]
 
@@ -152,6 +163,8 @@ class Checkpoints:
         self._saver: Saver | None = None
         if settings is None:
             return
+        if world.is_main:
+            _sweep(folder / FOLDER)
         take = run.snapshot(settings.format)
         self._saver = Saver(
             folder / FOLDER,
@@ -194,7 +207,15 @@ class Checkpoints:
             return
         self._tell(outcome)
         if outcome.error and self._settings and self._settings.on_save_error == "stop":
+            if of_collective(outcome.error):  # a rank is lost, and each of the others says so for itself
+                raise outcome.error.__cause__ or outcome.error
             raise outcome.error.everywhere()
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what saves and removals have left that were killed: maybe no other save follows."""
+    for path in (*parent.glob(".step-*.writing"), *parent.glob(".step-*.removing")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_bad_steps(bad_steps: int, config: RunConfig, step: int) -> None:

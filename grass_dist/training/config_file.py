@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from grass_dist.errors import ConfigError
 from grass_dist.training.config import RunConfig
 from grass_dist.training.deepspeed_config import find_file, merge_grass, read_json
 
-LARGEST = 2**20
-"""Characters of a configuration file, at most."""
+LARGEST = 2**17
+"""Characters of a configuration file, and bytes of its JSON, at most: to read so much takes some seconds."""
+
+_DEEPEST, _LONGEST_NUMBER, _MOST_LAYERS = 20, 40, 10**5
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -27,24 +31,68 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file, an override or a setting cannot be used.
     """
     try:
-        data = yaml.load(_text_of(path), _Loader)
+        return _read(path, overrides)
+    except ConfigError as error:
+        raise _in_one_line(error) from None
+
+
+def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
+    try:
+        data = _parsed(_text_of(path), "--config", str(path), "correct it there")
     except OSError as error:
         raise ConfigError(
             "--config", str(path), f"it cannot be read ({error.strerror})", "give an existing file"
         ) from None
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = " ".join(str(error).split())
-        raise ConfigError("--config", str(path), f"it is not YAML: {where}", "correct it there") from None
     if not isinstance(data, dict):
         raise ConfigError("--config", str(path), "it holds no settings", "see configs/ for examples")
-    data = {str(key): value for key, value in data.items()}
     for key in [key for key in data if "." in key]:
         _put(data, key, data.pop(key))
     for override in overrides:
         _override(data, override)
-    return RunConfig(**_with_json(data, path.parent))
+    settings = _with_json(data, path.parent)
+    _check_layers(settings.get("grass"))
+    return RunConfig(**settings)
+
+
+def _parsed(text: str, field: str, value: str, fix: str) -> Any:
+    """What YAML means, its keys as text."""
+    try:
+        return _with_text_keys(yaml.load(text, _Loader))
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError(field, value, "it is nested too deeply", fix) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(field, value, f"it is not YAML: {error}", fix) from None
+    except (AttributeError, LookupError, OverflowError, TypeError):  # of PyYAML's constructors, after a tag like !!int
+        raise ConfigError(field, value, "it is not YAML: a value is not of the type of its tag", fix) from None
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_text_keys(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if "self" in value:  # a name that no Python function takes
+        raise ConfigError("self", value["self"], "there is no such setting", "leave it out")
+    return {str(key): _with_text_keys(entry) for key, entry in value.items()}
+
+
+def _in_one_line(error: ConfigError) -> ConfigError:
+    """The same error with no more of what stands in the file than one can read."""
+    parts = (" ".join(text.split()) for text in (error.field, error.problem, error.fix))
+    plain = ("".join(c if c.isprintable() else "?" for c in part) for part in parts)
+    field, problem, fix = (part if len(part) <= 200 else f"{part[:120]}..." for part in plain)
+    return ConfigError(field, error.value, problem, fix)
+
+
+def _check_layers(grass: Any) -> None:
+    """Keeps out numbers of layers for which a sampler would fill the memory."""
+    for name in ("active_layers", "fixed_layers") if isinstance(grass, dict) else ():
+        value = grass.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > _MOST_LAYERS:
+                raise ConfigError(f"grass.{name}", number, "no model has so many layers", "use a smaller number")
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
@@ -67,13 +115,20 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _text_of(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
+    with open(path, encoding="utf-8", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ConfigError("--config", str(path), "it is not a file", "give a file that all ranks can read")
         text = file.read(LARGEST + 1)
     if len(text) > LARGEST:
         raise ConfigError(
             "--config", str(path), f"it is longer than {LARGEST} characters", "give a file of settings, not of data"
         )
     return text
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens, and does not wait for somebody to write into a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,9 +142,16 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("it uses an alias (*name), which a configuration may not")
         return super().compose_node(parent, index)
 
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+            raise yaml.YAMLError(f"it has a number of {len(node.value)} characters")
+        return node
 
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -97,16 +159,14 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError("override", override, "it is not of the form section.field=value", "write it like that")
-    try:
-        value = yaml.load(text, _Loader) if text else None
-    except yaml.YAMLError:
-        raise ConfigError(key, text, "the value is not YAML", "quote it") from None
-    _put(data, key, value)
+    _put(data, key, _parsed(text, key, text, "quote it") if text else None)
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
     """Sets ``value`` at a dotted name."""
     *path, last = key.split(".")
+    if len(path) > _DEEPEST:
+        raise ConfigError(key, value, f"no setting has {len(path)} dots", "write it as it stands in configs/")
     at: dict[str, Any] = data
     for part in path:
         below: Any = at.get(part)
@@ -128,6 +188,12 @@ def _with_json(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         return data
     if not isinstance(name := parallel.get("config"), str) or not isinstance(grass, dict | None):
         return data  # refused where every other wrong type is
-    file = find_file(name, folder)
-    merged = merge_grass(read_json(file), grass)
+    try:
+        file = find_file(name, folder)
+        if (size := file.stat().st_size) > LARGEST:
+            raise ConfigError("parallel.config", name, f"it has {size} bytes", "give a file of settings, not of data")
+        merged = merge_grass(read_json(file), grass)
+    except (OSError, RecursionError) as error:
+        problem = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise ConfigError("parallel.config", name, problem, "give the path of a DeepSpeed JSON") from None
     return {**data, "parallel": {**parallel, "config": str(file)}, **({} if merged is None else {"grass": merged})}

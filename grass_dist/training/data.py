@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import difflib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetGenerationError, DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training.batches import IGNORED, Example, Examples, has_labels, pack, permutation
-from grass_dist.training.data_config import GENERATED, SPLIT, DataConfig, fill, is_file
+from grass_dist.training.data_config import GENERATED, DataConfig, Source, fill, good_rows, is_file, sources
+from grass_dist.training.json_lines import Row, Skipped, deeply_nested
 
-Row = dict[str, Any]
 Rows = datasets.Dataset | datasets.IterableDataset
 
 
@@ -32,17 +33,22 @@ class Stream:
 
     def __init__(self, rows: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self._rows, self._tokenizer, self._config = rows, tokenizer, config
+        self._source = sources(config)[0]._replace(field="data.name")
         self.unlabelled = 0
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
-        """The rows, or packed examples, of one pass; the order is a function of (seed, epoch)."""
+        """The rows, or packed examples, of one pass; the order is a function of (seed, epoch).
+
+        Raises:
+            ConfigError: while iterating, a row that cannot be read or used; of a file it names the line.
+        """
         config, rows = self._config, self._rows
         if config.shuffle_buffer:
             rows = rows.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
         rows.set_epoch(epoch)
         if not config.packing:
-            return iter(rows)
-        examples = (tokenise(row, self._tokenizer, config) for row in rows)
+            return self._source.watch(rows)
+        examples = (tokenise(row, self._tokenizer, config) for row in self._source.watch(rows))
         return pack((example for example in examples if has_labels(example)), config.max_length)
 
     def example(self, item: Any) -> Example:
@@ -67,6 +73,9 @@ class Data:
     held_out_rows: list[Row]
     """The held-out rows with all their columns (those without a label left too)."""
 
+    skipped: tuple[Skipped, ...] = ()
+    """What on_bad_line="skip" left out, for each file with broken lines."""
+
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
     """Loads and tokenises the training set (a stream: as it is used) and the held-out examples.
@@ -75,25 +84,28 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
         seed: of the split into training and held-out examples and of generated examples, 0 or more.
 
     Raises:
-        ConfigError: a dataset, file, column or task that does not exist or cannot be read, no examples, or none
-            with a label within max_length.
+        ConfigError: a dataset, file, column or task that does not exist or cannot be read, a row that cannot be used
+            (see `DataConfig.on_bad_line`), no examples, or none with a label within max_length.
         GrassError: reasoning-gym is not installed.
     """
     datasets.disable_progress_bars()
-    rows, held_out_rows = load_rows(config, seed)
-    held_out = _tokenise_all(held_out_rows, tokenizer, config)
+    skipped: dict[str, Skipped] = {}
+    rows, held_out_rows = load_rows(config, seed, skipped)
+    left_out = tuple(each for each in skipped.values() if each.count)
+    source, other = sources(config)
+    held_out = _tokenise_all(other.watch(held_out_rows), tokenizer, config)
     if held_out_rows and not len(held_out):
-        raise _no_labels(config)
+        raise other.no_labels()
     if isinstance(rows, datasets.IterableDataset):
-        if not any(has_labels(tokenise(row, tokenizer, config)) for row in islice(rows, 1000)):
-            raise _no_labels(config)
-        return Data(Stream(rows, tokenizer, config), held_out, held_out_rows)
-    train = _tokenise_all(rows, tokenizer, config)
+        if not any(has_labels(tokenise(row, tokenizer, config)) for row in islice(source.watch(rows), 1000)):
+            raise source.no_labels()
+        return Data(Stream(rows, tokenizer, config), held_out, held_out_rows, left_out)
+    train = _tokenise_all(source.watch(rows), tokenizer, config)
     if not len(train):
-        raise _no_labels(config)
+        raise source.no_labels()
     if config.packing:
         train = Examples(pack(train, config.max_length), train.dropped)
-    return Data(train, held_out, held_out_rows)
+    return Data(train, held_out, held_out_rows, left_out)
 
 
 def _tokenise_all(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Examples:
@@ -107,22 +119,17 @@ def _tokenise_all(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, confi
     return examples
 
 
-def _no_labels(config: DataConfig) -> ConfigError:
-    what = "text" if config.text is not None else "completion"
-    return ConfigError(
-        "max_length",
-        config.max_length,
-        f"no example has a token of its {what} left within it",
-        f"raise max_length, or check the {what} of the data",
-    )
-
-
-def load_rows(config: DataConfig, seed: int) -> tuple[Rows, list[Row]]:
+def load_rows(config: DataConfig, seed: int, skipped: dict[str, Skipped] | None = None) -> tuple[Rows, list[Row]]:
     """The rows to train on and the held-out rows, before tokenisation.
+
+    Args:
+        skipped: gets what on_bad_line="skip" left out of each file.
 
     Raises: as `load_data`.
     """
-    rows = _load("name", config.name, config.split, config, seed)
+    skipped = {} if skipped is None else skipped
+    source, other = sources(config)
+    rows = _load(source, seed, skipped)
     if config.limit is not None:
         short = isinstance(rows, datasets.Dataset) and len(rows) < config.limit
         rows = rows if short else rows.take(config.limit)
@@ -130,61 +137,75 @@ def load_rows(config: DataConfig, seed: int) -> tuple[Rows, list[Row]]:
     if not count:
         return rows, []
     if config.eval is not None:
-        same = config.eval.startswith(SPLIT)
-        name, split = (config.name, config.eval[len(SPLIT) :]) if same else (config.eval, config.split)
-        held_out = _first(_load("eval", name, split, config, seed, offset=config.size), count)
+        held_out = list(islice(other.watch(_load(other, seed, skipped, offset=config.size)), count))
     elif isinstance(rows, datasets.IterableDataset):
-        rows, held_out = rows.skip(count), _first(rows, count)
-        if next(iter(rows), None) is None:
-            raise _too_few(config, len(held_out))
+        held_out, rows = list(islice(source.watch(rows), count)), rows.skip(count)
+        if next(source.watch(rows), None) is None:
+            raise source.too_few(len(held_out))
+    elif len(rows) <= count:
+        raise source.too_few(len(rows))
     else:
-        if len(rows) <= count:
-            raise _too_few(config, len(rows))
         order = permutation(len(rows), seed, 2**64 - 1)
-        held_out = _first(rows.select(sorted(order[:count])), count)
+        held_out = list(islice(source.watch(rows.select(sorted(order[:count]))), count))
         rows = rows.select(sorted(order[count:]))
     if config.name.startswith(GENERATED) and isinstance(rows, datasets.Dataset):
-        rows = _without_questions(rows, {row.get("question") for row in held_out})
+        asked = {row.get("question") for row in held_out}  # a generator may repeat itself
+        rows = rows.select([index for index, question in enumerate(rows["question"]) if question not in asked])
     return rows, held_out
 
 
-def _too_few(config: DataConfig, found: int) -> ConfigError:
-    problem = f"{config.name} has {found} examples, which leaves none to train on"
-    return ConfigError("eval_examples", config.eval_examples, problem, "hold out fewer, or set eval")
-
-
-def _first(rows: Iterable[Any], count: int) -> list[Row]:
-    return list(islice(rows, count))
-
-
-def _without_questions(rows: datasets.Dataset, questions: set[Any]) -> datasets.Dataset:
-    """Rows whose question is not among the held-out ones (a generator may repeat itself)."""
-    return rows.select([index for index, question in enumerate(rows["question"]) if question not in questions])
-
-
-def _load(field: str, name: str, split: str, config: DataConfig, seed: int, offset: int = 0) -> Rows:
-    """The rows of one dataset, at least one; ``field`` is the setting that an error is about."""
+def _load(source: Source, seed: int, skipped: dict[str, Skipped], offset: int = 0) -> Rows:
+    """The rows of one dataset, at least one."""
+    field, name, split, config = source
     if name.startswith(GENERATED):
         size = config.size if field == "name" else config.eval_examples
         return _generate(field, name, size, seed, offset)
     if is_file(name) and not Path(name).is_file():
         raise ConfigError(field, name, "there is no such file", "give the path of a .json or .jsonl file")
     try:
-        rows = _read(name, split, config)
+        rows = _read_good(source, skipped) if config.on_bad_line == "skip" else _read(name, split, config)
         first = next(iter(rows), None)
-    except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        reason = str(cause).strip().partition("\n")[0].rstrip(".") or "it is empty"
-        problem = f"split {split!r} cannot be loaded ({reason})"
-        fix = "give the name of a Hub dataset, a folder or a .json(l) file, and a split that it has"
-        raise ConfigError(field, name, problem, fix) from error
+    except GrassError:
+        raise
+    except Exception as error:  # a broken file makes parsers raise of all kinds
+        raise source.failure(error) from error
     if first is None:
-        raise ConfigError(field, name, f"split {split!r} has no examples", "give a dataset that has some")
+        why = f" ({skipped[name]})" if name in skipped and skipped[name].count else ""
+        raise ConfigError(field, name, f"split {split!r} has no examples{why}", "give a dataset that has some")
     return rows
+
+
+def _read_good(source: Source, skipped: dict[str, Skipped]) -> Rows:
+    """The rows of a file that can be used, as many as are needed; counts the others up to there."""
+    field, name, split, config = source
+    skipped[name] = Skipped(name)
+    needed = config.limit if field == "name" else config.eval_examples
+    rows = islice(good_rows(field, name, config.parts, skipped[name]), needed if split == "train" else None)
+    if not config.streaming:
+        table = _dataset(list(rows))
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(table)})
+        return table.select(list(chain.from_iterable(range(part.from_, part.to) for part in parts)))
+    if split != "train":
+        raise ValueError("a stream of a file has the split 'train', and no slices of it")
+    deque(rows, maxlen=0)  # to count, and to fail now
+    options = {"field": field, "file": name, "parts": config.parts}
+    return datasets.IterableDataset.from_generator(good_rows, gen_kwargs=options)
+
+
+def _dataset(rows: list[Row]) -> datasets.Dataset:
+    """The rows, with the columns of the first one. If a column mixes kinds: all as text, without lists and objects."""
+    kinds = {(name, type(value)) for row in rows for name, value in row.items() if value is not None}
+    with suppress(Exception):  # what Arrow refuses: a mixture further down, an integer beyond 64 bits
+        if len(kinds) == len(dict(kinds)):
+            return datasets.Dataset.from_list(rows)
+    plain = [{name: v for name, v in row.items() if not isinstance(v, dict | list)} for row in rows]
+    return datasets.Dataset.from_list([{k: None if v is None else str(v) for k, v in row.items()} for row in plain])
 
 
 def _read(name: str, split: str, config: DataConfig) -> Rows:
     if is_file(name):
+        if Path(name).stat().st_size < 2**30 and deeply_nested(name):  # a larger file is not worth a second reading
+            raise ValueError("a line is nested too deeply")
         return datasets.load_dataset("json", data_files={"train": name}, split=split, streaming=config.streaming)
     if not any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         subset = config.config_name if name == config.name else None

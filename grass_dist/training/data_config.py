@@ -1,15 +1,17 @@
-"""`DataConfig`: what to train on, under ``data:`` in the configuration file."""
+"""`DataConfig`: what to train on, under ``data:`` in the configuration file; its templates, and who fills them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from grass_dist.config import StrictModel
-from grass_dist.errors import ConfigError
+from grass_dist.errors import ConfigError, GrassError
+from grass_dist.training.json_lines import KINDS, Entry, Row, Skipped, entries
 
 GENERATED = "reasoning-gym:"
 """Prefix of the name of a generated set."""
@@ -34,6 +36,11 @@ class DataConfig(StrictModel):
 
     split: str = "train"
     """Split to train on; for a Hub dataset or a file also a slice such as ``"train[:10%]"``."""
+
+    on_bad_line: Literal["stop", "skip"] = "stop"
+    """What to do about a line of a .json or .jsonl file (an element of a JSON list) that cannot be read, or does not
+    fill `prompt`, `completion` or `text`: "stop" with an error that names the first one, or "skip" all such lines, on
+    every rank alike, in `eval` too, and say how many."""
 
     prompt: str | None = None
     """What the model is given: a column, or a template such as ``"{instruction}\\n{input}"`` (double the braces
@@ -84,15 +91,13 @@ class DataConfig(StrictModel):
     def _fields_fit_together(self) -> DataConfig:
         found = set(self.parts)
         if "text" in found and len(found) > 1:
-            raise ConfigError(
-                "text", self.text, "excludes prompt and completion", "keep either text, or prompt and completion"
-            )
+            fix = "keep either text, or prompt and completion"
+            raise ConfigError("text", self.text, "excludes prompt and completion", fix)
         for part, other in (("prompt", "completion"), ("completion", "prompt")):
             if "text" not in found and part not in found:
                 fix = f"name the column that holds the {part}, or set text for plain text"
                 raise ConfigError(part, None, f"{other} needs it" if other in found else "is not set", fix)
-        for part, spec in self.parts.items():
-            fields_of(spec, part)
+        columns_of(self.parts)
         self._check_source()
         return self
 
@@ -110,6 +115,10 @@ class DataConfig(StrictModel):
         if self.eval in (SPLIT + self.split, self.name) and not generated:
             fix = "leave eval out to split examples off the training set"
             raise ConfigError("eval", self.eval, "is the training set itself", fix)
+        names = [self.name, self.eval or SPLIT]
+        if self.on_bad_line == "skip" and (others := [n for n in names if not is_file(n) and not n.startswith(SPLIT)]):
+            problem = f"{others[0]} is no local .json or .jsonl file, and nothing else has lines"
+            raise ConfigError("on_bad_line", "skip", problem, "leave on_bad_line out")
 
 
 def is_file(name: str) -> bool:
@@ -129,9 +138,8 @@ def fields_of(spec: str, part: str) -> list[tuple[str, str | None]]:
         raise ConfigError(part, spec, f"is no template ({error})", "double the braces that are literal") from None
     for _, column, format_spec, conversion in pieces:
         if column is not None and (not column or format_spec or conversion):
-            raise ConfigError(
-                part, spec, "has a field that is not a column's name", "write {column}, and literal braces doubled"
-            )
+            fix = "write {column}, and literal braces doubled"
+            raise ConfigError(part, spec, "has a field that is not a column's name", fix)
     return [(literal, column) for literal, column, _, _ in pieces]
 
 
@@ -162,6 +170,135 @@ def _text(row: Mapping[str, Any], column: str, spec: str, part: str) -> str:
 
 def _no_column(column: str, spec: str, row: Mapping[str, Any], part: str) -> ConfigError:
     return ConfigError(part, spec, f"there is no column {column!r}", f"the columns are {', '.join(row)}")
+
+
+def columns_of(parts: Mapping[str, str]) -> list[str]:
+    """The columns that the templates of `DataConfig.parts` name. Raises: as `fields_of`."""
+    fields = [[column for _, column in fields_of(spec, part) if column is not None] for part, spec in parts.items()]
+    return [column for spec, columns in zip(parts.values(), fields, strict=True) for column in columns or [spec]]
+
+
+def unfilled(row: Row, parts: Mapping[str, str]) -> str:
+    """Why a row does not fill the templates of `DataConfig.parts`, to follow its place in a sentence, or nothing."""
+    for part, spec in parts.items():
+        try:
+            fill(spec, row, part)
+        except ConfigError as error:
+            return f"does not fill {part} ({error.problem})"
+    return ""
+
+
+def good_rows(field: str, file: str, parts: Mapping[str, str], skipped: Skipped | None = None) -> Iterator[Row]:
+    """The rows of a local JSON file that fill the templates ``parts``; ``skipped`` counts the others.
+
+    Raises: as `grass_dist.training.json_lines.entries`, while iterating.
+    """
+    for entry in entries(field, file):
+        problem = entry.problem if entry.row is None else unfilled(entry.row, parts)
+        if entry.row is not None and not problem:
+            yield entry.row
+        elif skipped is not None:
+            skipped.add(entry, problem)
+
+
+class Source(NamedTuple):
+    """A dataset that a `DataConfig` names, and the setting that an error about it is about."""
+
+    field: str
+    name: str
+    split: str
+    config: DataConfig
+
+    def no_labels(self) -> ConfigError:
+        """The error that nothing is left to learn."""
+        what = "completion" if self.config.text is None else "text"
+        problem = f"no example has a token of its {what} left within it"
+        fix = f"raise max_length, or check the {what} of the data"
+        return ConfigError("max_length", self.config.max_length, problem, fix)
+
+    def too_few(self, found: int) -> ConfigError:
+        """The error that the held-out examples leave none to train on."""
+        problem = f"{self.name} has {found} examples, which leaves none to train on"
+        return ConfigError("eval_examples", self.config.eval_examples, problem, "hold out fewer, or set eval")
+
+    def watch(self, rows: Iterable[Any]) -> Iterator[Row]:
+        """The rows, which all fill the templates.
+
+        Raises:
+            ConfigError: one does not, or `datasets` cannot read it; of a file it names the line.
+        """
+        try:
+            for row in rows:
+                for part, spec in self.config.parts.items():
+                    fill(spec, row, part)
+                yield row
+        except GrassError as error:
+            raise self._broken("needed") or error from None
+        except Exception as error:
+            raise self.failure(error) from error
+
+    def failure(self, error: Exception) -> ConfigError:
+        """What an exception of `datasets` comes down to: a broken line or, failing that, its own words."""
+        cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
+        columns = "none" if type(cause) is ValueError else "all"  # such a one may be about the split
+        if not isinstance(cause, OSError) and (broken := self._broken(columns)):
+            return broken
+        reason = str(cause).strip().partition("\n")[0].rstrip(".")
+        reason = reason or ("it is empty" if isinstance(cause, StopIteration) else type(cause).__name__)
+        problem = f"split {self.split!r} cannot be loaded ({reason})"
+        fix = "give the name of a Hub dataset, a folder or a .json(l) file, and a split that it has"
+        return ConfigError(self.field, self.name, problem, fix)
+
+    def _broken(self, columns: str) -> ConfigError | None:
+        known = self.config.on_bad_line == "stop" and is_file(self.name)
+        try:
+            found = _find_broken(entries(self.field, self.name), self.config.parts, columns) if known else None
+        except OSError:  # it is gone
+            found = None
+        place, problem = found or ("line", "")
+        problem = f"{place} of {Path(self.name).name} {problem}"
+        fix = f"repair it, or leave such {place.split()[0]}s out with data.on_bad_line=skip"
+        return ConfigError(self.field, self.name, problem, fix) if found else None
+
+
+def sources(config: DataConfig) -> tuple[Source, Source]:
+    """Where the rows to train on come from, and where the held-out ones do."""
+    train = Source("name", config.name, config.split, config)
+    if config.eval is not None and config.eval.startswith(SPLIT):
+        return train, train._replace(field="eval", split=config.eval[len(SPLIT) :])
+    return train, train if config.eval is None else train._replace(field="eval", name=config.eval)
+
+
+def _find_broken(found: Iterable[Entry], parts: Mapping[str, str], columns: str) -> tuple[str, str] | None:
+    """The place of the first line, or element, that is broken or does not fill the templates, and its problem.
+
+    `datasets` takes a missing column for null: the lack of one that others have counts if nothing else is wrong. After
+    that count a column whose kind changes and one that begins further down.
+
+    Args: columns: those of which that counts: "none", the "needed" ones (their kinds), or "all".
+    """
+    has, lacks, kinds = dict[str, str](), dict[str, str](), dict[str, tuple[str, str]]()
+    needed, changed = columns_of(parts), None
+    for unit, number, row, problem in found:
+        place = f"{unit} {number}"
+        if row is not None:
+            for column in needed:
+                (has if column in row else lacks).setdefault(column, place)
+            problem = unfilled(row, parts) if all(column in row for column in needed) else ""
+            for column in [n for n in {"none": (), "needed": needed, "all": row}[columns] if row.get(n) is not None]:
+                kind = KINDS[type(row[column])]
+                before, above = kinds.setdefault(column, (kind, place))
+                if kind != before and changed is None:
+                    changed = place, f"holds {kind} in column {column!r}, where {above} holds {before}"
+        if problem:
+            return place, problem
+    for column, place in lacks.items():  # in the order of the lines
+        if column in has and columns != "none":
+            return place, f"has no column {column!r}, which {has[column]} has"
+    begins = list(kinds.items())
+    if columns == "all" and changed is None and begins and begins[-1][1][1] != begins[0][1][1]:
+        return begins[-1][1][1], f"is the first with anything in column {begins[-1][0]!r}"
+    return changed
 
 
 def check_packing(attn_implementation: str, micro_batch_size: int) -> None:

@@ -71,7 +71,9 @@ class MetricsLog:
 
     @property
     def nbytes(self) -> int:
-        """Of the record up to now."""
+        """Of the record up to now, which is on the disk then: what goes on from a checkpoint begins there."""
+        with contextlib.suppress(OSError):  # as in `write`
+            os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, event: str, step: int, **values: Any) -> None:

@@ -165,7 +165,10 @@ class DeepSpeedRun:
             return partial(take_snapshot, ZeroHoldings(self.model))
         from grass_dist.checkpoint.deepspeed_save import save_deepspeed
 
-        return partial(save_deepspeed, self.model)
+        def take(ranks: Ranks, step: int, extra: Mapping[str, Any], copy: Copy | None) -> Snapshot:
+            return save_deepspeed(self.model, ranks, step, extra)
+
+        return take
 
     @property
     def state_bytes(self) -> int:

@@ -1,0 +1,76 @@
+"""Steps of a fine-tune whose loss or gradients are not finite on one rank."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from grass_dist.discovery import find_layers
+from grass_dist.errors import GrassError
+from grass_dist.training.checkpoints import check_bad_steps
+from grass_dist.training.config import RunConfig
+from grass_dist.training.run_torch import Torch
+from grass_dist.training.steps import train_step
+from grass_dist.training.world import World
+from integration_tests.model import small_llama
+from integration_tests.training import full
+
+EXAMPLES = [{"input_ids": list(range(i, i + 8)), "labels": [-100, *range(i + 1, i + 8)]} for i in range(4)]
+
+
+class Spoiler:
+    """Makes the loss, or the gradients alone, of the rank's next step NaN."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.what: str | None = None
+        head = model.lm_head
+        head.register_forward_hook(self._forward)
+        head.register_full_backward_hook(self._backward)
+
+    def _forward(self, _module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        return output * torch.nan if self.what == "loss" else None
+
+    def _backward(self, _module: nn.Module, inputs: Any, _outputs: Any) -> Any:
+        return tuple(g * torch.nan for g in inputs) if self.what == "gradients" else None
+
+
+def spoiled(rank: int, world_size: int, backend: str, clip: float | None, spoil: dict[int, str]) -> dict[str, Any]:
+    """A run of 10 steps in which rank 1 spoils the steps of ``spoil``."""
+    config = RunConfig(
+        model={"name": "unused"},
+        data={"name": "unused", "text": "text"},
+        train={"max_steps": 10, "global_batch_size": 2 * world_size, "clip_grad_norm": clip, "max_bad_steps": 3},
+        grass={"active_layers": 2, "probe_steps": 2, "sampling_interval": 3, "update_interval": 3},
+        parallel=backend,
+    )
+    world = World(rank, rank, world_size, torch.device("cpu"), cast(dist.ProcessGroup, dist.group.WORLD))
+    model = small_llama()
+    spoiler = Spoiler(model)
+    run = Torch(config, world).start(model, find_layers(model), [])
+    told: dict[str, Any] = {"moved": [], "bad": [], "error": None}
+    row = 0
+    for step in range(10):
+        spoiler.what = spoil.get(step) if rank == world_size - 1 else None
+        before = [full(p).clone() for p in run.model.parameters()]
+        result = train_step(run, [[EXAMPLES[rank]], [EXAMPLES[rank + 2]]], 0, world, step)
+        told["moved"].append(
+            any(not torch.equal(b, full(p)) for b, p in zip(before, run.model.parameters(), strict=True))
+        )
+        told["bad"].append(result.bad)
+        row = row + 1 if result.bad else 0
+        try:
+            check_bad_steps(row, config, step + 1)
+        except GrassError as error:
+            told["error"] = (step, str(error), error.on_every_rank)
+            break
+    finite = all(torch.isfinite(full(p)).all() for p in run.model.parameters())
+    return {
+        **told,
+        "finite": finite,
+        "skipped": run.grass.skipped,
+        "step": run.grass.step,
+        "dropped": run.grass.dropped,
+    }

@@ -1,8 +1,9 @@
 """Full-weight fine-tuning at the memory of LoRA: GRASS layer sampling over DeepSpeed ZeRO, FSDP2, HSDP and DDP."""
 
 from grass_dist.api import GrassOptimizer
+from grass_dist.checkpoint.library import load_checkpoint, save_checkpoint
 from grass_dist.config import GrassConfig
-from grass_dist.errors import ConfigError, GrassError, RanksDisagree, UnsupportedModel
+from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, UnsupportedModel
 from grass_dist.events import Refreshed, Sampled
 from grass_dist.samplers import RoundGenerator, register_sampler
 from grass_dist.trainer import disable, enable
@@ -11,6 +12,7 @@ from grass_dist.zero.initialize import initialize
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "GrassConfig",
     "GrassError",
@@ -23,5 +25,7 @@ __all__ = [
     "disable",
     "enable",
     "initialize",
+    "load_checkpoint",
     "register_sampler",
+    "save_checkpoint",
 ]

@@ -1,0 +1,95 @@
+"""`save_checkpoint` and `load_checkpoint` in one process, and the files that they leave."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from grass_dist import CheckpointError, load_checkpoint, save_checkpoint
+from grass_dist.checkpoint.files import checkpoints_in, read_manifest
+from grass_dist.checkpoint.loading import newest_good
+from tests.offload_runs import make, outcome, same, train
+
+STEPS = 12
+
+
+def test_a_loop_of_ones_own_goes_on_to_the_bit(tmp_path):
+    model, optimizer = make({})
+    train(model, optimizer, range(7))
+    save_checkpoint(tmp_path, optimizer, 7, extra={"place": [1, 2]})
+    drawn = train(model, optimizer, range(7, STEPS))
+    again, other = make({"mode": "stream", "slots": 2})
+    torch.manual_seed(99)
+    assert load_checkpoint(tmp_path, other) == (7, {"place": [1, 2]})
+    assert train(again, other, range(7, STEPS)) == drawn
+    assert same(outcome(optimizer, model), outcome(other, again))
+
+
+def test_a_folder_without_checkpoints_is_a_start(tmp_path):
+    assert load_checkpoint(tmp_path, make({})[1]) is None
+
+
+def test_the_newest_stay_and_what_an_unfinished_save_left_goes(tmp_path):
+    model, optimizer = make({})
+    (tmp_path / ".step-000001.writing").mkdir()
+    for step in range(5):
+        train(model, optimizer, range(step, step + 1))
+        save_checkpoint(tmp_path, optimizer, step + 1, keep=2)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-000005", "step-000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_layers_that_never_trained_take_no_space(tmp_path):
+    model, optimizer = make({})
+    drawn = train(model, optimizer, range(5))
+    folder = save_checkpoint(tmp_path, optimizer, 5)
+    units = json.loads((folder / "state.json").read_text())["units"]
+    trained = {layer for layers in drawn[2:] for layer in layers}
+    assert {name for name in units if "layers." in name} == {f"layers.{i}" for i in trained}
+    stored = dcp.HuggingFaceStorageReader(str(folder / "tensors")).read_metadata().state_dict_metadata
+    of_layers = {key.split(".")[1] for key in stored if "@exp_avg" in key and key.startswith("layers.")}
+    assert of_layers == {str(i) for i in trained}
+    moments = sum(p.numel() for i in trained for p in model.layers[i].parameters()) * 2
+    assert sum(t.size.numel() for key, t in stored.items() if "@exp" in key and "layers." in key) == moments
+
+
+def test_torch_reads_the_weights_without_us(tmp_path):
+    model, optimizer = make({})
+    train(model, optimizer, range(4))
+    folder = save_checkpoint(tmp_path, optimizer, 4)
+    state = {name: torch.empty(param.numel()) for name, param in model.named_parameters()}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / "tensors")), no_dist=True)
+    for name, param in model.named_parameters():
+        assert torch.equal(state[name].view(param.shape), param)
+
+
+def no_room(folder):
+    raise OSError(28, "no room", str(folder))
+
+
+def test_a_save_that_fails_leaves_what_there_was(tmp_path):
+    model, optimizer = make({})
+    train(model, optimizer, range(3))
+    save_checkpoint(tmp_path, optimizer, 3)
+    with pytest.raises(CheckpointError, match="step 4 was not written: .*no room"):
+        save(
+            tmp_path, optimizer, 4, add_files=no_room
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+    found = newest_good(tmp_path)
+    assert found is not None and found.step == 3
+
+
+def test_a_model_with_another_shape_is_refused_and_untouched(tmp_path):
+    model, optimizer = make({})
+    train(model, optimizer, range(3))
+    save_checkpoint(tmp_path, optimizer, 3)
+    other, its = make({}, dtype=torch.bfloat16)
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(CheckpointError, match="in float32, and this run trains it in bfloat16"):
+        load_checkpoint(tmp_path, its)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+    assert read_manifest(tmp_path / "step-000003").weights

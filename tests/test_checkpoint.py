@@ -75,9 +75,7 @@ def test_a_save_that_fails_leaves_what_there_was(tmp_path):
     train(model, optimizer, range(3))
     save_checkpoint(tmp_path, optimizer, 3)
     with pytest.raises(CheckpointError, match="step 4 was not written: .*no room"):
-        save(
-            tmp_path, optimizer, 4, add_files=no_room
-        )
+        save_checkpoint(tmp_path, optimizer, 4, add_files=no_room)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
     found = newest_good(tmp_path)
     assert found is not None and found.step == 3

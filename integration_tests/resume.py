@@ -14,6 +14,7 @@ import grass_dist
 from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.saving import Saver, take_snapshot
+from grass_dist.events import Event
 from integration_tests.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
 from integration_tests.training import full
 
@@ -39,7 +40,8 @@ class Training:
         self.rank, self.world_size, self.setting = rank, world_size, setting
         low = setting.dtype != torch.float32
         model = wrapped(small_llama(setting.dtype), setting.backend, world_size, torch.float32 if low else None)
-        self.model = model
+        self.model, self.done = model, 0
+        self.events: list[tuple[int, Event]] = []  # refreshes and switches, by the step that they end
         self.optimizer = grass_dist.GrassOptimizer(
             model,
             torch.optim.AdamW,
@@ -47,9 +49,9 @@ class Training:
             config=grass_dist.GrassConfig(**setting.grass),
             params=decay_groups(model),
             gradient_accumulation_steps=setting.accumulation,
+            observers=[lambda event: self.events.append((self.done + 1, event))],
         )
         self.active: list[tuple[int, ...]] = []
-        self.done = 0
         self._saver: Saver | None = None
 
     def run(self, until: int, save_at: Sequence[int] = (), folder: Path | None = None) -> Training:
@@ -105,13 +107,17 @@ def exact(rank: int, world_size: int, setting: Setting, steps: int, save_at: Seq
     whole = Training(rank, world_size, setting).run(steps, save_at, parent)
     wanted, drawn = whole.params(), whole.active
     undisturbed = Training(rank, world_size, setting).run(steps).params()
-    odd: dict[Any, Any] = {"saving disturbed": d for d in [_differing(wanted, undisturbed)] if d}
+    odd: dict[Any, Any] = {}
+    if differ := _differing(wanted, undisturbed):
+        odd["saving disturbed"] = differ[:3]
     for step in save_at:
         resumed = Training(rank, world_size, setting).load(parent / f"step-{step:06d}").run(steps)
         if differ := _differing(wanted, resumed.params()):
             odd[step] = differ[:3]
         if resumed.active != drawn[step:]:
             odd[f"draws after {step}"] = resumed.active
+        if resumed.events != [(at, event) for at, event in whole.events if at > step]:
+            odd[f"importances after {step}"] = resumed.events
     return odd
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from grass_dist import CheckpointError, load_checkpoint, save_checkpoint
+from grass_dist.backends.base import Ranks
+from grass_dist.checkpoint import saving
 from grass_dist.checkpoint.files import checkpoints_in, read_manifest
 from grass_dist.checkpoint.loading import newest_good
+from grass_dist.checkpoint.saving import write_snapshot
 from tests.offload_runs import make, outcome, same, train
 
 STEPS = 12
@@ -26,6 +31,32 @@ def test_a_loop_of_ones_own_goes_on_to_the_bit(tmp_path):
     assert load_checkpoint(tmp_path, other) == (7, {"place": [1, 2]})
     assert train(again, other, range(7, STEPS)) == drawn
     assert same(outcome(optimizer, model), outcome(other, again))
+
+
+def test_what_is_written_in_the_background_is_what_there_was_at_the_save(tmp_path, monkeypatch):
+    model, optimizer = make({})
+    train(model, optimizer, range(5))
+    before, may_write = [p.detach().clone() for p in model.parameters()], threading.Event()
+
+    def held_up(*args):
+        assert may_write.wait(60)
+        return write_snapshot(*args)
+
+    monkeypatch.setattr(saving, "write_snapshot", held_up)
+    saver = saving.Saver(
+        tmp_path, Ranks(), partial(saving.take_snapshot, optimizer.holdings(), Ranks()), keep=1, background=True
+    )
+    saver.save(5, {})
+    train(model, optimizer, range(5, 9))
+    assert not saver.done
+    may_write.set()
+    outcome = saver.outcome()
+    assert outcome is not None and outcome.error is None
+    again, other = make({})
+    load_checkpoint(tmp_path, other)
+    assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
+    train(again, other, range(5, 9))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_a_folder_without_checkpoints_is_a_start(tmp_path):

@@ -50,6 +50,7 @@ integration: setup
 
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.soak_offload --minutes 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.kills --kills 30
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 benchmarks/step_time.py

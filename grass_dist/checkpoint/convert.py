@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from grass_dist.checkpoint import files
@@ -34,18 +36,18 @@ def to_dcp(source: Path, out: Path) -> Path:
     if final.exists():
         raise CheckpointError(f"{final} exists already; give another folder.")
     writing = out / f".{final.name}.writing"
+    shutil.rmtree(writing, ignore_errors=True)
     try:
-        shutil.rmtree(writing, ignore_errors=True)
         (writing / files.TENSORS).mkdir(parents=True)
         _write_tensors(checkpoint.tensors(), writing / files.TENSORS)
         _copy_rest(checkpoint, writing)
         return files.commit(writing, _manifest(checkpoint, writing))
-    except CheckpointError:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise
+    except CheckpointException as error:  # no subclass of Exception
+        raise CheckpointError(f"{final} was not written: {sentence(error.failures[0][0])}") from error
     except Exception as error:
-        shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(f"{final} was not written: {sentence(error)}") from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 class _ReadWhenWritten(PieceSavePlanner):
@@ -65,7 +67,9 @@ def _write_tensors(reader: TensorReader, folder: Path) -> None:
     pieces = {key: Piece(key, tensor.numel(), 0, tensor) for key, tensor in like.items() if tensor.numel()}
     numbers = file_numbers({key: piece.tensor.nbytes for key, piece in pieces.items()}, 1)
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=numbers, save_distributed=True)
-    dcp.save(dict(pieces), storage_writer=writer, planner=_ReadWhenWritten(reader), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be here
+        dcp.save(dict(pieces), storage_writer=writer, planner=_ReadWhenWritten(reader), no_dist=True)
 
 
 def _copy_rest(checkpoint: Checkpoint, writing: Path) -> None:

@@ -177,14 +177,32 @@ class TensorReader:
     def read_all(self, wanted: Sequence[tuple[str, int, torch.Tensor]]) -> list[torch.Tensor]:
         """As `read`, of several at once, each key once; a file is then opened once."""
         items = [item for key, start, out in wanted for item in self._items(key, start, out)]
+        self._read(items, {key: out for key, _, out in wanted})
+        return [out for _, _, out in wanted]
+
+    def try_all(self, part: tuple[int, int]) -> None:
+        """Reads an entry of every part of every tensor, of which rank i of n, (i, n) in ``part``, takes every n-th.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        held = {key: dtype for key, (numel, dtype) in self.tensors.items() if numel}
+        chunks = [(key, chunk, dtype) for key, dtype in held.items() for chunk in self._chunks(key, dtype)]
+        items, targets = [], {}
+        for key, chunk, dtype in chunks[part[0] :: part[1]]:
+            at = chunk.offsets[0]
+            name = f"{key} from {at}"
+            items.append(_read_item(key, chunk, at, at + 1, at, name))
+            targets[name] = torch.empty(1, dtype=dtype)
+        self._read(items, targets)
+
+    def _read(self, items: list[ReadItem], targets: Mapping[str, torch.Tensor]) -> None:
         try:
-            plan = LoadPlan(items)
-            self._reader.read_data(plan, _Targets({key: out for key, _, out in wanted})).wait()
+            self._reader.read_data(LoadPlan(items), _Targets(targets)).wait()
         except CheckpointError:
             raise
         except Exception as error:
             raise CheckpointError(f"{self._where} cannot be read: {_line(error)}.") from error
-        return [out for _, _, out in wanted]
 
     def require(self, key: str, numel: int, dtype: torch.dtype) -> None:
         """Checks that all entries of ``key`` can be read, before any is.
@@ -228,10 +246,12 @@ class TensorReader:
         return self._whole[key]
 
 
-def _read_item(key: str, chunk: ChunkStorageMetadata, low: int, high: int, start: int) -> ReadItem:
+def _read_item(
+    key: str, chunk: ChunkStorageMetadata, low: int, high: int, start: int, target: str | None = None
+) -> ReadItem:
     return ReadItem(
         type=LoadItemType.TENSOR,
-        dest_index=MetadataIndex(key),
+        dest_index=MetadataIndex(target or key),
         dest_offsets=torch.Size([low - start]),
         storage_index=MetadataIndex(key, chunk.offsets),
         storage_offsets=torch.Size([low - chunk.offsets[0]]),

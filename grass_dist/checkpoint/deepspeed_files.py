@@ -13,11 +13,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import Field
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -32,9 +31,8 @@ from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import MASTER, Entries, decode, state_key
-from grass_dist.checkpoint.zero_run import Extent, extents_of
-from grass_dist.config import StrictModel
-from grass_dist.errors import CheckpointError, GrassError
+from grass_dist.checkpoint.zero_run import Extent, GroupLayout, Layout, Placed, extents_of
+from grass_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
     from grass_dist.checkpoint.loading import State
@@ -42,35 +40,13 @@ if TYPE_CHECKING:
 TAG = "state"
 """Under which the files lie in the folder."""
 
-MODEL_FILE = "mp_rank_00_model_states.pt"
+MODEL_FILE, STATES_FILE = "mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt"
 OPEN_FILES = 16
 """As many stay mapped: what is read next is often in one of the last ones."""
 
 
-class Placed(StrictModel):
-    """A parameter in a partition."""
-
-    name: str
-    numel: int = Field(ge=0)
-    shard: int = Field(ge=0)
-    """ZeRO-3: elements of a rank's shard, with padding."""
-
-
-class GroupLayout(StrictModel):
-    """The partitions of a parameter group of DeepSpeed's."""
-
-    unit: str
-    partition: int = Field(ge=0)
-    params: list[Placed]
-
-
-class Layout(StrictModel):
-    """``deepspeed`` in state.json: see `ZeroHoldings.layout`."""
-
-    stage: Literal[1, 2, 3]
-    groups: list[GroupLayout]
-    frozen: list[Placed]
-    """Parameters that never train."""
+Way = tuple[str | int, ...]
+"""Keys that lead to a tensor within a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +56,7 @@ class Source:
     start: int
     length: int
     file: str
-    keys: tuple[str | int, ...]
-    """The way to a tensor within the file."""
+    keys: Way
     at: int
     """Where the entries begin in it."""
     dtype: torch.dtype
@@ -98,13 +73,9 @@ def open_deepspeed(folder: Path, manifest: files.Manifest, state: State) -> Tens
         CheckpointError: state.json does not describe them, or what each rank has for itself cannot be read.
     """
     checkpoint = folder.parent
-    try:
-        layout = Layout(**(state.deepspeed or {}))
-    except (GrassError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / files.STATE} does not say where DeepSpeed's parts lie: {error}") from None
+    layout = files.parse(Layout, state.deepspeed, checkpoint / files.STATE)
     sources = _Sources(checkpoint, manifest, layout).collect(state.units)
-    own = dcp.HuggingFaceStorageReader(str(checkpoint / files.TENSORS))
-    return TensorReader(DeepSpeedReader(folder / TAG, sources, own), checkpoint)
+    return TensorReader(DeepSpeedReader(folder / TAG, sources, checkpoint / files.TENSORS), checkpoint)
 
 
 class _Sources:
@@ -125,7 +96,7 @@ class _Sources:
         if unknown := sorted(set(units) - {group.unit for group in groups}):
             raise self._damaged(f"{unknown[0]!r:.80} has a state and lies nowhere")
         for rank in range(self._manifest.world_size):
-            file = self._file(rank, "optim_states")
+            file = self._file(rank, STATES_FILE)
             for index, group in enumerate(groups):
                 for extent in self._extents(group, rank):
                     self._add_states(file, index, extent, units.get(group.unit, {}).get(extent.name, {}))
@@ -134,11 +105,13 @@ class _Sources:
         return self._found
 
     def _add_states(self, file: str, index: int, extent: Extent, entries: Mapping[str, Any]) -> None:
-        masters = ("optimizer_state_dict", self._names.masters_key, index)
-        found = [(extent.name, self._dtype(extent.name), masters)] if self._layout.stage == 3 else []
+        masters: Way = ("optimizer_state_dict", self._names.masters_key, index)
+        found: list[tuple[str, torch.dtype, Way]] = []
+        if self._layout.stage == 3:
+            found.append((extent.name, self._dtype(extent.name), masters))
         for key, entry in entries.items():
             if isinstance(dtype := decode(entry), torch.dtype):
-                moments = ("optimizer_state_dict", self._names.optimizer_key, "state", index, key)
+                moments: Way = ("optimizer_state_dict", self._names.optimizer_key, "state", index, key)
                 found.append((state_key(extent.name, key), dtype, masters if key == MASTER else moments))
         for key, dtype, way in found:
             kept = torch.float32 if way == masters else dtype
@@ -154,13 +127,13 @@ class _Sources:
                 continue
             self._check(frozen[name])
             for rank in range(self._manifest.world_size):
-                way, file = ("frozen_param_fragments", name), self._file(rank, MODEL_FILE)
+                file, way = self._file(rank, MODEL_FILE), ("frozen_param_fragments", name)
                 [extent] = extents_of([(name, size)], rank, 0, [frozen[name].shard])
                 self._add(name, size, dtype, Source(extent.start, extent.length, file, way, 0, dtype))
 
     def _add(self, key: str, numel: int, dtype: torch.dtype, source: Source) -> None:
         of = self._found.setdefault(key, (numel, dtype, []))
-        if source.length or not numel:
+        if source.length:
             of[2].append(source)
 
     def _extents(self, group: GroupLayout, rank: int) -> Iterator[Extent]:
@@ -182,13 +155,9 @@ class _Sources:
 
     def _file(self, rank: int, kind: str) -> str:
         """Name of a file of ``rank``, which depends on the stage and the dtype; see `DeepSpeedEngine`."""
-        listed = self._manifest.files
-        ending = MODEL_FILE if kind == MODEL_FILE else f"mp_rank_00_{kind}.pt"
-        names = (f"{low}zero_pp_rank_{rank}_{ending}" for low in ("", "bf16_"))
-        if kind == MODEL_FILE and self._layout.stage < 3:
-            names = (MODEL_FILE,)
-        for name in names:
-            if f"{files.DEEPSPEED}/{TAG}/{name}" in listed:
+        names = [f"{low}zero_pp_rank_{rank}_{kind}" for low in ("", "bf16_")]
+        for name in [kind] if kind == MODEL_FILE and self._layout.stage < 3 else names:
+            if f"{files.DEEPSPEED}/{TAG}/{name}" in self._manifest.files:
                 return name
         raise CheckpointError(f"{self._checkpoint} has no {kind} of rank {rank} among DeepSpeed's files.")
 
@@ -196,25 +165,23 @@ class _Sources:
         return CheckpointError(f"{self._checkpoint / files.STATE} is damaged: {what}.")
 
 
-class DeepSpeedReader(dcp.StorageReader):
-    """Gives `TensorReader` what is asked for out of DeepSpeed's files, and the rest out of those of ``own``.
+class DeepSpeedReader(dcp.HuggingFaceStorageReader):
+    """Reads out of DeepSpeed's files what is in them, and out of safetensors files the rest.
 
     Args:
         folder: of DeepSpeed's files.
         sources: (entries, dtype, where they are) of each tensor.
-        own: reads what each rank had for itself.
+        rest: folder of the safetensors files.
     """
 
-    def __init__(
-        self, folder: Path, sources: Mapping[str, tuple[int, torch.dtype, list[Source]]], own: dcp.StorageReader
-    ) -> None:
-        self._folder, self._sources, self._own = folder, sources, own
+    def __init__(self, folder: Path, sources: Mapping[str, tuple[int, torch.dtype, list[Source]]], rest: Path) -> None:
+        super().__init__(str(rest))
+        self._folder, self._sources = folder, sources
         self._of = {(key, source.start): source for key, (_, _, parts) in sources.items() for source in parts}
         self._files: OrderedDict[str, Any] = OrderedDict()
 
     def read_metadata(self) -> Metadata:
-        found = self._own.read_metadata()
-        self._own.set_up_storage_reader(found, True)
+        found = super().read_metadata()
         of_theirs = {
             key: TensorStorageMetadata(
                 properties=TensorProperties(dtype=dtype),
@@ -226,17 +193,12 @@ class DeepSpeedReader(dcp.StorageReader):
         return Metadata(state_dict_metadata={**found.state_dict_metadata, **of_theirs}, storage_data=found.storage_data)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """
-        Raises:
-            CheckpointError: a file cannot be read, or does not hold what the layout says.
-        """
         theirs = [item for item in plan.items if item.storage_index.fqn in self._sources]
         if rest := [item for item in plan.items if item.storage_index.fqn not in self._sources]:
-            self._own.read_data(LoadPlan(rest), planner).wait()
+            super().read_data(LoadPlan(rest), planner).wait()
         for item in sorted(theirs, key=lambda item: self._source(item).file):
             self._copy(item, planner)
-        done: Future[None] = Future()
-        done.set_result(None)
+        (done := Future[None]()).set_result(None)
         return done
 
     def _source(self, item: ReadItem) -> Source:
@@ -252,14 +214,8 @@ class DeepSpeedReader(dcp.StorageReader):
         planner.commit_tensor(item, target)
 
     def _tensor(self, source: Source) -> torch.Tensor:
-        value: Any = self._opened(source.file)
-        try:
-            for key in source.keys:
-                value = value[key]
-        except (KeyError, IndexError, TypeError):
-            value = None
-        whole = torch.is_tensor(value) and value.layout == torch.strided and value.device.type == "cpu"
-        if not whole or value.dtype != source.dtype or value.numel() < source.at + source.length:
+        value = _at(self._opened(source.file), source.keys)
+        if not _is_plain(value, source):
             way = "/".join(str(key) for key in source.keys)
             raise CheckpointError(f"{self._folder / source.file} does not hold {way} as {files.STATE} says.")
         return value.detach().reshape(-1)
@@ -270,27 +226,31 @@ class DeepSpeedReader(dcp.StorageReader):
             return self._files[name]
         content = read_file(self._folder / name)
         if isinstance(module := content.get("module"), Mapping):
-            content["module"] = {fqn(key): value for key, value in module.items()}
+            content["module"] = {fqn(str(key)): value for key, value in module.items()}
         self._files[name] = content
         while len(self._files) > OPEN_FILES:
             self._files.popitem(last=False)
         return content
 
-    # --- what `StorageReader` asks for besides
 
-    def reset(self, checkpoint_id: Any = None) -> None: ...
+def _at(content: Any, keys: Way) -> Any:
+    """What lies at the end of a way into nested dicts and lists; None if it leads nowhere."""
+    for key in keys:
+        if not isinstance(content, dict | list):
+            return None
+        try:
+            content = content[key]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return content
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
+def _is_plain(value: Any, source: Source) -> bool:
+    """Whether a file holds a tensor that ``source`` can be taken of; one with other strides is as large as that."""
+    if not torch.is_tensor(value) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    size, needed = value.numel(), source.at + source.length
+    return value.dtype == source.dtype and size >= needed and (value.is_contiguous() or size == source.length)
 
 
 class _Unused:
@@ -332,7 +292,7 @@ def read_file(file: Path, allowed: Iterable[str] = _CLASSES) -> dict[str, Any]:
             "no such object; leave it out of the engine's client state, scheduler and configuration."
         ) from None
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise CheckpointError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}.") from None
+        raise CheckpointError(f"{file} cannot be read: {files.printable(error)}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a file of DeepSpeed's.")
     return content

@@ -1,4 +1,4 @@
-"""Saving in DeepSpeed's own files: what `engine.save_checkpoint` writes, with a description that lets any run load it."""
+"""Saving in DeepSpeed's own files: what `engine.save_checkpoint` writes, described so that any run can load it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grass_dist.backends.base import Ranks
-from grass_dist.backends.zero.private import deepspeed_version
+from grass_dist.backends.zero.private import ENGINE_SCRIPT, ENGINE_WRITER, deepspeed_version
 from grass_dist.backends.zero.whole import complete
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.deepspeed_files import MODEL_FILE, TAG, read_file
@@ -35,7 +35,7 @@ def save_deepspeed(engine: Any, ranks: Ranks, step: int, extra: Mapping[str, Any
     Raises:
         CheckpointError: the engine writes its files in a way that is not known here.
     """
-    if getattr(engine.checkpoint_engine, "is_decoupled", bool)():
+    if getattr(getattr(engine, ENGINE_WRITER), "is_decoupled", bool)():
         raise CheckpointError(
             "DeepSpeed writes its checkpoints in the background here, and they must be whole when they are listed: "
             'leave "checkpoint": {"writer": …} out of the ds_config.'
@@ -46,7 +46,9 @@ def save_deepspeed(engine: Any, ranks: Ranks, step: int, extra: Mapping[str, Any
 
     def write(folder: Path) -> None:
         if threading.current_thread() is not threading.main_thread():
-            raise CheckpointError("DeepSpeed's format cannot be written in the background, since DeepSpeed communicates.")
+            raise CheckpointError(
+                "DeepSpeed's format cannot be written in the background, since DeepSpeed communicates."
+            )
         _write(engine, folder / files.DEEPSPEED)
         (folder / files.TENSORS).mkdir(exist_ok=True)
 
@@ -57,7 +59,7 @@ def save_deepspeed(engine: Any, ranks: Ranks, step: int, extra: Mapping[str, Any
     return dataclasses.replace(
         snapshot,
         kind="deepspeed",
-        state={**snapshot.state, DEEPSPEED_LAYOUT: holdings.layout()},
+        state={**snapshot.state, DEEPSPEED_LAYOUT: holdings.layout().model_dump()},
         write_tensors=write_tensors,
         nbytes=0,
         versions={**snapshot.versions, "deepspeed": deepspeed_version()},
@@ -81,8 +83,8 @@ def _write(engine: Any, folder: Path) -> None:
     """
     problems: list[Exception] = []
     with (
-        _told_later(engine.checkpoint_engine, "save", problems),
-        _told_later(engine, "_copy_recovery_script", problems),
+        _told_later(getattr(engine, ENGINE_WRITER), "save", problems),
+        _told_later(engine, ENGINE_SCRIPT, problems),
     ):
         engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     if problems:

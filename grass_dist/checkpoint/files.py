@@ -14,11 +14,11 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from grass_dist.config import StrictModel
 from grass_dist.errors import CheckpointError, GrassError
@@ -27,39 +27,75 @@ FORMAT, VERSION = "grass_dist checkpoint", 1
 MANIFEST, STATE, TENSORS, DEEPSPEED, MODEL = "checkpoint.json", "state.json", "tensors", "deepspeed", "model"
 LARGEST_JSON = 64 * 2**20
 _FOLDER = re.compile(r"step-(\d{6,12})")
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
-class FileEntry(StrictModel):
+def up_to_a_wrong_one(right: Callable[[Any], bool]) -> BeforeValidator:
+    """Of a dict with a value that is not ``right``, leaves that one alone to be complained about."""
+
+    def first_wrong(value: Any) -> Any:
+        entries = value.items() if isinstance(value, dict) else ()
+        return next(({key: entry} for key, entry in entries if not right(entry)), value)
+
+    return BeforeValidator(first_wrong)
+
+
+def _can_be(kind: type[StrictModel]) -> Callable[[Any], bool]:
+    def right(entry: Any) -> bool:
+        try:
+            return isinstance(entry, kind) or bool(kind(**entry))
+        except (GrassError, TypeError):
+            return False
+
+    return right
+
+
+class Stored(StrictModel):
+    """A part of a JSON file of ours.
+
+    To read one ends at the first thing that is wrong with it, here and with `FailFast` and `up_to_a_wrong_one`: a file
+    that somebody has forged can have millions, each of which would take a kilobyte.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _up_to_an_unknown_key(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or all(key in cls.model_fields for key in data):
+            return data
+        odd = next(key for key in data if key not in cls.model_fields)
+        return {key: data[key] for key in (*cls.model_fields, odd) if key in data}
+
+
+class FileEntry(Stored):
     """A file as it was written."""
 
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, lt=2**63)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class TensorEntry(StrictModel):
+class TensorEntry(Stored):
     """A weight or buffer of the model."""
 
-    shape: list[int]
+    shape: Annotated[list[int], FailFast()]
     dtype: str
 
 
-class Manifest(StrictModel):
+class Manifest(Stored):
     """``checkpoint.json``."""
 
     format: Literal["grass_dist checkpoint"]
     version: int
     kind: Literal["dcp", "deepspeed"]
     """Whose files the tensors are in: those of `torch.distributed.checkpoint`, or DeepSpeed's own."""
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=2**53)
     """Global batches trained on."""
     world_size: int = Field(ge=1)
     backend: str
     saved: str
     """When, UTC."""
-    versions: dict[str, str]
-    weights: dict[str, TensorEntry]
-    files: dict[str, FileEntry]
+    versions: Annotated[dict[str, str], up_to_a_wrong_one(lambda text: isinstance(text, str))]
+    weights: Annotated[dict[str, TensorEntry], up_to_a_wrong_one(_can_be(TensorEntry))]
+    files: Annotated[dict[str, FileEntry], up_to_a_wrong_one(_can_be(FileEntry))]
     """Every other file, by its path in the folder."""
 
 
@@ -102,11 +138,36 @@ def read_json(file: Path) -> Any:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: it is not JSON ({' '.join(str(error).split())[:100]}).") from None
+        raise CheckpointError(f"{file} is damaged: it is not JSON ({printable(error)[:100]}).") from None
+
+
+_Model = TypeVar("_Model", bound=StrictModel)
+
+
+def parse(kind: type[_Model], body: Any, file: Path) -> _Model:
+    """What `read_json` gave of ``file``, as ``kind``.
+
+    Raises:
+        CheckpointError: the first thing that is wrong with it.
+    """
+    try:
+        if isinstance(body, dict):
+            return kind(**body)
+        problem = "it holds no settings."
+    except GrassError as error:
+        problem = printable(error)
+    except (TypeError, RecursionError):
+        problem = "it holds something that is never written."
+    raise CheckpointError(f"{file} is damaged: {problem}")
+
+
+def printable(text: object) -> str:
+    """``text`` for an error of one line, without what a terminal or an encoding could stumble over."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:250]
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last."""
+    """Makes the names in a folder last; the content of a file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,8 +176,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Paths of all files in a folder but the manifest, sorted."""
-    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    """Paths of all files and links in a folder but the manifest, sorted."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    found = [path.relative_to(folder).as_posix() for path in paths]
     return sorted(name for name in found if name != MANIFEST)
 
 
@@ -127,8 +189,8 @@ def commit(writing: Path, manifest: Manifest) -> Path:
     """
     body = manifest.model_dump(mode="json")
     write_json(writing / MANIFEST, {**body, "digest": _digest_of(body)})
-    for folder in (*(path for path in writing.rglob("*") if path.is_dir()), writing):
-        sync_folder(folder)
+    for path in (*writing.rglob("*"), writing):  # files that others have written, too
+        sync_folder(path)
     final = writing.with_name(folder_name(manifest.step))
     if final.exists():
         shutil.rmtree(final)
@@ -155,12 +217,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file} is of version {body.get('version')!r:.40} of the format, and this grass_dist reads {VERSION}; "
             "load it with the release that wrote it."
         )
-    if body.pop("digest", None) != _digest_of(body):
+    if not _is_as_written(body):
         raise CheckpointError(f"{file} is damaged: its content is not what was written.")
-    try:
-        manifest = Manifest(**body)
-    except GrassError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from None
+    manifest = parse(Manifest, body, file)
     for name in manifest.files:
         _check_name(folder, name)
     return manifest
@@ -220,6 +279,14 @@ def numel(entry: TensorEntry) -> int:
 
 def _digest_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _is_as_written(body: dict[str, Any]) -> bool:
+    """Whether the digest is that of the rest, which stays."""
+    try:
+        return body.pop("digest", None) == _digest_of(body)
+    except RecursionError:  # deeper than anything that was written
+        return False
 
 
 def _check_name(folder: Path, name: str) -> None:

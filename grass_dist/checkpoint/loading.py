@@ -3,57 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any
+from reprlib import repr as shown
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader, open_tensors
-from grass_dist.checkpoint.per_rank import measured_of, restore_rng
-from grass_dist.checkpoint.pieces import Entries, Holdings, dtype_name
+from grass_dist.checkpoint.files import Stored, up_to_a_wrong_one
+from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
+from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
 from grass_dist.checkpoint.saving import together
-from grass_dist.config import StrictModel
-from grass_dist.errors import CheckpointError, GrassError
+from grass_dist.checkpoint.torch_run import HOW
+from grass_dist.errors import CheckpointError
 
 DEEPSPEED_LAYOUT = "deepspeed"
 """In state.json of a checkpoint in DeepSpeed's format: where its partitions lie."""
 
 
-class TrackerState(StrictModel):
-    importances: list[float | None]
+_ALL = {dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_DTYPES = {name: dtype for name, dtype in _ALL.items() if not name.startswith("q")}
+"""Without the quantized ones."""
+
+_MOST_RANKS = 2**20
+
+Layers = Annotated[list[int], FailFast()]
+
+
+class TrackerState(Stored):
+    importances: Annotated[list[float | None], FailFast()]
     dropped: int = Field(ge=0)
 
 
-class NextState(StrictModel):
+class NextState(Stored):
     step: int
     round: int
-    active_layers: list[int]
-    probabilities: list[float]
+    active_layers: Layers
+    probabilities: Annotated[list[float], FailFast()]
     drawn_at: int
 
 
-class MeasuredState(StrictModel):
-    layers: list[list[int]]
+class MeasuredState(Stored):
+    layers: Annotated[list[Layers], FailFast()]
 
 
-class EngineState(StrictModel):
-    step: int = Field(ge=0)
-    active_layers: list[int]
+class EngineState(Stored):
+    step: int = Field(ge=0, lt=2**53)
+    active_layers: Layers
     next: NextState | None
     tracker: TrackerState
     measured: MeasuredState
     skipped: int = Field(default=0, ge=0)
 
 
-class State(StrictModel):
+def _is_unit(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(state, dict) for state in value.values())
+
+
+UnitState = Annotated[dict[str, dict[str, Any]], up_to_a_wrong_one(lambda state: isinstance(state, dict))]
+
+
+class State(Stored):
     """``state.json``."""
 
     engine: EngineState
-    groups: list[dict[str, Any]]
-    units: dict[str, dict[str, dict[str, Any]]]
+    groups: Annotated[list[dict[str, Any]], FailFast()]
+    units: Annotated[dict[str, UnitState], up_to_a_wrong_one(_is_unit)]
     run: dict[str, Any]
     deepspeed: dict[str, Any] | None = None
 
@@ -96,14 +115,7 @@ def open_checkpoint(folder: Path, ranks: Ranks | None = None) -> Checkpoint:
 def _read_state(folder: Path, manifest: files.Manifest) -> State:
     if files.STATE not in manifest.files:
         raise CheckpointError(f"{folder} has no {files.STATE}.")
-    body = files.read_json(folder / files.STATE)
-    try:
-        state = State(**body) if isinstance(body, dict) else None
-    except (GrassError, TypeError) as error:
-        raise CheckpointError(f"{folder / files.STATE} is damaged: {error}") from None
-    if state is None:
-        raise CheckpointError(f"{folder / files.STATE} is damaged: it holds no settings.")
-    return state
+    return files.parse(State, files.read_json(folder / files.STATE), folder / files.STATE)
 
 
 def newest_good(
@@ -141,18 +153,26 @@ def load(checkpoint: Checkpoint, holdings: Holdings) -> bool:
     together(ranks, lambda: _check_fits(checkpoint, holdings, described))
     reader = together(ranks, checkpoint.tensors)
     with torch.no_grad():
-        wanted = [(p.key, p.start, p.tensor) for p in holdings.weights() if p.tensor.numel()]
-        together(ranks, lambda: reader.read_all(wanted))
+        together(ranks, lambda: _check_tensors(reader, manifest, state))
+        if manifest.kind == "deepspeed":  # only what is opened is known to be tensors
+            together(ranks, lambda: reader.try_all((ranks.rank, ranks.world_size)))
         measured = together(
             ranks, lambda: measured_of(state.engine.measured.layers, manifest.world_size, ranks, reader.read)
         )
+        rng = together(ranks, lambda: read_rng(reader.tensors, manifest.world_size, ranks, reader.read))
+        wanted = [(p.key, p.start, p.tensor) for p in holdings.weights() if p.tensor.numel()]
+        together(ranks, lambda: reader.read_all(wanted))
         engine = {**state.engine.model_dump(), "measured": measured}
-        holdings.restore({"engine": engine, "groups": state.groups}, state.units, reader.read)
-        return together(ranks, lambda: restore_rng(reader.tensors, manifest.world_size, ranks, reader.read))
+        groups = [{k: v for k, v in group.items() if k not in HOW} for group in state.groups]
+        holdings.restore({"engine": engine, "groups": groups}, state.units, reader.read)
+        together(ranks, lambda: [put(own) for put, own in rng or ()])
+    return rng is not None
 
 
 def _check_fits(checkpoint: Checkpoint, holdings: Holdings, described: Mapping[str, Any]) -> None:
     where, manifest, state = checkpoint.folder, checkpoint.manifest, checkpoint.state
+    if manifest.world_size > _MOST_RANKS:
+        raise CheckpointError(f"{where / files.MANIFEST} is damaged: no {manifest.world_size!r:.40} ranks saved it.")
     shapes = holdings.shapes()
     if odd := sorted(set(shapes) ^ set(manifest.weights)):
         side = (
@@ -163,38 +183,110 @@ def _check_fits(checkpoint: Checkpoint, holdings: Holdings, described: Mapping[s
     for key, entry in manifest.weights.items():
         if tuple(entry.shape) != shapes[key]:
             raise CheckpointError(
-                f"{where} is of another model: {key} is of shape {tuple(entry.shape)} there and {shapes[key]} here."
+                f"{where} is of another model: {key} is of shape {shown(entry.shape):.60} there and {shapes[key]} here."
             )
+        if entry.dtype not in _DTYPES:
+            raise CheckpointError(f"{where / files.MANIFEST} is damaged: {key} is in {entry.dtype!r:.40}.")
         if entry.dtype != dtypes[key]:
             raise CheckpointError(
                 f"{where} holds {key} in {entry.dtype}, and this run trains it in {dtypes[key]}: set "
                 f"model.dtype={entry.dtype}."
             )
-    if len(state.groups) != len(described["groups"]):
-        raise CheckpointError(
-            f"{where} has {len(state.groups)} parameter groups and this run {len(described['groups'])}."
-        )
+    _check_groups(where, state.groups, described["groups"])
     _check_engine(where, state, described["engine"], holdings.active, holdings.unit_names())
     _check_units(where, state.units, manifest)
+    if (check := getattr(holdings, "check", None)) is not None:
+        check(state.engine.model_dump(), state.groups, state.units)
+
+
+def _check_groups(where: Path, saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, Any]]) -> None:
+    if len(saved) != len(mine):
+        raise CheckpointError(f"{where} has {len(saved)} parameter groups and this run {len(mine)}.")
+    for theirs, own in zip(saved, mine, strict=True):
+        for key, value in theirs.items():
+            if key == "params" or (key not in HOW and key in own and not _is_like(value, own[key])):
+                raise _damaged(where, f"{key!r:.60} of a parameter group is {shown(value):.60}")
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """Whether a setting of a parameter group can stand where ``own`` does."""
+    if isinstance(own, list | tuple):
+        same = isinstance(value, list) and len(value) == len(own)
+        return same and all(_is_like(v, o) for v, o in zip(value, own, strict=True))
+    if own is None:
+        return not isinstance(value, list | dict)
+    if isinstance(own, bool | str) or value is None:
+        return type(value) is type(own)
+    return _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: int, units: Sequence[str]) -> None:
     layers = len(mine["tracker"]["importances"])
-    engine = state.engine
+    engine, importances = state.engine, state.engine.tracker.importances
     chosen = [engine.active_layers, *engine.measured.layers, *([engine.next.active_layers] if engine.next else [])]
-    if len(engine.tracker.importances) != layers:
-        raise CheckpointError(
-            f"{where} is of a model with {len(engine.tracker.importances)} layers, and this one has {layers}."
-        )
+    if len(importances) != layers:
+        raise CheckpointError(f"{where} is of a model with {len(importances)} layers, and this one has {layers}.")
+    if any(m is not None and not 0 <= m < inf for m in importances):
+        raise _damaged(where, "an importance is no number from 0 on")
     if any(not 0 <= i < layers or len(set(of)) != len(of) or not of for of in chosen for i in (of or [-1])):
-        raise CheckpointError(f"{where / files.STATE} is damaged: it trains layers that the model does not have.")
-    if {len(of) for of in chosen} - {layers, active}:
-        raise CheckpointError(f"{where} trains {len(chosen[0])} layers at a time, and this run {active}.")
+        raise _damaged(where, "it trains layers that the model does not have")
+    if odd := sorted({len(of) for of in chosen} - {layers, active}):
+        raise CheckpointError(f"{where} trains {odd[0]} layers at a time, and this run {active}.")
+    if len({len(of) for of in engine.measured.layers}) > 1:
+        raise _damaged(where, "it has measured more layers in some steps than in others")
+    if engine.next is not None and not _is_draw(engine.next, engine.step, layers):
+        raise _damaged(where, "the layers that wait are of another step, or have no probabilities")
     if unknown := sorted(set(state.units) - set(units)):
         raise CheckpointError(f"{where} has a state of {unknown[0]!r:.80}, which this run never trains.")
+
+
+def _is_draw(waiting: NextState, step: int, layers: int) -> bool:
+    odds = waiting.probabilities
+    when = 0 <= waiting.drawn_at <= step < waiting.step < 2**54 and 0 <= waiting.round <= waiting.step
+    return when and len(odds) == layers and all(0 <= p <= 1 for p in odds) and abs(sum(odds) - 1) < 1e-6
 
 
 def _check_units(where: Path, units: Mapping[str, Entries], manifest: files.Manifest) -> None:
     for unit, entries in units.items():
         if odd := sorted(set(entries) - set(manifest.weights)):
-            raise CheckpointError(f"{where / files.STATE} is damaged: {unit} has no parameter {odd[0]!r:.80}.")
+            raise _damaged(where, f"{unit} has no parameter {odd[0]!r:.80}")
+        for name, state in entries.items():
+            for key, entry in state.items():
+                if MARK in key or len(key) > 100 or not key.isprintable() or not _is_state(key, entry):
+                    raise _damaged(where, f"{key!r:.60} is {shown(entry):.60}, which is no state of {name:.80}")
+
+
+def _is_state(key: str, entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return key != MASTER and ((_is_number(entry) and entry >= 0) if key == "step" else entry not in (inf, -inf))
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in _DTYPES or set(entry) - {"dtype", "value"}:
+        return False
+    if "value" not in entry or key == MASTER:
+        return "value" not in entry
+    try:
+        made = decode(entry).item() if isinstance(entry["value"], int | float) else None
+        return made is not None and isfinite(made) and (key != "step" or 0 <= made < 2**53)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+
+
+def _check_tensors(reader: TensorReader, manifest: files.Manifest, state: State) -> None:
+    """Whether all that will be read is there: nothing of the run has been changed yet."""
+    sizes = {key: files.numel(entry) for key, entry in manifest.weights.items()}
+    for key, entry in manifest.weights.items():
+        reader.require(key, sizes[key], _DTYPES[entry.dtype])
+    for entries in state.units.values():
+        for name, keys in entries.items():
+            for key, entry in keys.items():
+                if isinstance(entry, dict) and "value" not in entry:
+                    reader.require(state_key(name, key), sizes[name], _DTYPES[entry["dtype"]])
+    measured = sum(len(layers) for layers in state.engine.measured.layers)
+    reader.require(MEASURED, measured * manifest.world_size, torch.float64)
+
+
+def _damaged(where: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{where / files.STATE} is damaged: {problem}.")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from grass_dist.backends.base import Ranks
+from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.pieces import MARK, Piece, Read
+from grass_dist.errors import CheckpointError
 
 MEASURED, RNG, CUDA_RNG = f"{MARK}measured", f"{MARK}rng", f"{MARK}cuda_rng"
 """Tensors of one row for each rank that saved."""
@@ -45,12 +48,42 @@ def measured_of(layers: Sequence[Sequence[int]], saved_by: int, ranks: Ranks, re
     return {"rows": [part.tolist() for part in parts], "layers": [list(active) for active in layers]}
 
 
-def restore_rng(tensors: Mapping[str, tuple[int, torch.dtype]], saved_by: int, ranks: Ranks, read: Read) -> bool:
-    """Gives torch's generators their states back; False, and nothing, with another number of ranks."""
+Put = Callable[[torch.Tensor], object]
+
+
+def read_rng(
+    tensors: Mapping[str, tuple[int, torch.dtype]], saved_by: int, ranks: Ranks, read: Read
+) -> list[tuple[Put, torch.Tensor]] | None:
+    """States for torch's generators and who takes them, each checked; None with another number of ranks.
+
+    Raises:
+        CheckpointError: one is damaged.
+    """
     if saved_by != ranks.world_size:
-        return False
-    for key, put in ((RNG, torch.set_rng_state), (CUDA_RNG, torch.cuda.set_rng_state)):
-        if key in tensors and (key == RNG or torch.cuda.is_available()):
-            size = tensors[key][0] // saved_by
-            put(read(key, ranks.rank * size, torch.empty(size, dtype=torch.uint8)))
-    return True
+        return None
+    found: list[tuple[Put, torch.Tensor]] = []
+    for key, put, device in ((RNG, torch.set_rng_state, "cpu"), (CUDA_RNG, torch.cuda.set_rng_state, "cuda")):
+        if device == "cpu" or (key in tensors and torch.cuda.is_available()):
+            trial = torch.Generator(device)
+            size = trial.get_state().numel()
+            if tensors.get(key, (0, None))[0] != saved_by * size:
+                raise CheckpointError(f"The checkpoint does not hold the random numbers {key} of {saved_by} ranks.")
+            state = read(key, ranks.rank * size, torch.empty(size, dtype=torch.uint8))
+            _try(trial, state, key)
+            found.append((put, state))
+    return found
+
+
+def _try(trial: torch.Generator, state: torch.Tensor, key: str) -> None:
+    try:
+        trial.set_state(state)
+        if key == RNG and not _stays_inside(state) and _stays_inside(torch.get_rng_state()):
+            raise RuntimeError("it points behind its end")
+    except RuntimeError as error:
+        raise CheckpointError(f"The random numbers {key} of the checkpoint are damaged: {printable(error)}.") from None
+
+
+def _stays_inside(state: torch.Tensor) -> bool:
+    """Whether a Mersenne Twister fills its 624 words again before it reads behind them, which torch does not check."""
+    _, left, _, at = struct.unpack_from("<QiiQ", bytes(state[:24].tolist()))
+    return left + at <= 625

@@ -302,7 +302,11 @@ class Saved:
 
 
 def _as_checkpoint_error(error: Exception) -> CheckpointError:
-    return error if isinstance(error, CheckpointError) else CheckpointError(sentence(error))
+    if isinstance(error, CheckpointError):
+        return error
+    problem = CheckpointError(sentence(error))
+    problem.__cause__ = error
+    return problem
 
 
 def _raise(error: Exception) -> None:

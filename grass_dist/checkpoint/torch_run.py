@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from grass_dist.backends import Backend
-from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.files import printable
+from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import CheckpointError
@@ -164,7 +164,7 @@ def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Paramet
         made = {key: decode(entry) for key, entry in state.items() if key != MASTER}
         own = {k: torch.zeros(2, 3, dtype=v) if isinstance(v, torch.dtype) else v for k, v in made.items()}
         plain = {key: False for key in HOW if key in group}  # a stand-in is on the CPU
-        kwargs = {key: plain.get(key, value) for key, value in optimizer._kwargs.items()}
+        kwargs: dict[str, Any] = {key: plain.get(key, value) for key, value in optimizer._kwargs.items()}
         stepped = optimizer._class([{**group, **plain, "params": [stand_in]}], **kwargs)
         if own:
             stepped.state[stand_in] = own
@@ -172,5 +172,5 @@ def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Paramet
     except Exception as error:  # whatever it makes an optimizer raise
         raise CheckpointError(
             f"The state of {optimizer.name} in the checkpoint, or its parameter group, is none that this run's "
-            f"optimizer can go on from ({printable(error)[:150]})."
+            f"optimizer can go on from ({type(error).__name__}: {printable(error)[:150]})."
         ) from None

@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import FailFast, Field
 from torch import nn
 
 from grass_dist.backends.zero.groups import Group, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, Made
 from grass_dist.backends.zero.whole import make
+from grass_dist.checkpoint.files import Stored, printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
 from grass_dist.checkpoint.saving import together
+from grass_dist.checkpoint.torch_run import HOW, TorchHoldings
+from grass_dist.errors import CheckpointError
+from grass_dist.optimizer import step_over
+
+
+class Placed(Stored):
+    """A parameter in a partition."""
+
+    name: str
+    numel: int = Field(ge=0)
+    shard: int = Field(ge=0)
+    """Stage 3: elements of a rank's shard, with padding."""
+
+
+class GroupLayout(Stored):
+    """The partitions of a parameter group of DeepSpeed's."""
+
+    unit: str
+    partition: int = Field(ge=0)
+    """Elements of each rank's, with padding."""
+    params: Annotated[list[Placed], FailFast()]
+
+
+class Layout(Stored):
+    """Where DeepSpeed's partitions lie; in state.json of a checkpoint in its files."""
+
+    stage: Literal[1, 2, 3]
+    groups: Annotated[list[GroupLayout], FailFast()]
+    """In the order of DeepSpeed's files."""
+    frozen: Annotated[list[Placed], FailFast()]
+    """Parameters that never train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +76,7 @@ class ZeroHoldings:
         self._names = {param: fqn(name) for name, param in self._module.named_parameters()}
 
     def unit_names(self) -> list[str]:
-        return list(dict.fromkeys(group.unit.name for group in self._zero.every))
+        return [fqn(name) for name in self._by_unit()]
 
     def weights(self) -> list[Piece]:
         return pieces_of(self._module, self._backend)
@@ -59,39 +93,75 @@ class ZeroHoldings:
                 if own.changed:
                     self._collect(group, own, tensors, entries)
             if entries:
-                yield UnitPieces(name, tensors, entries)
+                yield UnitPieces(fqn(name), tensors, entries)
 
     def describe(self) -> dict[str, Any]:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self._zero.user_optimizer.param_groups]
         return {"engine": self._grass.state_dict(), "groups": groups}
 
-    def layout(self) -> dict[str, Any]:
-        """Where DeepSpeed's partitions lie, for who reads its files; `complete` has been called."""
-        zero = self._zero
+    def layout(self) -> Layout:
+        """How the files that DeepSpeed would write now are to be read; `complete` has been called."""
+        zero, placed = self._zero, self._placed
         groups = [
-            {
-                "unit": group.unit.name,
-                "partition": zero.states.of[group.key].numel,
-                "params": [self._placed(param) for param in zero.saved_order(group)],
-            }
+            GroupLayout(
+                unit=fqn(group.unit.name),
+                partition=zero.states.of[group.key].numel,
+                params=[placed(param) for param in zero.saved_order(group)],
+            )
             for group in zero.every
         ]
         trained = {param for group in zero.every for param in group.params}
-        frozen = [self._placed(param) for param in self._names if param not in trained]
-        return {"stage": self._backend.stage, "groups": groups, "frozen": frozen}
+        frozen = [placed(param) for param in self._names if param not in trained]
+        return Layout(stage=self._backend.stage, groups=groups, frozen=frozen)
 
-    def _placed(self, param: nn.Parameter) -> dict[str, Any]:
+    def _placed(self, param: nn.Parameter) -> Placed:
         shard = zero_shard(param).numel() if self._backend.stage == 3 else 0
-        return {"name": self._names[param], "numel": numel_of(param), "shard": shard}
+        return Placed(name=self._names[param], numel=numel_of(param), shard=shard)
+
+    def check(
+        self, engine: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], units: Mapping[str, Entries]
+    ) -> None:
+        """Whether this run could go on from what a checkpoint says. Changes nothing.
+
+        Raises:
+            CheckpointError: the method is not at such a point then, or the optimizer cannot take a step from a state.
+        """
+        TorchHoldings._check_clock(cast(TorchHoldings, self), engine)
+        for group in self._zero.every:
+            entries = units.get(fqn(group.unit.name), {})
+            states = [state for param in group.params if (state := entries.get(self._names[param]))]
+            if states:
+                self._check_state(group, groups[group.user_group], states)
+
+    def _check_state(self, group: Group, saved: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> None:
+        """A flat partition has one state for all its parameters; the optimizer takes a step on six entries of it."""
+        user, like = self._zero.user_optimizer, self._backend.shard_of(group.params[0])
+        mine = user.param_groups[group.user_group]
+        stand_in = nn.Parameter(torch.zeros(6, device=like.device))
+        stand_in.grad = torch.zeros_like(stand_in)
+        try:
+            if len({_form(state) for state in states}) > 1:
+                raise ValueError("it differs between parameters")
+            made = {key: decode(entry) for key, entry in states[0].items() if key != MASTER}
+            for key, value in made.items():
+                vector = isinstance(value, torch.dtype)
+                made[key] = torch.zeros_like(stand_in, dtype=value) if vector else self._number(group, value)
+            known = defaultdict(dict, {stand_in: made} if made else {})
+            step_over(user, [{**mine, **_like(mine, saved), "params": [stand_in]}], known)
+        except Exception as error:  # whatever it makes an optimizer raise
+            raise CheckpointError(
+                f"The state of {group.unit.name} in the checkpoint, or its parameter group, is none that this run's "
+                f"optimizer can go on from ({printable(error)[:150]})."
+            ) from None
 
     def restore(self, saved: Mapping[str, Any], units: Mapping[str, Entries], read: Read) -> None:
         zero = self._zero
         for group, other in zip(zero.user_optimizer.param_groups, saved["groups"], strict=True):
-            group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in other.items()})
+            group.update(_like(group, other))
         zero.forget()
         for name, groups in self._by_unit().items():
-            if name in units:
-                self._restore_unit(name, groups, units[name], read)
+            if fqn(name) in units:
+                self._restore_unit(name, groups, units[fqn(name)], read)
         self._grass.load_state_dict(saved["engine"])
 
     def _restore_unit(
@@ -128,17 +198,34 @@ class ZeroHoldings:
             for key, entry in entries.get(extent.name, {}).items():
                 value = decode(entry)
                 if not isinstance(value, torch.dtype):
-                    state.setdefault(key, value)
+                    state.setdefault(key, self._number(group, value))
                     continue
                 into = master if key == MASTER else state.setdefault(key, torch.zeros(own.numel, dtype=value))
                 if extent.length and into is not None:  # a master is missing where the weights are their own
                     read(state_key(extent.name, key), extent.start, into[extent.at : extent.at + extent.length])
         return own, own.numel, master, state
 
+    def _number(self, group: Group, value: Any) -> Any:
+        """A step count where the update wants it: fused ones on the device, all others on the host."""
+        settings = self._zero.user_optimizer.param_groups[group.user_group]
+        if not torch.is_tensor(value) or not (settings.get("fused") or settings.get("capturable")):
+            return value
+        return value.to(self._backend.shard_of(group.params[0]).device)
+
     def _extents(self, group: Group, partition: int) -> Iterator[Extent]:
         sizes = [(self._names[param], numel_of(param)) for param in self._zero.saved_order(group)]
         shards = [zero_shard(p).numel() for p in self._zero.saved_order(group)] if self._backend.stage == 3 else None
         return extents_of(sizes, self.ranks.rank, partition, shards)
+
+
+def _like(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters out of JSON, which knows no tuples; how it computes is a run's own."""
+    return {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items() if k not in HOW}
+
+
+def _form(state: Mapping[str, Any]) -> str:
+    """Keys and dtypes of a state, without step counts."""
+    return str({k: entry.get("dtype") if isinstance(entry, dict) else None for k, entry in sorted(state.items())})
 
 
 def extents_of(

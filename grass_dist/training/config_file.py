@@ -37,12 +37,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
-    try:
-        data = _parsed(_text_of(path), "--config", str(path), "correct it there")
-    except OSError as error:
-        raise ConfigError(
-            "--config", str(path), f"it cannot be read ({error.strerror})", "give an existing file"
-        ) from None
+    data = _parsed(_text_of(path), "--config", str(path), "correct it there")
     if not isinstance(data, dict):
         raise ConfigError("--config", str(path), "it holds no settings", "see configs/ for examples")
     for key in [key for key in data if "." in key]:
@@ -50,6 +45,7 @@ def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         _override(data, override)
     settings = _with_json(data, path.parent)
+    _check_names(settings)
     _check_layers(settings.get("grass"))
     return RunConfig(**settings)
 
@@ -58,8 +54,6 @@ def _parsed(text: str, field: str, value: str, fix: str) -> Any:
     """What YAML means, its keys as text."""
     try:
         return _with_text_keys(yaml.load(text, _Loader))
-    except ConfigError:
-        raise
     except RecursionError:
         raise ConfigError(field, value, "it is nested too deeply", fix) from None
     except (yaml.YAMLError, ValueError) as error:
@@ -71,11 +65,16 @@ def _parsed(text: str, field: str, value: str, fix: str) -> Any:
 def _with_text_keys(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_text_keys(entry) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    if "self" in value:  # a name that no Python function takes
-        raise ConfigError("self", value["self"], "there is no such setting", "leave it out")
-    return {str(key): _with_text_keys(entry) for key, entry in value.items()}
+    return {str(key): _with_text_keys(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def _check_names(settings: dict[str, Any], above: str = "") -> None:
+    """Keeps out the one name that Python cannot give a model."""
+    for key, value in settings.items():
+        if key == "self":
+            raise ConfigError(f"{above}{key}", value, "there is no such setting", "leave it out")
+        if isinstance(value, dict):
+            _check_names(value, f"{above}{key}.")
 
 
 def _in_one_line(error: ConfigError) -> ConfigError:
@@ -87,12 +86,12 @@ def _in_one_line(error: ConfigError) -> ConfigError:
 
 
 def _check_layers(grass: Any) -> None:
-    """Keeps out numbers of layers for which a sampler would fill the memory."""
+    """Keeps out layers for which a sampler would fill the memory, or that it cannot count."""
     for name in ("active_layers", "fixed_layers") if isinstance(grass, dict) else ():
         value = grass.get(name)
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and number > _MOST_LAYERS:
-                raise ConfigError(f"grass.{name}", number, "no model has so many layers", "use a smaller number")
+            if isinstance(number, int) and not 0 <= number <= _MOST_LAYERS:
+                raise ConfigError(f"grass.{name}", value, f"no model has a layer {number}", "count layers from 0")
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
@@ -115,10 +114,16 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _text_of(path: Path) -> str:
-    with open(path, encoding="utf-8", opener=_open_at_once) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError("--config", str(path), "it is not a file", "give a file that all ranks can read")
-        text = file.read(LARGEST + 1)
+    try:
+        with open(path, encoding="utf-8", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError("--config", str(path), "it is not a file", "give a file that all ranks can read")
+            text = file.read(LARGEST + 1)
+    except OSError as error:
+        problem = f"it cannot be read ({error.strerror})"
+        raise ConfigError("--config", str(path), problem, "give an existing file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("--config", str(path), f"it is not YAML: {error}", "write it in UTF-8") from None
     if len(text) > LARGEST:
         raise ConfigError(
             "--config", str(path), f"it is longer than {LARGEST} characters", "give a file of settings, not of data"

@@ -109,6 +109,8 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
                 value = weights[name if name in weights else name.removeprefix("module.")]
                 _set_weight(param, value)
                 safe_set_full_fp32_param(param, value.to(param.device))
+        for group in zero.groups:
+            zero.states.of[group.key].changed = True  # 16-bit weights are rounded
     resume(zero, current)
     say(
         world(),

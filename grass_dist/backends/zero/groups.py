@@ -87,6 +87,12 @@ def numel_of(param: nn.Parameter) -> int:
     return getattr(param, "ds_numel", param.numel())
 
 
+def capacity(group: Group, world_size: int) -> int:
+    """Elements that a rank's partition of ``group`` has at most: stages and releases pad in different ways."""
+    numel = sum(numel_of(param) for param in group.params)
+    return -(-numel // world_size) + 8 * len(group.params) + 64
+
+
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a group of the user's that an update needs."""
     return {k: v for k, v in group.items() if k not in ("params", "initial_lr")}

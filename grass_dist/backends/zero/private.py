@@ -71,6 +71,9 @@ CARRIED = (
 ENGINE_BOUNDARY = "_is_gradient_accumulation_boundary"
 """Attribute of the engine: what the caller said of the micro-batch, None where the engine counts."""
 
+ENGINE_WRITER, ENGINE_SCRIPT = "checkpoint_engine", "_copy_recovery_script"
+"""Of the engine: the object whose `save` writes a file, and the method that puts a script beside the files."""
+
 PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor")
 """Attributes of a ZeRO-3 parameter: its flat shard, and the size of the whole."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grass_dist.backends.zero.groups import Group, numel_of
+from grass_dist.backends.zero.groups import Group, capacity
 from grass_dist.errors import GrassError
 from grass_dist.offload.fields import Home, Kept, born_in, field, move_home
 from grass_dist.offload.layout import Layout
@@ -30,6 +30,7 @@ class GroupState:
         lists: the group's entries in DeepSpeed's state, of the time when it last trained.
         saved: elements of the master that DeepSpeed saves, without padding.
         numel: elements of the partition; 0 if the group has no state yet.
+        changed: whether there is more to the state than fp32 copies of the weights as they are.
         resident: whether the state is on the device.
     """
 
@@ -42,7 +43,7 @@ class GroupState:
         self.master: torch.Tensor | None = None
         self.param: torch.Tensor | None = None
         self.numel = self.saved = 0
-        self.resident = True
+        self.changed, self.resident = False, True
         self._absent = torch.empty(0)
         self._capacity = capacity(group, world_size)
         shape = torch.Size([self._capacity])
@@ -110,7 +111,7 @@ class GroupState:
         return value.to(self.dtypes.get(key, value.dtype))
 
     def forget(self) -> None:
-        self.state, self.lists, self.homes, self.master, self.numel = {}, {}, {}, None, 0
+        self.state, self.lists, self.homes, self.master, self.numel, self.changed = {}, {}, {}, None, 0, False
 
     def tensors(self) -> list[torch.Tensor]:
         """Master and moments."""
@@ -207,6 +208,8 @@ class ZeroStates:
         with born_in(homes, state), torch.profiler.record_function(f"GRASS::update ({name})"):
             yield
         move_home(homes, state)
+        for group in groups:
+            group.changed = True
 
     def end_step(self) -> None:
         """All groups have been updated, and their weights with them."""
@@ -294,9 +297,3 @@ Made = tuple[GroupState, int, torch.Tensor | None, Mapping[str, Any]]
 def _fill_all(made: Sequence[Made]) -> None:
     for group, numel, master, state in made:
         group.fill(numel, master, state)
-
-
-def capacity(group: Group, world_size: int) -> int:
-    """Elements that a rank's partition of ``group`` has at most: stages and releases pad in different ways."""
-    numel = sum(numel_of(param) for param in group.params)
-    return -(-numel // world_size) + 8 * len(group.params) + 64

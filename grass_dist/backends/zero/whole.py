@@ -17,9 +17,9 @@ from grass_dist.errors import GrassError
 if TYPE_CHECKING:
     from grass_dist.backends.zero.narrow import NarrowZero
 
-GROUPS_KEY, SIZES_KEY, GRASS_KEY = "grass_groups", "grass_sizes", "grass"
+GROUPS_KEY, SIZES_KEY, CHANGED_KEY, GRASS_KEY = "grass_groups", "grass_sizes", "grass_changed", "grass"
 """What we add to DeepSpeed's ZeRO state: names of the groups in order, elements of this rank's partitions with their
-padding, and the state of the method on this rank."""
+padding, whether each has been updated, and the state of the method on this rank."""
 
 
 @contextmanager
@@ -89,7 +89,8 @@ def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
         ],
     }
     keys, sizes = [group.key for group in zero.every], [own.numel for own in order]
-    ours = {GROUPS_KEY: keys, SIZES_KEY: sizes, GRASS_KEY: zero.grass.state_dict()}
+    changed = [own.changed for own in order]
+    ours = {GROUPS_KEY: keys, SIZES_KEY: sizes, CHANGED_KEY: changed, GRASS_KEY: zero.grass.state_dict()}
     return {**state, **lists, names.optimizer_key: base, **ours}
 
 
@@ -130,16 +131,18 @@ def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
     lists = {
         k: v
         for k, v in saved.items()
-        if isinstance(v, list) and len(v) == len(keys) and k not in (GROUPS_KEY, SIZES_KEY)
+        if isinstance(v, list) and len(v) == len(keys) and k not in (GROUPS_KEY, SIZES_KEY, CHANGED_KEY)
     }
     masters = lists.pop(zero.names.masters_key)
     states = saved[zero.names.optimizer_key]["state"]
     sizes = saved.get(SIZES_KEY, [master.numel() for master in masters])
+    changed = saved.get(CHANGED_KEY, [bool(states.get(i)) for i in range(len(keys))])
     zero.forget()
     zero.states.replace({key: (sizes[i], masters[i], states.get(i, {})) for i, key in enumerate(keys)})
     for i, group in enumerate(zero.every):
         own = zero.states.of[group.key]
         own.lists, own.saved = {k: v[i] for k, v in lists.items()}, masters[i].numel()
+        own.changed = changed[i]
         _fill_shards(group, masters[i])
     for mine, theirs in zip(zero.user_optimizer.param_groups, _user_groups(zero, saved), strict=True):
         mine.update(theirs)

@@ -1,0 +1,37 @@
+"""Deaths in short: a few runs that are killed and go on to the bit, of which `make soak` takes many."""
+
+from __future__ import annotations
+
+import pytest
+
+from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, play
+
+pytestmark = pytest.mark.timeout(300)
+
+STEPS = 20
+INTERVAL, STREAM = SETTINGS[:2]
+"""Both save in the background."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("kills"), STEPS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "moment", "share", "rank", "elastic"),
+    [
+        (INTERVAL, "probe", 0.7, 1, False),
+        (INTERVAL, "save: a tensor file half written", 0.5, 0, False),
+        (INTERVAL, "save: between manifest and rename", 0.7, 0, False),
+        (STREAM, "eviction", 0.6, 1, False),
+        (INTERVAL, "update", 0.5, 1, True),
+    ],
+    ids=["a probe", "half a file", "no rename", "an eviction", "torchrun"],
+)
+def test_a_run_that_is_killed_goes_on_to_the_bit(
+    runs: Runs, setting: Setting, moment: str, share: float, rank: int, elastic: bool
+):
+    passages = runs.passages(setting, moment, rank)
+    death = Death(moment, max(1, round(share * passages)), rank)
+    assert play(runs, Case(moment.replace(": ", "-").replace(" ", "-"), setting, death, elastic)) == []

@@ -1,0 +1,340 @@
+"""Checkpoints in DeepSpeed's files: read entry by entry, without executing anything in them, and converted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grass_dist.backends.base import Ranks
+from grass_dist.checkpoint import dcp, files
+from grass_dist.checkpoint.convert import to_dcp
+from grass_dist.checkpoint.deepspeed_files import DeepSpeedReader, read_file
+from grass_dist.checkpoint.loading import Checkpoint, State, open_checkpoint
+from grass_dist.checkpoint.per_rank import per_rank_pieces
+from grass_dist.checkpoint.pieces import Piece
+from grass_dist.checkpoint.saving import Snapshot, write_snapshot
+from grass_dist.checkpoint.zero_run import extents_of
+from grass_dist.errors import CheckpointError
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+WORLD = 3
+SHAPES = {"a.weight": (5, 3), "a.bias": (4,), "b.weight": (2, 7), "frozen": (5, 2), "mean": (6,)}
+GROUPS = [("a", ["a.weight"]), ("a", ["a.bias"]), ("b", ["b.weight"])]
+"""Units and parameters of DeepSpeed's groups; ``mean`` is a buffer."""
+DTYPE = torch.bfloat16
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    ranks=st.integers(1, 5),
+    padding=st.integers(0, 9),
+    stage3=st.booleans(),
+)
+def test_the_partitions_of_all_ranks_hold_each_entry_once(sizes, ranks, padding, stage3):
+    named = [(str(i), size) for i, size in enumerate(sizes)]
+    shards = [-(-size // ranks) for size in sizes] if stage3 else None
+    partition = -(-(sum(sizes) + padding) // ranks)
+    flat = torch.zeros(ranks, sum(shards) if shards else partition)
+    held = {name: torch.zeros(size) for name, size in named}
+    for rank in range(ranks):
+        for extent in extents_of(named, rank, partition, shards):
+            held[extent.name][extent.start : extent.start + extent.length] += 1
+            flat[rank, extent.at : extent.at + extent.length] += 1
+    assert all(entries.eq(1).all() for entries in held.values())
+    assert flat.le(1).all() and flat.sum() == sum(sizes)
+
+
+def truth() -> dict[str, torch.Tensor]:
+    """All tensors, flat, under the keys of a checkpoint; ``b`` never trained."""
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, shape in SHAPES.items():
+        master = torch.randn(*shape, generator=generator).reshape(-1)
+        found[name] = master.to(DTYPE)
+        if name.startswith("a."):
+            found[f"{name}@master"], found[f"{name}@exp_avg"] = master, master * 2
+    return found
+
+
+def partitions(flat: dict[str, torch.Tensor], names: list[str], stage: int) -> list[torch.Tensor]:
+    """What each rank has of a group, as DeepSpeed lays it out."""
+    if stage == 3:
+        cut = [padded(flat[name], 1).view(WORLD, -1) for name in names]
+        return [torch.cat([shards[rank] for shards in cut]) for rank in range(WORLD)]
+    return list(padded(torch.cat([flat[name] for name in names]), 2).view(WORLD, -1))
+
+
+def padded(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
+    unit = WORLD * alignment
+    return torch.cat([tensor, tensor.new_full((-tensor.numel() % unit,), 99.0)])
+
+
+def deepspeed_files(folder: Path, stage: int) -> None:
+    """What DeepSpeed writes, by hand."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    true = truth()
+    masters_key, optimizer_key = (
+        ("fp32_flat_groups", "optimizer_state_dict")
+        if stage == 3
+        else ("single_partition_of_fp32_groups", "base_optimizer_state")
+    )
+    masters = {n: true.get(f"{n}@master", true[n].float()) for _, names in GROUPS for n in names}
+    moments = {n: true.get(f"{n}@exp_avg") for n in masters}
+    folder.mkdir()
+    module = OrderedDict((name, tensor.view(SHAPES[name])) for name, tensor in true.items() if "@" not in name)
+    for rank in range(WORLD):
+        of_groups = [partitions(masters, names, stage)[rank] for _, names in GROUPS]
+        states = {
+            i: {"step": torch.tensor(4.0), "exp_avg": partitions(moments, names, stage)[rank]}
+            for i, (unit, names) in enumerate(GROUPS)
+            if unit == "a"
+        }
+        state = {
+            masters_key: of_groups,
+            optimizer_key: {"state": states, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.99)}]},
+            "loss_scaler": LossScaler(1.0),
+            "zero_stage": ZeroStageEnum(stage),
+            "param_slice_mappings": [OrderedDict(a=fragment_address(3, 0))],
+        }
+        torch.save({"optimizer_state_dict": state}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        if stage == 3:
+            shards = padded(true["frozen"], 1).view(WORLD, -1)
+            content = {"module": {"mean": module["mean"]}, "frozen_param_fragments": {"frozen": shards[rank].clone()}}
+            torch.save(content, folder / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    if stage < 3:
+        torch.save({"module": {f"module.{n}": t for n, t in module.items()}}, folder / "mp_rank_00_model_states.pt")
+
+
+def layout(stage: int) -> dict:
+    def placed(name: str) -> dict:
+        numel = torch.Size(SHAPES[name]).numel()
+        return {"name": name, "numel": numel, "shard": -(-numel // WORLD) if stage == 3 else 0}
+
+    groups = []
+    for unit, names in GROUPS:
+        partition = partitions({n: truth()[n] for n in names}, names, stage)[0].numel()
+        groups.append({"unit": unit, "partition": partition, "params": [placed(name) for name in names]})
+    return {"stage": stage, "groups": groups, "frozen": [placed("frozen")]}
+
+
+def state_of(stage: int) -> dict:
+    states = {
+        "step": {"dtype": "float32", "value": 4.0},
+        "exp_avg": {"dtype": "float32"},
+        "master": {"dtype": "float32"},
+    }
+    engine = {
+        "step": 4,
+        "active_layers": [0],
+        "next": None,
+        "tracker": {"importances": [None, 1.0], "dropped": 0},
+        "measured": {"layers": [[0, 1], [0, 1]]},
+        "skipped": 0,
+    }
+    units = {"a": {"a.weight": states, "a.bias": states}}
+    return {"engine": engine, "groups": [{"lr": 1e-3}], "units": units, "run": {}, "deepspeed": layout(stage)}
+
+
+def make(parent: Path, stage: int) -> Path:
+    """A checkpoint of kind "deepspeed" that three ranks have saved."""
+    rows = torch.arange(WORLD * 4, dtype=torch.float64)
+    pieces = [Piece("@measured", rows.numel(), 0, rows)]
+    [rng] = [p for p in per_rank_pieces({"measured": {"rows": []}}, Ranks()) if p.key == "@rng"]
+    pieces.append(Piece("@rng", rng.numel * WORLD, 0, rng.tensor.repeat(WORLD)))
+
+    def write(folder: Path) -> None:
+        deepspeed_files(folder / "deepspeed/state", stage)
+        (folder / "tensors").mkdir()
+        dcp.write(folder / "tensors", pieces, {p.key: 1 for p in pieces}, None)
+
+    def add(folder: Path) -> None:
+        (folder / "model").mkdir()
+        (folder / "model/config.json").write_text('{"hidden_size": 3}')
+
+    weights = {name: {"shape": list(shape), "dtype": "bfloat16"} for name, shape in SHAPES.items()}
+    snapshot = Snapshot(4, "deepspeed", state_of(stage), weights, f"zero{stage}", write)
+    folder = write_snapshot(parent, snapshot, Ranks(), 9, add)
+    manifest = files.read_manifest(folder).model_copy(update={"world_size": WORLD})
+    return files.commit(folder.rename(parent / ".again"), manifest)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def checkpoint(request, tmp_path) -> Checkpoint:
+    return open_checkpoint(make(tmp_path, request.param))
+
+
+def contents(reader: dcp.TensorReader) -> dict[str, torch.Tensor]:
+    return {k: reader.read(k, 0, torch.empty(n, dtype=dtype)) for k, (n, dtype) in reader.tensors.items()}
+
+
+def test_every_weight_and_state_is_what_was_saved_and_no_layer_that_never_trained_has_one(checkpoint):
+    found, true = contents(checkpoint.tensors()), truth()
+    assert set(found) == {*true, "@measured", "@rng"}
+    assert all(torch.equal(found[key], true[key]) for key in true)
+    assert found["@measured"].tolist() == list(range(12))
+
+
+def test_any_run_of_entries_can_be_read(checkpoint):
+    reader, true = checkpoint.tensors(), truth()
+    for key, whole in true.items():
+        for start in range(whole.numel()):
+            for end in range(start, whole.numel() + 1):
+                out = torch.full((end - start,), 7.0, dtype=whole.dtype)
+                assert torch.equal(reader.read(key, start, out), whole[start:end])
+
+
+def test_a_file_is_opened_when_something_is_read_from_it(checkpoint, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "grass_dist.checkpoint.deepspeed_files.read_file", lambda file: opened.append(file.name) or read_file(file)
+    )
+    reader = checkpoint.tensors()
+    assert not opened
+    for _ in range(2):
+        reader.read("a.weight@exp_avg", 0, torch.empty(2))
+    assert opened == ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+    reader.read("a.weight@master", 0, torch.empty(15))
+    assert len(opened) == WORLD
+    monkeypatch.setattr("grass_dist.checkpoint.deepspeed_files.OPEN_FILES", 1)
+    assert torch.equal(reader.read("a.weight@master", 0, torch.empty(15)), truth()["a.weight@master"])
+
+
+# --- damaged and forged ones
+
+
+def changed(checkpoint: Checkpoint, change) -> dcp.TensorReader:
+    """The tensors after ``change`` of what state.json says."""
+    state = json.loads((checkpoint.folder / files.STATE).read_text())
+    change(state["deepspeed"])
+    return Checkpoint(checkpoint.folder, checkpoint.manifest, State(**state)).tensors()
+
+
+LIES = {
+    "no stage": lambda told: told.pop("stage"),
+    "a stage that there is not": lambda told: told.update(stage=4),
+    "an unknown weight": lambda told: told["groups"][0]["params"][0].update(name="c"),
+    "another size": lambda told: told["groups"][0]["params"][0].update(numel=14),
+    "a unit that is nowhere": lambda told: [group.update(unit="z") for group in told["groups"]],
+    "no groups": lambda told: told.update(groups=[]),
+    "negative": lambda told: told["groups"][0].update(partition=-1),
+    "a word": lambda told: told.update(groups="all"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_description_that_cannot_be_is_refused(checkpoint, lie):
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        changed(checkpoint, LIES[lie])
+
+
+SHIFTS = {
+    "a longer partition": lambda told: told["groups"][0].update(partition=1000),
+    "longer shards": lambda told: told["groups"][0]["params"][0].update(shard=1000),
+    "no partition": lambda told: [group.update(partition=0, params=[]) for group in told["groups"]],
+    "twice": lambda told: told["groups"].append(told["groups"][0]),
+}
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+def test_a_description_of_other_partitions_is_refused_when_they_are_read(checkpoint, shift):
+    with pytest.raises(CheckpointError, match="does not hold|holds no tensor|holds .* twice"):  # noqa: PT012
+        reader = changed(checkpoint, SHIFTS[shift])
+        if (shift, checkpoint.manifest.backend[-1] == "3") in (("a longer partition", True), ("longer shards", False)):
+            pytest.skip("of no meaning at this stage")
+        reader.read("a.weight@master", 0, torch.empty(15))
+
+
+def test_a_missing_file_is_named(checkpoint):
+    names = {n: e for n, e in checkpoint.manifest.files.items() if "rank_2_mp_rank_00_optim" not in n}
+    manifest = checkpoint.manifest.model_copy(update={"files": names})
+    with pytest.raises(CheckpointError, match=r"no mp_rank_00_optim_states\.pt of rank 2 among DeepSpeed's files"):
+        Checkpoint(checkpoint.folder, manifest, checkpoint.state).tensors()
+
+
+class Executes:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("content", [Executes(), [torch.ones(2), {"a": Path("x")}], pytest.approx(1)])
+def test_a_file_that_would_execute_something_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"optimizer_state_dict": content}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt holds an object of .*, and is not read, since"):
+        read_file(tmp_path / "x.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_is_allowed_does_not_stay_allowed_and_is_not_executed(tmp_path):
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    torch.save({"a": DynamicLossScaler(2.0, 2.0, 10, 1.0, 1, False)}, tmp_path / "x.pt")
+    before = torch.serialization.get_safe_globals()
+    assert type(read_file(tmp_path / "x.pt")["a"]).__module__.startswith("grass_dist.")
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"PK\x03\x04" + bytes(100)])
+def test_a_file_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.pt cannot be read|x\.pt holds something else"):
+        read_file(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, "a", torch.ones(2), torch.ones(99, dtype=torch.float64), torch.ones(1).expand(99)]
+)
+def test_another_thing_in_the_place_of_a_tensor_is_refused(checkpoint, wrong):
+    file = checkpoint.folder / "deepspeed/state/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = torch.load(file, weights_only=False)
+    optimizer = content["optimizer_state_dict"]
+    (optimizer.get("fp32_flat_groups") or optimizer["single_partition_of_fp32_groups"])[0] = wrong
+    torch.save(content, file)
+    with pytest.raises(
+        CheckpointError, match=r"optim_states\.pt does not hold optimizer_state_dict/.*/0 as state\.json"
+    ):
+        checkpoint.tensors().read("a.weight@master", 0, torch.empty(15))
+
+
+# --- converting
+
+
+def test_a_converted_checkpoint_holds_the_same_in_files_of_the_usual_size(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp, "FILE_BYTES", 100)
+    at_once: list[int] = []
+    stock = DeepSpeedReader.read_data
+    monkeypatch.setattr(
+        DeepSpeedReader, "read_data", lambda self, *args: at_once.append(len(args[0].items)) or stock(self, *args)
+    )
+    made = open_checkpoint(to_dcp(checkpoint.folder, tmp_path / "out"))
+    assert len(at_once) == len(checkpoint.tensors().tensors)  # each tensor by itself, when its file is written
+    assert made.manifest.kind == "dcp" and made.manifest.world_size == WORLD and made.folder.name == "step-000004"
+    found, wanted = contents(made.tensors()), contents(checkpoint.tensors())
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
+    assert made.state == checkpoint.state.model_copy(update={"deepspeed": None})
+    assert len([name for name in made.manifest.files if name.startswith("tensors/")]) > 3
+    assert (made.folder / "model/config.json").read_text() == '{"hidden_size": 3}'
+
+
+def test_converting_leaves_nothing_where_it_fails_and_overwrites_nothing(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="exists already"):
+        to_dcp(checkpoint.folder, checkpoint.folder.parent)
+    made = to_dcp(checkpoint.folder, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is in that format already"):
+        to_dcp(made, tmp_path / "other")
+    monkeypatch.setattr(DeepSpeedReader, "read_data", lambda *_: 1 / 0)
+    with pytest.raises(CheckpointError, match="division by zero"):
+        to_dcp(checkpoint.folder, tmp_path / "third")
+    assert list((tmp_path / "third").iterdir()) == []

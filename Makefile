@@ -43,7 +43,7 @@ lint: setup
 	$(BIN)/pyright
 
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 integration: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests

@@ -86,8 +86,8 @@ class Fsdp2Backend(HookedBackend):
                 continue
             if placed != Shard(0):
                 raise UnsupportedModel(
-                    f"A checkpoint holds runs of consecutive entries, and a parameter of shape {tuple(tensor.shape)} is "
-                    f"placed as {placed}: call fully_shard without shard_placement_fn."
+                    "A checkpoint holds runs of consecutive entries, and a parameter of shape "
+                    f"{tuple(tensor.shape)} is placed as {placed}: call fully_shard without shard_placement_fn."
                 )
             chunk = -(-rows // size)
             skipped = min(coordinate * chunk, rows)

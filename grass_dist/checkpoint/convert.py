@@ -22,8 +22,8 @@ from grass_dist.errors import CheckpointError
 def to_dcp(source: Path, out: Path) -> Path:
     """Writes what ``source``, of kind "deepspeed", holds as a checkpoint of kind "dcp" below the folder ``out``.
 
-    Takes about twice the bytes of one file (`dcp.FILE_BYTES`, or the largest tensor) in memory. The checkpoint is
-    for the same ranks as the source to go on from to the bit, and for any others.
+    Takes about four times the bytes of one file (`dcp.FILE_BYTES`, or the largest tensor) in memory. As many ranks as
+    saved the source go on from the checkpoint to the bit, and any others can load it.
 
     Raises:
         CheckpointError: the source is damaged or of kind "dcp", there is such a checkpoint already, or writing fails;

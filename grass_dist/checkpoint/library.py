@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from grass_dist.agreement import say
 from grass_dist.backends.base import world
@@ -12,6 +12,13 @@ from grass_dist.checkpoint.loading import load, newest_good, open_checkpoint
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.errors import CheckpointError
+
+
+@runtime_checkable
+class SupportsHoldings(Protocol):
+    """A `GrassOptimizer`, which this module cannot import."""
+
+    def holdings(self) -> Holdings: ...
 
 
 def save_checkpoint(
@@ -68,8 +75,8 @@ def load_checkpoint(folder: str | Path, optimizer: Any) -> tuple[int, dict[str, 
 
 
 def _holdings(optimizer: Any) -> Holdings:
-    if callable(own := getattr(optimizer, "holdings", None)):
-        return own()
+    if isinstance(optimizer, SupportsHoldings):
+        return optimizer.holdings()
     if hasattr(optimizer, "grass") and hasattr(optimizer, "module"):
         from grass_dist.checkpoint.zero_run import ZeroHoldings
 

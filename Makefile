@@ -19,7 +19,7 @@ LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)
 endif
 ARGS ?=
 
-.PHONY: setup demo test lint unit integration soak bench clean
+.PHONY: setup demo test lint unit integration long soak bench clean
 
 setup: $(VENV)/.installed
 
@@ -46,7 +46,11 @@ unit: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 integration: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m "not long"
+
+# What make test leaves out for its time: more ranks and backends of the same checks.
+long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m long
 
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.soak_offload --minutes 20

@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("setting", "moment", "share", "rank", "elastic"),
     [
-        (INTERVAL, "probe", 0.7, 1, False),
+        pytest.param(INTERVAL, "probe", 0.7, 1, False, marks=pytest.mark.long),
         (INTERVAL, "save: a tensor file half written", 0.5, 0, False),
         (INTERVAL, "save: between manifest and rename", 0.7, 0, False),
         (STREAM, "eviction", 0.6, 1, False),

@@ -91,7 +91,11 @@ def test_auto_goes_back_to_the_newest_good_one_and_says_so(config, whole):
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(4, ["parallel.replicate=2"]), (1, ["parallel=single"]), (2, ["parallel=ddp", "grass.offload.mode=stream"])],
+    [
+        pytest.param(4, ["parallel.replicate=2"], marks=pytest.mark.long),
+        (1, ["parallel=single"]),
+        (2, ["parallel=ddp", "grass.offload.mode=stream"]),
+    ],
     ids=["hsdp on 4", "one process", "ddp"],
 )
 def test_it_goes_on_on_other_ranks(config, whole, ranks, overrides):

@@ -76,6 +76,7 @@ def test_a_run_that_lost_its_measurements_draws_other_layers(exact):
     assert [told["without measurements"] for told in exact] == [[], []]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*LEGS, *ALONE])
 def test_other_ranks_and_other_backends_go_on_with_the_same_draws(legs, reference, name):
     params, drawn = reference
@@ -86,6 +87,7 @@ def test_other_ranks_and_other_backends_go_on_with_the_same_draws(legs, referenc
     assert difference(legs[name]["params"], params[end]) <= BOUND
 
 
+@pytest.mark.long
 def test_what_was_moved_is_the_same_to_the_bit(legs):
     assert set(legs["padded"]) == OF_RANKS
     assert not [key for key in legs["bf16"] if key != "groups"]  # which say how each optimizer computes, too

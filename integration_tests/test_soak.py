@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from integration_tests.soak_offload import BACKENDS, drawn, main
 
 FIRST = 2300
 """Of numbers whose settings differ in all that is asked for below."""
 
 
+@pytest.mark.long
 def test_states_that_move_are_those_that_stay():
     assert main(["--first", str(FIRST), "--trainings", str(len(BACKENDS)), "--minutes", "4"]) == 0
 

@@ -43,7 +43,8 @@ lint: setup
 	$(BIN)/pyright
 
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
+	at=$$(mktemp -d /tmp/t.XXXX) && trap "rm -rf $$at" EXIT && \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --basetemp=$$at/t
 
 integration: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m "not long"

@@ -280,7 +280,7 @@ CLAIMS = {
     "unknown keys": put_manifest((), {"format": files.FORMAT, "version": 1} | NAMES),
     "unknown keys of the method": put_state(("engine",), NAMES),
     "wrong groups": put_state(("groups",), [None] * 500_000),
-    "many groups": put_state(("groups",), [{}] * 500_000),
+    "many groups": put_state(("groups",), [{}] * 200_000),
     "a deep configuration": put_state(("run", "config"), chain(600, 6000)),
 }
 """Small for what they are, if each wrong thing in them took its kilobyte."""

@@ -180,7 +180,7 @@ def test_many_wrong_things_take_no_more_than_one(good: Path, loading: Loading, t
     tracemalloc.start()
     try:
         assert loading.run(folder) or loading(folder)
-        assert tracemalloc.get_traced_memory()[1] < 200e6
+        assert tracemalloc.get_traced_memory()[1] < 100e6
     finally:
         tracemalloc.stop()
 

@@ -195,8 +195,7 @@ def _check_fits(checkpoint: Checkpoint, holdings: Holdings, described: Mapping[s
     _check_groups(where, state.groups, described["groups"])
     _check_engine(where, state, described["engine"], holdings.active, holdings.unit_names())
     _check_units(where, state.units, manifest)
-    if (check := getattr(holdings, "check", None)) is not None:
-        check(state.engine.model_dump(), state.groups, state.units)
+    holdings.check(state.engine.model_dump(), state.groups, state.units)
 
 
 def _check_groups(where: Path, saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, Any]]) -> None:

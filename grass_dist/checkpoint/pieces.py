@@ -99,6 +99,12 @@ class Holdings(Protocol):
         for the measurements in "engine"."""
         ...
 
+    def check(
+        self, engine: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], units: Mapping[str, Entries]
+    ) -> None:
+        """Raises a `CheckpointError` if this run could not go on from what a checkpoint says. Changes nothing."""
+        ...
+
     def restore(self, saved: Mapping[str, Any], units: Mapping[str, Entries], read: Read) -> None:
         """Takes over what `describe` gave, and the states that ``read`` gives of ``units``; the weights have been
         loaded. Called on every rank."""

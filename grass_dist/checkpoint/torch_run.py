@@ -85,27 +85,16 @@ class TorchHoldings:
         Raises:
             CheckpointError: the method is not at such a point then, or an optimizer cannot take a step from its state.
         """
-        self._check_clock(engine)
+        check_clock(self._grass, engine)
         merged = [{**own, **_like(own, saved)} for own, saved in zip(self._groups, groups, strict=True)]
         group_of = {id(param): index for index, own in enumerate(self._groups) for param in own["params"]}
         tried = set()  # most parameters of a layer have the same
         for optimizer in self._optimizers if all(o.shards for o in self._optimizers) else ():
             for name, param in optimizer.unit.params:
-                index, state = group_of[id(param)], units.get(optimizer.unit.name, {}).get(fqn(name), {})
+                index, state = group_of[id(param)], units.get(fqn(optimizer.unit.name), {}).get(fqn(name), {})
                 if (found := (index, param.dtype, json.dumps(state))) not in tried:
                     tried.add(found)
                     _try_step(optimizer, {**merged[index]}, param, state)
-
-    def _check_clock(self, engine: Mapping[str, Any]) -> None:
-        schedule, step, waiting = self._grass.schedule, engine["step"], engine["next"]
-        trains = len(self._grass.layers) if schedule.phase(step) == "probe" else self.active
-        if any(len(layers) != trains for layers in (engine["active_layers"], *engine["measured"]["layers"])):
-            raise CheckpointError(f"The checkpoint's method is not where this run's is after {step} steps.")
-        due = step + schedule.steps_to_switch(step), schedule.round(step) + 1
-        if waiting and ((waiting["step"], waiting["round"]) != due or len(waiting["active_layers"]) != self.active):
-            raise CheckpointError(
-                f"The checkpoint has drawn layers that this run does not switch to after step {step}."
-            )
 
     def restore(self, saved: Mapping[str, Any], units: Mapping[str, Entries], read: Read) -> None:
         for group, other in zip(self._groups, saved["groups"], strict=True):
@@ -174,3 +163,21 @@ def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Paramet
             f"The state of {optimizer.name} in the checkpoint, or its parameter group, is none that this run's "
             f"optimizer can go on from ({type(error).__name__}: {printable(error)[:150]})."
         ) from None
+
+
+def check_clock(grass: GrassEngine, saved: Mapping[str, Any]) -> None:
+    """Compares where the method was with what this run's schedule says of that step.
+
+    Args:
+        saved: the engine's state.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    schedule, step, waiting, active = grass.schedule, saved["step"], saved["next"], grass.config.active_layers
+    trains = len(grass.layers) if schedule.phase(step) == "probe" else active
+    if any(len(layers) != trains for layers in (saved["active_layers"], *saved["measured"]["layers"])):
+        raise CheckpointError(f"The checkpoint's method is not where this run's is after {step} steps.")
+    due = step + schedule.steps_to_switch(step), schedule.round(step) + 1
+    if waiting and ((waiting["step"], waiting["round"]) != due or len(waiting["active_layers"]) != active):
+        raise CheckpointError(f"The checkpoint has drawn layers that this run does not switch to after step {step}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import FailFast, Field
@@ -19,7 +19,7 @@ from grass_dist.checkpoint.files import Stored, printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
 from grass_dist.checkpoint.saving import together
-from grass_dist.checkpoint.torch_run import HOW, TorchHoldings
+from grass_dist.checkpoint.torch_run import HOW, check_clock
 from grass_dist.errors import CheckpointError
 from grass_dist.optimizer import step_over
 
@@ -126,7 +126,7 @@ class ZeroHoldings:
         Raises:
             CheckpointError: the method is not at such a point then, or the optimizer cannot take a step from a state.
         """
-        TorchHoldings._check_clock(cast(TorchHoldings, self), engine)
+        check_clock(self._grass, engine)
         for group in self._zero.every:
             entries = units.get(fqn(group.unit.name), {})
             states = [state for param in group.params if (state := entries.get(self._names[param]))]

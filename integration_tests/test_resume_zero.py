@@ -25,7 +25,7 @@ from integration_tests.resume_zero_elsewhere import (
     on_two_ranks,
 )
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = [pytest.mark.timeout(420), pytest.mark.long]  # test_program_convert.py has a part of it
 BOUND = 1e-6
 
 
@@ -76,7 +76,6 @@ def test_a_run_that_lost_its_measurements_draws_other_layers(exact):
     assert [told["without measurements"] for told in exact] == [[], []]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", [*LEGS, *ALONE])
 def test_other_ranks_and_other_backends_go_on_with_the_same_draws(legs, reference, name):
     params, drawn = reference
@@ -87,7 +86,6 @@ def test_other_ranks_and_other_backends_go_on_with_the_same_draws(legs, referenc
     assert difference(legs[name]["params"], params[end]) <= BOUND
 
 
-@pytest.mark.long
 def test_what_was_moved_is_the_same_to_the_bit(legs):
     assert set(legs["padded"]) == OF_RANKS
     assert not [key for key in legs["bf16"] if key != "groups"]  # which say how each optimizer computes, too

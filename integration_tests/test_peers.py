@@ -37,6 +37,7 @@ def check_said(ended: Ended, message: str, within: float) -> None:
     assert ended.seconds < within
 
 
+@pytest.mark.long
 def test_healthy_ranks_end_quietly(tmp_path):
     for ended in play(Scene(3, timeout=30), tmp_path, within=40):
         assert ended.code == 0 and ended.err == "", ended.err
@@ -64,6 +65,7 @@ def test_a_rank_that_keeps_the_store_is_named_when_it_is_stopped(tmp_path):
         check_said(ended[rank], rf"{REDUCTION} did not end within 5 s: {said}", within=20)
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_with_the_store_is_named(tmp_path):
     ended = play(Scene(3, victim=0, blow=signal.SIGKILL, timeout=60), tmp_path, within=40)
     said = rf"rank 0 \(on host {HOST}\), which keeps the store of all ranks, does not answer\. {ADVICE}"
@@ -71,6 +73,7 @@ def test_a_rank_that_is_killed_with_the_store_is_named(tmp_path):
         check_said(ended[rank], rf"{REDUCTION} failed: {said}", within=20)
 
 
+@pytest.mark.long
 def test_a_rank_that_is_stuck_elsewhere_is_named_with_what_it_does(tmp_path):
     ended = play(Scene(3, victim=1), tmp_path, within=40)
     said = rf"rank 1 \(on host {HOST}\) was still at reading the data of step 2\. {ADVICE}"

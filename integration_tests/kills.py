@@ -122,7 +122,7 @@ class Runs:
 
     def __init__(self, folder: Path, steps: int = STEPS) -> None:
         self.folder, self.steps = folder, steps
-        model = make_model(folder / "model")
+        model = make_model(folder / "model")  # makes the folder
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
         self.config = make_config(folder, model, make_data(folder / "data.jsonl"))
@@ -280,10 +280,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder, kept afterwards with all files of the runs")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without the ends of what has been started
     wrong, began = 0, time.monotonic()
     with contextlib.ExitStack() as stack:
-        if args.keep:
-            args.keep.mkdir(parents=True)
         runs = Runs(args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills"))))
         for number in range(args.first, args.first + args.kills):
             case, started = drawn(runs, args.seed, number), time.monotonic()

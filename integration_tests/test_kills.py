@@ -8,7 +8,7 @@ from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, play
 
 pytestmark = pytest.mark.timeout(300)
 
-STEPS = 14
+STEPS = 12
 INTERVAL, STREAM = SETTINGS[:2]
 """Both save in the background."""
 

@@ -89,6 +89,26 @@ def test_auto_goes_back_to_the_newest_good_one_and_says_so(config, whole):
     assert weights_of(run) == weights_of(whole)
 
 
+def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_aside(config, whole):
+    run = copy_of(whole, "older")
+    older = str(run / "checkpoints" / "step-000003")
+    few = ["name=older", "train.checkpoint.every=4", "train.checkpoint.keep=1"]
+    ended = run_program([["--config", str(config), "--resume", older, *few]] * 2)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["left-at-3.step-000006", "step-000008"]
+    assert weights_of(run) == weights_of(whole)
+
+
+def test_auto_does_not_throw_away_checkpoints_of_which_none_is_good(config, whole):
+    run = copy_of(whole, "none-good")
+    for path in (run / "checkpoints").iterdir():
+        (path / "state.json").write_text("{}")
+    ended = run_program([["--config", str(config), "name=none-good", "--resume", "auto"]] * 2)
+    assert [rank.code for rank in ended] == [1, 1]
+    assert "error: None of the checkpoints in" in ended[0].err and len(list((run / "checkpoints").iterdir())) == 2
+    assert len(events(run, "step")) == 10
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [

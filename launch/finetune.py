@@ -152,7 +152,7 @@ def finetune(config: RunConfig, world: World, resume: str | None) -> int | None:
             log.saved(saved)
 
     add_model = partial(write_model_files, settings, tokenizer)
-    checkpoints = Checkpoints(config, world, run, folder, add_model, tell)
+    checkpoints = Checkpoints(config, world, run, folder, add_model, tell, start.step)
     loop = Loop(config, world, run, data, tokenizer.pad_token_id, reporter, log, checkpoints, state)
     began = time.perf_counter()
     with reporter:

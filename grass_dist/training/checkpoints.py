@@ -64,7 +64,14 @@ def find_checkpoint(
     if resume is None:
         return None
     if resume == "auto":
-        return newest_good(Path(config.output_dir) / config.name / FOLDER, ranks, say)
+        parent = Path(config.output_dir) / config.name / FOLDER
+        found = newest_good(parent, ranks, say)
+        if found is None and world.together(lambda: bool(files.checkpoints_in(parent)) if world.is_main else False):
+            error = "would begin anew and throw them away; look at them, or set overwrite=true without --resume"
+            raise CheckpointError(
+                f"None of the checkpoints in {parent} is good, and --resume auto {error}."
+            ).everywhere()
+        return found
     path = Path(resume)
     if not (path / FOLDER).is_dir():
         return open_checkpoint(path, ranks)
@@ -147,6 +154,7 @@ class Checkpoints:
         folder: of the run.
         add_model: writes what a Hugging Face folder has besides the weights.
         tell: called on the main rank with each outcome.
+        start_step: that the run begins with.
     """
 
     def __init__(
@@ -157,6 +165,7 @@ class Checkpoints:
         folder: Path,
         add_model: Callable[[Path], None],
         tell: Callable[[Saved], None],
+        start_step: int = 0,
     ) -> None:
         settings = config.train.checkpoint
         self._settings, self._world, self._tell = settings, world, tell
@@ -164,7 +173,7 @@ class Checkpoints:
         if settings is None:
             return
         if world.is_main:
-            _sweep(folder / FOLDER)
+            _sweep(folder / FOLDER, start_step)
         take = run.snapshot(settings.format)
         self._saver = Saver(
             folder / FOLDER,
@@ -212,8 +221,17 @@ class Checkpoints:
             raise outcome.error.everywhere()
 
 
-def _sweep(parent: Path) -> None:
-    """Removes what saves and removals have left that were killed: maybe no other save follows."""
+def _sweep(parent: Path, start_step: int) -> None:
+    """Removes what saves and removals have left that were killed: maybe no other save follows.
+
+    Checkpoints of later steps than the run begins with are those of another course, or damaged: left in their place
+    they would be taken for the newest. They are set aside under another name.
+    """
+    for path in files.checkpoints_in(parent):
+        if (files.step_of(path) or 0) > start_step:
+            aside = path.with_name(f"left-at-{start_step}.{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
     for path in (*parent.glob(".step-*.writing"), *parent.glob(".step-*.removing")):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -30,6 +30,7 @@ from offload_runs import Run, add_arguments, random_ids
 
 from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
+from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.checkpoint.saving import Saved, Saver, take_snapshot
@@ -68,7 +69,7 @@ def measure(args: argparse.Namespace, world: World, folder: Path) -> dict[str, A
                 took[name].append(seconds)
                 if name in savers:
                     saves[name].append(saved)
-    newest = files.checkpoints_in(folder / TURNS[1])[0]
+    newest = checkpoints_in(folder / TURNS[1])[0]
     began = time.perf_counter()
     load(open_checkpoint(newest, ranks), holdings)
     told = {name: _told(took, saves[name], name, args.steps, world) for name in savers}

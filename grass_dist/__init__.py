@@ -1,7 +1,7 @@
 """Full-weight fine-tuning at the memory of LoRA: GRASS layer sampling over DeepSpeed ZeRO, FSDP2, HSDP and DDP."""
 
 from grass_dist.api import GrassOptimizer
-from grass_dist.checkpoint.library import load_checkpoint, save_checkpoint
+from grass_dist.checkpoint.api import load_checkpoint, save_checkpoint
 from grass_dist.config import GrassConfig
 from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, UnsupportedModel
 from grass_dist.events import Refreshed, Sampled

@@ -110,8 +110,12 @@ class UnitOptimizer:
             self._kept |= {(position, key): dtype for key, _, dtype in entries}
         return fields
 
+    def fresh(self, groups: list[dict[str, Any]], **changed: Any) -> torch.optim.Optimizer:
+        """Another optimizer of the class over ``groups``, with the same arguments but those that are ``changed``."""
+        return self._class(groups, **{**self._kwargs, **changed})
+
     def _step_once(self, groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
-        optimizer = self._class(groups, **self._kwargs)
+        optimizer = self.fresh(groups)
         optimizer.step()
         return optimizer.state
 

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from grass_dist.checkpoint import files
+from grass_dist.checkpoint.folders import checkpoints_in, step_of
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.errors import CheckpointError
 from integration_tests.mortal import RANKS, Ended, start, start_elastic
@@ -181,10 +182,10 @@ def play(runs: Runs, case: Case) -> list[str]:
         found = killed(start(arguments, case.death.environment(marker), out / "first"), case.death)
         if case.again is not None:
             found += killed_again(runs, case, case.again)
-        saved = files.checkpoints_in(run / "checkpoints")
+        saved = checkpoints_in(run / "checkpoints")
         ended = start(arguments, {}, out / "last")
         found += [f"rank {r} then ended with {e.code}: {e.err[-600:]}" for r, e in enumerate(ended) if e.code != 0]
-        if saved and f"step {files.step_of(saved[0])}: goes on from" not in ended[0].out:
+        if saved and f"step {step_of(saved[0])}: goes on from" not in ended[0].out:
             found.append(f"it did not go on from {saved[0].name}")
     if not marker.exists():
         found.append("the kill never happened")
@@ -209,7 +210,7 @@ def killed(ended: Sequence[Ended], death: Death) -> list[str]:
 
 def killed_again(runs: Runs, case: Case, draw: float) -> list[str]:
     """A second death, of the run that goes on: soon, at a moment that it will certainly pass."""
-    saved = files.checkpoints_in(runs.run_folder(case.name) / "checkpoints")
+    saved = checkpoints_in(runs.run_folder(case.name) / "checkpoints")
     able = [d for d in AGAIN if saved or not d.moment.startswith("resume")]
     death = able[int(draw * len(able))]
     marker, out = runs.folder / f"{case.name}.died-again", runs.folder / f"{case.name}.out" / "second"
@@ -221,7 +222,7 @@ def differences(run: Path, wanted: Path) -> list[str]:
     if not (run / "model" / "model.safetensors").exists():
         return ["there is no model"]
     found = [f"the weights differ: {odd}" for odd in [_odd_tensors(run / "model", wanted / "model")] if odd]
-    saved, expected = ([p.name for p in files.checkpoints_in(at / "checkpoints")] for at in (run, wanted))
+    saved, expected = ([p.name for p in checkpoints_in(at / "checkpoints")] for at in (run, wanted))
     if saved != expected:
         found.append(f"its checkpoints are {saved} and not {expected}")
     for name in set(saved) & set(expected):

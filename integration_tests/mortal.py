@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from grass_dist import engine
 from grass_dist.backends.base import HookedBackend, Ranks
 from grass_dist.backends.ddp import DdpBackend
-from grass_dist.checkpoint import files, saving
+from grass_dist.checkpoint import files, folders, saving
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.pieces import Piece
 from grass_dist.offload.moving import IntervalStates
@@ -162,7 +162,7 @@ def _in_commits(fate: Fate) -> None:
             fate.die()
         shutil.rmtree(path, **options)
 
-    files.shutil = SimpleNamespace(rmtree=remove)
+    folders.shutil = SimpleNamespace(rmtree=remove)
 
 
 def _around_the_steps(fate: Fate) -> None:

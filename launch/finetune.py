@@ -40,6 +40,7 @@ from grass_dist.training.checkpoints import (
     check_settings,
     find_checkpoint,
     position_of,
+    record_of,
     resume_run,
 )
 from grass_dist.training.config import RunConfig
@@ -122,10 +123,9 @@ def finetune(config: RunConfig, world: World, resume: str | None) -> int | None:
     # All input is good: now may files go.
     world.together(lambda: make_run_folder(config, resume=resume, going_on=going_on) if world.is_main else None)
     about = _about(config, world, parallel.name, layers, data, model)
-    before = checkpoint.state.run if checkpoint else {}
-    keep = before.get("record", 0) if going_on else 0
+    record, answer = record_of(checkpoint) if checkpoint else (0, None)
+    keep = record if going_on else 0
     log = world.together(lambda: MetricsLog(folder, about, keep=keep, step=start.step) if world.is_main else None)
-    answer = before.get("answer")
     if checkpoint is None:
         answer = world.together(partial(_answer_before, config, parallel, model, data, tokenizer, world))
 

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import PieceSavePlanner, TensorReader, file_numbers
+from grass_dist.checkpoint.folders import folder_name
 from grass_dist.checkpoint.loading import Checkpoint, open_checkpoint
 from grass_dist.checkpoint.pieces import Piece
 from grass_dist.checkpoint.saving import sentence
@@ -32,7 +33,7 @@ def to_dcp(source: Path, out: Path) -> Path:
     checkpoint = open_checkpoint(source)
     if checkpoint.manifest.kind == "dcp":
         raise CheckpointError(f"{source} is in that format already.")
-    final = out / files.folder_name(checkpoint.step)
+    final = out / folder_name(checkpoint.step)
     if final.exists():
         raise CheckpointError(f"{final} exists already; give another folder.")
     writing = out / f".{final.name}.writing"

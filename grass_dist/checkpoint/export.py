@@ -17,12 +17,12 @@ import torch
 
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
+from grass_dist.checkpoint.folders import CHECKPOINTS, checkpoints_in, step_of
 from grass_dist.checkpoint.loading import Checkpoint, newest_good, open_checkpoint
 from grass_dist.checkpoint.pieces import dtype_name
 from grass_dist.checkpoint.saving import sentence
 from grass_dist.errors import CheckpointError, GrassError
 
-CHECKPOINTS = "checkpoints"  # in a run's folder
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
@@ -58,10 +58,10 @@ def folders_of(run: Path) -> list[Path]:
     """
     parent = run / CHECKPOINTS
     if not parent.is_dir():
-        if run.is_dir() and files.step_of(run) is None and not (run / files.MANIFEST).exists():
+        if run.is_dir() and step_of(run) is None and not (run / files.MANIFEST).exists():
             raise CheckpointError(f"{run} has no folder {CHECKPOINTS} and is no checkpoint: there is nothing to read.")
         return [run]
-    found = files.checkpoints_in(parent)
+    found = checkpoints_in(parent)
     if link := next((path for path in (parent, *found) if path.is_symlink()), None):
         raise CheckpointError(f"{link} is a link, and a run's are not followed; give the checkpoint's own folder.")
     if not found:
@@ -84,7 +84,7 @@ def find_checkpoint(run: Path, step: int | None, tell: Callable[[str], None]) ->
         if (good := newest_good(run / CHECKPOINTS, tell=tell)) is None:
             raise CheckpointError(f"{run}: none of its checkpoints is good.")
         return good
-    wanted = [folder for folder in folders if step in (None, files.step_of(folder))]
+    wanted = [folder for folder in folders if step in (None, step_of(folder))]
     if not wanted:
         there = ", ".join(folder.name for folder in folders)
         raise CheckpointError(f"{run} has no checkpoint of step {step}; there is {there:.200}.")

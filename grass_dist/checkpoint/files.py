@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
+from grass_dist.checkpoint import folders
 from grass_dist.config import StrictModel
 from grass_dist.errors import CheckpointError, GrassError
 
 FORMAT, VERSION = "grass_dist checkpoint", 1
 MANIFEST, STATE, TENSORS, DEEPSPEED, MODEL = "checkpoint.json", "state.json", "tensors", "deepspeed", "model"
 LARGEST_JSON = 64 * 2**20
-_FOLDER = re.compile(r"step-(\d{6,12})")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
@@ -97,16 +96,6 @@ class Manifest(Stored):
     weights: Annotated[dict[str, TensorEntry], up_to_a_wrong_one(_can_be(TensorEntry))]
     files: Annotated[dict[str, FileEntry], up_to_a_wrong_one(_can_be(FileEntry))]
     """Every other file, by its path in the folder."""
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint's folder; None if it is none by its name."""
-    found = _FOLDER.fullmatch(folder.name)
-    return int(found[1]) if found else None
 
 
 def digest(file: Path) -> FileEntry:
@@ -191,11 +180,12 @@ def commit(writing: Path, manifest: Manifest) -> Path:
     write_json(writing / MANIFEST, {**body, "digest": _digest_of(body)})
     for path in (*writing.rglob("*"), writing):  # files that others have written, too
         sync_folder(path)
-    final = writing.with_name(folder_name(manifest.step))
+    final = writing.with_name(folders.folder_name(manifest.step))
     if final.exists():
-        shutil.rmtree(final)
+        folders.put_away(final)
     writing.rename(final)
     sync_folder(final.parent)
+    folders.clear(final.parent)
     return final
 
 
@@ -249,24 +239,6 @@ def verify(folder: Path, manifest: Manifest, part: tuple[int, int] = (0, 1)) -> 
             raise CheckpointError(f"{folder / name} cannot be read: {error.strerror or error}.") from None
         if found != manifest.files[name]:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not that of the file that was written.")
-
-
-def checkpoints_in(parent: Path) -> list[Path]:
-    """Folders of checkpoints by their names, the newest first."""
-    if not parent.is_dir():
-        return []
-    found = [(step, path) for path in parent.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def prune(parent: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, the oldest first, and what unfinished saves have left."""
-    for path in reversed(checkpoints_in(parent)[keep:]):
-        gone = path.with_name(f".{path.name}.removing")
-        path.rename(gone)  # or half a checkpoint would keep its name
-        shutil.rmtree(gone)
-    for path in parent.glob(".step-*.removing"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def total_bytes(manifest: Manifest, names: Iterable[str] | None = None) -> int:

@@ -17,7 +17,8 @@ import numpy as np
 from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.export import folders_of, numel_of
-from grass_dist.checkpoint.loading import Checkpoint, EngineState, _read_state, open_checkpoint
+from grass_dist.checkpoint.folders import step_of
+from grass_dist.checkpoint.loading import Checkpoint, EngineState, open_checkpoint, read_state
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import Entries, decode
 from grass_dist.checkpoint.saving import together
@@ -61,7 +62,7 @@ def inspect_run(run: Path, *, fast: bool = False) -> dict[str, Any]:
 
 
 def _look(folder: Path, fast: bool) -> tuple[dict[str, Any], Checkpoint | None]:
-    row: dict[str, Any] = {"folder": str(folder), "step": files.step_of(folder)}
+    row: dict[str, Any] = {"folder": str(folder), "step": step_of(folder)}
     row |= dict.fromkeys(("saved", "ranks", "backend", "format", "bytes"))
     try:
         manifest = together(Ranks(), lambda: files.read_manifest(folder))
@@ -76,7 +77,7 @@ def _look(folder: Path, fast: bool) -> tuple[dict[str, Any], Checkpoint | None]:
 
 def _open_fast(folder: Path, manifest: files.Manifest) -> Checkpoint:
     files.verify(folder, manifest, (len(manifest.files), 1))  # names and sizes of all files, the content of none
-    return Checkpoint(folder, manifest, _read_state(folder, manifest))
+    return Checkpoint(folder, manifest, read_state(folder, manifest))
 
 
 def describe(checkpoint: Checkpoint, run: Path) -> dict[str, Any]:

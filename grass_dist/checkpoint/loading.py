@@ -15,6 +15,7 @@ from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader, open_tensors
 from grass_dist.checkpoint.files import Stored, up_to_a_wrong_one
+from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
 from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
 from grass_dist.checkpoint.saving import together
@@ -107,12 +108,12 @@ def open_checkpoint(folder: Path, ranks: Ranks | None = None) -> Checkpoint:
     def check() -> Checkpoint:
         manifest = files.read_manifest(folder)
         files.verify(folder, manifest, (ranks.rank, ranks.world_size))
-        return Checkpoint(folder, manifest, _read_state(folder, manifest))
+        return Checkpoint(folder, manifest, read_state(folder, manifest))
 
     return together(ranks, check)
 
 
-def _read_state(folder: Path, manifest: files.Manifest) -> State:
+def read_state(folder: Path, manifest: files.Manifest) -> State:
     if files.STATE not in manifest.files:
         raise CheckpointError(f"{folder} has no {files.STATE}.")
     return files.parse(State, files.read_json(folder / files.STATE), folder / files.STATE)
@@ -127,7 +128,7 @@ def newest_good(
         tell: called with what is wrong with each newer one.
     """
     ranks = ranks or Ranks()
-    folders = together(ranks, lambda: files.checkpoints_in(parent) if ranks.rank == 0 else None)
+    folders = together(ranks, lambda: checkpoints_in(parent) if ranks.rank == 0 else None)
     for folder in ranks.gather_objects(folders)[0] or []:  # type: ignore[attr-defined]
         try:
             return open_checkpoint(folder, ranks)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from grass_dist.backends.base import Ranks
-from grass_dist.checkpoint import files
+from grass_dist.checkpoint import files, folders
 from grass_dist.checkpoint.dcp import file_numbers, write
 from grass_dist.checkpoint.per_rank import per_rank_pieces
 from grass_dist.checkpoint.pieces import Holdings, Piece, dtype_name
@@ -124,7 +124,7 @@ def write_snapshot(
     Raises:
         CheckpointError: on every rank, if one fails.
     """
-    writing = parent / f".{files.folder_name(snapshot.step)}.writing"
+    writing = parent / f".{folders.folder_name(snapshot.step)}.writing"
     main = ranks.rank == 0
     try:
         together(ranks, lambda: _begin(writing, snapshot.kind) if main else None)
@@ -136,17 +136,21 @@ def write_snapshot(
         for found in ranks.gather_objects(mine):
             entries |= found  # type: ignore[operator]
         final = together(ranks, lambda: files.commit(writing, _manifest(snapshot, ranks, entries)) if main else None)
-        together(ranks, lambda: files.prune(parent, keep) if main else None)
-        return final or parent / files.folder_name(snapshot.step)
     except CheckpointError as error:
         if main:
             shutil.rmtree(writing, ignore_errors=True)
         raise CheckpointError(f"The checkpoint of step {snapshot.step} was not written: {error}") from error
+    try:
+        together(ranks, lambda: folders.prune(parent, keep) if main else None)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"The checkpoint of step {snapshot.step} is there, and older ones could not be removed: {error}"
+        ) from error
+    return final or parent / folders.folder_name(snapshot.step)
 
 
 def _begin(writing: Path, kind: str) -> None:
-    for unfinished in writing.parent.glob(".step-*.writing"):
-        shutil.rmtree(unfinished)
+    folders.clear(writing.parent, "writing")
     (writing / (files.TENSORS if kind == "dcp" else files.DEEPSPEED)).mkdir(parents=True)
 
 

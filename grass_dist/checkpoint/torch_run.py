@@ -153,8 +153,7 @@ def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Paramet
         made = {key: decode(entry) for key, entry in state.items() if key != MASTER}
         own = {k: torch.zeros(2, 3, dtype=v) if isinstance(v, torch.dtype) else v for k, v in made.items()}
         plain = {key: False for key in HOW if key in group}  # a stand-in is on the CPU
-        kwargs: dict[str, Any] = {key: plain.get(key, value) for key, value in optimizer._kwargs.items()}
-        stepped = optimizer._class([{**group, **plain, "params": [stand_in]}], **kwargs)
+        stepped = optimizer.fresh([{**group, **plain, "params": [stand_in]}], **plain)
         if own:
             stepped.state[stand_in] = own
         stepped.step()

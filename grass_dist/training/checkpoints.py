@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from grass_dist.backends.base import Ranks
-from grass_dist.checkpoint import files
+from grass_dist.checkpoint import files, folders
 from grass_dist.checkpoint.loading import Checkpoint, load, newest_good, open_checkpoint
 from grass_dist.checkpoint.saving import Saved, Saver
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
@@ -22,9 +21,6 @@ from grass_dist.training.config_file import flatten
 from grass_dist.training.parallel import Run
 from grass_dist.training.peers import of_collective
 from grass_dist.training.world import World
-
-FOLDER = "checkpoints"
-"""In a run's folder."""
 
 _FIXED = ("data.", "grass.", "train.global_batch_size", "train.seed")
 _FREE = (
@@ -64,18 +60,18 @@ def find_checkpoint(
     if resume is None:
         return None
     if resume == "auto":
-        parent = Path(config.output_dir) / config.name / FOLDER
+        parent = Path(config.output_dir) / config.name / folders.CHECKPOINTS
         found = newest_good(parent, ranks, say)
-        if found is None and world.together(lambda: bool(files.checkpoints_in(parent)) if world.is_main else False):
+        if found is None and world.together(lambda: bool(folders.checkpoints_in(parent)) if world.is_main else False):
             error = "would begin anew and throw them away; look at them, or set overwrite=true without --resume"
             raise CheckpointError(
                 f"None of the checkpoints in {parent} is good, and --resume auto {error}."
             ).everywhere()
         return found
     path = Path(resume)
-    if not (path / FOLDER).is_dir():
+    if not (path / folders.CHECKPOINTS).is_dir():
         return open_checkpoint(path, ranks)
-    found = newest_good(path / FOLDER, ranks, say)
+    found = newest_good(path / folders.CHECKPOINTS, ranks, say)
     if found is None:
         raise CheckpointError(f"--resume {resume}: none of its checkpoints is good.").everywhere()
     return found
@@ -132,6 +128,14 @@ def position_of(checkpoint: Checkpoint) -> Position:
     return Position(*numbers)  # type: ignore[arg-type]
 
 
+def record_of(checkpoint: Checkpoint) -> tuple[int, dict[str, Any] | None]:
+    """Bytes of metrics.jsonl when it was saved, and the answer of the model as it was loaded, if it says so."""
+    record, answer = (checkpoint.state.run.get(name) for name in ("record", "answer"))
+    if not isinstance(answer, dict) or not all(isinstance(answer.get(name), str) for name in ("prompt", "text")):
+        answer = None
+    return (record if isinstance(record, int) and record > 0 else 0), answer
+
+
 def resume_run(checkpoint: Checkpoint, run: Run, seed: int, world: World) -> bool:
     """Puts the checkpoint into ``run``. The groups' settings stay those of the configuration.
 
@@ -172,11 +176,10 @@ class Checkpoints:
         self._saver: Saver | None = None
         if settings is None:
             return
-        if world.is_main:
-            _sweep(folder / FOLDER, start_step)
+        world.together(lambda: folders.sweep(folder / folders.CHECKPOINTS, start_step) if world.is_main else None)
         take = run.snapshot(settings.format)
         self._saver = Saver(
-            folder / FOLDER,
+            folder / folders.CHECKPOINTS,
             Ranks(world.background),
             partial(take, Ranks(world.background)),
             keep=settings.keep,
@@ -219,21 +222,6 @@ class Checkpoints:
             if of_collective(outcome.error):  # a rank is lost, and each of the others says so for itself
                 raise outcome.error.__cause__ or outcome.error
             raise outcome.error.everywhere()
-
-
-def _sweep(parent: Path, start_step: int) -> None:
-    """Removes what saves and removals have left that were killed: maybe no other save follows.
-
-    Checkpoints of later steps than the run begins with are those of another course, or damaged: left in their place
-    they would be taken for the newest. They are set aside under another name.
-    """
-    for path in files.checkpoints_in(parent):
-        if (files.step_of(path) or 0) > start_step:
-            aside = path.with_name(f"left-at-{start_step}.{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-    for path in (*parent.glob(".step-*.writing"), *parent.glob(".step-*.removing")):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_bad_steps(bad_steps: int, config: RunConfig, step: int) -> None:

@@ -62,8 +62,8 @@ class MetricsLog:
         self.folder = folder
         (folder / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         file = folder / "metrics.jsonl"
-        if keep and file.exists() and file.stat().st_size >= keep:
-            os.truncate(file, keep)
+        if keep and file.exists():
+            os.truncate(file, min(keep, file.stat().st_size))
             self._file = file.open("a", encoding="utf-8", buffering=1)
         else:
             self._file = file.open("w", encoding="utf-8", buffering=1)

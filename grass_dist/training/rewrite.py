@@ -16,12 +16,12 @@ from typing import Any
 import torch.multiprocessing as mp
 
 from grass_dist.backends.base import Ranks
-from grass_dist.checkpoint import files
+from grass_dist.checkpoint import files, folders
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.checkpoint.saving import Saver
 from grass_dist.discovery import find_layers
 from grass_dist.errors import CheckpointError, GrassError
-from grass_dist.training.checkpoints import FOLDER, resume_run
+from grass_dist.training.checkpoints import resume_run
 from grass_dist.training.config import RunConfig
 from grass_dist.training.parallel import choose_parallelism
 from grass_dist.training.world import World
@@ -42,7 +42,7 @@ def to_deepspeed(source: Path, out: Path, *, ranks: int, ds_config: Path) -> Pat
     checkpoint = open_checkpoint(source)
     if not isinstance(checkpoint.state.run.get("config"), dict):
         raise CheckpointError(f"{source} was not saved by a fine-tune: it has no configuration.")
-    made = out / FOLDER / source.name
+    made = out / folders.CHECKPOINTS / source.name
     if made.exists():
         raise CheckpointError(f"{made} exists already; give another folder.")
     with socket.socket() as probe:
@@ -89,7 +89,7 @@ def _save(world: World, source: Path, out: Path, ds_config: str) -> None:
     def take(step: int, extra: Any, copy: Any) -> Any:
         return run.snapshot("deepspeed")(ranks, step, extra, copy)
 
-    saver = Saver(out / FOLDER, ranks, take, keep=10**9, background=False, add_files=add_files)
+    saver = Saver(out / folders.CHECKPOINTS, ranks, take, keep=10**9, background=False, add_files=add_files)
     saver.save(checkpoint.step, {**checkpoint.state.run, "config": config.model_dump(mode="json")})
     outcome = saver.outcome()
     assert outcome is not None

@@ -21,6 +21,8 @@ from integration_tests.ranks import SERVER, free_port
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
+AUTO = {"grass": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
+"""Of a DeepSpeed JSON whose settings are those of the YAML file."""
 WORDS = ["how", "many", "apples", "has", "ann", "bob", "plus", "is", *NUMBERS]
 
 

@@ -15,8 +15,6 @@ from integration_tests.program import (
     ROOT,
     check_refused,
     events,
-    make_config,
-    make_data,
     make_model,
     run_all,
     run_program,
@@ -26,16 +24,6 @@ pytestmark = pytest.mark.timeout(300)
 
 LAYER_STATE = 8 * 10304 // 2
 """Bytes of a layer's two moments in fp32, on one of two ranks: 4 × 32² + 3 × 32 × 64 + 2 × 32 parameters."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("program")
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,23 +9,13 @@ from typer.testing import CliRunner
 
 from grass_dist.checkpoint.files import read_manifest
 from grass_dist.cli import app
-from integration_tests.program import check_refused, events, make_config, make_data, make_model, run_all, run_program
+from integration_tests.program import check_refused, events, run_all, run_program
 
 pytestmark = pytest.mark.timeout(300)
 
-AUTO = {"grass": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
 SETTINGS = ["train.eps=1e-6", "train.checkpoint.every=3", "train.checkpoint.keep=5"]
 ZERO2 = ["parallel=deepspeed", "parallel.config=zero2.json", *SETTINGS]
 ZERO3 = ["parallel=deepspeed", "parallel.config=zero3.json", *SETTINGS]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("program")
-    for stage in (2, 3):
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-        (folder / f"zero{stage}.json").write_text(json.dumps({**AUTO, "zero_optimization": zero}))
-    return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))
 
 
 @pytest.fixture(scope="module")

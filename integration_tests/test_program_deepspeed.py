@@ -17,12 +17,10 @@ from grass_dist.training.config_file import load_config
 from grass_dist.training.run_deepspeed import DeepSpeed
 from grass_dist.training.world import World
 from integration_tests.program import (
+    AUTO,
     ROOT,
     check_refused,
     events,
-    make_config,
-    make_data,
-    make_model,
     run_all,
     run_program,
 )
@@ -30,18 +28,8 @@ from integration_tests.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 
-AUTO = {"grass": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
 SETTINGS = ["train.eps=1e-6"]  # a gradient near nothing else moves its weight by its rounding error
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("program")
-    for stage in (2, 3):
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-        (folder / f"zero{stage}.json").write_text(json.dumps({**AUTO, "zero_optimization": zero}))
-    return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))
 
 
 @pytest.fixture(scope="module")

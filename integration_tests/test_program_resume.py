@@ -14,7 +14,6 @@ from grass_dist.checkpoint.loading import newest_good
 from integration_tests.program import (
     check_refused,
     events,
-    make_config,
     make_data,
     make_model,
     run_all,
@@ -24,16 +23,6 @@ from integration_tests.program import (
 pytestmark = pytest.mark.timeout(300)
 
 SAVE = ["train.checkpoint.every=3", "train.checkpoint.keep=5"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("program")
-
-
-@pytest.fixture(scope="module")
-def config(folder):
-    return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))
 
 
 @pytest.fixture(scope="module")

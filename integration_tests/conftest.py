@@ -1,0 +1,21 @@
+"""The small run of launch/finetune.py that its tests share: a folder with model, data and configurations."""
+
+import json
+
+import pytest
+
+from integration_tests.program import AUTO, make_config, make_data, make_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("program")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    """Its YAML file; zero2.json and zero3.json lie beside it, for parallel.config."""
+    for stage in (2, 3):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        (folder / f"zero{stage}.json").write_text(json.dumps({**AUTO, "zero_optimization": zero}))
+    return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from grass_dist.errors import GrassError
 from grass_dist.training import world as worlds
 from grass_dist.training.peers import lost_peer
 from grass_dist.training.world import World
+from integration_tests.hosts import Host
 from integration_tests.ranks import SERVER, free_port
+
+GO = "go"
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,10 @@ class Scene:
     timeout: float = 5
     """Of a collective, seconds."""
     answers_within: float = 3
+    patient: bool = False
+    """They reduce where nothing has a timeout."""
+    held: bool = False
+    """All wait before the reduction until the folder holds a file `GO`."""
 
 
 @dataclass(frozen=True)
@@ -57,27 +67,65 @@ def play(scene: Scene, folder: Path, within: float) -> list[Ended]:
     """
     port, waited_for = free_port(), [r for r in range(scene.size) if r != scene.victim or scene.blow == signal.SIGKILL]
     processes = [
-        SERVER.Process(target=_rank, args=(rank, port, scene, folder), daemon=True) for rank in range(scene.size)
+        SERVER.Process(target=_rank, args=(rank, "127.0.0.1", port, scene, folder), daemon=True)
+        for rank in range(scene.size)
     ]
     for process in processes:
         process.start()
-    ends = {}
     try:
-        deadline = time.monotonic() + within
-        while len(ends) < len(waited_for) and time.monotonic() < deadline:
-            for rank in waited_for:
-                if rank not in ends and processes[rank].exitcode is not None:
-                    ends[rank] = time.monotonic()
-            time.sleep(0.02)
+        ends = _times_of_end(lambda rank: processes[rank].exitcode, waited_for, within)
         codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()  # a stopped one too
         for process in processes:
             process.join(10)
+    return _ended(folder, codes, ends)
+
+
+def play_apart(
+    scene: Scene, folder: Path, hosts: list[Host], meanwhile: Callable[[], None], within: float
+) -> list[Ended]:
+    """As `play`, with equally many ranks on each host.
+
+    Args:
+        meanwhile: called when all ranks are `held` before the reduction; it has to let them go.
+    """
+    address = [hosts[0].address, "29400", json.dumps(asdict(scene)), str(folder)]
+    command = [sys.executable, "-m", "integration_tests.peers", "rank"]
+    each = scene.size // len(hosts)
+    ranks = [hosts[rank // each].popen([*command, str(rank), *address]) for rank in range(scene.size)]
+    try:
+        deadline = time.monotonic() + within
+        while not all((folder / f"{rank}.time").exists() for rank in range(scene.size)):
+            assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks), "the ranks did not start"
+            time.sleep(0.05)
+        meanwhile()
+        ends = _times_of_end(lambda rank: ranks[rank].poll(), range(scene.size), within)
+        return _ended(folder, [rank.poll() for rank in ranks], ends)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def _times_of_end(code: Callable[[int], int | None], ranks: Iterable[int], within: float) -> dict[int, float]:
+    """When each rank ended; those that did not in ``within`` seconds are not there."""
+    ends: dict[int, float] = {}
+    deadline, left = time.monotonic() + within, set(ranks)
+    while left and time.monotonic() < deadline:
+        gone = {rank for rank in left if code(rank) is not None}
+        ends.update(dict.fromkeys(gone, time.monotonic()))
+        left -= gone
+        time.sleep(0.02)
+    return ends
+
+
+def _ended(folder: Path, codes: list[int | None], ends: dict[int, float]) -> list[Ended]:
+    now = time.monotonic()
     return [
-        Ended(codes[rank], (folder / f"{rank}.err").read_text(), ends.get(rank, deadline) - _hit_at(folder, rank))
-        for rank in range(scene.size)
+        Ended(code, (folder / f"{rank}.err").read_text(), ends.get(rank, now) - _hit_at(folder, rank))
+        for rank, code in enumerate(codes)
     ]
 
 
@@ -86,25 +134,31 @@ def _hit_at(folder: Path, rank: int) -> float:
     return float(file.read_text()) if file.exists() else 0.0
 
 
-def _rank(rank: int, port: int, scene: Scene, folder: Path) -> None:
+def _rank(rank: int, address: str, port: int, scene: Scene, folder: Path) -> None:
     for number in (1, 2):
         os.dup2(os.open(folder / f"{rank}.{'out' if number == 1 else 'err'}", os.O_CREAT | os.O_WRONLY), number)
     sys.stderr = os.fdopen(2, "w")
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(scene.size))
     worlds.ANSWERS_WITHIN = scene.answers_within
     world = World.join(datetime.timedelta(seconds=scene.timeout))
+    then = "the run can go on with --resume auto"
+
+    def give_up(lost: GrassError) -> None:
+        print(f"error: {lost}", file=sys.stderr)
+        world.abandon(1)
+
+    world.peers.guard(give_up, then)
     try:
         steps(world, scene, folder)
         sum_in_two_threads(world)
         world.leave()
     except Exception as error:
-        lost = lost_peer(world, error, then="the run can go on with --resume auto")
+        lost = lost_peer(world, error, then)
         if lost is None:
             raise
-        print(f"error: {lost}", file=sys.stderr)
-        world.abandon(1)
+        give_up(lost)
 
 
 def steps(world: World, scene: Scene, folder: Path) -> None:
@@ -116,8 +170,11 @@ def steps(world: World, scene: Scene, folder: Path) -> None:
                     (folder / f"{world.rank}.time").write_text(str(time.monotonic()))
                     if world.rank == scene.victim:
                         _fall(scene.blow)
+                    while scene.held and not (folder / GO).exists():
+                        time.sleep(0.02)
             with world.during(f"the gradient reduction of step {step}"):
-                dist.all_reduce(gradient)
+                dist.all_reduce(gradient, group=world.patient if scene.patient else None)
+    assert (gradient == scene.size**2).all()
 
 
 def sum_in_two_threads(world: World, times: int = 50) -> None:
@@ -160,4 +217,7 @@ def restarted(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    restarted(Path(sys.argv[1]))
+    if sys.argv[1] == "rank":
+        _rank(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), Scene(**json.loads(sys.argv[5])), Path(sys.argv[6]))
+    else:
+        restarted(Path(sys.argv[1]))

@@ -66,6 +66,17 @@ def test_a_rank_that_keeps_the_store_is_named_when_it_is_stopped(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_stopped_is_named_where_nothing_has_a_timeout(tmp_path, victim):
+    scene = Scene(3, victim=victim, blow=signal.SIGSTOP, answers_within=3, patient=True)
+    ended = play(scene, tmp_path, within=60)
+    keeps = "" if victim else ", which keeps the store of all ranks,"
+    said = rf"rank {victim} \(on host {HOST}\){keeps} does not answer\. {ADVICE}"
+    for rank in {0, 1, 2} - {victim}:
+        check_said(ended[rank], rf"{REDUCTION} waited 5 s in vain: {said}", within=30)
+
+
+@pytest.mark.long
 def test_a_rank_that_is_killed_with_the_store_is_named(tmp_path):
     ended = play(Scene(3, victim=0, blow=signal.SIGKILL, timeout=60), tmp_path, within=40)
     said = rf"rank 0 \(on host {HOST}\), which keeps the store of all ranks, does not answer\. {ADVICE}"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -57,6 +57,9 @@ from grass_dist.training.progress import Reporter
 from grass_dist.training.signals import exit_code
 from grass_dist.training.world import World
 
+RESUME = "the run can go on with --resume auto"
+"""What a sentence about a lost rank ends with."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -73,6 +76,7 @@ def main() -> int:
     except GrassError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    world.peers.guard(partial(_give_up, world), RESUME)
     code = 1
     try:
         config = world.together(lambda: config or _raise(problem))
@@ -89,11 +93,16 @@ def main() -> int:
             world.abandon(code)  # the others may be inside a collective, which a teardown would wait for
         world.close()
     except Exception as error:
-        if (lost := lost_peer(world, error, "the run can go on with --resume auto")) is None:
+        if (lost := lost_peer(world, error, RESUME)) is None:
             raise
-        print(f"error: {lost}", file=sys.stderr, flush=True)
-        world.abandon(code)
+        _give_up(world, lost)
     return code
+
+
+def _give_up(world: World, lost: GrassError) -> NoReturn:
+    """Ends this process, which others have left in the middle of something."""
+    print(f"error: {lost}", file=sys.stderr, flush=True)
+    world.abandon(1)
 
 
 def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:

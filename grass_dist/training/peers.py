@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,10 @@ ANSWERS_WITHIN = 10.0
 """Seconds in which a rank that lives answers."""
 LINGERS = 3.0
 """Seconds for which the rank that keeps the store stays at most after the roll, for the others to read it."""
+BEATS = 10
+"""Signs of life that a rank gives in the time after which it counts as lost."""
+FINDS_OUT_WITHIN = 5.0
+"""Seconds that the main thread has to find out by itself that a rank is lost."""
 
 _CALLER = "caller"
 _DURING = "during "
@@ -64,6 +69,7 @@ class Peers:
         keeper: who keeps the store, as a sentence names it.
         keeps: whether that is this process.
         answers_within: seconds.
+        lost_after: seconds of silence after which a rank is lost.
     """
 
     def __init__(
@@ -75,11 +81,14 @@ class Peers:
         keeper: str = "",
         keeps: bool = False,
         answers_within: float = ANSWERS_WITHIN,
+        lost_after: float = math.inf,
     ) -> None:
         self.rank, self.hosts, self.keeper = rank, tuple(hosts), keeper
         self.doing = ""
         """What the main thread does, see `during`."""
-        self._keeps, self._answers_within = keeps, answers_within
+        self._keeps, self._answers_within, self._lost_after = keeps, answers_within, lost_after
+        self._store_heard = self._next_heard = self._beaten = time.monotonic()
+        self._next_beat = b""
         self._failed_in: str | None = None
         self._roll: Roll | None = None
         self._wake, self._over = threading.Event(), threading.Event()
@@ -122,6 +131,18 @@ class Peers:
         self._over.wait(LOOKS_EVERY + self._answers_within + (LINGERS if self._keeps else 0) + 1)
         return self._roll
 
+    def guard(self, end: Callable[[GrassError], None], then: str = "") -> None:
+        """Calls ``end`` once a rank or the store has been silent for ``lost_after``, from a thread, if this one waits.
+
+        For the waits without a timeout of their own (`World.patient`): a host that has lost its power never closes its
+        connections, so that those who wait for it are not told. One who has the error of a collective is left alone.
+
+        Args:
+            then: as of `lost_peer`.
+        """
+        if self._thread is not None and self._lost_after < math.inf:
+            threading.Thread(target=self._guard, args=(end, then), name="guard", daemon=True).start()
+
     def stop(self) -> None:
         """Ends the thread: before the process that keeps the store ends."""
         self._stopped = True
@@ -131,14 +152,37 @@ class Peers:
 
     def _watch(self, line: dist.Store) -> None:
         try:
-            while not self._wake.wait(LOOKS_EVERY) and not line.check([_CALLER]):
-                pass
+            while not self._wake.wait(LOOKS_EVERY) and not line.check([_CALLER]) and self._next_lives(line):
+                self._store_heard = time.monotonic()
             if not self._stopped:
                 self._hold_roll(line)
         except RuntimeError:  # the store is gone: there is no roll
             pass
         finally:
             self._over.set()
+
+    def _next_lives(self, line: dist.Store) -> bool:
+        """Gives a sign of life now and then, and looks for that of the next rank: in a ring each is looked after."""
+        now = time.monotonic()
+        if now - self._beaten < self._lost_after / BEATS:
+            return True
+        self._beaten = now
+        line.set(f"beat/{self.rank}", str(now))
+        key = f"beat/{(self.rank + 1) % len(self.hosts)}"
+        beat = line.get(key) if line.check([key]) else b""
+        if beat != self._next_beat:
+            self._next_beat, self._next_heard = beat, now
+        return now - self._next_heard < self._lost_after
+
+    def _guard(self, end: Callable[[GrassError], None], then: str) -> None:
+        while not self._over.wait(LOOKS_EVERY) and time.monotonic() - self._store_heard < self._lost_after:
+            pass
+        if self._wake.wait(FINDS_OUT_WITHIN):
+            return
+        if self._roll is None or len(self._roll.answers) < len(self.hosts):
+            doing = self.doing or "a wait for the others"
+            blamed = _blame(self, self._roll, doing, timed_out=False)
+            end(_sentence(doing, f"waited {self._lost_after:g} s in vain", blamed or "", then))
 
     def _hold_roll(self, line: dist.Store) -> None:
         caller = int(line.compare_set(_CALLER, "", str(self.rank)))
@@ -175,13 +219,7 @@ def lost_peer(world: World, error: BaseException, then: str = "") -> GrassError 
     roll = peers.call_roll(doing)
     happened = f"did not end within {int(waited[1]) / 1000:g} s" if waited else "failed"
     blamed = _blame(peers, roll, doing, timed_out=waited is not None)
-    if blamed is None:
-        cause, look = f"all ranks are there, and the error was: {text[:200]}", ""
-    else:
-        cause, look = blamed, "Look at their logs" if " do not answer" in blamed else "Look at its log"
-    advice = "; ".join(part for part in (look, then) if part)
-    advice = f" {advice[0].upper()}{advice[1:]}." if advice else ""
-    return GrassError(f"{doing[0].upper()}{doing[1:]} {happened}: {cause}.{advice}")
+    return _sentence(doing, happened, blamed or f"all ranks are there, and the error was: {text[:200]}", then)
 
 
 def of_collective(error: BaseException) -> bool:
@@ -203,6 +241,15 @@ def _blame(peers: Peers, roll: Roll | None, doing: str, *, timed_out: bool) -> s
     if roll.caller != peers.rank:
         return f"{_names(peers, [roll.caller])} failed before, in {roll.answers[roll.caller].doing}"
     return None
+
+
+def _sentence(doing: str, happened: str, cause: str, then: str) -> GrassError:
+    look = ""
+    if not cause.startswith("all ranks are there"):
+        look = "Look at their logs" if " do not answer" in cause else "Look at its log"
+    advice = "; ".join(part for part in (look, then) if part)
+    advice = f" {advice[0].upper()}{advice[1:]}." if advice else ""
+    return GrassError(f"{doing[0].upper()}{doing[1:]} {happened}: {cause}.{advice}")
 
 
 def _names(peers: Peers, ranks: list[int]) -> str:

@@ -34,8 +34,7 @@ class World:
     patient: dist.ProcessGroup
     """All ranks again, for waiting where one of them works alone (saving, answering): the timeout is a day.
 
-    So in it a peer that is killed is noticed at once, and one that is stopped (SIGSTOP, a host that is cut off) only
-    after a day.
+    A peer that is killed is noticed in it at once, one that is stopped or cut off by `Peers.guard`.
     """
     background: dist.ProcessGroup = field(default_factory=lambda: cast(dist.ProcessGroup, dist.group.WORLD))
     """All ranks again, by gloo, for the one thread beside the main one that has collectives of its own."""
@@ -228,6 +227,7 @@ def _acquaint(rank: int, size: int, line: dist.Store, group: dist.ProcessGroup, 
         keeper=keeper,
         keeps=rank == 0 and not by_launcher,
         answers_within=min(ANSWERS_WITHIN, timeout.total_seconds()),
+        lost_after=timeout.total_seconds(),
     )
 
 

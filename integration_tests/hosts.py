@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from typing import Any
 import pytest
 
 INTERFACE = "eth0"
-NEEDED = ("ip", "tc", "unshare", "nsenter", "setpriv")
+NEEDED = ("ip", "tc", "ss", "unshare", "nsenter", "setpriv")
+SSHD = "/usr/sbin/sshd"
 
 # The first process of a host or of the hub. It ends when the one that started it does: setpriv sees to unshare,
 # unshare --kill-child to the shell, and the end of a pid namespace's first process to all others in it.
@@ -30,7 +32,12 @@ _BOOT = """
 set -e
 hostname "$1"
 mount -t tmpfs tmpfs /dev/shm
-mount --bind "$2" /etc/hosts
+mount --bind "$2/hosts" /etc/hosts
+if [ -e "$2/key" ]; then
+  mount -t tmpfs tmpfs /run
+  mkdir /run/sshd
+  mount --bind "$2/ssh_config" /etc/ssh/ssh_config
+fi
 ip link set lo up
 echo up
 exec sleep infinity
@@ -50,6 +57,9 @@ def why_not() -> str | None:
 
 
 needs_hosts = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+needs_ssh = pytest.mark.skipif(
+    not Path(SSHD).exists() or shutil.which("pdsh") is None, reason="needs Debian's openssh-server and pdsh"
+)
 
 
 @dataclass
@@ -104,23 +114,30 @@ class Host:
 
 
 class Hosts:
-    """``with Hosts(2) as hosts``: a list of hosts ``grass1`` at 10.77.0.1, ``grass2`` at 10.77.0.2, and so on."""
+    """``with Hosts(2) as hosts``: a list of hosts ``grass1`` at 10.77.0.1, ``grass2`` at 10.77.0.2, and so on.
 
-    def __init__(self, count: int):
-        self.count = count
+    Args:
+        ssh: whether each lets root of the others in, without a question.
+    """
+
+    def __init__(self, count: int, *, ssh: bool = False):
+        self.count, self._ssh = count, ssh
         self._stack = ExitStack()
 
     def __enter__(self) -> list[Host]:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
             names = [f"grass{n}" for n in range(1, self.count + 1)]
-            table = folder / "hosts"
             lines = [f"10.77.0.{n} {name}" for n, name in enumerate(names, 1)]
-            table.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
-            hub = _hold(stack, "hub", table)
+            (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+            if self._ssh:
+                _prepare_ssh(folder)
+            hub = _hold(stack, "hub", folder)
             _in_network(hub, "ip", "link", "add", "br0", "type", "bridge")
             _in_network(hub, "ip", "link", "set", "br0", "up")
-            hosts = [self._host(stack, n, name, table, hub) for n, name in enumerate(names, 1)]
+            hosts = [self._host(stack, n, name, folder, hub) for n, name in enumerate(names, 1)]
+            for host in hosts if self._ssh else ():
+                _start_sshd(stack, host, folder)
             self._stack = stack.pop_all()
         return hosts
 
@@ -128,8 +145,8 @@ class Hosts:
         self._stack.close()
 
     @staticmethod
-    def _host(stack: ExitStack, number: int, name: str, table: Path, hub: int) -> Host:
-        host = Host(name, f"10.77.0.{number}", _hold(stack, name, table), f"port{number}", hub)
+    def _host(stack: ExitStack, number: int, name: str, folder: Path, hub: int) -> Host:
+        host = Host(name, f"10.77.0.{number}", _hold(stack, name, folder), f"port{number}", hub)
         pair = ["link", "add", INTERFACE, "netns", str(host.pid), "type", "veth", "peer", "name", host.port]
         subprocess.run(["ip", *pair, "netns", str(hub)], check=True)
         _in_network(hub, "ip", "link", "set", host.port, "master", "br0", "up")
@@ -138,9 +155,31 @@ class Hosts:
         return host
 
 
-def _hold(stack: ExitStack, name: str, table: Path) -> int:
+def _prepare_ssh(folder: Path) -> None:
+    for key in ("key", "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
+    known = ["StrictHostKeyChecking no", "UserKnownHostsFile /dev/null", "LogLevel ERROR", "BatchMode yes"]
+    (folder / "ssh_config").write_text("\n".join([f"IdentityFile {folder / 'key'}", *known, ""]))
+    settings = [f"HostKey {folder / 'host_key'}", f"AuthorizedKeysFile {folder / 'key.pub'}", "StrictModes no"]
+    settings += ["PermitRootLogin yes", "UsePAM no", "UseDNS no", "PidFile none", "MaxStartups 100"]
+    (folder / "sshd_config").write_text("\n".join([*settings, ""]))
+
+
+def _start_sshd(stack: ExitStack, host: Host, folder: Path) -> None:
+    log = stack.enter_context((folder / f"{host.name}.sshd").open("w"))
+    sshd = host.popen([SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stdin=subprocess.DEVNULL, stderr=log)
+    stack.callback(sshd.wait, 10)
+    stack.callback(sshd.kill)
+    deadline = time.monotonic() + 10
+    while ":22 " not in host.run(["ss", "--listening", "--tcp", "--numeric"]):
+        if sshd.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"sshd on {host.name}: {(folder / f'{host.name}.sshd').read_text()}")
+        time.sleep(0.02)
+
+
+def _hold(stack: ExitStack, name: str, folder: Path) -> int:
     """Starts the first process of a host; gives its pid when the host is up."""
-    argv = [*_HOLD, "--uts", "--ipc", "--mount", "sh", "-c", _BOOT, "sh", name, str(table)]
+    argv = [*_HOLD, "--uts", "--ipc", "--mount", "sh", "-c", _BOOT, "sh", name, str(folder)]
     holder = subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
     stack.callback(_end, holder)
     assert holder.stdout is not None

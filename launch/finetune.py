@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -51,6 +52,7 @@ from grass_dist.training.export import write_model_files
 from grass_dist.training.identity import data_identity, model_identity, versions
 from grass_dist.training.loop import Loop
 from grass_dist.training.metrics import MetricsLog, make_run_folder
+from grass_dist.training.output import Output
 from grass_dist.training.parallel import Parallelism, choose_parallelism
 from grass_dist.training.peers import lost_peer
 from grass_dist.training.progress import Reporter
@@ -74,35 +76,37 @@ def main() -> int:
     try:
         world = World.join(datetime.timedelta(seconds=config.train.timeout_seconds if config else 60))
     except GrassError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.on_every_rank or os.environ.get("RANK") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    world.peers.guard(partial(_give_up, world), RESUME)
+    output = Output(world)
+
+    def give_up(lost: GrassError) -> None:
+        output.lost(lost)
+        world.abandon(1)  # the others may be inside a collective, which a teardown would wait for
+
+    world.peers.guard(give_up, RESUME)
     code = 1
     try:
         config = world.together(lambda: config or _raise(problem))
         same = {"--resume": args.resume, **versions(deepspeed=config.parallel.backend == "deepspeed")}
         world.together(lambda: None, **flat_settings(config), **same)
-        asked = finetune(config, world, args.resume)
+        asked = finetune(config, world, output, args.resume)
         code = exit_code(asked) if asked else 0
         with world.during("the end of the run"):
             world.leave()
     except GrassError as error:
-        if world.is_main or not error.on_every_rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
         if not error.on_every_rank:
-            world.abandon(code)  # the others may be inside a collective, which a teardown would wait for
+            output.own_error(error)
+            world.abandon(code)
+        output.shared_error(error)
         world.close()
     except Exception as error:
         if (lost := lost_peer(world, error, RESUME)) is None:
+            output.own_error(error)
             raise
-        _give_up(world, lost)
+        give_up(lost)
     return code
-
-
-def _give_up(world: World, lost: GrassError) -> NoReturn:
-    """Ends this process, which others have left in the middle of something."""
-    print(f"error: {lost}", file=sys.stderr, flush=True)
-    world.abandon(1)
 
 
 def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:
@@ -113,7 +117,7 @@ def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, Con
         return None, problem
 
 
-def finetune(config: RunConfig, world: World, resume: str | None) -> int | None:
+def finetune(config: RunConfig, world: World, output: Output, resume: str | None) -> int | None:
     """One fine-tune, from its configuration to its report; the signal by which it left before that, if it did."""
     torch.manual_seed(config.train.seed)
     transformers.logging.disable_progress_bar()
@@ -131,6 +135,7 @@ def finetune(config: RunConfig, world: World, resume: str | None) -> int | None:
     going_on = checkpoint is not None and folder.resolve() in checkpoint.folder.resolve().parents
     # All input is good: now may files go.
     world.together(lambda: make_run_folder(config, resume=resume, going_on=going_on) if world.is_main else None)
+    world.together(lambda: output.to_file(folder))
     about = _about(config, world, parallel.name, layers, data, model)
     record, answer = record_of(checkpoint) if checkpoint else (0, None)
     keep = record if going_on else 0

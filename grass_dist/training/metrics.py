@@ -37,7 +37,7 @@ def make_run_folder(config: RunConfig, *, resume: str | None = None, going_on: b
             if not config.overwrite and resume != "auto":
                 fix = "choose another name, go on with it by --resume auto, or set overwrite=true"
                 raise ConfigError("name", config.name, f"{folder} holds an earlier run", fix)
-            for part in ("plots", "tensorboard", "model", "checkpoints"):
+            for part in ("plots", "tensorboard", "model", "checkpoints", "logs"):
                 shutil.rmtree(folder / part, ignore_errors=True)
             for part in ("metrics.jsonl", "run.json", "report.html"):
                 (folder / part).unlink(missing_ok=True)

@@ -94,6 +94,7 @@ class Peers:
         self._wake, self._over = threading.Event(), threading.Event()
         self._stopped = False
         self._thread: threading.Thread | None = None
+        self._guards: list[threading.Thread] = []
         if line is not None:
             self._thread = threading.Thread(target=self._watch, args=(line,), name="peers", daemon=True)
             self._thread.start()
@@ -141,14 +142,25 @@ class Peers:
             then: as of `lost_peer`.
         """
         if self._thread is not None and self._lost_after < math.inf:
-            threading.Thread(target=self._guard, args=(end, then), name="guard", daemon=True).start()
+            self._guards.append(threading.Thread(target=self._guard, args=(end, then), name="guard", daemon=True))
+            self._guards[-1].start()
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is on this rank to tell a person of a lost one: the first who noticed, else some on each host."""
+        if self._roll is not None:
+            return self._roll.caller == self.rank
+        return self.hosts[: self.rank].count(self.hosts[self.rank]) < 2  # the first may be the lost one
 
     def stop(self) -> None:
-        """Ends the thread: before the process that keeps the store ends."""
+        """Ends the threads: before the process that keeps the store ends, and before the interpreter does.
+
+        One that lets go of a process group while the interpreter ends aborts the process.
+        """
         self._stopped = True
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(2 * LOOKS_EVERY)  # it hangs where the store's host is gone
+        for thread in [*self._guards, *([self._thread] if self._thread is not None else [])]:
+            thread.join(2 * LOOKS_EVERY)  # it hangs where the store's host is gone
 
     def _watch(self, line: dist.Store) -> None:
         try:
@@ -175,8 +187,9 @@ class Peers:
         return now - self._next_heard < self._lost_after
 
     def _guard(self, end: Callable[[GrassError], None], then: str) -> None:
-        while not self._over.wait(LOOKS_EVERY) and time.monotonic() - self._store_heard < self._lost_after:
-            pass
+        while not self._over.wait(LOOKS_EVERY) and not self._stopped:
+            if time.monotonic() - self._store_heard > self._lost_after:
+                break
         if self._wake.wait(FINDS_OUT_WITHIN):
             return
         if self._roll is None or len(self._roll.answers) < len(self.hosts):

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -18,14 +18,16 @@ import torch.distributed as dist
 
 from grass_dist.agreement import raise_if_ranks_differ
 from grass_dist.errors import GrassError
+from grass_dist.training.launchers import Place, find_place, meet_by_mpi
 from grass_dist.training.peers import ANSWERS_WITHIN, Peers, of_collective
+from grass_dist.training.seats import Seat, own_seat, problem_of
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all, as the launcher (torchrun, deepspeed) has told it by environment variables."""
+    """This process among all, as the launcher (torchrun, deepspeed, mpirun, srun) has told it."""
 
     rank: int
     local_rank: int
@@ -46,46 +48,50 @@ class World:
     def join(cls, timeout: datetime.timedelta) -> World:
         """Joins the process group: NCCL on GPUs, gloo without. A process without a launcher is a world of one.
 
+        The environment holds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT afterwards.
+
         Args:
             timeout: of joining, and of every collective that is not `patient`'s.
 
         Raises:
-            GrassError: more ranks than GPUs, or a rank that does not come; each rank speaks for itself.
+            GrassError: launchers that contradict each other, more ranks than GPUs, or a rank that does not come: each
+                rank speaks for itself. Ranks that share a device: on every rank.
         """
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                raise GrassError(
-                    f"rank {rank} is number {local_rank} on its host, which has {torch.cuda.device_count()} GPUs; "
-                    "start one rank for each GPU at most."
-                )
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
+        place = find_place(os.environ) or Place("nobody", 0, 0, 1)
+        if place.size > 1 and not place.knows_address:
+            place = meet_by_mpi(place)
+        rank, size, local_rank = place.rank, place.size, place.local_rank
+        device = _take_device(place)
+        # Where torch and DeepSpeed look for it; DeepSpeed takes the device of that number.
+        shown = place if device.index is None else replace(place, local_rank=device.index)
+        os.environ.update(shown.variables())
         # transformers imports DeepSpeed where that is installed, which else guesses the accelerator and says so.
         os.environ.setdefault("DS_ACCELERATOR", device.type)
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))  # where DeepSpeed looks for it, whoever started us
         # Objects and small sums travel by gloo on CPU memory, gradients by NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "RANK" not in os.environ:
+        if not place.knows_address:
             store: dist.Store = dist.HashStore()
             dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
             groups = _gloo_groups(timeout)
             return cls(rank, local_rank, size, device, *groups, store, Peers(hosts=[socket.gethostname()]))
         try:
-            store, line = _meet(rank, size, timeout)
+            store, line = _meet(place, timeout)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
             groups = _gloo_groups(timeout)
-            peers = _acquaint(rank, size, line, groups[1], timeout)
+            seats = _seats(place, device, groups[1])
         except RuntimeError as error:
             if not of_collective(error):
                 raise
-            at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise GrassError(
-                f"rank {rank} and the others did not all join at {at} within {timeout.total_seconds():g} s "
-                f"({_first_line(error)}); start all {size} ranks, on hosts that reach that address."
+                f"rank {rank} and the others did not all join at {place.address}:{place.port} within "
+                f"{timeout.total_seconds():g} s ({_first_line(error)}); start all {size} ranks, on hosts that reach "
+                "that address."
             ) from error
+        if said := problem_of(seats):
+            wrong = GrassError(said)
+            wrong.on_every_rank = True
+            raise wrong
+        peers = _acquaint(rank, [seat.host for seat in seats], line, timeout)
         return cls(rank, local_rank, size, device, *groups, store, peers)
 
     @property
@@ -159,18 +165,37 @@ class World:
         os._exit(code)
 
 
-def _meet(rank: int, size: int, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
+def _take_device(place: Place) -> torch.device:
+    """A GPU of this rank's own where there are any.
+
+    Raises:
+        GrassError: more ranks than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A rank that sees one GPU has been given it by its launcher (srun --gpus-per-task), or shares it: `problem_of`.
+    index = 0 if (count := torch.cuda.device_count()) == 1 else place.local_rank
+    if index >= count:
+        raise GrassError(
+            f"rank {place.rank} is number {index} on its host, which has {count} GPUs; "
+            "start one rank for each GPU at most."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _meet(place: Place, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
     """The store that the launcher or rank 0 keeps, for this start alone, and a second connection to it.
 
     After a restart of the ranks torchrun's store is the same as before, and full of the addresses of dead ranks.
     """
+    assert place.address is not None and place.port is not None
     store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Now, while it answers: making a connection to a process that hangs holds the interpreter's lock.
-    line = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    line = dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False)
     if not _launcher_keeps_store():
         return store, line
-    start = _agree_on_start(dist.PrefixStore("starts", store), rank, size, timeout)
+    start = _agree_on_start(dist.PrefixStore("starts", store), place.rank, place.size, timeout)
     return dist.PrefixStore(start, store), dist.PrefixStore(start, line)
 
 
@@ -214,10 +239,15 @@ def _gloo_groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.P
     return cast(dist.ProcessGroup, patient), cast(dist.ProcessGroup, background)
 
 
-def _acquaint(rank: int, size: int, line: dist.Store, group: dist.ProcessGroup, timeout: datetime.timedelta) -> Peers:
-    """Tells all ranks their hosts' names."""
-    hosts: list[Any] = [""] * size
-    dist.all_gather_object(hosts, socket.gethostname(), group=group)
+def _seats(place: Place, device: torch.device, group: dist.ProcessGroup) -> list[Seat]:
+    """Of all ranks."""
+    seats: list[Any] = [None] * place.size
+    dist.all_gather_object(seats, own_seat(place.local_rank, device), group=group)
+    return seats
+
+
+def _acquaint(rank: int, hosts: list[str], line: dist.Store, timeout: datetime.timedelta) -> Peers:
+    """What a rank knows of the others, by rank."""
     by_launcher = _launcher_keeps_store()
     keeper = f"the launcher on {os.environ['MASTER_ADDR']}" if by_launcher else f"rank 0 (on host {hosts[0]})"
     return Peers(

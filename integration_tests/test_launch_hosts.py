@@ -1,0 +1,113 @@
+"""Each launch script starts two ranks on each of two hosts that share no memory, and all train the same run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration_tests.hosts import Host, Hosts, needs_hosts, needs_ssh
+from integration_tests.program import ROOT, events, run_all
+
+pytestmark = [pytest.mark.timeout(150), needs_hosts, needs_ssh]
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "HOME": os.environ.get("HOME", "/root"),
+    "PYTHON": sys.executable,
+    "RANKS": "2",
+    "HEAD": "grass1",
+    "NODES": "2",
+    "INTERFACE": "eth0",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PYTHONFAULTHANDLER": "1",
+}
+ZERO2 = "parallel={backend: deepspeed, config: %s}" % (ROOT / "configs" / "zero2_grass.json")
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    with Hosts(2, ssh=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def alone(config) -> Path:
+    return run_all(config, 1, "name=alone", "save_model=false")
+
+
+def launch(hosts: list[Host], script: str, config: Path, name: str, *settings: str, **variables: str) -> Path:
+    """Runs a launch script on the hosts, to the end of all of them; gives the folder of the run."""
+    rest = [f"name={name}", "save_model=false", *settings]
+    argv = [str(ROOT / "launch" / script), *rest]
+    started = [
+        host.popen(
+            argv,
+            env={**ENVIRONMENT, "CONFIG": str(config), "NODE_RANK": str(number), **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number, host in enumerate(hosts)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)
+    return config.parent / "runs" / name
+
+
+def check_same(run: Path, alone: Path) -> None:
+    """The same layers were drawn, the losses are equal to 1e-5, and each rank left its log."""
+    for kind in ("sample", "refresh"):
+        assert [e.get("active_layers") for e in events(run, kind)] == [
+            e.get("active_layers") for e in events(alone, kind)
+        ]
+    losses, expected = ([e["loss"] for e in events(r, "step")] for r in (run, alone))
+    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == 10
+    logs = {file.name: file.read_text() for file in (run / "logs").iterdir()}
+    assert sorted(logs) == ["rank_1.log", "rank_2.log", "rank_3.log"]
+    assert [logs[f"rank_{rank}.log"].split(" of 4")[0] for rank in (1, 2, 3)] == [
+        "--- rank 1 (on host grass1)",
+        "--- rank 2 (on host grass2)",
+        "--- rank 3 (on host grass2)",
+    ]
+
+
+@pytest.mark.parametrize("rendezvous", ["c10d", "static"])
+def test_torchrun(hosts, config, alone, rendezvous):
+    check_same(launch(hosts, "torchrun.sh", config, f"torchrun-{rendezvous}", RENDEZVOUS=rendezvous), alone)
+
+
+def test_mpirun(hosts, config, alone):
+    run = launch(hosts[:1], "mpirun.sh", config, "mpirun", HOSTS="grass1,grass2", MPI_ARGS="--allow-run-as-root")
+    check_same(run, alone)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "args"), [("pdsh", ""), ("openmpi", "--allow-run-as-root --mca btl ^openib"), ("no_ssh", "")]
+)
+def test_deepspeed(hosts, config, alone, launcher, args, tmp_path):
+    (tmp_path / "hosts").write_text("grass1 slots=2\ngrass2 slots=2\n")
+    run = launch(
+        hosts if launcher == "no_ssh" else hosts[:1],
+        "deepspeed.sh",
+        config,
+        f"deepspeed-{launcher}",
+        ZERO2,
+        HOSTFILE=str(tmp_path / "hosts"),
+        HEAD="10.77.0.1",
+        LAUNCHER=launcher,
+        LAUNCHER_ARGS=args,
+    )
+    check_same(run, alone)

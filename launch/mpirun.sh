@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Fine-tunes with mpirun of Open MPI. It is run once, and starts the others by ssh:
+#   HOSTS=node1,node2 RANKS=8 launch/mpirun.sh train.learning_rate=1e-5
+# Needs pip install 'grass-dist[mpi]', or an Open MPI and mpi4py of the cluster's own, on every host.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+CONFIG=${CONFIG:-configs/fsdp2_grass.yaml}
+HOSTS=${HOSTS:-}                       # names, with commas between them; empty: this host alone
+RANKS=${RANKS:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}  # processes on each host: one a GPU
+INTERFACE=${INTERFACE:-}               # network interface, e.g. eth0 or ib0; empty: each library chooses
+MPI_ARGS=${MPI_ARGS:-}                 # passed on to mpirun, e.g. --allow-run-as-root
+MPIRUN=${MPIRUN:-mpirun}
+PYTHON=${PYTHON:-python}
+
+if [ "$RANKS" = 0 ]; then RANKS=1; fi
+if [ -n "$INTERFACE" ]; then
+  export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
+  export OMPI_MCA_btl_tcp_if_include=$INTERFACE PRTE_MCA_prte_if_include=$INTERFACE
+fi
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+PASS=()                                # mpirun hands on to other hosts what it is told to
+for name in $(env | grep -oE '^(NCCL|GLOO|OMP|HF|DS|CUDA|UCX|FI)_[A-Z_0-9]*' || true); do PASS+=(-x "$name"); done
+nodes=1
+WHERE=()
+if [ -n "$HOSTS" ]; then
+  WHERE=(--host "$HOSTS")
+  nodes=$(tr ',' '\n' <<< "$HOSTS" | grep -c .)
+fi
+# ppr: so many on each host, rank by rank; MPI itself carries only the address where the ranks meet.
+# shellcheck disable=SC2086
+exec "$MPIRUN" -n $(( nodes * RANKS )) "${WHERE[@]}" --map-by "ppr:$RANKS:node:OVERSUBSCRIBE" --bind-to none $MPI_ARGS \
+  "${PASS[@]}" "$PYTHON" launch/finetune.py --config "$CONFIG" ${RESUME:+--resume "$RESUME"} "$@"

@@ -29,7 +29,6 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "PYTHONFAULTHANDLER": "1",
 }
-ZERO2 = "parallel={backend: deepspeed, config: %s}" % (ROOT / "configs" / "zero2_grass.json")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def test_deepspeed(hosts, config, alone, launcher, args, tmp_path):
         "deepspeed.sh",
         config,
         f"deepspeed-{launcher}",
-        ZERO2,
+        f"parallel={{backend: deepspeed, config: {config.parent / 'zero2.json'}}}",
         HOSTFILE=str(tmp_path / "hosts"),
         HEAD="10.77.0.1",
         LAUNCHER=launcher,

@@ -19,7 +19,7 @@ LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)
 endif
 ARGS ?=
 
-.PHONY: setup demo test lint unit integration long soak bench clean
+.PHONY: setup demo test lint unit processes integration long soak bench clean
 
 setup: $(VENV)/.installed
 
@@ -35,7 +35,7 @@ demo: setup
 	OMP_NUM_THREADS=$$(( $$(nproc) > $(RANKS) ? $$(nproc) / $(RANKS) : 1 )) \
 	  $(LAUNCH) launch/finetune.py --config $(CONFIG) $(if $(filter ddp,$(BACKEND)),parallel=ddp) $(ARGS)
 
-test: setup lint unit integration
+test: setup lint unit processes
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,10 +46,14 @@ unit: setup
 	at=$$(mktemp -d /tmp/t.XXXX) && trap "rm -rf $$at" EXIT && \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --basetemp=$$at/t
 
-integration: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m "not long"
+processes: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m "not integration and not long"
 
-# What make test leaves out for its time: more ranks and backends of the same checks.
+# What make test leaves out for its time: every launcher, more ranks and backends of the same checks.
+integration: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m "integration and not long"
+
+# And still more of them.
 long: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m long
 

@@ -83,16 +83,18 @@ def check_same(run: Path, alone: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("rendezvous", ["c10d", "static"])
+@pytest.mark.parametrize("rendezvous", ["c10d", pytest.param("static", marks=pytest.mark.integration)])
 def test_torchrun(hosts, config, alone, rendezvous):
     check_same(launch(hosts, "torchrun.sh", config, f"torchrun-{rendezvous}", RENDEZVOUS=rendezvous), alone)
 
 
+@pytest.mark.integration
 def test_mpirun(hosts, config, alone):
     run = launch(hosts[:1], "mpirun.sh", config, "mpirun", HOSTS="grass1,grass2", MPI_ARGS="--allow-run-as-root")
     check_same(run, alone)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("launcher", "args"), [("pdsh", ""), ("openmpi", "--allow-run-as-root --mca btl ^openib"), ("no_ssh", "")]
 )

@@ -22,7 +22,9 @@ def hosts() -> Iterator[list[Host]]:
         yield made
 
 
-@pytest.mark.parametrize("patient", [False, True], ids=["with a timeout", "without a timeout"])
+@pytest.mark.parametrize(
+    "patient", [False, pytest.param(True, marks=pytest.mark.integration)], ids=["with a timeout", "without"]
+)
 def test_both_sides_of_a_cut_link_end_by_the_timeout_and_name_the_other(hosts, tmp_path, patient):
     def cut() -> None:
         hosts[1].cut()
@@ -45,6 +47,7 @@ def test_both_sides_of_a_cut_link_end_by_the_timeout_and_name_the_other(hosts, t
         assert ended[rank].seconds < TIMEOUT + 20
 
 
+@pytest.mark.integration
 def test_a_cut_that_heals_within_the_timeout_is_survived(hosts, tmp_path):
     received = []
 

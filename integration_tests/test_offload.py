@@ -13,12 +13,19 @@ from integration_tests.offload import BASE, CASES, every_mode
 from integration_tests.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(400)
-BACKENDS = [(2, "fsdp2"), (2, "ddp"), (2, "zero1"), (2, "zero2"), (2, "zero3")]
-WIDE = [(4, "hsdp"), (4, "ddp"), (4, "zero2"), (4, "zero3")]
+QUICK = [(2, "fsdp2"), (2, "zero2")]
+MORE = [(2, "ddp"), (2, "zero1"), (2, "zero3"), (4, "hsdp"), (4, "ddp"), (4, "zero2"), (4, "zero3")]
+BACKENDS = [*QUICK, *(pytest.param(p, marks=pytest.mark.integration) for p in MORE)]
+
+
+def named(backend: tuple[int, str]) -> str:
+    return f"{backend[1]} on {backend[0]}"
+
+
 FEWER = ["three layers", "layers of unequal sizes"]
 
 
-@pytest.fixture(scope="module", params=[*BACKENDS, *WIDE], ids=lambda p: f"{p[1]} on {p[0]}")
+@pytest.fixture(scope="module", params=BACKENDS, ids=named)
 def told(request):
     world_size, backend = request.param
     cases = (

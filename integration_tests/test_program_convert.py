@@ -49,6 +49,7 @@ def test_zero_saves_in_the_format_of_deepspeed_and_goes_on_to_the_bit(config, ze
     assert weights_of(run) == weights_of(zero2)
 
 
+@pytest.mark.integration
 def test_zero_saves_in_the_background_in_the_other_format(config):
     whole = run_all(config, 2, "name=zero3", *ZERO3, "train.checkpoint.format=dcp")
     assert read_manifest(whole / "checkpoints" / "step-000003").kind == "dcp"
@@ -57,6 +58,7 @@ def test_zero_saves_in_the_background_in_the_other_format(config):
     assert weights_of(run) == weights_of(whole)
 
 
+@pytest.mark.integration
 def test_it_goes_on_under_another_backend(config, zero2, fsdp2):
     from_zero, from_fsdp2 = (str(run / "checkpoints" / "step-000003") for run in (zero2, fsdp2))
     micro = "train.micro_batch_size=1"

@@ -57,7 +57,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
 
 
-@pytest.mark.parametrize(("stage", "launcher"), [(2, deepspeed), (3, torchrun)], ids=["zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("stage", "launcher"),
+    [pytest.param(2, deepspeed, marks=pytest.mark.integration), (3, torchrun)],
+    ids=["zero2", "zero3"],
+)
 def test_a_run_is_the_one_under_fsdp2(config, fsdp2, stage, launcher):
     parallel = ["parallel=deepspeed", f"parallel.config=zero{stage}.json"]
     done = launch(launcher(), config, f"name=zero{stage}", *parallel, *SETTINGS)

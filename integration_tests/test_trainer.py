@@ -49,7 +49,7 @@ def check_importances(resumed: dict, run: dict) -> None:
         assert {k: v for k, v in theirs.items() if "importance" in k}.items() <= mine.items()
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("stage", "offload"), [(2, False), pytest.param(3, True, marks=pytest.mark.integration)])
 def test_zero(stage, offload, tmp_path):
     for rank in run_ranks(2, runs.on_zero, stage, tmp_path, offload, timeout=240):
         assert min(rank["loop"]["norms"][2:]) > 2 * runs.CLIP  # clipping binds at every step
@@ -64,7 +64,9 @@ def test_zero(stage, offload, tmp_path):
             assert not [key for key in rank["evaluated"] if "grass" in key]
 
 
-@pytest.mark.parametrize("scheduler", [True, False], ids=["ds scheduler", "hf scheduler"])
+@pytest.mark.parametrize(
+    "scheduler", [True, pytest.param(False, marks=pytest.mark.integration)], ids=["ds scheduler", "hf scheduler"]
+)
 def test_zero_with_the_optimizer_of_the_ds_config(scheduler, tmp_path):
     for rank in run_ranks(2, runs.on_configured_zero, scheduler, tmp_path, timeout=240):
         assert all(torch.equal(rank["trainer"]["params"][n], p) for n, p in rank["loop"]["params"].items())

@@ -19,7 +19,10 @@ def reference():
     return run_reference(SETTINGS, STEPS)
 
 
-@pytest.fixture(scope="module", params=(0, *STAGES), ids=lambda stage: f"stage{stage}")
+STAGES_HERE = [0, pytest.param(1, marks=pytest.mark.integration), 2, 3]
+
+
+@pytest.fixture(scope="module", params=STAGES_HERE, ids=lambda stage: f"stage{stage}")
 def ranks(request, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp(f"stage{request.param}"))
     return request.param, run_ranks(2, everything, request.param, folder, timeout=400)
@@ -53,6 +56,7 @@ def test_parity_without_accumulation(sharded, reference):
     assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) <= 5e-6
 
 
+@pytest.mark.integration
 def test_parity_on_four_ranks(reference):
     told = run_ranks(4, on_four_ranks, timeout=400)
     for stage in STAGES:

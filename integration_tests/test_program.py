@@ -72,7 +72,7 @@ def test_a_run_leaves_a_record_a_report_and_a_model(two_ranks, config):
         (1, ["parallel=single", "name=single"]),
         (1, ["name=fsdp-alone", "train.micro_batch_size=4"]),
         (2, ["parallel=ddp", "name=ddp", "train.micro_batch_size=1"]),
-        (4, ["name=hsdp", "parallel.replicate=2"]),
+        (4, ["name=hsdp", "parallel.mesh.replicate=2"]),
     ],
     ids=lambda v: str(v),
 )

@@ -101,7 +101,7 @@ def test_auto_does_not_throw_away_checkpoints_of_which_none_is_good(config, whol
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        pytest.param(4, ["parallel.replicate=2"], marks=pytest.mark.long),
+        pytest.param(4, ["parallel.mesh.replicate=2"], marks=pytest.mark.long),
         (1, ["parallel=single"]),
         (2, ["parallel=ddp", "grass.offload.mode=stream"]),
     ],

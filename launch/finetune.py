@@ -283,6 +283,8 @@ def _about(
         "model": config.model.name,
         "backend": backend,
         "world_size": world.size,
+        "hosts": world.peers.hosts,
+        "replicate": config.parallel.mesh.replicate,
         "device": kind,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "num_layers": len(layers.layers),

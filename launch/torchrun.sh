@@ -13,6 +13,7 @@ PORT=${PORT:-29400}
 RENDEZVOUS=${RENDEZVOUS:-c10d}         # c10d: hosts may come in any order; static: NODE_RANK numbers them
 NODE_RANK=${NODE_RANK:-0}
 RESTARTS=${RESTARTS:-0}                # how often the ranks are started anew after one has died
+RDZV_CONF=${RDZV_CONF:-}               # of the rendezvous, e.g. join_timeout=900,last_call_timeout=30
 INTERFACE=${INTERFACE:-}               # network interface, e.g. eth0 or ib0; empty: NCCL and gloo choose
 PYTHON=${PYTHON:-python}
 
@@ -26,5 +27,6 @@ if [ "$RENDEZVOUS" = static ]; then
 else
   MEET=(--rdzv-backend "$RENDEZVOUS" --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "${JOB:-grass}")
 fi
+if [ -n "$RDZV_CONF" ]; then MEET+=(--rdzv-conf "$RDZV_CONF"); fi
 exec "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" \
   "${MEET[@]}" launch/finetune.py --config "$CONFIG" ${RESUME:+--resume "$RESUME"} "$@"

@@ -249,7 +249,10 @@ def test_it_lies_beside_the_yaml_or_else_where_the_program_was_started(tmp_path,
         ("deepspeed", "parallel.config=None: backend=deepspeed needs one; give the path of a DeepSpeed JSON"),
         ({"backend": "fsdp2", "config": "ds.json"}, "parallel.config='ds.json': backend=fsdp2 reads no JSON"),
         ({"backend": "deepspeed", "config": 3}, "parallel.config=3: this value cannot be used"),
-        ({"backend": "deepspeed", "config": "ds.json", "replicate": 2}, "parallel.replicate=2: backend=deepspeed "),
+        (
+            {"backend": "deepspeed", "config": "ds.json", "mesh": {"replicate": 2}},
+            "parallel.mesh={'replicate': 2}: backend=deepspeed does not use it; leave it out",
+        ),
     ],
 )
 def test_the_setting_is_for_deepspeed_alone(tmp_path, parallel, message):
@@ -262,6 +265,6 @@ def test_a_run_without_deepspeed_is_what_it_was(tmp_path):
     config = load_config(file)
     assert isinstance(config, RunConfig) and config.parallel.model_dump() == {
         "backend": "ddp",
-        "replicate": 1,
+        "mesh": {"replicate": 1, "shard": None},
         "config": None,
     }

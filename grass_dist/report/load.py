@@ -37,6 +37,10 @@ class RunInfo:
     data: dict[str, Any]
     started: str = ""
     versions: dict[str, Any] | None = None
+    hosts: tuple[str, ...] = ()
+    """By rank; empty where it was not recorded."""
+    replicate: Annotated[int, Field(ge=1)] = 1
+    """Replicas of the sharded model (HSDP)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grass_dist.report.captions import CAPTIONS
 from grass_dist.report.drawing import byte_unit
-from grass_dist.report.load import EvalEvent, Run, relative
+from grass_dist.report.load import EvalEvent, Run, RunInfo, relative
+from grass_dist.report.wire import Sent, sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Numbers:
     """Gradient bytes that a training step reduces, on average."""
     bytes_probe: float | None
     """The same for a step of the probe, which reduces every layer."""
+    bytes_sent: Sent | None
+    """What a training step's reductions send; None on one host."""
     state_peak: int | None
     state_full: float | None
     """Optimizer state if every parameter trained, at the bytes that a trained one has."""
@@ -129,6 +132,7 @@ def numbers(run: Run) -> Numbers:
         share=mean_trained / info.params_total,
         bytes_train=sum(step.bytes_reduced for step in train) / len(train) if train else None,
         bytes_probe=sum(step.bytes_reduced for step in probe) / len(probe) if probe else None,
+        bytes_sent=_sent(info, sum(step.bytes_reduced for step in train) / len(train)) if train else None,
         state_peak=max((step.state_bytes for step in train), default=None),
         state_full=min(rates) * info.params_total if rates else None,
         host_peak=max((step.host_state_bytes for step in train), default=0),
@@ -208,7 +212,16 @@ def _bytes_card(found: Numbers) -> Card:
     if found.bytes_probe:
         measured = _percent(found.bytes_train / found.bytes_probe)
         note = f"{measured} of the {_bytes(found.bytes_probe)} that a probe step reduces; {note}"
+    if found.bytes_sent:
+        ways = f"{_bytes(found.bytes_sent.within)} within hosts and {_bytes(found.bytes_sent.across)} across them"
+        note = f"{note}; all ranks send {ways}, as rings do"
     return Card(label, _bytes(found.bytes_train), note)
+
+
+def _sent(info: RunInfo, reduced: float) -> Sent | None:
+    if len(set(info.hosts)) < 2 or len(info.hosts) % info.replicate:
+        return None
+    return sent(reduced, info.hosts, replicate=info.replicate, whole=info.backend == "ddp")
 
 
 def _state_card(found: Numbers) -> Card:

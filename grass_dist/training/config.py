@@ -111,19 +111,28 @@ class TrainConfig(StrictModel):
         return self
 
 
+class MeshConfig(StrictModel):
+    """fsdp2 only: HSDP, where ranks in rank order are cut into shard groups that each hold the whole model."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Number of shard groups; it must divide the number of ranks."""
+    shard: int | None = Field(default=None, ge=1)
+    """Ranks in each; left out, the ranks over ``replicate``."""
+
+
 class ParallelConfig(StrictModel):
     """How the ranks share the work. ``parallel: fsdp2`` is short for ``parallel: {backend: fsdp2}``."""
 
     backend: Literal["fsdp2", "ddp", "deepspeed", "single"] = "fsdp2"
-    replicate: int = Field(default=1, ge=1)
-    """fsdp2 only: number of replicas of the sharded model (HSDP); it must divide the number of ranks."""
+    mesh: MeshConfig = MeshConfig()
     config: str | None = None
     """deepspeed only: path of its JSON, relative to the folder of the YAML file or else to the working directory."""
 
     @model_validator(mode="after")
     def _replicas_are_of_shards(self) -> ParallelConfig:
-        if self.replicate > 1 and self.backend != "fsdp2":
-            raise ConfigError("replicate", self.replicate, f"backend={self.backend} does not use it", "leave it out")
+        if self.mesh != MeshConfig() and self.backend != "fsdp2":
+            shown = self.mesh.model_dump(exclude_none=True)
+            raise ConfigError("mesh", shown, f"backend={self.backend} does not use it", "leave it out")
         return self
 
     @model_validator(mode="after")

@@ -175,7 +175,7 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
     at: dict[str, Any] = data
     for part in path:
         below: Any = at.get(part)
-        if isinstance(below, str) and part == "parallel":  # parallel: ddp, then parallel.replicate=2
+        if isinstance(below, str) and part == "parallel":  # parallel: fsdp2, then parallel.mesh.replicate=2
             below = {"backend": below}
         if below is None:
             below = {}

@@ -136,7 +136,7 @@ def _early_updates(config: RunConfig) -> GrassConfig:
 
 def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) -> nn.Module:
     """Wraps ``model`` for ``config.parallel`` and moves it, or this rank's shard of it, to the device."""
-    backend, replicate = config.parallel.backend, config.parallel.replicate
+    backend, replicate = config.parallel.backend, config.parallel.mesh.replicate
     if backend == "single":
         return model.to(world.device)
     if backend == "ddp":

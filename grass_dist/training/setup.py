@@ -85,10 +85,14 @@ def check_ranks(config: RunConfig, world: World) -> None:
         raise ConfigError(
             "parallel.backend", "single", f"{world.size} ranks were started", "use fsdp2 or ddp, or start one process"
         )
-    if world.size % parallel.replicate:
+    mesh = parallel.mesh
+    if world.size % mesh.replicate:
         raise ConfigError(
-            "parallel.replicate", parallel.replicate, f"it does not divide the {world.size} ranks", "use a divisor"
+            "parallel.mesh.replicate", mesh.replicate, f"it does not divide the {world.size} ranks", "use a divisor"
         )
+    if mesh.shard not in (None, world.size // mesh.replicate):
+        problem = f"with replicate={mesh.replicate} it makes {mesh.replicate * mesh.shard} ranks, not {world.size}"
+        raise ConfigError("parallel.mesh.shard", mesh.shard, problem, "leave it out, or start as many ranks")
     check_divides(train.global_batch_size, world.size, train.micro_batch_size)
 
 

@@ -125,6 +125,18 @@ def test_a_link_that_stays_cut_ends_all_ranks_with_a_sentence(hosts, config):
     assert "Traceback" not in "".join(run.said[0]).split("torch.distributed.elastic")[0]
 
 
+def test_checkpoints_want_a_folder_that_all_hosts_share(hosts, config):
+    runs = config.parent / "runs"
+    runs.mkdir(exist_ok=True)
+    hosts[1].run(["mount", "-t", "tmpfs", "tmpfs", str(runs)])
+    with Run(hosts, config, "unshared", "train.checkpoint={every: 2}") as run:
+        assert [run.ends(number, 60) for number in range(2)] == [1, 1]
+    said = f"error: rank 2: output_dir='{runs}': host grass2 does not see what rank 0 writes there; name a folder"
+    assert [error.startswith(said) for error in run.errors(0)] == [True] and run.errors(1) == [], run.said
+    with Run(hosts, config, "unshared-too", "save_model=false") as run:  # without checkpoints it needs none
+        assert [run.ends(number, 60) for number in range(2)] == [0, 0], run.said
+
+
 def test_when_a_host_loses_its_power_the_other_goes_on_with_half_the_world(hosts, config):
     settings = ["train.timeout_seconds=10", "train.checkpoint={every: 2, async: false}", "train.max_steps=12"]
     elastic = {"NODES": "1:2", "RESTARTS": "2", "RESUME": "auto", "RDZV_CONF": "last_call_timeout=3"}

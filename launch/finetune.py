@@ -39,6 +39,7 @@ from grass_dist.training.checkpoints import (
     Checkpoints,
     Position,
     check_settings,
+    check_shared,
     find_checkpoint,
     position_of,
     record_of,
@@ -135,6 +136,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     going_on = checkpoint is not None and folder.resolve() in checkpoint.folder.resolve().parents
     # All input is good: now may files go.
     world.together(lambda: make_run_folder(config, resume=resume, going_on=going_on) if world.is_main else None)
+    check_shared(config, folder, world)
     world.together(lambda: output.to_file(folder))
     about = _about(config, world, parallel.name, layers, data, model)
     record, answer = record_of(checkpoint) if checkpoint else (0, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,33 @@ class Position:
     """Of the learning-rate schedule."""
     bad_steps: int = 0
     """In a row, up to now."""
+
+
+def check_shared(config: RunConfig, folder: Path, world: World) -> None:
+    """Checks that all hosts see what rank 0 writes into the run's folder, if checkpoints go there.
+
+    Raises:
+        ConfigError: on every rank: a host does not.
+    """
+    if config.train.checkpoint is None or len(set(world.peers.hosts)) == 1:
+        return
+    # A new name, so that no host remembers that there is no such file.
+    name: list[Any] = [f".{uuid.uuid4().hex}"]
+    torch.distributed.broadcast_object_list(name, group=world.patient)
+    file = folder / name[0]
+
+    def look() -> None:
+        if not file.exists():
+            problem = f"host {world.peers.hosts[world.rank]} does not see what rank 0 writes there"
+            fix = "name a folder on a file system that all hosts share, or set train.checkpoint to null"
+            raise ConfigError("output_dir", config.output_dir, problem, fix)
+
+    world.together(lambda: file.touch() if world.is_main else None)
+    try:
+        world.together(look)
+    finally:
+        if world.is_main:
+            file.unlink(missing_ok=True)
 
 
 def find_checkpoint(

@@ -43,7 +43,7 @@ class Output:
     def own_error(self, error: BaseException) -> None:
         """Tells an error that this rank alone has."""
         text = str(error) if isinstance(error, GrassError) else f"{type(error).__name__}: {error}"
-        log = f" Its log is {self._file}." if self._file and not isinstance(error, GrassError) else ""
+        log = f" (its log: {self._file})" if self._file and not isinstance(error, GrassError) else ""
         self._tell(f"{self._me}: {text}{log}" if self._world.size > 1 else text)
 
     def shared_error(self, error: GrassError) -> None:

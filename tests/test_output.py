@@ -1,0 +1,68 @@
+"""What a rank says reaches the terminal or its file; errors reach the terminal once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ONE_RANK = """
+import os, sys
+from pathlib import Path
+import torch
+from grass_dist.errors import GrassError
+from grass_dist.training.output import Output
+from grass_dist.training.peers import Peers
+from grass_dist.training.world import World
+
+rank = int(sys.argv[1])
+world = World(rank, rank, 4, torch.device("cpu"), None, peers=Peers(rank, ["a", "a", "a", "b"]))
+output = Output(world)
+print("before")
+output.to_file(Path(sys.argv[2]))
+print("said")
+os.write(2, b"by a library\\n")
+output.own_error(ValueError("of its own"))
+output.own_error(GrassError("wrong."))
+output.shared_error(GrassError("of all."))
+output.lost(GrassError("somebody is lost."))
+"""
+
+
+def run(rank: int, folder: Path) -> tuple[str, list[str], list[str]]:
+    """What it wrote to stdout, stderr and its file."""
+    argv = [sys.executable, "-c", ONE_RANK, str(rank), str(folder)]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=100)
+    file = folder / "logs" / f"rank_{rank}.log"
+    return ended.stdout, ended.stderr.splitlines(), file.read_text().splitlines() if file.exists() else []
+
+
+def test_the_main_rank_speaks_on_the_terminal(tmp_path):
+    out, err, log = run(0, tmp_path)
+    assert out == "before\nsaid\n" and log == []
+    assert err == [
+        "by a library",
+        "error: rank 0 (on host a): ValueError: of its own",
+        "error: rank 0 (on host a): wrong.",
+        "error: of all.",
+        "error: somebody is lost.",
+    ]
+
+
+@pytest.mark.parametrize(("rank", "tells"), [(2, False), (3, True)], ids=["third of its host", "first of its host"])
+def test_another_rank_speaks_in_its_file_and_its_own_errors_reach_the_terminal(tmp_path, rank, tells):
+    out, err, log = run(rank, tmp_path)
+    me = f"rank {rank} (on host {'b' if rank == 3 else 'a'})"
+    own = [
+        f"error: {me}: ValueError: of its own (its log: {tmp_path}/logs/rank_{rank}.log)",
+        f"error: {me}: wrong.",
+    ]
+    lost = "error: somebody is lost."
+    assert out == "before\n"
+    assert err == [*own, *([lost] if tells else [])]
+    assert log[0].startswith(f"--- {me} of 4, process ")
+    assert log[1:] == ["said", "by a library", *own, lost]
+    run(rank, tmp_path)  # a run that goes on adds to it
+    assert (tmp_path / "logs" / f"rank_{rank}.log").read_text().count("--- ") == 2

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from integration_tests.hosts import Host, Hosts, needs_hosts, needs_ssh
 from integration_tests.program import ROOT, events, run_all
+from integration_tests.slurm import cluster, needs_slurm
 
 pytestmark = [pytest.mark.timeout(150), needs_hosts, needs_ssh]
 
@@ -42,10 +43,21 @@ def alone(config) -> Path:
     return run_all(config, 1, "name=alone", "save_model=false")
 
 
-def launch(hosts: list[Host], script: str, config: Path, name: str, *settings: str, **variables: str) -> Path:
-    """Runs a launch script on the hosts, to the end of all of them; gives the folder of the run."""
-    rest = [f"name={name}", "save_model=false", *settings]
-    argv = [str(ROOT / "launch" / script), *rest]
+def launch(
+    hosts: list[Host],
+    script: str,
+    config: Path,
+    name: str,
+    *settings: str,
+    by: Sequence[str] = (),
+    **variables: str,
+) -> Path:
+    """Runs a launch script on the hosts, to the end of all of them; gives the folder of the run.
+
+    Args:
+        by: command that the script is given to, if it is not run itself.
+    """
+    argv = [*by, str(ROOT / "launch" / script), f"name={name}", "save_model=false", *settings]
     started = [
         host.popen(
             argv,
@@ -92,6 +104,17 @@ def test_torchrun(hosts, config, alone, rendezvous):
 def test_mpirun(hosts, config, alone):
     run = launch(hosts[:1], "mpirun.sh", config, "mpirun", HOSTS="grass1,grass2", MPI_ARGS="--allow-run-as-root")
     check_same(run, alone)
+
+
+@pytest.mark.integration
+@needs_slurm
+def test_slurm(hosts, config, alone, tmp_path):
+    by = ["sbatch", "--wait", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
+    by += [f"--chdir={ROOT}", f"--output={tmp_path / 'said'}"]
+    with cluster(hosts, tmp_path / "slurm") as variables:
+        run = launch(hosts[:1], "slurm.sbatch", config, "slurm", by=by, **variables)
+    check_same(run, alone)
+    assert f"report: {run}" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.integration

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import socket
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import grass_dist
 from grass_dist.training.world import World
-from integration_tests.hosts import INTERFACE
+from integration_tests.hosts import INTERFACE, Host
 
 LAYERS, ACTIVE, LENGTH, STEPS = 8, 2, 16, 3
 GRASS = {"active_layers": ACTIVE, "sampler": "uniform", "sampling_interval": 1}
@@ -37,8 +40,10 @@ class Measured:
 
     sent: float
     """Bytes that its interface sent in the backward of a step, on average."""
+    sent_in_step: float
+    """In all of the step: also weights that are gathered for it, and what the update sends."""
     seconds: float
-    """Of a whole step, the least."""
+    """Of a whole step, the median."""
     trained: float
     """Share of the parameters that train."""
 
@@ -132,20 +137,46 @@ def settle() -> None:
 def measure(backend: str, grass: bool, rank: int) -> Measured:
     backward, update, share = in_zero(grass) if backend == "zero2" else in_torch(backend, grass)
     generator = torch.Generator().manual_seed(rank)
-    sent, seconds = [], []
+    sent, whole, seconds = [], [], []
     for step in range(STEPS + 1):
         ids = torch.randint(128, (1, LENGTH), generator=generator)
-        dist.barrier()
-        began = time.perf_counter()
         SENT.clear()
+        settle()
+        began = time.perf_counter()
         backward(ids)
         settle()
         update()
         dist.barrier()
+        took = time.perf_counter() - began
+        settle()
         if step:  # the first one makes connections
-            sent.append(SENT[1] - SENT[0])
-            seconds.append(time.perf_counter() - began)
-    return Measured(sum(sent) / STEPS, min(seconds), share)
+            sent.append(SENT[2] - SENT[1])
+            whole.append(SENT[3] - SENT[0])
+            seconds.append(took)
+    return Measured(sum(sent) / STEPS, sum(whole) / STEPS, statistics.median(seconds), share)
+
+
+def run_apart(hosts: list[Host], folder: Path, each: int = 2, timeout: float = 120) -> dict[str, dict]:
+    """Runs this program with ``each`` ranks on each host; what they measured, by host and training."""
+    where = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29400", "WORLD_SIZE": str(each * len(hosts))}
+    ranks = [
+        host.popen(
+            [sys.executable, "-m", "integration_tests.traffic", str(folder)],
+            env={**os.environ, **where, "RANK": str(number * each + local), "LOCAL_RANK": str(local)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, host in enumerate(hosts)
+        for local in range(each)
+    ]
+    try:
+        said = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(said)
+    return {host.name: json.loads((folder / f"{host.name}.json").read_text()) for host in hosts}
 
 
 def main(folder: Path) -> None:

@@ -1,0 +1,167 @@
+"""The doctor on hosts that share no memory: what is wrong with a cluster is found and named, and it always ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from integration_tests.hosts import Host, Hosts, needs_hosts
+
+pytestmark = [pytest.mark.timeout(150), pytest.mark.integration, needs_hosts]
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "HOME": os.environ.get("HOME", "/root"),
+    "OMP_NUM_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",
+}
+PORT = 29400
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process of a launch ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def three_hosts() -> Iterator[list[Host]]:
+    with Hosts(3) as made:
+        yield made
+
+
+@pytest.fixture
+def hosts(three_hosts, tmp_path, monkeypatch) -> list[Host]:
+    """In a folder of its own, so that no other distribution's metadata is beside it."""
+    monkeypatch.chdir(tmp_path)
+    return three_hosts
+
+
+def finish(started: Sequence[subprocess.Popen], within: float = 90) -> list[Ended]:
+    try:
+        said = [process.communicate(timeout=within) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [Ended(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
+def start(host: Host, argv: Sequence[str], **variables: str) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    options = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, "text": True}
+    return host.popen(argv, env={**ENVIRONMENT, **variables}, **options)
+
+
+def one_each(hosts: Sequence[Host], *argv: str) -> list[Ended]:
+    """One rank on each host, as a launcher starts it that sets torch's variables."""
+    around = {"WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": "grass1", "MASTER_PORT": str(PORT), "LOCAL_RANK": "0"}
+    command = [sys.executable, "-m", "grass_dist.doctor", "--json", "found.json", *argv]
+    return finish([start(host, command, **around, RANK=str(rank)) for rank, host in enumerate(hosts)])
+
+
+def torchrun(hosts: Sequence[Host], ranks: int, *argv: str, variables: Sequence[dict[str, str]]) -> list[Ended]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(hosts)), "--nproc-per-node"]
+    command += [str(ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"grass1:{PORT}", "--rdzv-id", "doctor"]
+    command += ["-m", "grass_dist.doctor", "--json", "found.json", *argv]
+    return finish([start(host, command, **its) for host, its in zip(hosts, variables, strict=True)])
+
+
+def found() -> dict:
+    return json.loads(Path("found.json").read_text())
+
+
+def errors() -> list[str]:
+    return [finding["sentence"] for finding in found()["findings"] if finding["is_error"]]
+
+
+def test_two_hosts_of_two_ranks_are_measured_and_a_version_that_differs_is_named(hosts, tmp_path):
+    other = tmp_path / "other" / "grass_dist-0.0.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: grass-dist\nVersion: 0.0.9\n")
+    ended = torchrun(hosts[:2], 2, "--size", "4MB", variables=[{}, {"PYTHONPATH": str(other.parent)}])
+    assert [one.code for one in ended] == [1, 1], ended
+    (said,) = errors()
+    assert said.startswith("version of grass-dist differs: ") and "0.0.9 on host grass2" in said
+    assert said in ended[0].out and "What looks wrong" not in ended[1].out
+    report = found()
+    assert [rank["host"] for rank in report["ranks"]] == ["grass1", "grass1", "grass2", "grass2"]
+    assert [rank["address"] for rank in report["ranks"][1:3]] == ["10.77.0.1", "10.77.0.2"]
+    assert abs(report["ranks"][3]["clock_offset_seconds"]) < 0.1
+    measured = [report["all_reduce"], report["reduce_scatter"], *(host["all_reduce"] for host in report["hosts"])]
+    assert [one["ranks"] for one in measured] == [4, 4, 2, 2]
+    assert all(0 < one["latency_seconds"] < one["seconds"] < 10 for one in measured)
+    assert [(link["sender"], link["receiver"]) for link in report["links"]] == [
+        ("grass1", "grass2"),
+        ("grass2", "grass1"),
+    ]
+    assert all(host["disk_write_bytes_per_s"] > 0 for host in report["hosts"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["found.json", "other"]
+
+
+def test_a_host_that_sends_ten_times_slower_is_named(hosts):
+    hosts[2].slow("20mbit")
+    try:
+        ended = one_each(hosts, "--size", "4MB")
+    finally:
+        hosts[2].run(["tc", "qdisc", "del", "dev", "eth0", "root"])
+    assert [one.code for one in ended] == [1, 1, 1], ended
+    (said,) = errors()
+    assert said.startswith("host grass3 sends to all other hosts (grass1 and grass2) at 2.")
+    speeds = {(link["sender"], link["receiver"]): link["bytes_per_s"] for link in found()["links"]}
+    assert len(speeds) == 6
+    assert max(speeds["grass3", other] for other in ("grass1", "grass2")) < 5e6 < speeds["grass1", "grass3"]
+
+
+def test_two_hosts_that_do_not_reach_each_other_are_named_before_a_collective_hangs(hosts):
+    hosts[2].run(["ip", "route", "add", "prohibit", "10.77.0.2/32"])
+    try:
+        ended = one_each(hosts, "--timeout", "20")
+    finally:
+        hosts[2].run(["ip", "route", "del", "prohibit", "10.77.0.2/32"])
+    assert [one.code for one in ended] == [1, 1, 1], ended
+    near, far = sorted(errors())
+    assert near.startswith("host grass2 cannot connect to host grass3 at 10.77.0.3:") and "no answer within" in near
+    assert far.startswith("host grass3 cannot connect to host grass2 at 10.77.0.2:") and "Permission denied" in far
+    assert "Nothing was measured" in ended[0].out and found()["all_reduce"] is None
+
+
+def test_an_interface_that_one_host_lacks_is_named(hosts):
+    ended = torchrun(hosts[:2], 1, variables=[{}, {"GLOO_SOCKET_IFNAME": "eth7"}])
+    assert [one.code for one in ended] == [1, 1], ended
+    (said,) = errors()
+    assert said.startswith(
+        "host grass2: GLOO_SOCKET_IFNAME=eth7: this host has no such interface with an address; it has eth0 "
+        "(10.77.0.2), lo (127.0.0.1); "
+    )
+
+
+def test_a_host_that_cannot_meet_the_others_says_so_and_is_missed(hosts):
+    hosts[1].run(["ip", "route", "add", "prohibit", "10.77.0.1/32"])
+    try:
+        ended = one_each(hosts[:2], "--timeout", "6")
+    finally:
+        hosts[1].run(["ip", "route", "del", "prohibit", "10.77.0.1/32"])
+    assert [one.code for one in ended] == [1, 1], ended
+    (said,) = errors()
+    assert said.startswith("rank 1 of 2 did not come within 6 s; ") and f"grass1:{PORT}" in said
+    (line,) = ended[1].err.splitlines()
+    assert line.startswith(f"rank 1 (on host grass2): grass1:{PORT} does not answer: Permission denied, tried for 6 s")
+
+
+def test_mpirun(hosts):
+    mpirun = [str(BIN / "mpirun"), "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable]
+    (ended,) = finish([start(hosts[0], [*mpirun, "-m", "grass_dist.doctor", "--json", "found.json", "--size", "1MB"])])
+    assert ended.code == 0 and errors() == [], ended
+    assert found()["all_reduce"]["ranks"] == 2 and found()["links"] == []
+    assert "MPI Open MPI v5" in ended.out

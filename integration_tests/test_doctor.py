@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +159,31 @@ def test_a_host_that_cannot_meet_the_others_says_so_and_is_missed(hosts):
     assert said.startswith("rank 1 of 2 did not come within 6 s; ") and f"grass1:{PORT}" in said
     (line,) = ended[1].err.splitlines()
     assert line.startswith(f"rank 1 (on host grass2): grass1:{PORT} does not answer: Permission denied, tried for 6 s")
+
+
+@pytest.mark.long
+def test_a_link_that_is_cut_while_it_is_measured_ends_both(hosts):
+    hosts[1].slow("20mbit")  # so that there is time
+    before = hosts[1].traffic()[1]
+    cut = threading.Thread(target=cut_after, args=(hosts[1], before + 1_000_000))
+    cut.start()
+    try:
+        near, far = one_each(hosts[:2], "--timeout", "8")
+    finally:
+        cut.join()
+        hosts[1].heal()
+        hosts[1].run(["tc", "qdisc", "del", "dev", "eth0", "root"])
+    assert (near.code, far.code) == (1, 1), (near, far)
+    (said,) = errors()
+    assert "did not end within 8 s: rank 1 (on host grass2) does not answer" in said
+    assert "rank 0 (on host grass1), which keeps the store of all ranks, does not answer" in far.err
+
+
+def cut_after(host: Host, sent: int) -> None:
+    deadline = time.monotonic() + 60
+    while host.traffic()[1] < sent and time.monotonic() < deadline:
+        time.sleep(0.02)
+    host.cut()
 
 
 def test_mpirun(hosts):

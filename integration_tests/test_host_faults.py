@@ -109,20 +109,23 @@ def test_a_link_that_is_cut_and_healed_changes_nothing(hosts, config):
 
 
 def test_a_link_that_stays_cut_ends_all_ranks_with_a_sentence(hosts, config):
+    # The rank whose collective times out first ends, and its neighbour on the same host hears of that.
+    happened = r"error: .* step \d+ (did not end within 10 s|failed|waited 10 s in vain): "
     with Run(hosts, config, "apart", "train.timeout_seconds=10", "train.checkpoint={every: 2}") as run:
         run.wait_for("step 3/10")
         hosts[1].cut()
         cut = time.monotonic()
         assert run.ends(0, 60) == 1
         assert time.monotonic() - cut < 10 + 30  # the timeout, the roll, and torchrun's own end
+        logs = [run.folder / "logs" / f"rank_{rank}.log" for rank in (1, 2, 3)]
+        while not all(re.search(happened, log.read_text()) for log in logs):
+            assert time.monotonic() - cut < 10 + 30, [log.read_text() for log in logs]
+            time.sleep(0.1)
         hosts[1].heal()  # the other launcher waits for the store of the first, longer than a test can
         assert run.ends(1, 60) != 0
-    happened = r"error: .* step \d+ (did not end within|waited) 10 s"
     assert len(run.errors(0)) == 1
-    assert re.match(rf"{happened}.*: ranks 2, 3 \(on host grass2\) do not answer\..*--resume auto", run.errors(0)[0])
-    logs = {n: (run.folder / "logs" / f"rank_{n}.log").read_text() for n in (1, 2, 3)}
-    assert all(re.search(happened, logs[n]) for n in (1, 2, 3)), logs
-    assert "Traceback" not in "".join(run.said[0]).split("torch.distributed.elastic")[0]
+    assert re.match(rf"{happened}ranks 2, 3 \(on host grass2\) do not answer\..*--resume auto", run.errors(0)[0])
+    assert not any("Traceback" in log.read_text() for log in logs)
 
 
 def test_checkpoints_want_a_folder_that_all_hosts_share(hosts, config):
@@ -133,7 +136,7 @@ def test_checkpoints_want_a_folder_that_all_hosts_share(hosts, config):
         assert [run.ends(number, 60) for number in range(2)] == [1, 1]
     said = f"error: rank 2: output_dir='{runs}': host grass2 does not see what rank 0 writes there; name a folder"
     assert [error.startswith(said) for error in run.errors(0)] == [True] and run.errors(1) == [], run.said
-    with Run(hosts, config, "unshared-too", "save_model=false") as run:  # without checkpoints it needs none
+    with Run(hosts, config, "unshared-too", "train.checkpoint=null") as run:  # without checkpoints it needs none
         assert [run.ends(number, 60) for number in range(2)] == [0, 0], run.said
 
 

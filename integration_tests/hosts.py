@@ -62,6 +62,15 @@ needs_ssh = pytest.mark.skipif(
 )
 
 
+def traffic(counters: str = "/proc/net/dev") -> tuple[int, int]:
+    """Bytes that the interface of this process's host has received and sent, headers included."""
+    for line in Path(counters).read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == INTERFACE:
+            return int(counts.split()[0]), int(counts.split()[8])
+    raise LookupError(f"{counters} has no {INTERFACE}")
+
+
 @dataclass
 class Host:
     """One host of `Hosts`."""
@@ -106,11 +115,7 @@ class Host:
 
     def traffic(self) -> tuple[int, int]:
         """Bytes that its interface has received and sent, headers included."""
-        for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
-            name, _, counts = line.partition(":")
-            if name.strip() == INTERFACE:
-                return int(counts.split()[0]), int(counts.split()[8])
-        raise LookupError(f"{self.name} has no {INTERFACE}")
+        return traffic(f"/proc/{self.pid}/net/dev")
 
 
 class Hosts:

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import grass_dist
 from grass_dist.training.world import World
-from integration_tests.hosts import INTERFACE, Host
+from integration_tests.hosts import Host, traffic
 
 LAYERS, ACTIVE, LENGTH, STEPS = 8, 2, 16, 3
 GRASS = {"active_layers": ACTIVE, "sampler": "uniform", "sampling_interval": 1}
@@ -46,14 +46,6 @@ class Measured:
     """Of a whole step, the median."""
     trained: float
     """Share of the parameters that train."""
-
-
-def interface_sent() -> int:
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counts = line.partition(":")
-        if name.strip() == INTERFACE:
-            return int(counts.split()[8])
-    raise LookupError(INTERFACE)
 
 
 def llama() -> LlamaForCausalLM:
@@ -130,7 +122,7 @@ SENT: list[int] = []
 def settle() -> None:
     """Notes what has been sent, when all ranks are at the same place."""
     dist.barrier()
-    SENT.append(interface_sent())
+    SENT.append(traffic()[1])
     dist.barrier()
 
 

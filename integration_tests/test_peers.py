@@ -106,6 +106,24 @@ def test_torchrun_restarts_the_ranks_after_one_is_killed(tmp_path):
     assert {file.read_text() for file in tmp_path.glob("joined.*")} == {"2"} and len(list(tmp_path.iterdir())) == 6
 
 
+def test_ranks_that_take_each_others_seat_are_refused_on_each():
+    join = "import datetime; from grass_dist.training.world import World; World.join(datetime.timedelta(seconds=30))"
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", join],
+            cwd=ROOT,
+            env={**os.environ, **where, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = f"GrassError: ranks 0 and 1 on host {socket.gethostname()} are both number 0 there; start all ranks of a host"
+    for rank in ranks:
+        assert said in rank.communicate(timeout=60)[1] and rank.returncode == 1
+
+
 def agreed(store: dist.Store, size: int) -> set[str]:
     names: list[str] = []
     threads = [

@@ -634,6 +634,23 @@ def test_one_process_reduces_nothing(tmp_path: Path) -> None:
     assert card.value == "0" and "nothing is reduced" in card.note
 
 
+@pytest.mark.parametrize(
+    ("backend", "ways"),
+    [
+        ({"backend": "fsdp2"}, "all ranks send 150 bytes within hosts and 150 bytes across them"),
+        ({"backend": "ddp"}, "all ranks send 300 bytes within hosts and 300 bytes across them"),
+        ({"backend": "fsdp2", "replicate": 2}, "all ranks send 200 bytes within hosts and 200 bytes across them"),
+    ],
+)
+def test_bytes_within_hosts_and_across_them(tmp_path: Path, backend: Record, ways: str) -> None:
+    info = run_json() | {"world_size": 4, "hosts": ["a", "a", "b", "b"]} | backend
+    run = load_run(write_run(tmp_path, [step(1, [0], bytes_reduced=100)], info))
+    card = next(card for card in cards(numbers(run), run) if card.label == "Gradients reduced a step")
+    assert ways in card.note
+    alone = load_run(write_run(tmp_path, [step(1, [0], bytes_reduced=100)], info | {"hosts": ["a"] * 4}))
+    assert "hosts" not in next(c for c in cards(numbers(alone), alone) if c.label == card.label).note
+
+
 def test_a_run_without_its_configuration_file(run_dir: Path) -> None:
     (run_dir / "config.yaml").unlink()
     assert "The folder has no config.yaml." in text_of(run_dir)

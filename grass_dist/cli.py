@@ -110,6 +110,25 @@ def inspect(
             raise GrassError(f"{run}: none of its checkpoints is good.")
 
 
+@app.command()
+def doctor(
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder whose disk is tried, e.g. where checkpoints go.")] = Path(),
+    interface: Annotated[str | None, typer.Option(help="Network interface of gloo and NCCL, e.g. eth0.")] = None,
+    size: Annotated[str, typer.Option(help="Largest message that is measured.")] = "16MB",
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for meeting, and for each collective.")] = 60,
+) -> None:
+    """Find out what is wrong with a cluster, and how fast it is: run it under any launcher before a fine-tune.
+
+    For example torchrun --nnodes 2 ... -m grass_dist.doctor, or srun python -m grass_dist.doctor.
+    """
+    with _one_sentence_errors():
+        from grass_dist.doctor.command import Options, diagnose
+
+        code = diagnose(Options(json_file, folder, interface, _parse_size("--size", size), timeout))
+    raise typer.Exit(code)
+
+
 def _show_checkpoints(found: Mapping[str, Any]) -> None:
     from rich.console import Console
 

@@ -217,7 +217,7 @@ def _torch(report):
         ),
         (changed(healthy(), 0, omp_threads=8), "threads", "warning", ["8 cores", "12 threads", "OMP_NUM_THREADS=4"]),
         (
-            changed(_gpus(healthy()), 0, memlock_bytes=65536),
+            changed(healthy(), 0, memlock_bytes=65536, infiniband=True),
             "memlock",
             "warning",
             ["host node1", "65,536 bytes", "ulimit -l unlimited"],
@@ -305,9 +305,12 @@ def test_every_two_hosts_meet_once_and_nobody_is_at_two_places(count):
 
 def test_what_may_be_pinned():
     both = [facts(0, "node1"), facts(1, "node1", 1, available_bytes=32 << 30)]
-    assert pinnable_bytes(both) == 32 << 30
-    assert pinnable_bytes([replace(one, memlock_bytes=1 << 20) for one in both]) == 2 << 20
-    assert pinnable_bytes([replace(one, available_bytes=None) for one in both]) is None
+    limited = [replace(one, memlock_bytes=1 << 20, seat=Seat("node1", "", 0, "GPU-0", ("GPU-0",))) for one in both]
+    pinned = [Copies(rank, 2 << 20, 1e10, 1e10) for rank in range(2)]
+    assert pinnable_bytes(both, []) == 32 << 30
+    assert pinnable_bytes(limited, []) == 2 << 20
+    assert pinnable_bytes(limited, pinned) == 32 << 30  # the limit did not hold
+    assert pinnable_bytes([replace(one, available_bytes=None) for one in both], []) is None
 
 
 def test_words():
@@ -337,7 +340,8 @@ def test_the_address_is_that_of_gloo_and_nccl(environ, by_name, expected):
     chosen = choose_address(environ, INTERFACES, by_name=by_name, by_route="10.1.0.1", toward="node9")
     assert (chosen.address, chosen.interface, chosen.chosen_by) == expected
     assert bool(chosen.problem) == (environ.get("GLOO_SOCKET_IFNAME") == "eth")
-    assert bool(chosen.name_problem) == (not environ and by_name != "10.0.0.1")
+    # gloo listens on the address of the host name, whatever NCCL is told
+    assert bool(chosen.name_problem) == ("GLOO_SOCKET_IFNAME" not in environ and by_name != "10.0.0.1")
 
 
 def test_an_interface_that_is_not_there_is_named_with_those_that_are():

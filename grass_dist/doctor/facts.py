@@ -1,0 +1,193 @@
+"""What the ranks have found: plain data, in seconds, bytes and bytes/s throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from grass_dist.training.seats import Seat
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What one rank is."""
+
+    rank: int
+    seat: Seat
+    """Its host and device."""
+    launcher: str
+    versions: dict[str, str]
+    """By package; "none" for what is not installed."""
+    device: str
+    """Name of its GPU, or "CPU"."""
+    device_bytes: int
+    """Memory of its GPU; 0 on CPU."""
+    unused_gpu: bool
+    """Whether the host has a driver for NVIDIA GPUs, and torch sees none of them."""
+    cores: int
+    """That this process may run on."""
+    host_cores: int
+    omp_threads: int
+    interfaces: dict[str, str]
+    """Address by name, of those that have one."""
+    interface: str
+    """That this rank is reached by; "" if unknown."""
+    address: str
+    port: int
+    """Where it listens while the doctor runs; 0 if it cannot."""
+    chosen_by: str
+    """E.g. "GLOO_SOCKET_IFNAME", "the host name" or "the route to grass1"."""
+    interface_problem: str
+    """A sentence; "" if the interface is there."""
+    name_problem: str
+    """What is wrong with the address of the host's own name, which gloo listens on unless it is told an interface."""
+    available_bytes: int | None
+    """Host memory that this process may still take: MemAvailable, or what its control groups leave."""
+    memlock_bytes: int | None
+    """RLIMIT_MEMLOCK of this process; None: no limit, or CAP_IPC_LOCK, to which none applies."""
+    infiniband: bool
+    """Whether the host has adapters for RDMA."""
+
+    @property
+    def host(self) -> str:
+        return self.seat.host
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.seat.device is not None
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Facts:
+        seat = Seat(**{**found["seat"], "visible": tuple(found["seat"]["visible"])})
+        return cls(**{**found, "seat": seat})
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """One try of a rank to connect to another."""
+
+    rank: int
+    to: int
+    seconds: float | None = None
+    """The shortest round trip; None if it failed."""
+    clock_offset_seconds: float | None = None
+    """This rank's clock minus the other's; right to half the round trip."""
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One kind of collective over a set of ranks."""
+
+    kind: str
+    """Which one: "all_reduce" or "reduce_scatter"."""
+    over: str
+    """Whose: "all", or the name of a host."""
+    ranks: int
+    nbytes: int
+    """S: of the input of each rank."""
+    seconds: float
+    """t: the median of several, on the slowest rank."""
+    latency_seconds: float
+    """Of one element."""
+
+    @property
+    def algorithm_bytes_per_s(self) -> float:
+        return algorithm_bandwidth(self.nbytes, self.seconds)
+
+    @property
+    def bus_bytes_per_s(self) -> float:
+        return bus_bandwidth(self.kind, self.ranks, self.nbytes, self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One direction between the first ranks of two hosts."""
+
+    sender: str
+    receiver: str
+    nbytes: int
+    seconds: float
+    """Until the receiver's answer of one element has come back."""
+    latency_seconds: float
+    """Of one element there and one back, halved."""
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.nbytes / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Pinned copies of one rank, in bytes/s; on CPU pageable copies within host memory, the same in both fields."""
+
+    rank: int
+    nbytes: int
+    h2d_alone: float
+    d2h_alone: float
+    h2d_together: float = 0.0
+    """While all ranks of the host copy."""
+    d2h_together: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Of the first rank of a host, in ``folder``; bytes/s."""
+
+    host: str
+    folder: str
+    nbytes: int = 0
+    write: float = 0.0
+    """fsync included."""
+    read: float = 0.0
+    """After the file has been dropped from the page cache, where the system does so when asked."""
+    free_bytes: int = 0
+    problem: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything, in rank order; empty where it was not measured."""
+
+    size: int
+    timeout: float
+    meets_at: str = ""
+    """``address:port`` of the store; "" for one process."""
+    ranks: list[Facts] = field(default_factory=list)
+    """Of those who came."""
+    reach: list[Reach] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=list)
+    links: list[Link] = field(default_factory=list)
+    copies: list[Copies] = field(default_factory=list)
+    disks: list[Disk] = field(default_factory=list)
+    failed: str = ""
+    """The sentence of a step that failed; later ones were not tried."""
+
+    @property
+    def hosts(self) -> dict[str, list[Facts]]:
+        """The ranks of each host. Hosts of one name, in containers, are told apart: "node", "node (2)"."""
+        machines: dict[tuple[str, str], list[Facts]] = {}
+        for facts in self.ranks:
+            machines.setdefault((facts.host, facts.seat.machine), []).append(facts)
+        named: dict[str, list[Facts]] = {}
+        for (name, _), ranks in machines.items():
+            count = sum(other == name or other.startswith(f"{name} (") for other in named)
+            named[f"{name} ({count + 1})" if count else name] = ranks
+        return named
+
+    def host_of(self, rank: int) -> str:
+        return next((host for host, ranks in self.hosts.items() if any(f.rank == rank for f in ranks)), "?")
+
+
+def algorithm_bandwidth(nbytes: int, seconds: float) -> float:
+    """S / t, in bytes/s: the input of each rank, over the time of the collective."""
+    return nbytes / seconds
+
+
+def bus_bandwidth(kind: str, ranks: int, nbytes: int, seconds: float) -> float:
+    """What each rank sends in a ring, over the time: S / t times 2 (n - 1) / n for all_reduce, (n - 1) / n otherwise.
+
+    It can be compared with the speed of the wire, and between numbers of ranks.
+    """
+    return algorithm_bandwidth(nbytes, seconds) * (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks

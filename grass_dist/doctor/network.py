@@ -1,0 +1,196 @@
+"""The address that others reach this rank by, and whether they do: plain TCP with short time limits."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+import socketserver
+import struct
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grass_dist.doctor.facts import Reach
+
+CONNECTS_WITHIN = 5.0
+"""Seconds."""
+ROUND_TRIPS = 8
+_SIOCGIFADDR = 0x8915
+_TOKEN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The address by which a rank is reached, and why that."""
+
+    address: str
+    interface: str
+    chosen_by: str
+    problem: str = ""
+    """What is wrong with the interface that was asked for, in a sentence."""
+    name_problem: str = ""
+    """What is wrong with the address of the host name, without a full stop."""
+
+
+def find_interfaces() -> dict[str, str]:
+    """Address by name, of all interfaces that have one: its first IPv4 address, else its IPv6 address."""
+    found = {name: address for address, name in reversed(_ipv6_addresses())}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found[name] = socket.inet_ntoa(answer[20:24])
+    return dict(sorted(found.items()))
+
+
+def choose_address(
+    environ: Mapping[str, str], interfaces: Mapping[str, str], *, by_name: str | None, by_route: str, toward: str
+) -> Chosen:
+    """As gloo and NCCL would choose: the interface that is asked for, else the host name's address, else the route's.
+
+    Args:
+        by_name: what this host's own name resolves to; None if it does not.
+        by_route: the address that packets to ``toward`` leave by.
+    """
+    names = {address: name for name, address in interfaces.items()}
+    own_name_leads_here = by_name in names and not _is_loopback(by_name)
+    problem = name_problem = ""
+    if not environ.get("GLOO_SOCKET_IFNAME") and not own_name_leads_here:
+        name_problem = f"resolves to {by_name}, which others cannot reach" if by_name else "does not resolve"
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if not (wanted := environ.get(variable)):
+            continue
+        matching = _matching(wanted, interfaces, exact=variable.startswith("GLOO"))
+        if matching:
+            return Chosen(interfaces[matching], matching, variable, problem, name_problem)
+        problem = problem or (
+            f"{variable}={wanted}: this host has no such interface with an address; it has {shown(interfaces)}"
+        )
+    if by_name is not None and own_name_leads_here:
+        return Chosen(by_name, names[by_name], "the host name", problem)
+    return Chosen(by_route, names.get(by_route, ""), f"the route to {toward}", problem, name_problem)
+
+
+def shown(interfaces: Mapping[str, str]) -> str:
+    """E.g. "eth0 (10.77.0.2), lo (127.0.0.1)": those that lead elsewhere first."""
+    ordered = sorted(interfaces.items(), key=lambda pair: (_is_loopback(pair[1]), pair[0]))
+    return ", ".join(f"{name} ({address})" for name, address in ordered) or "none"
+
+
+def address_of_name() -> str | None:
+    """What this host's own name resolves to."""
+    try:
+        return str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError:
+        return None
+
+
+def address_of_route(host: str) -> str:
+    """The address that packets to ``host`` leave by; that of the loopback if there is no way."""
+    with contextlib.suppress(OSError):
+        family, _, _, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # nothing is sent
+            return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+class Listener:
+    """Answers every byte with ``token`` and the time, from threads of its own, until the process ends.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+
+    def __init__(self, address: str, token: bytes) -> None:
+        class Answer(socketserver.StreamRequestHandler):
+            timeout = 60
+            disable_nagle_algorithm = True
+
+            def handle(self) -> None:
+                with contextlib.suppress(OSError):
+                    while self.rfile.read(1):
+                        self.wfile.write(token + struct.pack("!d", time.time()))
+
+        class Server(socketserver.ThreadingTCPServer):
+            address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            daemon_threads = True
+            request_queue_size = 256
+
+        self._server = Server((address, 0), Answer)
+        self.port: int = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, name="doctor listener", daemon=True).start()
+
+
+def reach(rank: int, to: int, address: str, port: int, token: bytes, seconds: float = CONNECTS_WITHIN) -> Reach:
+    """Tries to connect to the listener of rank ``to``; several round trips tell the difference of the clocks.
+
+    Returns:
+        after a few times ``seconds`` at most; never raises.
+    """
+    best, offset = None, None
+    try:
+        with socket.create_connection((address, port), timeout=seconds) as line:
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(ROUND_TRIPS):
+                asked = time.time()
+                began = time.perf_counter()
+                line.sendall(b"?")
+                answer = _read(line, _TOKEN + 8)
+                trip = time.perf_counter() - began
+                if answer[:_TOKEN] != token:
+                    return Reach(rank, to, problem="another process answers there")
+                if best is None or trip < best:
+                    best, offset = trip, asked + trip / 2 - struct.unpack("!d", answer[_TOKEN:])[0]
+    except OSError as error:
+        return Reach(rank, to, problem=reason(error, seconds))
+    return Reach(rank, to, best, offset)
+
+
+def reason(error: OSError, seconds: float) -> str:
+    """Why a connection failed, without a full stop."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {seconds:g} s"
+    return error.strerror or str(error)
+
+
+def _read(line: socket.socket, count: int) -> bytes:
+    got = b""
+    while len(got) < count:
+        if not (part := line.recv(count - len(got))):
+            raise ConnectionResetError(104, "the connection was closed")
+        got += part
+    return got
+
+
+def _matching(wanted: str, interfaces: Mapping[str, str], *, exact: bool) -> str:
+    """The first interface that a variable means: gloo takes whole names, NCCL prefixes, "=name" and "^prefix"."""
+    if exact:
+        names = wanted.split(",")
+        return names[0] if all(name in interfaces for name in names) else ""
+    for name in interfaces:
+        if wanted.startswith("^"):
+            if not name.startswith(tuple(wanted[1:].split(","))) and name != "lo":
+                return name
+        elif wanted.startswith("="):
+            if name in wanted[1:].split(","):
+                return name
+        elif name.startswith(tuple(wanted.split(","))):
+            return name
+    return ""
+
+
+def _is_loopback(address: str | None) -> bool:
+    return address is not None and (address.startswith("127.") or address == "::1")
+
+
+def _ipv6_addresses() -> list[tuple[str, str]]:
+    """(address, interface), without those that hold on one link alone."""
+    try:
+        lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
+    except OSError:
+        return []
+    return [(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line[0])), line[5]) for line in lines if line[3] != "20"]

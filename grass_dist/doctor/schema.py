@@ -1,0 +1,134 @@
+"""The JSON file: everything that was found, for a planner. Units are in the names: bytes, bytes_per_s, seconds.
+
+version        1; another where a field changes its meaning
+size           number of ranks that the launcher tells
+ranks          each rank that came: rank, local_rank, host, device, device_bytes (0 on CPU), cores, omp_threads,
+               interface, address, versions, clock_offset_seconds (against rank 0), memlock_bytes (null: no limit),
+               h2d_bytes_per_s and d2h_bytes_per_s (alone on its host), h2d_together_bytes_per_s and
+               d2h_together_bytes_per_s (while all its ranks copy), pinned (whether the copies were); null where
+               it was not measured
+hosts          each host: host, ranks (their numbers), cores, available_bytes (MemAvailable, or what its control
+               groups leave), pinnable_bytes, folder, disk_write_bytes_per_s, disk_read_bytes_per_s,
+               disk_free_bytes, all_reduce, reduce_scatter (as below, of its ranks alone; null for one rank)
+all_reduce     over all ranks: ranks, nbytes, seconds, latency_seconds, algorithm_bytes_per_s (nbytes / seconds),
+               bus_bytes_per_s (that times 2 (ranks - 1) / ranks)
+reduce_scatter the same; nbytes is the input of a rank, bus_bytes_per_s has the factor (ranks - 1) / ranks
+links          each direction between first ranks of two hosts: sender, receiver, nbytes, seconds, bytes_per_s,
+               latency_seconds
+unreachable    rank, to, problem
+findings       kind, where, sentence, is_error
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from grass_dist.doctor.facts import Collective, Copies, Facts, Report
+from grass_dist.doctor.words import Finding
+
+VERSION = 1
+
+
+def as_json(report: Report, findings: Sequence[Finding]) -> dict[str, Any]:
+    """What the module describes; holds what JSON can."""
+    return {
+        "version": VERSION,
+        "size": report.size,
+        "ranks": [_rank(report, facts) for facts in report.ranks],
+        "hosts": [_host(report, host, ranks) for host, ranks in report.hosts.items()],
+        "all_reduce": _collective(report, "all_reduce", "all"),
+        "reduce_scatter": _collective(report, "reduce_scatter", "all"),
+        "links": [{**asdict(link), "bytes_per_s": link.bytes_per_s} for link in report.links],
+        "unreachable": [
+            {"rank": one.rank, "to": one.to, "problem": one.problem} for one in report.reach if one.problem
+        ],
+        "findings": [
+            {"kind": one.kind, "where": one.where, "sentence": one.sentence, "is_error": one.is_error}
+            for one in findings
+        ],
+    }
+
+
+def clock_offset(report: Report, rank: int) -> float | None:
+    """Against rank 0; 0 on its host, whose clock it is. None if they could not talk."""
+    if report.host_of(rank) == report.host_of(0):
+        return 0.0
+    return next((one.clock_offset_seconds for one in report.reach if (one.rank, one.to) == (rank, 0)), None)
+
+
+def pinnable_bytes(ranks: Sequence[Facts], copies: Sequence[Copies]) -> int | None:
+    """Host memory that the ranks of a host together may pin: what is free, or what each of them may lock.
+
+    CUDA's drivers as a rule do not count what they pin against RLIMIT_MEMLOCK. So the limit is left out where a rank
+    has pinned more for its ``copies``. None where nobody says what is free.
+    """
+    free = [facts.available_bytes for facts in ranks if facts.available_bytes is not None]
+    if not free:
+        return None
+    pinned = {one.rank: one.nbytes for one in copies}
+    may_lock = 0
+    for facts in ranks:
+        limit = facts.memlock_bytes
+        if limit is None or (facts.on_gpu and pinned.get(facts.rank, 0) > limit):
+            return min(free)
+        may_lock += limit
+    return min(*free, may_lock)
+
+
+def _rank(report: Report, facts: Facts) -> dict[str, Any]:
+    copies = next((one for one in report.copies if one.rank == facts.rank), None)
+    return {
+        "rank": facts.rank,
+        "local_rank": facts.seat.local_rank,
+        "host": report.host_of(facts.rank),
+        "device": facts.device,
+        "device_bytes": facts.device_bytes,
+        "cores": facts.cores,
+        "omp_threads": facts.omp_threads,
+        "interface": facts.interface,
+        "address": facts.address,
+        "versions": facts.versions,
+        "clock_offset_seconds": clock_offset(report, facts.rank),
+        "memlock_bytes": facts.memlock_bytes,
+        "h2d_bytes_per_s": copies and copies.h2d_alone,
+        "d2h_bytes_per_s": copies and copies.d2h_alone,
+        "h2d_together_bytes_per_s": copies and copies.h2d_together,
+        "d2h_together_bytes_per_s": copies and copies.d2h_together,
+        "pinned": facts.on_gpu,
+    }
+
+
+def _host(report: Report, host: str, ranks: Sequence[Facts]) -> dict[str, Any]:
+    disk = next((one for one in report.disks if one.host == host and not one.problem), None)
+    # The ranks of a single host are all ranks.
+    over = "all" if len(ranks) == report.size else host
+    free = [facts.available_bytes for facts in ranks if facts.available_bytes is not None]
+    return {
+        "host": host,
+        "ranks": [facts.rank for facts in ranks],
+        "cores": ranks[0].host_cores,
+        "available_bytes": min(free) if free else None,
+        "pinnable_bytes": pinnable_bytes(ranks, report.copies),
+        "folder": disk and disk.folder,
+        "disk_write_bytes_per_s": disk and disk.write,
+        "disk_read_bytes_per_s": disk and disk.read,
+        "disk_free_bytes": disk and disk.free_bytes,
+        "all_reduce": _collective(report, "all_reduce", over),
+        "reduce_scatter": _collective(report, "reduce_scatter", over),
+    }
+
+
+def _collective(report: Report, kind: str, over: str) -> dict[str, Any] | None:
+    found: Collective | None = next((c for c in report.collectives if (c.kind, c.over) == (kind, over)), None)
+    if found is None:
+        return None
+    return {
+        "ranks": found.ranks,
+        "nbytes": found.nbytes,
+        "seconds": found.seconds,
+        "latency_seconds": found.latency_seconds,
+        "algorithm_bytes_per_s": found.algorithm_bytes_per_s,
+        "bus_bytes_per_s": found.bus_bytes_per_s,
+    }

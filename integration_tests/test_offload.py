@@ -14,8 +14,13 @@ from integration_tests.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(400)
 QUICK = [(2, "fsdp2"), (2, "zero2")]
-MORE = [(2, "ddp"), (2, "zero1"), (2, "zero3"), (4, "hsdp"), (4, "ddp"), (4, "zero2"), (4, "zero3")]
-BACKENDS = [*QUICK, *(pytest.param(p, marks=pytest.mark.integration) for p in MORE)]
+MORE = [(2, "ddp"), (2, "zero1"), (2, "zero3"), (4, "ddp"), (4, "zero2")]
+LONG = [(4, "hsdp"), (4, "zero3")]
+BACKENDS = [
+    *QUICK,
+    *(pytest.param(p, marks=pytest.mark.integration) for p in MORE),
+    *(pytest.param(p, marks=pytest.mark.long) for p in LONG),
+]
 
 
 def named(backend: tuple[int, str]) -> str:

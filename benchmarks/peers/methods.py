@@ -1,0 +1,150 @@
+"""The methods: each a model and an optimizer that one loop drives. What is published is used as it is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import grass_dist
+
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+ACTIVE, INTERVAL, PROBE = 4, 5, 5
+"""Layers that train at a time, steps between two draws, steps of the probe, which count as any other."""
+
+
+@dataclass
+class Method:
+    """A model in training."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    clip: Callable[[float], object]
+    states: Callable[[], int]
+    """Bytes of optimizer states on the device."""
+    host: Callable[[], int] = lambda: 0
+    """Bytes of states in host memory."""
+    extra: Callable[[], int] = lambda: 0
+    """Bytes of copies of weights that it keeps beside them."""
+    finish: Callable[[], nn.Module] | None = None
+    """Gives the model that is judged; None: the model as it is."""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def nbytes(tensors: Iterable[Any]) -> int:
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """All tensors of its states, those of objects that it keeps there (GaLore's projections) included."""
+    found = []
+    for state in optimizer.state.values():
+        for value in state.values():
+            found.append(value)
+            if not isinstance(value, torch.Tensor) and hasattr(value, "__dict__"):
+                found += vars(value).values()
+    return nbytes(found)
+
+
+def plain(model: nn.Module, lr: float, steps: int) -> Method:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, **ADAMW)
+    return Method(
+        model,
+        optimizer,
+        lambda norm: nn.utils.clip_grad_norm_(trained, norm),
+        lambda: state_bytes(optimizer),
+    )
+
+
+def lora(rank: int, *, dora: bool = False) -> Callable[[nn.Module, float, int], Method]:
+    def make(model: nn.Module, lr: float, steps: int) -> Method:
+        import peft
+
+        settings = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", use_dora=dora
+        )
+        adapted = peft.get_peft_model(model, settings)  # type: ignore[arg-type]
+        return plain(adapted, lr, steps)
+
+    return make
+
+
+def grass(sampler: str, **settings: Any) -> Callable[[nn.Module, float, int], Method]:
+    def make(model: nn.Module, lr: float, steps: int) -> Method:
+        own = {"active_layers": ACTIVE, "sampling_interval": INTERVAL, "update_interval": INTERVAL, "sampler": sampler}
+        if sampler.startswith("grass"):
+            own["probe_steps"] = PROBE
+        config = grass_dist.GrassConfig(**(own | settings))
+        optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, {"lr": lr, **ADAMW}, config=config)
+        return Method(
+            model,
+            optimizer,
+            optimizer.clip_grad_norm_,
+            lambda: optimizer.state_bytes,
+            lambda: optimizer.host_state_bytes,
+            notes=config.model_dump(mode="json"),
+        )
+
+    return make
+
+
+def badam(model: nn.Module, lr: float, steps: int) -> Method:
+    from badam import BlockOptimizer
+
+    inner = torch.optim.AdamW(model.parameters(), lr=lr, **ADAMW)
+    blocks = sum(1 for _ in model.get_submodule("model.layers").children())
+    every = max(1, steps // blocks)  # so that nearly every block trains once, as it does in many epochs
+    optimizer = BlockOptimizer(
+        base_optimizer=inner, named_parameters_list=list(model.named_parameters()), switch_block_every=every, verbose=0
+    )
+    return Method(
+        model,
+        optimizer,
+        lambda norm: nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], norm),
+        lambda: state_bytes(inner),
+        extra=lambda: nbytes(optimizer.param_idx2hp.values()),
+        notes={"switch_block_every": every, "switch_mode": "descending"},
+    )
+
+
+def galore(model: nn.Module, lr: float, steps: int) -> Method:
+    from galore_torch import GaLoreAdamW
+
+    settings = {"rank": 128, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std"}
+    projected = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ("attn" in name or "mlp" in name)
+    ]
+    ids = {id(p) for p in projected}
+    groups: list[Mapping[str, Any]] = [
+        {"params": [p for p in model.parameters() if id(p) not in ids]},
+        {"params": projected, **settings},
+    ]
+    optimizer = GaLoreAdamW(groups, lr=lr, **ADAMW)
+    return Method(
+        model,
+        optimizer,
+        lambda norm: nn.utils.clip_grad_norm_(model.parameters(), norm),
+        lambda: state_bytes(optimizer),
+        notes=settings,
+    )
+
+
+METHODS: dict[str, tuple[Callable[[nn.Module, float, int], Method], tuple[float, float, float]]] = {
+    # and the three learning rates that are tried, a factor of some three apart
+    "full": (plain, (1e-5, 3e-5, 1e-4)),
+    "lora16": (lora(16), (1e-4, 3e-4, 1e-3)),
+    "lora128": (lora(128), (1e-4, 3e-4, 1e-3)),
+    "dora16": (lora(16, dora=True), (1e-4, 3e-4, 1e-3)),
+    "badam": (badam, (3e-5, 1e-4, 3e-4)),
+    "galore": (galore, (1e-4, 3e-4, 1e-3)),
+    "lisa": (grass("uniform"), (3e-5, 1e-4, 3e-4)),
+    "cyclic": (grass("cyclic"), (3e-5, 1e-4, 3e-4)),
+    "grass-static": (grass("grass-static"), (3e-5, 1e-4, 3e-4)),
+    "grass": (grass("grass"), (3e-5, 1e-4, 3e-4)),
+}

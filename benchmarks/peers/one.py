@@ -1,0 +1,99 @@
+"""One training of one method: python -m benchmarks.peers.one METHOD LR SEED --data FILE --out FILE.json"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers.methods import METHODS, Method, nbytes
+from benchmarks.peers.task import TESTS, accuracy, batches, held_out_loss, training_data
+from grass_dist.training.packaged_model import resolve_model
+
+STEPS, WARM_UP, CLIP = 80, 4, 1.0
+
+
+def rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: a linear rise, then a cosine to zero."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP)))
+
+
+def train(method: Method, data: Any, tokenizer: Any, seed: int, steps: int) -> dict[str, Any]:
+    """Trains it; what it lost, held and would have sent."""
+    whole = sum(p.numel() for p in method.model.parameters() if not getattr(p, "added", False))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(method.optimizer, lambda step: rate(step, steps))
+    losses, shares, seconds, device, host = [], [], [], 0, 0
+    method.model.train()
+    for number, batch in zip(range(steps), batches(data, tokenizer, seed), strict=False):
+        began = time.perf_counter()
+        loss = method.model(**batch, use_cache=False).loss
+        loss.backward()
+        grads = [p.grad for p in method.model.parameters() if p.grad is not None]
+        held, share = nbytes(grads), sum(g.numel() for g in grads) / whole
+        method.clip(CLIP)
+        method.optimizer.step()
+        device = max(device, nbytes(method.model.parameters()) + held + method.states() + method.extra())
+        host = max(host, method.host())
+        method.optimizer.zero_grad()
+        scheduler.step()
+        seconds.append(time.perf_counter() - began)
+        losses.append(loss.item())
+        shares.append(share)
+        assert math.isfinite(losses[-1]) or number > 0, "the first loss is not finite"
+    return {
+        "losses": losses,
+        "seconds": seconds,
+        "device_bytes": device,
+        "host_bytes": host,
+        "reduced_share": sum(shares) / len(shares),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("lr", type=float)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--data", type=Path, required=True, help="training problems; the test sets lie beside it")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="packaged:smollm2-135m")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(args.seed)
+    folder = resolve_model(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    data = training_data(args.data, tokenizer)
+    method = METHODS[args.method][0](model, args.lr, args.steps)
+    told = train(method, data, tokenizer, args.seed, args.steps)
+    judged = (method.finish() if method.finish else method.model).eval()
+    told |= {
+        "method": args.method,
+        "lr": args.lr,
+        "seed": args.seed,
+        "steps": args.steps,
+        "settings": method.notes,
+        "held_out_loss": held_out_loss(judged, data, tokenizer),
+        "accuracy": {name: accuracy(judged, tokenizer, args.data.parent / name) for name in TESTS},
+        "torch": torch.__version__,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    half = args.out.with_suffix(".part")
+    half.write_text(json.dumps(told) + "\n")
+    os.replace(half, args.out)
+
+
+if __name__ == "__main__":
+    main()

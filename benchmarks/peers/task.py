@@ -1,0 +1,88 @@
+"""The task: arithmetic word problems with worked answers, the kind that the paper trains on; and how it is judged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from grass_dist.training.batches import collate
+from grass_dist.training.data import Data, load_data, render_prompt
+from grass_dist.training.data_config import DataConfig
+
+BATCH, MAX_LENGTH, HELD_OUT = 4, 112, 64
+QUESTIONS, ANSWER_TOKENS, AT_ONCE = 60, 56, 20
+TESTS = ("multiarith_test.json", "addsub_test.json")
+
+
+def training_data(file: Path, tokenizer: Any) -> Data:
+    """Problems as plain text, a loss on the worked answer alone; the last ones are held out, the same for all seeds."""
+    config = DataConfig(
+        name=str(file),
+        prompt="{instruction}",
+        completion="output",
+        chat_template=False,
+        max_length=MAX_LENGTH,
+        eval_examples=HELD_OUT,
+    )
+    return load_data(config, tokenizer, 0)
+
+
+def batches(data: Data, tokenizer: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Global batches in an order that depends on ``seed`` alone: every method of a seed trains on the same."""
+    order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(data.train))
+    for first in range(0, len(order) - BATCH + 1, BATCH):
+        yield collate([data.train[int(i)] for i in order[first : first + BATCH]], tokenizer.pad_token_id)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, data: Data, tokenizer: Any) -> float:
+    """Mean over the labelled tokens."""
+    total, count = 0.0, 0
+    for first in range(0, len(data.held_out), 8):
+        batch = collate(
+            [data.held_out[i] for i in range(first, min(first + 8, len(data.held_out)))], tokenizer.pad_token_id
+        )
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        total += model(**batch, use_cache=False).loss.item() * labels
+        count += labels
+    return total / count
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, tokenizer: Any, file: Path) -> float:
+    """Share of the first problems of a test set whose greedy answer gives the right number."""
+    rows = json.loads(file.read_text())[:QUESTIONS]
+    right = 0
+    for first in range(0, len(rows), AT_ONCE):
+        some = rows[first : first + AT_ONCE]
+        prompts = [render_prompt(tokenizer, row["instruction"], False) for row in some]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        right += sum(is_right(text, row["answer"]) for text, row in zip(texts, some, strict=True))
+    return right / len(rows)
+
+
+def is_right(text: str, answer: str) -> bool:
+    """By the number after the first "answer is", else by the last number."""
+    said = re.search(r"answer is\s*\$?\s*(-?[\d,]*\.?\d+)", text)
+    numbers = [said[1]] if said else re.findall(r"-?\d[\d,]*\.?\d*", text)
+    try:
+        return bool(numbers) and abs(float(numbers[-1].replace(",", "").rstrip(".")) - float(answer)) < 1e-3
+    except ValueError:
+        return False

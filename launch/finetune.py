@@ -26,11 +26,9 @@ import torch
 import transformers
 from torch import nn
 
-import grass_dist
-from grass_dist.assembly import always_active_roles
 from grass_dist.checkpoint.loading import Checkpoint
 from grass_dist.checkpoint.saving import Saved
-from grass_dist.discovery import LayerMap, find_layers
+from grass_dist.discovery import find_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import setup
 from grass_dist.training.answers import answer_from_folder
@@ -52,7 +50,7 @@ from grass_dist.training.data_config import check_packing, fill
 from grass_dist.training.export import write_model_files
 from grass_dist.training.identity import data_identity, model_identity, versions
 from grass_dist.training.loop import Loop
-from grass_dist.training.metrics import MetricsLog, make_run_folder
+from grass_dist.training.metrics import MetricsLog, describe_run, make_run_folder
 from grass_dist.training.output import Output
 from grass_dist.training.parallel import Parallelism, choose_parallelism
 from grass_dist.training.peers import lost_peer
@@ -138,7 +136,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     world.together(lambda: make_run_folder(config, resume=resume, going_on=going_on) if world.is_main else None)
     check_shared(config, folder, world)
     world.together(lambda: output.to_file(folder))
-    about = _about(config, world, parallel.name, layers, data, model)
+    about = describe_run(config, world, parallel.name, layers, data, model)
     record, answer = record_of(checkpoint) if checkpoint else (0, None)
     keep = record if going_on else 0
     log = world.together(lambda: MetricsLog(folder, about, keep=keep, step=start.step) if world.is_main else None)
@@ -272,38 +270,6 @@ def _question(config: RunConfig, data: Data) -> dict[str, Any] | None:
         row = data.held_out_rows[0]
         prompt, expected = fill(config.data.prompt, row, "prompt"), fill(config.data.completion, row, "completion")
     return {"prompt": prompt, "expected": expected}
-
-
-def _about(
-    config: RunConfig, world: World, backend: str, layers: LayerMap, data: Data, model: nn.Module
-) -> dict[str, Any]:
-    """run.json: what does not change during the run."""
-    always = always_active_roles(layers, config.grass)
-    kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
-    return {
-        "name": config.name,
-        "model": config.model.name,
-        "backend": backend,
-        "world_size": world.size,
-        "hosts": world.peers.hosts,
-        "replicate": config.parallel.mesh.replicate,
-        "device": kind,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "num_layers": len(layers.layers),
-        "layer_names": [unit.name for unit in layers.layers],
-        "layer_numel": [unit.numel for unit in layers.layers],
-        "params_total": layers.numel,
-        "params_always_active": sum(unit.numel for unit in always),
-        "grass": config.grass.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json"),
-        "data": {
-            "name": config.data.name,
-            "train_examples": None if config.data.streaming else len(data.train),  # type: ignore[arg-type]
-            "eval_examples": len(data.held_out),
-        },
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"torch": torch.__version__, "grass_dist": grass_dist.__version__},
-    }
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -13,12 +14,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+import grass_dist
+from grass_dist.assembly import always_active_roles
 from grass_dist.checkpoint.saving import Saved
+from grass_dist.discovery import LayerMap
 from grass_dist.errors import ConfigError
 from grass_dist.events import Event, Refreshed
 from grass_dist.training.config import RunConfig
 from grass_dist.training.config_file import dump_config
+from grass_dist.training.data import Data
 from grass_dist.training.parallel import Run
+from grass_dist.training.world import World
 
 
 def make_run_folder(config: RunConfig, *, resume: str | None = None, going_on: bool = False) -> Path:
@@ -46,6 +55,38 @@ def make_run_folder(config: RunConfig, *, resume: str | None = None, going_on: b
     except OSError as error:
         raise ConfigError("output_dir", config.output_dir, f"{folder}: {error.strerror}", "choose another") from None
     return folder
+
+
+def describe_run(
+    config: RunConfig, world: World, backend: str, layers: LayerMap, data: Data, model: nn.Module
+) -> dict[str, Any]:
+    """run.json: what does not change during the run."""
+    always = always_active_roles(layers, config.grass)
+    kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    return {
+        "name": config.name,
+        "model": config.model.name,
+        "backend": backend,
+        "world_size": world.size,
+        "hosts": world.peers.hosts,
+        "replicate": config.parallel.mesh.replicate,
+        "device": kind,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "num_layers": len(layers.layers),
+        "layer_names": [unit.name for unit in layers.layers],
+        "layer_numel": [unit.numel for unit in layers.layers],
+        "params_total": layers.numel,
+        "params_always_active": sum(unit.numel for unit in always),
+        "grass": config.grass.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json"),
+        "data": {
+            "name": config.data.name,
+            "train_examples": None if config.data.streaming else len(data.train),  # type: ignore[arg-type]
+            "eval_examples": len(data.held_out),
+        },
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "grass_dist": grass_dist.__version__},
+    }
 
 
 class MetricsLog:

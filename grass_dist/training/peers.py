@@ -10,12 +10,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from grass_dist.errors import GrassError
+from grass_dist.training.blame import Answer, Roll, blame, sentence
 
 if TYPE_CHECKING:
     from grass_dist.training.world import World
@@ -35,25 +36,6 @@ _CALLER = "caller"
 _DURING = "during "
 _OF_GLOO = re.compile(r"gloo/|Timed out waiting \d+ms|Connection (closed|reset) by peer|Broken pipe")
 _TIMED_OUT = re.compile(r"(?:Timed out waiting|timeout after|ran for) (\d+) ?m(?:illi)?s")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a rank says when the roll is called."""
-
-    doing: str
-    failed: bool
-    """Whether it has an error of its own, or else the roll has found it in the middle of its work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Roll:
-    """Who was still there after an error."""
-
-    caller: int
-    """The rank whose error came first."""
-    answers: dict[int, Answer]
-    """By rank; those who are missing did not answer in time."""
 
 
 class Peers:
@@ -194,8 +176,8 @@ class Peers:
             return
         if self._roll is None or len(self._roll.answers) < len(self.hosts):
             doing = self.doing or "a wait for the others"
-            blamed = _blame(self, self._roll, doing, timed_out=False)
-            end(_sentence(doing, f"waited {self._lost_after:g} s in vain", blamed or "", then))
+            blamed = blame(self, self._roll, doing, timed_out=False)
+            end(sentence(doing, f"waited {self._lost_after:g} s in vain", blamed or "", then))
 
     def _hold_roll(self, line: dist.Store) -> None:
         caller = int(line.compare_set(_CALLER, "", str(self.rank)))
@@ -231,48 +213,13 @@ def lost_peer(world: World, error: BaseException, then: str = "") -> GrassError 
     waited = _TIMED_OUT.search(text)
     roll = peers.call_roll(doing)
     happened = f"did not end within {int(waited[1]) / 1000:g} s" if waited else "failed"
-    blamed = _blame(peers, roll, doing, timed_out=waited is not None)
-    return _sentence(doing, happened, blamed or f"all ranks are there, and the error was: {text[:200]}", then)
+    blamed = blame(peers, roll, doing, timed_out=waited is not None)
+    return sentence(doing, happened, blamed or f"all ranks are there, and the error was: {text[:200]}", then)
 
 
 def of_collective(error: BaseException) -> bool:
     """Whether an error comes from a collective or the store that failed, whoever has wrapped it."""
     return _is_of_collective(_origin(error))
-
-
-def _blame(peers: Peers, roll: Roll | None, doing: str, *, timed_out: bool) -> str | None:
-    """Who is to blame, and what for; None if nobody is."""
-    if roll is None:
-        return f"{peers.keeper}, which keeps the store of all ranks, does not answer" if peers.keeper else None
-    silent = [rank for rank in range(len(peers.hosts)) if rank not in roll.answers]
-    if silent:
-        return f"{_names(peers, silent)} {'does' if len(silent) == 1 else 'do'} not answer"
-    elsewhere = [rank for rank, answer in roll.answers.items() if not answer.failed and answer.doing != doing]
-    if timed_out and elsewhere:
-        at = roll.answers[elsewhere[0]].doing or "something else"
-        return f"{_names(peers, elsewhere[:1])} was still at {at}"
-    if roll.caller != peers.rank:
-        return f"{_names(peers, [roll.caller])} failed before, in {roll.answers[roll.caller].doing}"
-    return None
-
-
-def _sentence(doing: str, happened: str, cause: str, then: str) -> GrassError:
-    look = ""
-    if not cause.startswith("all ranks are there"):
-        look = "Look at their logs" if " do not answer" in cause else "Look at its log"
-    advice = "; ".join(part for part in (look, then) if part)
-    advice = f" {advice[0].upper()}{advice[1:]}." if advice else ""
-    return GrassError(f"{doing[0].upper()}{doing[1:]} {happened}: {cause}.{advice}")
-
-
-def _names(peers: Peers, ranks: list[int]) -> str:
-    """E.g. "rank 1 (on host b)" or "ranks 1 to 3 (on hosts b, c)"."""
-    hosts = list(dict.fromkeys(peers.hosts[rank] for rank in ranks))
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} (on host {hosts[0]})"
-    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
-    where = ", ".join(hosts[:8]) + (", …" if len(hosts) > 8 else "")
-    return f"ranks {shown} (on {'host' if len(hosts) == 1 else 'hosts'} {where})"
 
 
 def _wait_for(line: dist.Store, key: str, ranks: Sequence[int], seconds: float) -> set[int]:

@@ -29,8 +29,8 @@ class Method:
     """Bytes of states in host memory."""
     extra: Callable[[], int] = lambda: 0
     """Bytes of copies of weights that it keeps beside them."""
-    finish: Callable[[], nn.Module] | None = None
-    """Gives the model that is judged; None: the model as it is."""
+    measured: Callable[[], int] = lambda: 0
+    """Entries of gradients that ranks would have reduced in this step and that are gone again, as in a probe."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,6 +86,9 @@ def grass(sampler: str, **settings: Any) -> Callable[[nn.Module, float, int], Me
             optimizer.clip_grad_norm_,
             lambda: optimizer.state_bytes,
             lambda: optimizer.host_state_bytes,
+            measured=lambda: (
+                sum(unit.numel for unit in optimizer.grass.layers) if optimizer.grass.phase == "probe" else 0
+            ),
             notes=config.model_dump(mode="json"),
         )
 

@@ -26,9 +26,12 @@ def rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP)))
 
 
-def train(method: Method, data: Any, tokenizer: Any, seed: int, steps: int) -> dict[str, Any]:
-    """Trains it; what it lost, held and would have sent."""
-    whole = sum(p.numel() for p in method.model.parameters() if not getattr(p, "added", False))
+def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, steps: int) -> dict[str, Any]:
+    """Trains it; what it lost, held and would have sent.
+
+    Args:
+        whole: parameters of the model as it was loaded.
+    """
     scheduler = torch.optim.lr_scheduler.LambdaLR(method.optimizer, lambda step: rate(step, steps))
     losses, shares, seconds, device, host = [], [], [], 0, 0
     method.model.train()
@@ -37,7 +40,7 @@ def train(method: Method, data: Any, tokenizer: Any, seed: int, steps: int) -> d
         loss = method.model(**batch, use_cache=False).loss
         loss.backward()
         grads = [p.grad for p in method.model.parameters() if p.grad is not None]
-        held, share = nbytes(grads), sum(g.numel() for g in grads) / whole
+        held, share = nbytes(grads), (sum(g.numel() for g in grads) + method.measured()) / whole
         method.clip(CLIP)
         method.optimizer.step()
         device = max(device, nbytes(method.model.parameters()) + held + method.states() + method.extra())
@@ -76,9 +79,10 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     data = training_data(args.data, tokenizer)
+    whole = sum(p.numel() for p in model.parameters())
     method = METHODS[args.method][0](model, args.lr, args.steps)
-    told = train(method, data, tokenizer, args.seed, args.steps)
-    judged = (method.finish() if method.finish else method.model).eval()
+    told = train(method, whole, data, tokenizer, args.seed, args.steps)
+    judged = method.model.eval()
     told |= {
         "method": args.method,
         "lr": args.lr,

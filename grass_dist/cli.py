@@ -129,6 +129,54 @@ def doctor(
     raise typer.Exit(code)
 
 
+@app.command()
+def plan(
+    gpus: Annotated[int, typer.Option(help="GPUs of the run, on all hosts.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")],
+    model: Annotated[str | None, typer.Option(help="Hugging Face name, folder, or config.json.")] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Parameters of a Llama, e.g. 70B, in the place of --model.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="With --params: layers.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="With --params: width.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="With --params: width of the feed-forward.")] = None,
+    heads: Annotated[int | None, typer.Option(help="With --params: attention heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="With --params: heads of keys and values.")] = None,
+    vocab: Annotated[int, typer.Option(min=1, help="With --params: entries of the vocabulary.")] = 32000,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of a GPU, e.g. 24GB or 80GiB.")] = None,
+    gpus_per_host: Annotated[int, typer.Option(help="GPUs of a host.")] = 8,
+    host_memory: Annotated[str | None, typer.Option(help="Memory of a host that may be pinned, e.g. 200GB.")] = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences that a GPU takes at a time.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
+    backend: Annotated[str | None, typer.Option(help="fsdp2, hsdp, ddp, zero1, zero2, zero3 or single.")] = None,
+    replicate: Annotated[int | None, typer.Option(help="Of hsdp: replicas; left out, one on each host.")] = None,
+    offload: Annotated[str | None, typer.Option(help="interval, stream or none; left out, chosen.")] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="Activation checkpointing; left out, chosen.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32.")] = "bfloat16",
+    always_active: Annotated[
+        str, typer.Option(help="Roles that GRASS trains at every step, or none.")
+    ] = "embeddings,final_norm,lm_head",
+    sampling_interval: Annotated[int, typer.Option(help="Steps between two switches to other layers.")] = 50,
+    doctor_json: Annotated[Path | None, typer.Option("--from", help="JSON of grass-dist doctor: its speeds.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="Of a GPU by its data sheet.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Closed form alone, no simulation.")] = False,
+    write: Annotated[Path | None, typer.Option(help="Write the recommended settings, for launch/finetune.py.")] = None,
+    scale: Annotated[str | None, typer.Option(help="Numbers of GPUs to compare, e.g. 8..4096.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --scale: the picture, .png or .svg.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
+) -> None:
+    """Tell before a run whether a model fits, what a step costs, and which settings to use. Needs no GPU."""
+    given = dict(locals())
+    with _one_sentence_errors():
+        from grass_dist.plan.command import Options, run
+
+        sizes = {"gpu_bytes": ("--gpu-memory", "gpu_memory"), "host_bytes": ("--host-memory", "host_memory")}
+        for name, (option, key) in sizes.items():
+            text = given.pop(key)
+            given[name] = None if text is None else _parse_size(option, text)
+        run(Options(doctor=given.pop("doctor_json"), **given), _warn)
+
+
 def _show_checkpoints(found: Mapping[str, Any]) -> None:
     from rich.console import Console
 

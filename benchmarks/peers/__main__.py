@@ -43,7 +43,7 @@ def best_rate(runs: list[dict[str, Any]], method: str) -> float | None:
 def missing(folder: Path, methods: list[str]) -> list[tuple[str, float, int]]:
     """What can be trained now: rates first, then seeds at the best."""
     runs = read(folder)
-    wanted = [(method, lr, SEEDS[0]) for lr in (1, 0, 2) for method in methods for lr in [METHODS[method][1][lr]]]
+    wanted = [(method, METHODS[method][1][number], SEEDS[0]) for number in (1, 0, 2) for method in methods]
     wanted += [(m, lr, seed) for seed in SEEDS[1:] for m in methods if (lr := best_rate(runs, m)) is not None]
     return [one for one in wanted if not file_of(folder, *one).exists()]
 

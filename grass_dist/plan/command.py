@@ -1,0 +1,275 @@
+"""``grass-dist plan``: from options to tables, files and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any, cast
+
+from grass_dist.config import ROLES, Role
+from grass_dist.errors import ConfigError, GrassError
+from grass_dist.plan.choose import (
+    USUAL_GAMMA,
+    Choice,
+    Row,
+    candidates,
+    check_weights,
+    choose,
+    gb,
+    nearest_to_fitting,
+    remedies,
+    row_of,
+)
+from grass_dist.plan.job import Job, Method, methods_of, trained_roles
+from grass_dist.plan.memory import Memory, states_of
+from grass_dist.plan.scale import Point, assumptions, draw_scale, parse_scale, scale
+from grass_dist.plan.schema import as_json, most_layers
+from grass_dist.plan.shape import ModelShape, parse_count, shape_of_model, shape_of_params
+from grass_dist.plan.simulate import can_simulate, simulate
+from grass_dist.plan.speeds import Speeds, check_speed, speeds_from_doctor
+from grass_dist.plan.tables import show
+from grass_dist.plan.write import write_config
+
+BUDGET_S = 40.0
+"""Seconds after which no further method is simulated; the closed form answers for the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """As the command line gives them; None is left out."""
+
+    gpus: int
+    seq_len: int
+    model: str | None = None
+    params: str | None = None
+    layers: int | None = None
+    hidden: int | None = None
+    intermediate: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    vocab: int = 32000
+    gpus_per_host: int = 8
+    gpu_bytes: float | None = None
+    micro_batch: int = 1
+    accumulation: int = 1
+    backend: str | None = None
+    replicate: int | None = None
+    offload: str | None = None
+    checkpointing: bool | None = None
+    dtype: str = "bfloat16"
+    always_active: str = ",".join(ROLES)
+    sampling_interval: int = 50
+    doctor: Path | None = None
+    tflops: float | None = None
+    host_bytes: float | None = None
+    fast: bool = False
+    write: Path | None = None
+    scale: str | None = None
+    plot: Path | None = None
+    json_file: Path | None = None
+
+
+def run(options: Options, tell: Callable[[str], None]) -> None:
+    """Plans, prints, and writes what was asked for.
+
+    Args:
+        tell: takes sentences about what is under way.
+
+    Raises:
+        ConfigError: options that cannot be.
+        GrassError: no settings fit, and a file of them was asked for.
+    """
+    speeds = _speeds(options)
+    counts = parse_scale(options.scale) if options.scale else []
+    if options.plot and not counts:
+        raise ConfigError("--plot", str(options.plot), "it shows what --scale counts", "add e.g. --scale 8..4096")
+    job, shape = _job(options, speeds), _shape(options)
+    check_weights(shape, job)
+    choice = plan(shape, job, speeds, options, tell)
+    points, assumed = _points(shape, choice, speeds, counts)
+    show(shape, choice, speeds, points, assumed)
+    if points:
+        plot = options.plot or Path("scale.png")
+        draw_scale(points, assumed, plot)
+        tell(f"{plot}: step time and efficiency over the number of GPUs")
+    if options.json_file:
+        _write_json(options.json_file, as_json(shape, choice, speeds, points))
+    if options.write:
+        if choice.recommended is None:
+            raise GrassError(f"--write={str(options.write)!r}: nothing fits, so there are no settings to write.")
+        for file in write_config(options.write, shape, choice.recommended):
+            tell(f"{file}: written")
+
+
+def plan(shape: ModelShape, job: Job, speeds: Speeds, options: Options, tell: Callable[[str], None]) -> Choice:
+    """Every method under the settings that are given or, where they are left open, chosen."""
+    jobs = candidates(job, offload=options.offload is None, checkpointing=options.checkpointing is None)
+    chosen, method = choose(shape, jobs, speeds)
+    if method is None:
+        chosen = nearest_to_fitting(shape, jobs, speeds).job
+    rows: tuple[Row, ...] = ()
+    recommended: Row | None = None
+    taken = chosen
+    # The simulation may find more than the closed form by which the first was chosen.
+    for tried in [chosen, *jobs[jobs.index(chosen) + 1 :]]:
+        first = method or Method("grass", 1, tried.roles)
+        memories = {} if options.fast else _simulated(shape, tried, first, tell)
+        found = tuple(row_of(shape, tried, m, speeds, memories.get(m)) for m in methods_of(shape, tried))
+        recommended = _recommended(found)
+        if recommended or not rows:
+            taken, rows = tried, found
+        if recommended or method is None:
+            break
+    sentences = _sentences(shape, jobs, rows, recommended, speeds, options)
+    return Choice(taken, rows, recommended, tuple(sentences))
+
+
+def _recommended(rows: tuple[Row, ...]) -> Row | None:
+    """GRASS with the usual γ if that fits, else with the largest one below it that does."""
+    fits = [row for row in rows if row.method.name == "grass" and row.fits]
+    usual = [row for row in fits if row.method.active_layers <= USUAL_GAMMA] or fits[:1]
+    return max(usual, key=lambda row: row.method.active_layers, default=None)
+
+
+def _simulated(shape: ModelShape, job: Job, first: Method, tell: Callable[[str], None]) -> dict[Method, Memory]:
+    """The peaks by simulation, of as many methods as there is time for, what matters most first."""
+    steps: dict[Any, Memory] = {}
+    found: dict[Method, Memory] = {}
+    methods = [first, *sorted(methods_of(shape, job), key=lambda m: (m.name != "full", m.active_layers))]
+    began, longest = monotonic(), 0.0
+    for method in methods:
+        key = method.active_layers, tuple(trained_roles(shape, method))
+        if not can_simulate(job, method):
+            continue
+        if key in steps:  # the same step but for the states, which are there all the time
+            found[method] = replace(steps[key], states=states_of(shape, job, method)[0])
+            continue
+        started = monotonic()
+        if started - began + longest > BUDGET_S:
+            continue
+        if not steps:
+            tell("simulating training steps ...")
+        try:
+            found[method] = steps[key] = simulate(shape, job, method)
+        except GrassError as error:
+            tell(f"{error} The closed form answers alone.")
+            break
+        longest = max(longest, monotonic() - started)
+    return found
+
+
+def _sentences(
+    shape: ModelShape, jobs: list[Job], rows: tuple[Row, ...], recommended: Row | None, speeds: Speeds, options: Options
+) -> list[str]:
+    job = rows[0].job
+    if recommended is None:
+        near = nearest_to_fitting(shape, jobs, speeds)
+        short = near.memory.total - near.job.gpu_bytes
+        lacking = f"{gb(short)} more than there are" if short > 0 else f"{gb(near.host_bytes)} pinned on each host"
+        takes = f"{gb(near.memory.total)} a GPU, {lacking}"
+        first = f"Nothing fits. Nearest is {near.method.label} ({_named(near.job)}): {takes}."
+        return [first, *remedies(shape, near, speeds)]
+    time = recommended.time.total / rows[0].time.total
+    most, gamma = most_layers(rows), recommended.method.active_layers
+    others = [row.method.label for row in rows if row.method.name != "grass" and row.fits]
+    also = f"; so {'do' if len(others) > 1 else 'does'} {', '.join(others)}" if others else ""
+    opened = ["offload"] * (options.offload is None) + ["activation checkpointing"] * (options.checkpointing is None)
+    by_choice = f" ({' and '.join(opened)} chosen)" if opened else ""
+    return [
+        f"GRASS fits with up to γ={most} of {shape.num_layers} layers at a time{also}.",
+        f"Recommended: γ={gamma}, {_named(job)}{by_choice}: {gb(recommended.memory.total)} of {gb(job.gpu_bytes)} "
+        f"a GPU, {gb(recommended.host_bytes)} pinned on each host, {time:.2f} × the "
+        "step time of full fine-tuning.",
+    ]
+
+
+def _named(job: Job) -> str:
+    return f"{job.backend}, offload {job.offload}, {_checkpointing(job)}"
+
+
+def _checkpointing(job: Job) -> str:
+    return f"activation checkpointing {'on' if job.checkpointing else 'off'}"
+
+
+def _points(shape: ModelShape, choice: Choice, speeds: Speeds, counts: list[int]) -> tuple[list[Point], str]:
+    if not counts:
+        return [], ""
+    gamma = min(USUAL_GAMMA, shape.num_layers)
+    method = choice.recommended.method if choice.recommended else Method("grass", gamma, choice.job.roles)
+    text = assumptions(shape, choice.job, method, speeds)
+    return scale(shape, choice.job, method, speeds, counts), text
+
+
+def _speeds(options: Options) -> Speeds:
+    speeds = Speeds()
+    if options.tflops is not None:
+        speeds = replace(speeds, flop_per_s=check_speed("--tflops", options.tflops) * 1e12)
+    if options.doctor is not None:
+        speeds = speeds_from_doctor(options.doctor, speeds)
+    return replace(speeds, pinnable_bytes=options.host_bytes) if options.host_bytes is not None else speeds
+
+
+def _job(options: Options, speeds: Speeds) -> Job:
+    gpu_bytes = options.gpu_bytes or speeds.device_bytes
+    if gpu_bytes is None:
+        fix = "write e.g. --gpu-memory 24GB, or give a report of GPUs by --from"
+        raise ConfigError("--gpu-memory", None, "nobody says how much memory a GPU has", fix)
+    backend = options.backend or ("single" if options.gpus == 1 else "fsdp2")
+    hosts = -(-options.gpus // max(options.gpus_per_host, 1))
+    replicate = options.replicate or (hosts if backend == "hsdp" else 1)
+    if replicate > 1 and backend != "hsdp":
+        raise ConfigError("--replicate", replicate, f"{backend} has no replicas to choose", "use --backend hsdp")
+    return Job(
+        gpus=options.gpus,
+        gpus_per_host=options.gpus_per_host,
+        gpu_bytes=gpu_bytes,
+        seq_len=options.seq_len,
+        micro_batch=options.micro_batch,
+        accumulation=options.accumulation,
+        backend=cast(Any, backend),
+        replicate=replicate,
+        offload=cast(Any, options.offload or "interval"),
+        dtype=options.dtype,
+        checkpointing=bool(options.checkpointing),
+        roles=_roles(options.always_active),
+        sampling_interval=options.sampling_interval,
+    )
+
+
+def _roles(text: str) -> tuple[Role, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["none"]:
+        return ()
+    if wrong := [name for name in names if name not in ROLES]:
+        fix = f"use some of {','.join(ROLES)}, or none"
+        raise ConfigError("--always-active", text, f"there is no role {wrong[0]}", fix)
+    return tuple(role for role in ROLES if role in names)
+
+
+def _shape(options: Options) -> ModelShape:
+    if (options.model is None) == (options.params is None):
+        given = options.model if options.model is not None else None
+        raise ConfigError("--model", given, "the model is given by --model or by --params", "give one of them")
+    if options.model is not None:
+        return shape_of_model(options.model)
+    assert options.params is not None
+    return shape_of_params(
+        parse_count("--params", options.params),
+        layers=options.layers,
+        hidden=options.hidden,
+        intermediate=options.intermediate,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        vocab=options.vocab,
+    )
+
+
+def _write_json(path: Path, found: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        problem = f"it cannot be written ({error.strerror})"
+        raise ConfigError("--json", str(path), problem, "name a file in a folder of yours") from None

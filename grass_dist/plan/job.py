@@ -1,0 +1,179 @@
+"""What is to be planned: the machine, the batch, the way of sharding; and the methods that are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from grass_dist.config import ROLES, Role
+from grass_dist.errors import ConfigError
+from grass_dist.plan.shape import ModelShape, numel
+
+BackendName = Literal["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["interval", "stream", "none"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
+WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
+SLOTS = 3
+"""Of ``offload.mode=stream``, as `OffloadConfig.slots`."""
+LORA_RANK = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One way to run a fine-tune.
+
+    Raises:
+        ConfigError: a value that cannot be.
+    """
+
+    gpus: int
+    gpus_per_host: int
+    gpu_bytes: float
+    """Memory of a GPU."""
+    seq_len: int
+    micro_batch: int = 1
+    accumulation: int = 1
+    """Micro-batches of a step."""
+    backend: BackendName = "fsdp2"
+    replicate: int = 1
+    """Replicas of the sharded model: of hsdp."""
+    offload: Offload = "interval"
+    dtype: str = "bfloat16"
+    checkpointing: bool = False
+    """Activation checkpointing of each layer."""
+    roles: tuple[Role, ...] = ROLES
+    """That GRASS trains at every step. Full fine-tuning and LISA train all of them."""
+    sampling_interval: int = 50
+    state_bytes: int | None = None
+    """Of a trained element; None: fp32 master (16-bit weights) and two fp32 moments."""
+
+    def __post_init__(self) -> None:
+        for option in ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "sampling_interval"):
+            if (value := getattr(self, option)) < 1:
+                raise ConfigError(f"--{option.replace('_', '-')}", value, "it is below 1", "use a whole number above 0")
+        for option, known in (("backend", BACKENDS), ("offload", OFFLOADS), ("dtype", tuple(WEIGHT_BYTES))):
+            if (value := getattr(self, option)) not in known:
+                raise ConfigError(f"--{option}", value, "it is not known", f"use one of {', '.join(known)}")
+        if not 1e6 <= self.gpu_bytes <= 1e15:
+            raise ConfigError("--gpu-memory", self.gpu_bytes, "no GPU has so many bytes", "write e.g. 24GB")
+        if self.seq_len * self.micro_batch > 2**31:
+            raise ConfigError("--seq-len", self.seq_len, "with --micro-batch it makes too many tokens", "use fewer")
+        if self.backend == "single" and self.gpus > 1:
+            raise ConfigError("--backend", "single", f"it trains on one GPU, not {self.gpus}", "use fsdp2 or ddp")
+        if self.backend == "hsdp" and (self.replicate < 2 or self.gpus % self.replicate):
+            fix = "use a divisor of --gpus above 1 (the number of hosts, say), or --backend fsdp2"
+            raise ConfigError("--replicate", self.replicate, f"hsdp on {self.gpus} GPUs cannot have so many", fix)
+
+    @property
+    def weight_bytes(self) -> int:
+        return WEIGHT_BYTES[self.dtype]
+
+    @property
+    def reduce_bytes(self) -> int:
+        """Of an element when gradients are reduced: fp32 under fsdp2 and hsdp, else the dtype of the weights."""
+        return 4 if self.backend in ("fsdp2", "hsdp") else self.weight_bytes
+
+    @property
+    def bytes_of_state(self) -> int:
+        """Of a trained element: 12 with 16-bit weights, 8 with fp32 ones (ZeRO-1 and 2: a master even then)."""
+        if self.state_bytes is not None:
+            return self.state_bytes
+        return 8 if self.weight_bytes == 4 and self.backend not in ("zero1", "zero2") else 12
+
+    @property
+    def update_bytes(self) -> int:
+        """Of an entry while it is updated: a gradient as wide as its master, and what AdamW computes on the way."""
+        if self.state_bytes is not None:
+            return self.state_bytes // 2  # no master, and moments of half of it each
+        return 8 if self.weight_bytes < 4 else 4
+
+    @property
+    def shards(self) -> int:
+        """Ranks that the weights are divided among."""
+        return {"fsdp2": self.gpus, "zero3": self.gpus, "hsdp": self.gpus // self.replicate}.get(self.backend, 1)
+
+    @property
+    def state_shards(self) -> int:
+        """Ranks that the optimizer states are divided among."""
+        return self.shards if self.backend in ("fsdp2", "hsdp") else self.gpus
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on a rank."""
+        return self.seq_len * self.micro_batch
+
+    @property
+    def ranks_per_host(self) -> int:
+        return min(self.gpus, self.gpus_per_host)
+
+    @property
+    def hosts(self) -> list[str]:
+        """The host of each rank."""
+        return [str(rank // self.gpus_per_host) for rank in range(self.gpus)]
+
+    @property
+    def num_hosts(self) -> int:
+        return -(-self.gpus // self.gpus_per_host)
+
+    def on(self, gpus: int) -> Job:
+        """The same on another number of GPUs; hsdp shards within its hosts."""
+        hosts = -(-gpus // self.gpus_per_host)
+        return replace(self, gpus=gpus, replicate=max(2, hosts) if self.backend == "hsdp" else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What trains."""
+
+    name: Literal["full", "lora", "lisa", "grass"]
+    active_layers: int
+    """At a time (γ)."""
+    roles: tuple[str, ...] = field(default=ROLES)
+
+    @property
+    def label(self) -> str:
+        names = {"full": "full fine-tuning", "lora": f"LoRA r={LORA_RANK}", "lisa": "LISA", "grass": "GRASS"}
+        return names[self.name] + (f" γ={self.active_layers}" if self.name in ("lisa", "grass") else "")
+
+
+def methods_of(shape: ModelShape, job: Job) -> list[Method]:
+    """Full fine-tuning, LoRA, LISA with 2 layers as published, and GRASS with γ = 1, 2, 4, ... and all layers."""
+    most = shape.num_layers
+    gammas = sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most})
+    lisa = min(2, most)
+    return [
+        Method("full", most),
+        Method("lora", most, ()),
+        Method("lisa", lisa),
+        *(Method("grass", gamma, job.roles) for gamma in gammas),
+    ]
+
+
+def trained_roles(shape: ModelShape, method: Method) -> dict[str, int]:
+    """Elements of each role that trains; tied embeddings train if either of their roles does."""
+    wanted = set(method.roles)
+    if shape.tied and "lm_head" in wanted:
+        wanted.add("embeddings")
+    return {name: numel(shapes) for name, shapes in shape.roles.items() if name in wanted}
+
+
+def head_trains(shape: ModelShape, method: Method) -> bool:
+    return ("embeddings" if shape.tied else "lm_head") in trained_roles(shape, method)
+
+
+def lora_elements(shape: ModelShape) -> int:
+    """Elements of the adapters of one layer: rank times (rows + columns) of each of its matrices."""
+    return sum(LORA_RANK * sum(s) for s in max(shape.layers, key=numel) if len(s) == 2)
+
+
+def traversed(shape: ModelShape, method: Method, *, worst: bool = False) -> float:
+    """Share of the layers that a gradient passes through (f_above in docs/plan.md, Time).
+
+    Args:
+        worst: for the worst draw instead of the expected one of γ layers drawn alike.
+    """
+    total, gamma = shape.num_layers, method.active_layers
+    if method.name in ("full", "lora") or "embeddings" in trained_roles(shape, method) or worst:
+        return 1.0
+    return 1 - (total - gamma) / (gamma + 1) / total

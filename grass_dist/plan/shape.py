@@ -1,0 +1,235 @@
+"""What the planner knows of a model: the shapes of its parameters, by layer and role. No weight is ever read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grass_dist.discovery import LayerMap, Unit, find_layers
+from grass_dist.errors import ConfigError, UnsupportedModel
+
+Shapes = tuple[tuple[int, ...], ...]
+
+TYPICAL = ((1.1e9, 22, 2048), (3e9, 28, 3072), (7e9, 32, 4096), (13e9, 40, 5120), (34e9, 48, 8192), (70e9, 80, 8192))
+"""Parameters, layers, width of published Llama models: what ``--params`` takes where no shape is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a decoder. Elements, not bytes."""
+
+    name: str
+    layers: tuple[Shapes, ...]
+    """Parameter shapes of each layer, in the model's order."""
+    roles: Mapping[str, Shapes]
+    """Those of embeddings, final_norm and lm_head; tied embeddings are embeddings alone."""
+    other: Shapes
+    """Those of parameters that never train."""
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    gated: bool
+    """Whether the feed-forward has a gate (Llama, Gemma, Qwen)."""
+    tied: bool
+    config: Any = field(repr=False, compare=False)
+    """The transformers configuration, from which `simulate` builds the model."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def layer_numel(self) -> int:
+        """Of the largest layer."""
+        return max(numel(layer) for layer in self.layers)
+
+    @property
+    def layers_numel(self) -> int:
+        """Of all layers."""
+        return sum(numel(layer) for layer in self.layers)
+
+    @property
+    def layer_matrices(self) -> int:
+        """Elements of the largest layer's matrices, which are what it multiplies by."""
+        return max(sum(math.prod(s) for s in layer if len(s) >= 2) for layer in self.layers)
+
+    @property
+    def head_matrix(self) -> int:
+        """Elements of the output projection, tied or not."""
+        return self.vocab * self.hidden
+
+    @property
+    def numel(self) -> int:
+        return self.layers_numel + sum(map(numel, self.roles.values())) + numel(self.other)
+
+
+def numel(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def shape_of_model(name: str) -> ModelShape:
+    """The shape of a Hugging Face model, a folder, a ``config.json`` or ``packaged:smollm2-135m``.
+
+    Raises:
+        ConfigError: there is no such model.
+        UnsupportedModel: it has no layer stack.
+    """
+    return shape_of_config(name, _load(name))
+
+
+def shape_of_params(
+    params: float,
+    *,
+    layers: int | None = None,
+    hidden: int | None = None,
+    intermediate: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    vocab: int = 32000,
+    tied: bool = False,
+) -> ModelShape:
+    """The shape of a Llama of ``params`` parameters.
+
+    Args:
+        params: of the whole model; the width of the feed-forward follows from it, unless it is given.
+        layers, hidden: left out, those of the published Llama whose size is nearest.
+        heads: left out, of 128 entries each (64 where the width has no such divisor).
+
+    Raises:
+        ConfigError: sizes that cannot be.
+    """
+    from transformers import LlamaConfig
+
+    for option, value in (("--layers", layers), ("--hidden", hidden), ("--heads", heads), ("--kv-heads", kv_heads)):
+        if value is not None and value < 1:
+            raise ConfigError(option, value, "it is below 1", "use a whole number above 0")
+    near = min(TYPICAL, key=lambda entry: abs(math.log(entry[0] / params)))
+    layers, hidden = layers or near[1], hidden or near[2]
+    heads = heads or max(1, hidden // (128 if hidden % 128 == 0 else 64))
+    if hidden % heads:
+        raise ConfigError("--heads", heads, f"it does not divide --hidden={hidden}", "use a divisor")
+    kv_heads = kv_heads or heads
+    if heads % kv_heads:
+        raise ConfigError("--kv-heads", kv_heads, f"it does not divide the {heads} heads", "use a divisor")
+    if intermediate is None:
+        attention = 2 * hidden * hidden + 2 * hidden * (hidden // heads) * kv_heads
+        left = params - vocab * hidden * (1 if tied else 2) - hidden
+        intermediate = round((left / layers - attention - 2 * hidden) / (3 * hidden) / 64) * 64
+        if intermediate < 64:
+            fix = "use fewer --layers or a smaller --hidden, or more parameters"
+            problem = f"{layers} layers of width {hidden} with a vocabulary of {vocab} have more"
+            raise ConfigError("--params", f"{params:.4g}", problem, fix)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )
+    return shape_of_config(f"Llama of {params / 1e9:.3g}B", config)
+
+
+def parse_count(option: str, text: str) -> float:
+    """A number of parameters, e.g. 70B, 135M or 6.74e9."""
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?(?:E\+?\d{1,2})?)\s*([KMBT]?)\s*", text.upper(), re.ASCII)
+    value = float(found[1]) * 1000 ** " KMBT".index(found[2] or " ") if found else 0.0
+    if not 1e4 <= value <= 1e14:
+        raise ConfigError(option, text, "this is no number of parameters", "write e.g. 70B or 135M")
+    return value
+
+
+def build_model(config: Any, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """The model of a transformers configuration, without weights worth having, on ``device`` ("meta" takes none)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def shape_of_config(name: str, config: Any) -> ModelShape:
+    """The shape of a transformers configuration.
+
+    Raises:
+        ConfigError: transformers has no causal language model for it.
+        UnsupportedModel: the model has no layer stack.
+    """
+    try:
+        model = build_model(config, torch.bfloat16, "meta")
+    except UnsupportedModel:
+        raise
+    except Exception as error:  # whatever the class of a model makes of a broken configuration
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError("--model", name, f"it cannot be built ({reason})", "give a causal language model") from None
+    found = find_layers(model)
+    text = config.get_text_config()
+    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    layer = _shapes(found.layers[0])
+    inner = _inner_width(text, layer, hidden)
+    return ModelShape(
+        name=name,
+        layers=tuple(_shapes(unit) for unit in found.layers),
+        roles={unit.name: _shapes(unit) for unit in found.roles},
+        other=tuple(tuple(p.shape) for _, p in found.other),
+        hidden=hidden,
+        intermediate=inner,
+        heads=heads,
+        kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
+        vocab=int(text.vocab_size),
+        gated=sum(inner in shape for shape in layer if len(shape) == 2) >= 3,
+        tied="lm_head" not in {unit.name for unit in found.roles},
+        config=config,
+    )
+
+
+def units_of(found: LayerMap) -> dict[str, Unit]:
+    """The units of a model by name."""
+    return {unit.name: unit for unit in (*found.layers, *found.roles)}
+
+
+def _shapes(unit: Unit) -> Shapes:
+    return tuple(tuple(param.shape) for _, param in unit.params)
+
+
+def _inner_width(config: Any, layer: Shapes, hidden: int) -> int:
+    """Width of the feed-forward: as configured, else the commonest other dimension of the layer's matrices."""
+    for key in ("intermediate_size", "n_inner", "ffn_dim"):
+        if isinstance(value := getattr(config, key, None), int):
+            return value
+    widths = Counter(d for shape in layer if len(shape) == 2 for d in shape if d > hidden)
+    return max(widths, key=lambda d: widths[d], default=4 * hidden)
+
+
+def _load(name: str) -> Any:
+    from transformers import AutoConfig
+
+    from grass_dist.training.packaged_model import resolve_model
+
+    path = Path(resolve_model(name))
+    fix = "give a Hugging Face name, a folder with a config.json, such a file, or --params"
+    try:
+        if path.is_file():
+            settings = json.loads(path.read_text())
+            if not isinstance(settings, dict) or "model_type" not in settings:
+                raise ConfigError("--model", name, "it is no config.json with a model_type", fix)
+            return AutoConfig.for_model(**settings)
+        return AutoConfig.from_pretrained(str(path) if path.is_dir() else name)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        reason = reason if len(reason) <= 160 else reason[:157] + "..."
+        raise ConfigError("--model", name, f"there is no such model here ({reason})", fix) from None

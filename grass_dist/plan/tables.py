@@ -1,0 +1,120 @@
+"""What `grass-dist plan` prints: two tables, what is recommended, and the constants behind the times."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from grass_dist.plan.choose import Choice, Row, gb
+from grass_dist.plan.scale import NAMES, Point
+from grass_dist.plan.shape import ModelShape
+from grass_dist.plan.speeds import Speeds
+
+WIDTH = 170
+"""Columns where the output is no terminal."""
+
+
+def show(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Point], assumed: str) -> None:
+    """Prints the plan."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console.print(_memory_table(shape, choice))
+    console.print(_time_table(choice))
+    if points:
+        console.print(_scale_table(points))
+        console.print(assumed, markup=False, soft_wrap=True)
+    for sentence in (*_about_memory(choice), about_speeds(speeds), *choice.sentences):
+        console.print(sentence, markup=False, soft_wrap=True)
+
+
+def seconds(value: float) -> str:
+    """With a unit: 1.23 s, 45.6 ms or 7.8 µs; 0 is 0 s."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return "0 s" if value == 0 else f"{value * 1e6:.2g} µs"
+
+
+def about_speeds(speeds: Speeds) -> str:
+    """The constants of the times, in a sentence."""
+    measured = f" Measured by the doctor: {', '.join(speeds.measured)}." if speeds.measured else ""
+    return (
+        f"Times are of a model of costs: {speeds.flop_share:.0%} of {speeds.flop_per_s / 1e12:.4g} TFLOP/s a GPU, "
+        f"{speeds.pcie_bytes_per_s / 1e9:.3g} GB/s of PCIe each way, {speeds.within_bytes_per_s / 1e9:.3g} GB/s within "
+        f"and {speeds.across_bytes_per_s / 1e9:.3g} GB/s across hosts.{measured}"
+    )
+
+
+def _memory_table(shape: ModelShape, choice: Choice) -> Any:
+    job = choice.job
+    hosts = f"{job.num_hosts} hosts" if job.num_hosts > 1 else "1 host"
+    replicas = f" of {job.replicate} replicas" if job.backend == "hsdp" else ""
+    title = (
+        f"{shape.name}: {shape.numel / 1e9:.3g} billion parameters, {shape.num_layers} layers · {job.gpus} GPUs of "
+        f"{gb(job.gpu_bytes)} on {hosts} · {job.backend}{replicas} · {job.dtype} · {job.micro_batch} × {job.seq_len} "
+        f"tokens a GPU{f' × {job.accumulation}' if job.accumulation > 1 else ''} · offload {job.offload} · activation "
+        f"checkpointing {'on' if job.checkpointing else 'off'}\nMemory of a GPU at its peak"
+    )
+    columns = ("", "weights", "gradients", "states", "activations", "buffers", "allowance", "runtime")
+    return _table(title, (*columns, "peak", "fits", "pinned a host", "by"), map(_memory_cells, choice.rows))
+
+
+def _memory_cells(row: Row) -> list[str]:
+    m = row.memory
+    parts = (m.weights, m.gradients, m.states, m.activations, m.buffers, m.allowance, m.runtime, m.total)
+    fits = "yes" if row.fits else "no: host" if m.total <= row.job.gpu_bytes else "no"
+    return [row.method.label, *map(gb, parts), fits, gb(row.host_bytes), "simulation" if m.simulated else "closed form"]
+
+
+def _time_table(choice: Choice) -> Any:
+    full = next(row for row in choice.rows if row.method.name == "full")
+    columns = ("", "compute", "update", "network", "hidden", "PCIe", "hidden", "step", "of full", "tokens/s")
+    volumes = ("PCIe a GPU, each way", "within hosts", "across hosts")
+    rows = []
+    for row in choice.rows:
+        t = row.time
+        lanes = (t.compute, t.update, t.network, t.network_hidden, t.pcie, t.pcie_hidden, t.total)
+        cells = [f"{t.total / full.time.total:.2f} ×", f"{t.tokens_per_s:,.0f}"]
+        rows.append([row.method.label, *map(seconds, lanes), *cells, *map(gb, _volumes(row))])
+    return _table("Time of a step, and bytes that it moves (of all ranks, but for PCIe)", (*columns, *volumes), rows)
+
+
+def _volumes(row: Row) -> tuple[float, float, float]:
+    return row.traffic.pcie, row.traffic.within, row.traffic.across
+
+
+def _scale_table(points: Sequence[Point]) -> Any:
+    by = {(p.backend, p.gpus): p for p in points}
+    rows = []
+    for gpus in sorted({p.gpus for p in points}):
+        cells = []
+        for backend in NAMES:
+            p = by.get((backend, gpus))
+            fits = "" if p is None or p.fits else " (does not fit)"
+            cells.append("" if p is None else f"{seconds(p.step_s)}, {p.efficiency:.0%}{fits}")
+        rows.append([f"{gpus:,}", *cells])
+    return _table("Step time and efficiency over the number of GPUs", ("GPUs", *NAMES.values()), rows)
+
+
+def _about_memory(choice: Choice) -> Iterable[str]:
+    from grass_dist.plan.memory import FRAGMENTATION_SHARE, RUNTIME_BYTES
+
+    yield (
+        f"Allowance: {FRAGMENTATION_SHARE:.0%} of gradients, activations and buffers, for fragmentation. Runtime: "
+        f"{gb(RUNTIME_BYTES)} for the CUDA context and NCCL."
+    )
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in title)))
+    table.title_justify = "left"
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

@@ -1,0 +1,109 @@
+"""The recommended settings as a YAML file for launch/finetune.py, and for ZeRO the DeepSpeed JSON beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grass_dist.errors import ConfigError
+from grass_dist.plan.choose import Row, gb
+from grass_dist.plan.memory import zero_settings
+from grass_dist.plan.shape import ModelShape
+
+STEPS = 500
+_AUTO = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
+
+def write_config(path: Path, shape: ModelShape, row: Row) -> list[Path]:
+    """Writes the settings of ``row``, and reads them again as the program will.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ConfigError: a file is there already or cannot be written, or the settings cannot be used.
+    """
+    from grass_dist.training.config_file import load_config
+
+    files = {path: _yaml(path, shape, row)}
+    if row.job.backend.startswith("zero"):
+        files[path.with_suffix(".json")] = json.dumps(deepspeed_json(shape, row), indent=2) + "\n"
+    for file, text in files.items():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("x", encoding="utf-8") as out:
+                out.write(text)
+        except FileExistsError:
+            raise ConfigError("--write", str(path), f"{file} is there already", "remove it, or name another") from None
+        except OSError as error:
+            problem = f"it cannot be written ({error.strerror})"
+            raise ConfigError("--write", str(path), problem, "name a file in a folder of yours") from None
+    load_config(path)
+    return list(files)
+
+
+def deepspeed_json(shape: ModelShape, row: Row) -> dict[str, Any]:
+    """The DeepSpeed configuration whose buckets the plan has counted."""
+    auto = dict.fromkeys(_AUTO, "auto")
+    low = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    return {"zero_optimization": zero_settings(shape, row.job), **low, **auto}
+
+
+def settings_of(path: Path, shape: ModelShape, row: Row) -> dict[str, Any]:
+    """The settings, as nested sections; what is not planned is as in configs/."""
+    job, grass = row.job, row.method
+    parallel: Any = {"single": "single", "ddp": "ddp", "fsdp2": "fsdp2"}.get(job.backend)
+    if job.backend == "hsdp":
+        parallel = {"backend": "fsdp2", "mesh": {"replicate": job.replicate}}
+    elif parallel is None:
+        parallel = {"backend": "deepspeed", "config": path.with_suffix(".json").name}
+    given = Path(shape.name)
+    name = str(given.parent) if given.suffix == ".json" else shape.name
+    return {
+        "name": "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in path.stem).lstrip("._-")
+        or "planned",
+        "model": {
+            "name": name,
+            "dtype": job.dtype,
+            "activation_checkpointing": job.checkpointing,
+        },
+        "data": {
+            "name": "reasoning-gym:gsm_symbolic",
+            "prompt": "question",
+            "completion": "worked",
+            "max_length": job.seq_len,
+        },
+        "train": {
+            "max_steps": STEPS,
+            "global_batch_size": job.gpus * job.micro_batch * job.accumulation,
+            "micro_batch_size": job.micro_batch,
+            "learning_rate": 1e-5,
+            "warmup_steps": 10,
+        },
+        "grass": {
+            "active_layers": grass.active_layers,
+            "sampling_interval": job.sampling_interval,
+            "update_interval": job.sampling_interval,
+            "always_active": list(job.roles),
+            "offload": {"mode": job.offload},
+        },
+        "parallel": parallel,
+    }
+
+
+def _yaml(path: Path, shape: ModelShape, row: Row) -> str:
+    import yaml
+
+    job = row.job
+    text = yaml.safe_dump(settings_of(path, shape, row), sort_keys=False, allow_unicode=True)
+    text = text.replace("  name: reasoning-gym:gsm_symbolic\n", "  name: reasoning-gym:gsm_symbolic # or yours\n")
+    hosts = f"{job.num_hosts} hosts of {job.ranks_per_host}" if job.num_hosts > 1 else "one host"
+    return (
+        f"# Planned by grass-dist plan for {' '.join(shape.name.split())} on {job.gpus} GPUs ({hosts}):\n"
+        f"# {gb(row.memory.total)} of {gb(job.gpu_bytes)} on each, {gb(row.host_bytes)} pinned on each host.\n{text}"
+    )

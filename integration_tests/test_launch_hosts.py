@@ -75,6 +75,7 @@ def launch(
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)
+    assert "\x1b" not in "".join(said)  # no bar where there is no terminal
     return config.parent / "runs" / name
 
 

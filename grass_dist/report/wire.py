@@ -21,7 +21,7 @@ def sent(reduced: float, hosts: Sequence[str], *, replicate: int, whole: bool) -
 
     A ring of n ranks sends (n - 1) / n of the bytes over each of its n links to reduce-scatter them, and as much again
     to gather the sums. Under HSDP the gradients are scattered in each shard group, and each shard is summed with those
-    of the replicas, so that with a shard group on each host 1 / s of the bytes crosses the network.
+    of the replicas, so that with a shard group on each host no rank sends more than its shard over the network.
 
     Args:
         reduced: bytes that each rank puts in.

@@ -16,8 +16,11 @@ class Reporter:
     """Shows steps and, as they change, the active layers. Use as a context manager."""
 
     def __init__(self, max_steps: int, num_layers: int, *, speaks: bool) -> None:
-        self._console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
-        self._terminal = speaks and sys.stdout.isatty()
+        # mpirun gives its ranks a terminal for stdout alone, whatever it writes that to.
+        self._terminal = speaks and sys.stdout.isatty() and sys.stderr.isatty()
+        self._console = Console(
+            quiet=not speaks, highlight=False, soft_wrap=True, force_terminal=None if self._terminal else False
+        )
         self._max_steps, self._num_layers = max_steps, num_layers
         self._held_out: float | None = None
         self._bar = Progress(

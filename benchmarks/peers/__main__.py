@@ -3,7 +3,8 @@
     python -m benchmarks.peers --data math_train.json [--workers 2] [--methods full grass ...]
     python -m benchmarks.peers --table
 
-Each training is a process with one core; what is done is not done again. The best rate has the lowest held-out loss.
+Each training is a process with one core; what is done is not done again. The best rate has the lowest held-out loss;
+answers are judged at that rate alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,19 +42,24 @@ def best_rate(runs: list[dict[str, Any]], method: str) -> float | None:
     return min(tried, key=lambda lr: tried[lr]) if tried.keys() >= set(METHODS[method][1]) else None
 
 
-def missing(folder: Path, methods: list[str]) -> list[tuple[str, float, int]]:
-    """What can be trained now: rates first, then seeds at the best."""
+def missing(folder: Path, methods: list[str]) -> list[tuple[str, float, int, bool]]:
+    """What can be done now, judging last: rates first, then seeds at the best."""
     runs = read(folder)
+    best = {method: lr for method in methods if (lr := best_rate(runs, method)) is not None}
     wanted = [(method, METHODS[method][1][number], SEEDS[0]) for number in (1, 0, 2) for method in methods]
-    wanted += [(m, lr, seed) for seed in SEEDS[1:] for m in methods if (lr := best_rate(runs, m)) is not None]
-    return [one for one in wanted if not file_of(folder, *one).exists()]
+    wanted += [(method, lr, seed) for seed in SEEDS[1:] for method, lr in best.items()]
+    judged = {(run["method"], run["lr"], run["seed"]) for run in runs if "accuracy" in run}
+    trained = [(method, lr, seed) for seed in SEEDS for method, lr in best.items()]
+    return [(*one, False) for one in wanted if not file_of(folder, *one).exists()] + [
+        (*one, True) for one in trained if file_of(folder, *one).exists() and one not in judged
+    ]
 
 
-def run(one: tuple[str, float, int], args: argparse.Namespace) -> None:
-    method, lr, seed = one
-    out = file_of(args.out, *one)
+def run(one: tuple[str, float, int, bool], args: argparse.Namespace) -> None:
+    method, lr, seed, judge = one
+    out = file_of(args.out, method, lr, seed)
     command = [sys.executable, "-m", "benchmarks.peers.one", method, str(lr), str(seed)]
-    command += ["--data", str(args.data), "--out", str(out), "--model", args.model]
+    command += ["--data", str(args.data), "--out", str(out), "--model", args.model, *(["--judge"] if judge else [])]
     log = out.with_suffix(".log")
     with log.open("w") as said:
         code = subprocess.run(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
@@ -61,7 +68,8 @@ def run(one: tuple[str, float, int], args: argparse.Namespace) -> None:
         return
     log.unlink()
     told = json.loads(out.read_text())
-    print(f"{method} {lr:g} {seed}: held-out loss {told['held_out_loss']:.4f}, {told['accuracy']}", flush=True)
+    result = told["accuracy"] if judge else f"held-out loss {told['held_out_loss']:.4f}"
+    print(f"{time.strftime('%H:%M')} {method} {lr:g} {seed}: {result}", flush=True)
 
 
 def table(runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -73,7 +81,9 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
     for method in METHODS:
         if (lr := best_rate(runs, method)) is None:
             continue
-        at = [r for r in runs if r["method"] == method and r["lr"] == lr]
+        at = [r for r in runs if r["method"] == method and r["lr"] == lr and "accuracy" in r]
+        if not at:
+            continue
         losses = [r["held_out_loss"] for r in at]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         right = [f"{statistics.mean(r['accuracy'][name] for r in at):.1%}" for name in TESTS]

@@ -140,14 +140,14 @@ def galore(model: nn.Module, lr: float, steps: int) -> Method:
 
 METHODS: dict[str, tuple[Callable[[nn.Module, float, int], Method], tuple[float, float, float]]] = {
     # and the three learning rates that are tried, a factor of some three apart
-    "full": (plain, (1e-5, 3e-5, 1e-4)),
-    "lora16": (lora(16), (1e-4, 3e-4, 1e-3)),
+    "full": (plain, (3e-5, 1e-4, 3e-4)),
+    "lora16": (lora(16), (3e-4, 1e-3, 3e-3)),
     "lora128": (lora(128), (1e-4, 3e-4, 1e-3)),
-    "dora16": (lora(16, dora=True), (1e-4, 3e-4, 1e-3)),
-    "badam": (badam, (3e-5, 1e-4, 3e-4)),
-    "galore": (galore, (1e-4, 3e-4, 1e-3)),
-    "lisa": (grass("uniform"), (3e-5, 1e-4, 3e-4)),
-    "cyclic": (grass("cyclic"), (3e-5, 1e-4, 3e-4)),
-    "grass-static": (grass("grass-static"), (3e-5, 1e-4, 3e-4)),
-    "grass": (grass("grass"), (3e-5, 1e-4, 3e-4)),
+    "dora16": (lora(16, dora=True), (3e-4, 1e-3, 3e-3)),
+    "badam": (badam, (1e-4, 3e-4, 1e-3)),
+    "galore": (galore, (3e-4, 1e-3, 3e-3)),
+    "lisa": (grass("uniform"), (1e-4, 3e-4, 1e-3)),
+    "cyclic": (grass("cyclic"), (1e-4, 3e-4, 1e-3)),
+    "grass-static": (grass("grass-static"), (1e-4, 3e-4, 1e-3)),
+    "grass": (grass("grass"), (1e-4, 3e-4, 1e-3)),
 }

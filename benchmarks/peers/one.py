@@ -1,4 +1,8 @@
-"""One training of one method: python -m benchmarks.peers.one METHOD LR SEED --data FILE --out FILE.json"""
+"""One training of one method: python -m benchmarks.peers.one METHOD LR SEED --data FILE --out FILE.json
+
+With ``--judge`` its answers to the test sets instead, from the weights that the training has left beside the file.
+Weights, gradients and states are float32; the matrix products are bfloat16, by autocast.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,18 @@ from benchmarks.peers.methods import METHODS, Method, nbytes
 from benchmarks.peers.task import TESTS, accuracy, batches, held_out_loss, training_data
 from grass_dist.training.packaged_model import resolve_model
 
-STEPS, WARM_UP, CLIP = 80, 4, 1.0
+STEPS, WARM_UP, CLIP = 60, 4, 1.0
+
+
+def weights_of(out: Path) -> Path:
+    return out.with_suffix(".weights")
 
 
 def rate(step: int, steps: int) -> float:
     """Factor of the learning rate: a linear rise, then a cosine to zero."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / (steps - WARM_UP)))
+    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
 
 
 def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, steps: int) -> dict[str, Any]:
@@ -37,7 +45,8 @@ def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, step
     method.model.train()
     for number, batch in zip(range(steps), batches(data, tokenizer, seed), strict=False):
         began = time.perf_counter()
-        loss = method.model(**batch, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = method.model(**batch, use_cache=False).loss
         loss.backward()
         grads = [p.grad for p in method.model.parameters() if p.grad is not None]
         held, share = nbytes(grads), (sum(g.numel() for g in grads) + method.measured()) / whole
@@ -60,6 +69,12 @@ def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, step
     }
 
 
+def write(file: Path, told: dict[str, Any]) -> None:
+    half = file.with_suffix(".part")
+    half.write_text(json.dumps(told) + "\n")
+    os.replace(half, file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("method", choices=METHODS)
@@ -69,6 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="packaged:smollm2-135m")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--judge", action="store_true")
     args = parser.parse_args()
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,25 +94,32 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    data = training_data(args.data, tokenizer)
     whole = sum(p.numel() for p in model.parameters())
     method = METHODS[args.method][0](model, args.lr, args.steps)
+    weights = weights_of(args.out)
+    if args.judge:
+        method.model.load_state_dict(torch.load(weights))
+        judged = method.model.to(torch.bfloat16).eval()
+        told = json.loads(args.out.read_text())
+        write(
+            args.out,
+            told | {"accuracy": {name: accuracy(judged, tokenizer, args.data.parent / name) for name in TESTS}},
+        )
+        weights.unlink()
+        return
+    data = training_data(args.data, tokenizer)
     told = train(method, whole, data, tokenizer, args.seed, args.steps)
-    judged = method.model.eval()
+    torch.save(method.model.state_dict(), weights)
     told |= {
         "method": args.method,
         "lr": args.lr,
         "seed": args.seed,
         "steps": args.steps,
         "settings": method.notes,
-        "held_out_loss": held_out_loss(judged, data, tokenizer),
-        "accuracy": {name: accuracy(judged, tokenizer, args.data.parent / name) for name in TESTS},
+        "held_out_loss": held_out_loss(method.model.eval(), data, tokenizer),
         "torch": torch.__version__,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    half = args.out.with_suffix(".part")
-    half.write_text(json.dumps(told) + "\n")
-    os.replace(half, args.out)
+    write(args.out, told)
 
 
 if __name__ == "__main__":

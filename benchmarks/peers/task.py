@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,28 @@ from grass_dist.training.batches import collate
 from grass_dist.training.data import Data, load_data, render_prompt
 from grass_dist.training.data_config import DataConfig
 
-BATCH, MAX_LENGTH, HELD_OUT = 4, 112, 64
-QUESTIONS, ANSWER_TOKENS, AT_ONCE = 60, 56, 20
+BATCH, MAX_LENGTH, HELD_OUT = 4, 96, 64
+QUESTIONS, ANSWER_TOKENS, AT_ONCE = 48, 52, 48
 TESTS = ("multiarith_test.json", "addsub_test.json")
 
 
 def training_data(file: Path, tokenizer: Any) -> Data:
-    """Problems as plain text, a loss on the worked answer alone; the last ones are held out, the same for all seeds."""
+    """Problems as plain text, a loss on the worked answer alone; the held-out ones are the same for all seeds.
+
+    Longer problems than ``MAX_LENGTH`` tokens are left out, so that no answer is cut off.
+    """
     config = DataConfig(
         name=str(file),
         prompt="{instruction}",
         completion="output",
         chat_template=False,
-        max_length=MAX_LENGTH,
-        eval_examples=HELD_OUT,
+        max_length=MAX_LENGTH + 1,
+        eval_examples=8 * HELD_OUT,
     )
-    return load_data(config, tokenizer, 0)
+    data = load_data(config, tokenizer, 0)
+    train, held_out = ([e for e in some if len(e["input_ids"]) <= MAX_LENGTH] for some in (data.train, data.held_out))
+    assert len(held_out) >= HELD_OUT, f"{file}: only {len(held_out)} held-out problems have up to {MAX_LENGTH} tokens"
+    return replace(data, train=train, held_out=held_out[:HELD_OUT])
 
 
 def batches(data: Data, tokenizer: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -50,7 +57,8 @@ def held_out_loss(model: nn.Module, data: Data, tokenizer: Any) -> float:
             [data.held_out[i] for i in range(first, min(first + 8, len(data.held_out)))], tokenizer.pad_token_id
         )
         labels = int((batch["labels"][:, 1:] != -100).sum())
-        total += model(**batch, use_cache=False).loss.item() * labels
+        with torch.autocast("cpu", torch.bfloat16):
+            total += model(**batch, use_cache=False).loss.item() * labels
         count += labels
     return total / count
 

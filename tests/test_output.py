@@ -13,6 +13,7 @@ import os, sys
 from pathlib import Path
 import torch
 from grass_dist.errors import GrassError
+from grass_dist.training.blame import Roll
 from grass_dist.training.output import Output
 from grass_dist.training.peers import Peers
 from grass_dist.training.world import World
@@ -27,13 +28,15 @@ os.write(2, b"by a library\\n")
 output.own_error(ValueError("of its own"))
 output.own_error(GrassError("wrong."))
 output.shared_error(GrassError("of all."))
+if len(sys.argv) > 3:  # the rank whose error came first
+    world.peers._roll = Roll(int(sys.argv[3]), {})
 output.lost(GrassError("somebody is lost."))
 """
 
 
-def run(rank: int, folder: Path) -> tuple[str, list[str], list[str]]:
+def run(rank: int, folder: Path, *more: str) -> tuple[str, list[str], list[str]]:
     """What it wrote to stdout, stderr and its file."""
-    argv = [sys.executable, "-c", ONE_RANK, str(rank), str(folder)]
+    argv = [sys.executable, "-c", ONE_RANK, str(rank), str(folder), *more]
     ended = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=100)
     file = folder / "logs" / f"rank_{rank}.log"
     return ended.stdout, ended.stderr.splitlines(), file.read_text().splitlines() if file.exists() else []
@@ -66,3 +69,12 @@ def test_another_rank_speaks_in_its_file_and_its_own_errors_reach_the_terminal(t
     assert log[1:] == ["said", "by a library", *own, lost]
     run(rank, tmp_path)  # a run that goes on adds to it
     assert (tmp_path / "logs" / f"rank_{rank}.log").read_text().count("--- ") == 2
+
+
+@pytest.mark.parametrize(("first", "tell"), [(0, {0}), (1, {1}), (3, {0, 3})], ids=["rank 0", "its host", "another"])
+def test_a_lost_rank_is_told_once_on_each_terminal_and_in_every_file(tmp_path, first, tell):
+    lost = "error: somebody is lost."
+    for rank in (0, 1, 3):
+        _, err, log = run(rank, tmp_path, str(first))
+        assert (lost in err) == (rank in tell)
+        assert (lost in log) == (rank != 0)

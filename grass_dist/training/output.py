@@ -60,7 +60,8 @@ class Output:
         return f"rank {self._world.rank} (on host {self._world.peers.hosts[self._world.rank]})"
 
     def _tell(self, text: str, *, on_terminal: bool = True) -> None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        if on_terminal or self._terminal is not None:
+            print(f"error: {text}", file=sys.stderr, flush=True)
         if self._terminal is not None and on_terminal:
             with contextlib.suppress(OSError):  # the launcher that read it may be gone
                 print(f"error: {text}", file=self._terminal, flush=True)

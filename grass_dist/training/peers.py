@@ -129,9 +129,13 @@ class Peers:
 
     @property
     def tells(self) -> bool:
-        """Whether it is on this rank to tell a person of a lost one: the first who noticed, else some on each host."""
+        """Whether it is on this rank to tell a person of a lost one: the first who noticed, else some on each host.
+
+        Rank 0 tells it too where the first is on another host, which may have another terminal.
+        """
         if self._roll is not None:
-            return self._roll.caller == self.rank
+            caller = self._roll.caller
+            return caller == self.rank or (self.rank == 0 and self.hosts[caller] != self.hosts[0])
         return self.hosts[: self.rank].count(self.hosts[self.rank]) < 2  # the first may be the lost one
 
     def stop(self) -> None:

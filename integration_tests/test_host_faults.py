@@ -161,6 +161,7 @@ def test_an_exception_on_one_mpi_rank_ends_all(hosts, tmp_path):
     argv += ["--bind-to", "none", "--allow-run-as-root", sys.executable, str(program)]
     ended = hosts[0].popen(argv, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = ended.communicate(timeout=60)[0]
-    assert ended.returncode == 1 and "ValueError: of one rank" in said, said
+    # The code is that of the first process to end, which on a busy machine may be one that rank 1 has left alone.
+    assert ended.returncode != 0 and "ValueError: of one rank" in said, said
     for host in hosts:
         assert "program.py" not in host.run(["sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"])

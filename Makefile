@@ -62,7 +62,7 @@ soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.kills --kills 30
 
 bench: setup
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 benchmarks/step_time.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.step_time
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Step time of GRASS over full fine-tuning and over a bare loop that toggles the same layers, side by side.
 
-    torchrun --nproc-per-node 2 benchmarks/step_time.py [--rounds 16] [--json FILE]
+    torchrun --nproc-per-node 2 -m benchmarks.step_time [--rounds 16] [--json FILE]
 
 All variants train the same model (SmolLM2-135M unless --model) under FSDP2 on the same tokens. They take turns step by
 step in one run, in an order that rotates, so that whatever slows the machine slows all of them. A step's time is that
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 
 import grass_dist
+from benchmarks.limits import by_layers, with_head
 from grass_dist.discovery import find_layers
 from grass_dist.training.packaged_model import resolve_model
 from grass_dist.training.world import World
@@ -110,26 +111,6 @@ def load(args: argparse.Namespace, world: World) -> nn.Module:
     return model.train()
 
 
-def limit(layers, active: tuple[int, ...], roles: bool) -> float:
-    """Least step time over full fine-tuning, by FLOPs: forward 2, activation gradients 2, weight gradients 2 for each
-    token and matrix parameter; the output embedding is a matrix, the input embedding is not."""
-    count = len(layers.layers)
-    layer = sum(unit.numel for unit in layers.layers) / count
-    head = max(p.numel() for unit in layers.roles for _, p in unit.params)
-    below = 0 if roles else min(active)
-    forward = count * layer + head
-    activations = (count - below) * layer + head
-    weights = len(active) * layer + (head if roles else 0)
-    return (forward + activations + weights) / (3 * forward)
-
-
-def share_of_layers(layers, active: tuple[int, ...], roles: bool) -> float:
-    """The same by the layers alone: (2 + 2 f_above + 2 γ/L) / 6."""
-    count = len(layers.layers)
-    above = 1.0 if roles else (count - min(active)) / count
-    return (2 + 2 * above + 2 * len(active) / count) / 6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", default="packaged:smollm2-135m")
@@ -170,10 +151,10 @@ def main() -> None:
                 times[variant.name].append(seconds)
         if round >= 0:
             found = variants[0].layers
-            limits["roles"].append(limit(found, with_roles.active, True))
-            limits["layers only"].append(limit(found, without.active, False))
-            limits["roles, by layers"].append(share_of_layers(found, with_roles.active, True))
-            limits["layers only, by layers"].append(share_of_layers(found, without.active, False))
+            limits["roles"].append(with_head(found, with_roles.active, True))
+            limits["layers only"].append(with_head(found, without.active, False))
+            limits["roles, by layers"].append(by_layers(found, with_roles.active, True))
+            limits["layers only, by layers"].append(by_layers(found, without.active, False))
     if world.is_main:
         show(args, world, times, limits)
     world.leave()

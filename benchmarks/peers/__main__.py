@@ -3,21 +3,23 @@
     python -m benchmarks.peers --data math_train.json [--workers 2] [--methods full grass ...]
     python -m benchmarks.peers --table
 
-Each training is a process with one core; what is done is not done again. The best rate has the lowest held-out loss;
-answers are judged at that rate alone.
+Each training is a process with one core; what is done is not done again. Of three rates the middle one is tried first,
+then the high one, and the low one where the high one is worse. The best rate has the lowest held-out loss with the
+first seed; answers are judged at that rate alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +38,43 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
+def wanted_rate(runs: list[dict[str, Any]], method: str) -> tuple[float, bool]:
+    """The rate to try next with the first seed, or else the best, and which of the two it is.
+
+    The middle one first, then the high one; the low one only if the high one was worse.
+    """
+    low, middle, high = METHODS[method][1]
+    loss = {run["lr"]: run["held_out_loss"] for run in runs if run["method"] == method and run["seed"] == SEEDS[0]}
+    for lr in (middle, high):
+        if lr not in loss:
+            return lr, False
+    if not loss[high] < loss[middle] and low not in loss:  # a loss that is no number is worse
+        return low, False
+    return min((lr for lr in loss if not math.isnan(loss[lr])), key=lambda lr: loss[lr]), True
+
+
 def best_rate(runs: list[dict[str, Any]], method: str) -> float | None:
-    """Of the first seed's trainings; None before all rates are tried."""
-    tried = {run["lr"]: run["held_out_loss"] for run in runs if run["method"] == method and run["seed"] == SEEDS[0]}
-    return min(tried, key=lambda lr: tried[lr]) if tried.keys() >= set(METHODS[method][1]) else None
+    """None before it is known."""
+    lr, known = wanted_rate(runs, method)
+    return lr if known else None
 
 
 def missing(folder: Path, methods: list[str]) -> list[tuple[str, float, int, bool]]:
     """What can be done now, judging last: rates first, then seeds at the best."""
     runs = read(folder)
-    best = {method: lr for method in methods if (lr := best_rate(runs, method)) is not None}
-    wanted = [(method, METHODS[method][1][number], SEEDS[0]) for number in (1, 0, 2) for method in methods]
-    wanted += [(method, lr, seed) for seed in SEEDS[1:] for method, lr in best.items()]
     judged = {(run["method"], run["lr"], run["seed"]) for run in runs if "accuracy" in run}
-    trained = [(method, lr, seed) for seed in SEEDS for method, lr in best.items()]
-    return [(*one, False) for one in wanted if not file_of(folder, *one).exists()] + [
-        (*one, True) for one in trained if file_of(folder, *one).exists() and one not in judged
-    ]
+    next_rate, seeds, to_judge = [], [], []
+    for method in methods:
+        lr, known = wanted_rate(runs, method)
+        if not known:
+            next_rate.append((method, lr, SEEDS[0], False))
+            continue
+        for one in ((method, lr, seed) for seed in SEEDS):
+            if not file_of(folder, *one).exists():
+                seeds.append((*one, False))
+            elif one not in judged:
+                to_judge.append((*one, True))
+    return next_rate + seeds + to_judge
 
 
 def run(one: tuple[str, float, int, bool], args: argparse.Namespace) -> None:
@@ -70,6 +92,20 @@ def run(one: tuple[str, float, int, bool], args: argparse.Namespace) -> None:
     told = json.loads(out.read_text())
     result = told["accuracy"] if judge else f"held-out loss {told['held_out_loss']:.4f}"
     print(f"{time.strftime('%H:%M')} {method} {lr:g} {seed}: {result}", flush=True)
+
+
+def work_off(args: argparse.Namespace) -> None:
+    """Does what is missing, the first of it whenever a worker is free, until nothing is but what failed or is begun."""
+    begun: set[tuple[str, float, int, bool]] = set()
+    with ThreadPoolExecutor(args.workers) as pool:
+        running: set[Future[None]] = set()
+        while True:
+            todo = [one for one in missing(args.out, args.methods) if one not in begun][: args.workers - len(running)]
+            begun.update(todo)
+            running |= {pool.submit(run, one, args) for one in todo}
+            if not running:
+                return
+            running = wait(running, return_when=FIRST_COMPLETED).not_done  # what has ended may make more possible
 
 
 def table(runs: list[dict[str, Any]]) -> Iterator[str]:
@@ -109,11 +145,7 @@ def main() -> None:
         if args.data is None:
             parser.error("--data names the training problems")
         args.out.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(args.workers) as pool:
-            before: list[Any] = []
-            while (todo := missing(args.out, args.methods)) and todo != before:
-                before = todo
-                list(pool.map(lambda one: run(one, args), todo))
+        work_off(args)
     print("\n".join(table(read(args.out))))
 
 

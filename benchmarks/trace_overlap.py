@@ -26,6 +26,7 @@ import argparse
 import datetime
 import gzip
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -235,6 +236,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="that are counted")
     parser.add_argument("--folder", type=Path, default=Path("runs/trace"))
     parser.add_argument("--png", type=Path, help="a picture of one of the steps")
+    parser.add_argument(
+        "--json", type=Path, help="where to add the shares to those of other modes and numbers of ranks"
+    )
     args = parser.parse_args()
     file = args.folder / "rank0.json.gz"
     if not trace(args, file):
@@ -243,11 +247,15 @@ def main() -> None:
         events = json.load(opened)["traceEvents"]
     lanes = read_lanes(events)
     told = overlap(events, (lanes.steps[0][0], lanes.steps[-1][0]))
-    print(f"{args.mode}{', in backward' * args.in_backward}, {args.backend}, {args.steps} steps; {file}")
+    name = f"{args.mode}{', in backward' * args.in_backward}"
+    print(f"{name}, {args.backend}, {args.steps} steps; {file}")
     for name, own in told.items():
         shares = f"hidden {own['hidden']:.1%}, under compute {own['under compute']:.1%}"
         print(f"{name:10} {own['seconds'] / args.steps * 1e3:8.2f} ms a step of copies, {shares}")
-    (args.folder / "overlap.json").write_text(json.dumps(told, indent=1) + "\n")
+    if args.json:
+        known = json.loads(args.json.read_text()) if args.json.exists() else {}
+        known[f"{name}, {os.environ.get('WORLD_SIZE', 1)} ranks"] = told
+        args.json.write_text(json.dumps(known, indent=1) + "\n")
     if args.png:
         draw(lanes, len(lanes.steps) // 2 - 1, args.png)
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -108,28 +109,35 @@ def work_off(args: argparse.Namespace) -> None:
             running = wait(running, return_when=FIRST_COMPLETED).not_done  # what has ended may make more possible
 
 
-def table(runs: list[dict[str, Any]]) -> Iterator[str]:
-    """Markdown; means over the seeds at the best rate, with the spread of the held-out loss."""
-    names = [name.removesuffix("_test.json") for name in TESTS]
-    columns = ["", "lr", "seeds", "held-out loss", *names, "gradients on the wire", "device MB", "host MB"]
+def at_best(runs: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    """The judged trainings of a method at its best rate."""
+    lr = best_rate(runs, method)
+    return [run for run in runs if run["method"] == method and run["lr"] == lr and "accuracy" in run]
+
+
+def table(runs: list[dict[str, Any]], times: dict[str, Any] | None = None) -> Iterator[str]:
+    """Markdown; means over the seeds at the best rate, with the spread of the held-out loss.
+
+    Args:
+        times: what `benchmarks.peers.times` has written.
+    """
+    names = {"multiarith_test.json": "MultiArith", "addsub_test.json": "AddSub"}
+    costs = ["step time over full", "gradients on the wire over full", "device MB", "host MB"]
+    columns = ["", "lr", "seeds", "held-out loss", *(names[name] for name in TESTS), *costs]
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for method in METHODS:
-        if (lr := best_rate(runs, method)) is None:
-            continue
-        at = [r for r in runs if r["method"] == method and r["lr"] == lr and "accuracy" in r]
-        if not at:
+        if not (at := at_best(runs, method)):
             continue
         losses = [r["held_out_loss"] for r in at]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         right = [f"{statistics.mean(r['accuracy'][name] for r in at):.1%}" for name in TESTS]
-        costs = [
-            f"{at[0]['reduced_share']:.3f}",
-            f"{at[0]['device_bytes'] / 1e6:.0f}",
-            f"{at[0]['host_bytes'] / 1e6:.0f}",
-        ]
-        cells = [method, f"{lr:g}", str(len(at)), f"{statistics.mean(losses):.4f}{spread}", *right, *costs]
-        yield "| " + " | ".join(cells) + " |"
+        took = ""
+        if times and method in times["seconds"]:
+            took = f"{statistics.median(map(truediv, times['seconds'][method], times['seconds']['full'])):.2f}"
+        sizes = [f"{at[0][key] / 1e6:.0f}" for key in ("device_bytes", "host_bytes")]
+        cells = [method, f"{at[0]['lr']:g}", str(len(at)), f"{statistics.mean(losses):.4f}{spread}", *right]
+        yield "| " + " | ".join([*cells, took, f"{at[0]['reduced_share']:.3f}", *sizes]) + " |"
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,19 @@ def rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
 
 
+def step(method: Method, batch: dict[str, torch.Tensor]) -> tuple[float, int, int]:
+    """One step; its loss, and bytes and entries of the gradients that were there before the update."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method.model(**batch, use_cache=False).loss
+    loss.backward()
+    grads = [p.grad for p in method.model.parameters() if p.grad is not None]
+    held, entries = nbytes(grads), sum(g.numel() for g in grads) + method.measured()
+    method.clip(CLIP)
+    method.optimizer.step()
+    method.optimizer.zero_grad()
+    return loss.item(), held, entries
+
+
 def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, steps: int) -> dict[str, Any]:
     """Trains it; what it lost, held and would have sent.
 
@@ -41,28 +53,18 @@ def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, step
         whole: parameters of the model as it was loaded.
     """
     scheduler = torch.optim.lr_scheduler.LambdaLR(method.optimizer, lambda step: rate(step, steps))
-    losses, shares, seconds, device, host = [], [], [], 0, 0
+    losses, shares, device, host = [], [], 0, 0
     method.model.train()
-    for number, batch in zip(range(steps), batches(data, tokenizer, seed), strict=False):
-        began = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = method.model(**batch, use_cache=False).loss
-        loss.backward()
-        grads = [p.grad for p in method.model.parameters() if p.grad is not None]
-        held, share = nbytes(grads), (sum(g.numel() for g in grads) + method.measured()) / whole
-        method.clip(CLIP)
-        method.optimizer.step()
+    for _, batch in zip(range(steps), batches(data, tokenizer, seed), strict=False):
+        loss, held, entries = step(method, batch)
         device = max(device, nbytes(method.model.parameters()) + held + method.states() + method.extra())
         host = max(host, method.host())
-        method.optimizer.zero_grad()
         scheduler.step()
-        seconds.append(time.perf_counter() - began)
-        losses.append(loss.item())
-        shares.append(share)
-        assert math.isfinite(losses[-1]) or number > 0, "the first loss is not finite"
+        losses.append(loss)
+        shares.append(entries / whole)
+        assert math.isfinite(losses[0]), "the first loss is not finite"
     return {
         "losses": losses,
-        "seconds": seconds,
         "device_bytes": device,
         "host_bytes": host,
         "reduced_share": sum(shares) / len(shares),

@@ -1,0 +1,131 @@
+"""Tables in Markdown, from the results as the scripts write them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from benchmarks import throughput
+
+Rows = Iterator[str]
+
+
+def rows(head: Iterable[str], body: Iterable[Iterable[object]]) -> Rows:
+    head = list(head)
+    yield "| " + " | ".join(head) + " |"
+    yield "|---" * len(head) + "|"
+    for cells in body:
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def quartiles(over: list[float], under: list[float]) -> tuple[float, float, float]:
+    """Low, median and high of the ratios within a round."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(over, under, strict=True)], n=4)
+    return low, middle, high
+
+
+def middle(values: list[float]) -> str:
+    """Of a result's [median, low, high]."""
+    return "{:.3f} ({:.3f}–{:.3f})".format(*values)
+
+
+def step_time(record: dict[str, Any]) -> Rows:
+    seconds = record["seconds"]
+
+    def body() -> Iterator[list[str]]:
+        for name, took in seconds.items():
+            low, half, high = quartiles(took, seconds["full fine-tuning"])
+            ratio = ["1", ""] if name == "full fine-tuning" else [f"{half:.3f}", f"{low:.3f}–{high:.3f}"]
+            yield [name, f"{statistics.median(took):.2f}", *ratio]
+
+    return rows(["", "median s", "over full fine-tuning", "quartiles"], body())
+
+
+def over_bare_loop(record: dict[str, Any], kind: str) -> str:
+    low, half, high = quartiles(record["seconds"][f"GRASS, {kind}"], record["seconds"][f"bare loop, {kind}"])
+    return f"{half:.3f} ({low:.3f}–{high:.3f})"
+
+
+def offload(record: dict[str, Any]) -> Rows:
+    def body() -> Iterator[list[str]]:
+        for name, own in record["step times"]["modes"].items():
+            seconds = f"{statistics.median(own['seconds']):.2f}"
+            kinds = [middle(own["over none"][kind]) if name != "none" else "1" for kind in ("all", "first", "switch")]
+            yield [name, seconds, *kinds, middle(own["switch over other steps"])]
+
+    head = [
+        "",
+        "median s",
+        "over none",
+        "first step of an interval",
+        "last, with the switch",
+        "switch over other steps",
+    ]
+    return rows(head, body())
+
+
+def moved(record: dict[str, Any]) -> Rows:
+    def body() -> Iterator[list[str]]:
+        for name, own in record["step times"]["modes"].items():
+            step, most = own["a step"], own["most state bytes"]
+            hidden = "" if own["hidden"] is None else f"{own['hidden']:.1%}"
+            times = [f"{step[key] * 1e3:.1f}" for key in ("copies", "waited")]
+            held = [f"{most[key] / 1e6:.1f}" for key in ("device", "host")]
+            yield [name, f"{step['to device'] / 1e6:.1f}", *times, hidden, *held]
+
+    head = ["", "MB a step, each way", "ms a step of copies", "of which waited for", "hidden"]
+    return rows([*head, "MB of states on the device", "in host memory"], body())
+
+
+def trace_overlap(record: dict[str, Any]) -> Rows:
+    keys = ("both", "to device", "to host")
+    body = ([name, *(f"{own[key]['hidden']:.1%}" for key in keys)] for name, own in record.items())
+    return rows(["", "both directions", "host to device", "device to host"], body)
+
+
+def checkpoint(record: dict[str, Any]) -> Rows:
+    def body() -> Iterator[list[str]]:
+        for name, own in record["costs"]["saves"].items():
+            low, half, high = own["whole cost in steps"]
+            stall = [f"{own['stall seconds']:.3f} s", f"{own['stall over step']:.3f}"]
+            yield [name, *stall, f"{own['writing seconds']:.1f} s", f"{half:.2f} ({low:.2f}–{high:.2f})"]
+
+    return rows(["", "training waits", "over a step", "written in", "costs in all, in steps"], body())
+
+
+def slow_link(record: dict[str, Any]) -> Rows:
+    names = {"fsdp2": "FSDP2", "hsdp": "HSDP, a replica on each host", "zero2": "ZeRO-2"}
+
+    def body() -> Iterator[list[str]]:
+        for key, name in names.items():
+            full, grass = record["runs"][f"{key} full"], record["runs"][f"{key} grass"]
+            shares = [f"{grass[k] / full[k]:.3f}" for k in ("seconds", "sent_in_step", "sent")]
+            yield [name, f"{full['sent'] / 1e6:.1f}", f"{full['seconds']:.2f} s", f"{grass['seconds']:.2f} s", *shares]
+
+    head = ["", "full: MB of gradients a step", "full", "GRASS", "time over full"]
+    return rows([*head, "bytes of a step over full", "bytes of gradients over full"], body())
+
+
+OF_PART: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "throughput": throughput.table,
+    "step_time": step_time,
+    "offload": offload,
+    "trace_overlap": trace_overlap,
+    "checkpoint": checkpoint,
+}
+"""Those that may have been run on a GPU."""
+
+
+def machine(told: dict[str, Any]) -> str:
+    """A clause: what it ran on."""
+    hardware = ", ".join(told["gpus"]) or f"{told['cores']} cores of {told['cpu']}"
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    return f"{told['date']}, {hardware}, {told['memory_gb']} GB; Python {told['python']}, {versions}"
+
+
+def machines(known: dict[str, Any]) -> Rows:
+    grouped: dict[str, list[str]] = {}
+    for part, told in known.items():
+        grouped.setdefault(machine(told), []).append(part)
+    return rows(["results", "made on"], ([", ".join(names), where] for where, names in grouped.items()))

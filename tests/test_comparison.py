@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -108,3 +109,13 @@ def test_the_page_is_made_of_the_results(tmp_path: Path):
     )
     for image in ("bench_throughput.svg", "bench_peers.svg"):
         assert (page.DOCS / "images" / image).exists() and (tmp_path / "images" / image).stat().st_size > 1000
+
+
+def test_the_tests_that_the_page_on_alternatives_names_are_there():
+    root = page.DOCS.parent
+    text = (page.DOCS / "alternatives.md").read_text()
+    named = re.findall(r"\[`([\w.]+)(?:::(\w+))?`\]\(\.\./(\w+/[\w.]+)\)", text)
+    assert len(named) > 20
+    for shown, test, file in named:
+        assert Path(file).name == shown and f"def {test}" in (root / file).read_text(), (shown, test)
+    assert all("](../" in line for line in text.splitlines() if line.startswith("| ") and "| test |" not in line)

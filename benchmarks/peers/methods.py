@@ -141,13 +141,13 @@ def galore(model: nn.Module, lr: float, steps: int) -> Method:
 METHODS: dict[str, tuple[Callable[[nn.Module, float, int], Method], tuple[float, float, float]]] = {
     # and the three learning rates that are tried, a factor of some three apart
     "full": (plain, (3e-5, 1e-4, 3e-4)),
+    "lisa": (grass("uniform"), (1e-4, 3e-4, 1e-3)),
+    "grass": (grass("grass"), (1e-4, 3e-4, 1e-3)),
+    "grass-static": (grass("grass-static"), (1e-4, 3e-4, 1e-3)),
+    "cyclic": (grass("cyclic"), (1e-4, 3e-4, 1e-3)),
+    "badam": (badam, (1e-4, 3e-4, 1e-3)),
     "lora16": (lora(16), (3e-4, 1e-3, 3e-3)),
     "lora128": (lora(128), (1e-4, 3e-4, 1e-3)),
     "dora16": (lora(16, dora=True), (3e-4, 1e-3, 3e-3)),
-    "badam": (badam, (1e-4, 3e-4, 1e-3)),
     "galore": (galore, (3e-4, 1e-3, 3e-3)),
-    "lisa": (grass("uniform"), (1e-4, 3e-4, 1e-3)),
-    "cyclic": (grass("cyclic"), (1e-4, 3e-4, 1e-3)),
-    "grass-static": (grass("grass-static"), (1e-4, 3e-4, 1e-3)),
-    "grass": (grass("grass"), (1e-4, 3e-4, 1e-3)),
 }

@@ -19,7 +19,7 @@ LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)
 endif
 ARGS ?=
 
-.PHONY: setup demo test lint unit processes integration long soak bench clean
+.PHONY: setup demo test lint unit processes integration long soak bench benchmarks clean
 
 setup: $(VENV)/.installed
 
@@ -63,6 +63,11 @@ soak: setup
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.step_time
+
+# All benchmarks, and docs/benchmarks.md from them; hours. DATA=FILE: training problems of the comparison.
+benchmarks: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[peers]'
+	$(BIN)/python -m benchmarks.document --run all $(if $(DATA),--data $(DATA))
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

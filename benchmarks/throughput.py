@@ -158,7 +158,7 @@ def main() -> None:
     if world.is_main:
         print(f"{args.random_llama or args.model}, {world.size} ranks ({device}), {args.batch} x {args.length} tokens "
               f"a rank, γ = {args.active}, {args.rounds} rounds; torch {torch.__version__}")  # fmt: skip
-        print("\n".join([*table(record), *refusals(record)]))
+        print("\n".join([*refusals(record), *table(record)]))
     world.leave()
 
 

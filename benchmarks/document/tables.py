@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from benchmarks import throughput
+from benchmarks.peers import __main__ as peers
 
 Rows = Iterator[str]
 
@@ -105,6 +106,17 @@ def slow_link(record: dict[str, Any]) -> Rows:
 
     head = ["", "full: MB of gradients a step", "full", "GRASS", "time over full"]
     return rows([*head, "bytes of a step over full", "bytes of gradients over full"], body())
+
+
+def versus(trainings: list[dict[str, Any]], one: str, other: str) -> str:
+    """Difference of the held-out losses, seed by seed, and whether it is beyond chance: twice its standard error."""
+    losses = [{r["seed"]: r["held_out_loss"] for r in peers.at_best(trainings, method)} for method in (one, other)]
+    apart = [losses[0][seed] - losses[1][seed] for seed in sorted(losses[0].keys() & losses[1].keys())]
+    if len(apart) < 2:
+        return "not known yet"
+    mean, error = statistics.mean(apart), statistics.stdev(apart) / len(apart) ** 0.5
+    verdict = "within chance" if abs(mean) < 2 * error else "beyond chance"
+    return f"{mean:+.4f} ± {error:.4f} (standard error of {len(apart)} seeds; {verdict})"
 
 
 OF_PART: dict[str, Callable[[dict[str, Any]], Rows]] = {

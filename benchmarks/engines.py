@@ -111,7 +111,8 @@ class Trained:
     def _engine(self) -> Any:
         import deepspeed
 
-        stage: dict[str, Any] = {"stage": int(self.backend[-1])}
+        buckets = ("reduce_bucket_size", "allgather_bucket_size")  # of eight engines at once, 4 GB each by default
+        stage: dict[str, Any] = {"stage": int(self.backend[-1]), **dict.fromkeys(buckets, 50_000_000)}
         config: dict[str, Any] = {
             **{"train_micro_batch_size_per_gpu": self.args.batch, "zero_optimization": stage},
             **{"bf16": {"enabled": dtype() != torch.float32}, "steps_per_print": 10**9},

@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 2 -m benchmarks.throughput [--rounds 8] [--json FILE]
     torchrun --nproc-per-node 1 -m benchmarks.throughput --random-llama 1.5B --batch 4 --length 1024    # on a GPU
 
-Under each wrapper in turn all methods train the same model on the same tokens and take turns step by step, in an order
-that rotates. A step's time is that of the slowest rank; ratios are formed within a round, and medians are shown with
-quartiles. Layers switch every ``--interval`` steps, which is in the figures. What a method refuses is shown as it says
-it. "States on the host" are DeepSpeed's ZeRO-Offload (CPUAdam) and torchao's CPUOffloadOptimizer.
+Under each wrapper in turn all methods (or ``--together`` of them, where memory is short) and full fine-tuning train
+the same model on the same tokens and take turns step by step, in an order that rotates. A step's time is that of the
+slowest rank; ratios are formed within a round, and medians are shown with quartiles. Layers switch every ``--interval``
+steps, which is in the figures. What a method refuses is shown as it says it. "States on the host" are DeepSpeed's
+ZeRO-Offload (CPUAdam) and torchao's CPUOffloadOptimizer.
 On GPUs weights are bfloat16; all but the stock AdamW of FSDP2 and DDP then keep float32 masters.
 """
 
@@ -60,8 +61,18 @@ def start(method: str, backend: str, args: argparse.Namespace, world: World) -> 
 
 
 def side_by_side(backend: str, args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Of one wrapper: seconds by method and round, which steps ended with a draw, limits, and refusals."""
-    began = {method: start(method, backend, args, world) for method in args.methods}
+    """Of one wrapper: what `turns` tells of all methods, full fine-tuning in every one of its turns."""
+    others = [method for method in args.methods if method != "full"]
+    told: dict[str, Any] = {key: {} for key in ("seconds", "full", "draws", "limits", "refused")}
+    for first in range(0, len(others), args.together):
+        for key, found in turns(["full", *others[first : first + args.together]], backend, args, world).items():
+            told[key] |= found
+    return told
+
+
+def turns(methods: list[str], backend: str, args: argparse.Namespace, world: World) -> dict[str, dict[str, Any]]:
+    """By method: seconds of each round and those of full fine-tuning, which steps drew, limits, or why it refuses."""
+    began = {method: start(method, backend, args, world) for method in methods}
     runs = {method: run for method, run in began.items() if isinstance(run, Trained)}
     seconds: dict[str, list[float]] = {method: [] for method in runs}
     draws: dict[str, list[bool]] = {method: [] for method in runs if runs[method].grass is not None}
@@ -80,6 +91,7 @@ def side_by_side(backend: str, args: argparse.Namespace, world: World) -> dict[s
         run.free()
     return {
         "seconds": seconds,
+        "full": dict.fromkeys(runs, seconds["full"]),
         "draws": draws,
         "limits": {
             method: [statistics.mean(each) for each in zip(*found, strict=True)] for method, found in limits.items()
@@ -90,7 +102,7 @@ def side_by_side(backend: str, args: argparse.Namespace, world: World) -> dict[s
 
 def over_full(told: dict[str, Any], method: str) -> tuple[float, float, float]:
     """Median and quartiles."""
-    pairs = zip(told["seconds"][method], told["seconds"]["full"], strict=True)
+    pairs = zip(told["seconds"][method], told["full"][method], strict=True)
     low, middle, high = statistics.quantiles([own / full for own, full in pairs], n=4)
     return middle, low, high
 
@@ -135,6 +147,7 @@ def main() -> None:
     parser.add_argument("--random-llama", metavar="SIZE", help="a Llama of this size instead, e.g. 1.5B")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--together", type=int, default=len(METHODS), help="methods in memory beside full fine-tuning")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--active", type=int, default=4, help="γ")
     parser.add_argument("--interval", type=int, default=4, help="steps between two switches")

@@ -90,6 +90,7 @@ def test_an_answer_is_right_by_its_number():
 def test_a_table_of_step_times_has_medians_of_ratios_within_a_round():
     told = {
         "seconds": {"full": [2.0, 4.0, 8.0], "grass": [1.0, 2.4, 2.0]},
+        "full": {"full": [2.0, 4.0, 8.0], "grass": [2.0, 4.0, 8.0]},
         "draws": {"grass": [False, True, False]},
         "limits": {"grass": [0.75, 0.7]},
         "refused": {"badam": "AssertionError: no"},

@@ -36,7 +36,7 @@ def parts(device: str, data: Path | None) -> dict[str, list[list[str]]]:
 
     trace = ["benchmarks/trace_overlap.py", *large, *to("trace_overlap")]
     found = {
-        "throughput": [[*run, "-m", "benchmarks.throughput", *large, *to("throughput")]],
+        "throughput": [[*run, "-m", "benchmarks.throughput", *(large or ["--together", "3"]), *to("throughput")]],
         "step_time": [[*run, "-m", "benchmarks.step_time", "--rounds", "14", *to("step_time")]],
         "offload": [[*run, "benchmarks/offload.py", *large, *to("offload")]],
         "offload_host_dtype": [

@@ -110,9 +110,9 @@ def work_off(args: argparse.Namespace) -> None:
 
 
 def at_best(runs: list[dict[str, Any]], method: str) -> list[dict[str, Any]]:
-    """The judged trainings of a method at its best rate."""
+    """The trainings of a method at its best rate."""
     lr = best_rate(runs, method)
-    return [run for run in runs if run["method"] == method and run["lr"] == lr and "accuracy" in run]
+    return [run for run in runs if run["method"] == method and run["lr"] == lr]
 
 
 def table(runs: list[dict[str, Any]], times: dict[str, Any] | None = None) -> Iterator[str]:
@@ -131,7 +131,8 @@ def table(runs: list[dict[str, Any]], times: dict[str, Any] | None = None) -> It
             continue
         losses = [r["held_out_loss"] for r in at]
         spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        right = [f"{statistics.mean(r['accuracy'][name] for r in at):.1%}" for name in TESTS]
+        judged = [r["accuracy"] for r in at if "accuracy" in r]
+        right = [f"{statistics.mean(a[name] for a in judged):.1%}" if judged else "" for name in TESTS]
         took = ""
         if times and method in times["seconds"]:
             took = f"{statistics.median(map(truediv, times['seconds'][method], times['seconds']['full'])):.2f}"

@@ -56,6 +56,7 @@ def parts(device: str, data: Path | None) -> dict[str, list[list[str]]]:
         found["peers"] = [
             [sys.executable, "-m", "benchmarks.peers", "--data", str(data)],
             [sys.executable, "-m", "benchmarks.peers.times", "--data", str(data), *to("peers_times")],
+            [sys.executable, "-m", "benchmarks.peers.probe", "--data", str(data), *to("peers_probe")],
         ]
     return found
 

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def write_page(docs: Path = DOCS) -> None:
     """Writes benchmarks.md and its plots."""
     results = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
-    trainings = peers.read(RESULTS / "peers")
+    trainings, tried = peers.read(RESULTS / "peers"), peers.read(RESULTS / "peers_tried")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -30,7 +30,13 @@ def write_page(docs: Path = DOCS) -> None:
     )
     environment.filters |= {"lines": "\n".join, "percent": "{:.1%}".format, "mb": lambda count: f"{count / 1e6:.0f}"}
     page = environment.get_template("benchmarks.md.j2").render(
-        results=results, tables=tables, throughput=throughput, peers=peers, trainings=trainings, on_gpu=on_gpu(results)
+        results=results,
+        tables=tables,
+        throughput=throughput,
+        peers=peers,
+        trainings=trainings,
+        tried=tried,
+        on_gpu=on_gpu(results),
     )
     (docs / "benchmarks.md").write_text(page)
     images = docs / "images"

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from scipy import stats
+
 from benchmarks import throughput
 from benchmarks.peers import __main__ as peers
 
@@ -109,14 +111,31 @@ def slow_link(record: dict[str, Any]) -> Rows:
 
 
 def versus(trainings: list[dict[str, Any]], one: str, other: str) -> str:
-    """Difference of the held-out losses, seed by seed, and whether it is beyond chance: twice its standard error."""
+    """Difference of the held-out losses, seed by seed, with its interval of 95 % by Student's t."""
     losses = [{r["seed"]: r["held_out_loss"] for r in peers.at_best(trainings, method)} for method in (one, other)]
     apart = [losses[0][seed] - losses[1][seed] for seed in sorted(losses[0].keys() & losses[1].keys())]
     if len(apart) < 2:
         return "not known yet"
-    mean, error = statistics.mean(apart), statistics.stdev(apart) / len(apart) ** 0.5
-    verdict = "within chance" if abs(mean) < 2 * error else "beyond chance"
-    return f"{mean:+.4f} ± {error:.4f} (standard error of {len(apart)} seeds; {verdict})"
+    half = float(stats.t.ppf(0.975, len(apart) - 1)) * statistics.stdev(apart) / len(apart) ** 0.5
+    mean = statistics.mean(apart)
+    return f"{mean:+.4f} ± {half:.4f} ({len(apart)} seeds; {'within' if abs(mean) < half else 'beyond'} chance)"
+
+
+def tried(others: list[dict[str, Any]], trainings: list[dict[str, Any]]) -> Rows:
+    """Settings other than those of the comparison's GRASS, over the same seeds."""
+    own = {r["seed"]: r for r in peers.at_best(trainings, "grass")}
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for run in others:
+        known = own[run["seed"]]["settings"]
+        changed = [f"{k} = {v}" for k, v in run["settings"].items() if k in known and known[k] != v]
+        grouped.setdefault(", ".join(changed), []).append(run)
+
+    def body() -> Iterator[list[str]]:
+        for changed, runs in grouped.items():
+            losses = [[r["held_out_loss"], own[r["seed"]]["held_out_loss"]] for r in runs]
+            yield [changed, str(len(runs)), *(f"{statistics.mean(each):.4f}" for each in zip(*losses, strict=True))]
+
+    return rows(["", "seeds", "held-out loss", "of GRASS with the same seeds"], body())
 
 
 OF_PART: dict[str, Callable[[dict[str, Any]], Rows]] = {

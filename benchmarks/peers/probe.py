@@ -1,0 +1,49 @@
+"""What a probe finds on the comparison's task: python -m benchmarks.peers.probe --data FILE --json FILE
+
+Importances over their mean, and how many layers the probabilities amount to, exp(entropy), by temperature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.peers.methods import PROBE, grass
+from benchmarks.peers.one import STEPS, step
+from benchmarks.peers.task import batches, training_data
+from grass_dist.importance import sampling_probabilities
+from grass_dist.training.packaged_model import resolve_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="packaged:smollm2-135m")
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_model(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    method = grass("grass")(model, 3e-4, STEPS)
+    data = training_data(args.data, tokenizer)
+    for _, batch in zip(range(PROBE), batches(data, tokenizer, 0), strict=False):
+        step(method, batch)
+    found = np.array(method.optimizer.grass.importances)  # type: ignore[attr-defined]
+    layers = {}
+    for temperature in (1.0, 0.5, 0.3, 0.1):
+        p = sampling_probabilities(found, temperature=temperature)
+        layers[str(temperature)] = float(np.exp(-(p * np.log(p)).sum()))
+    told = {"importances over their mean": (found / found.mean()).tolist(), "effective layers": layers}
+    args.json.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,7 @@ def draw_peers(trainings: list[dict[str, Any]], file: Path) -> None:
     """Held-out loss over what a method holds on the device: each seed, and their mean."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
+    named: list[tuple[float, float, Any]] = []
     for method in LEARNERS:
         at = peers.at_best(trainings, method)
         if not at:
@@ -64,7 +65,13 @@ def draw_peers(trainings: list[dict[str, Any]], file: Path) -> None:
         colour = OURS if method.startswith("grass") else COLOURS[0]
         axes.plot([held] * len(at), losses, ".", color=colour, alpha=0.35)
         axes.plot(held, statistics.mean(losses), "o", color=colour)
-        axes.annotate(method, (held, statistics.mean(losses)), xytext=(7, -3), textcoords="offset points", fontsize=8)
+        mean = statistics.mean(losses)
+        near = next((text for x, y, text in named if abs(x - held) < 20 and abs(y - mean) < 0.003), None)
+        if near is not None:
+            near.set_text(f"{near.get_text()}, {method}")
+            continue
+        text = axes.annotate(method, (held, mean), xytext=(7, -3), textcoords="offset points", fontsize=8)
+        named.append((held, mean, text))
     axes.set_xlabel("weights, gradients and states on the device at most, MB")
     axes.set_ylabel("held-out loss")
     axes.margins(x=0.12)

@@ -1,6 +1,7 @@
 """Step time of every method over full fine-tuning under the same wrapper, side by side.
 
     torchrun --nproc-per-node 2 -m benchmarks.throughput [--rounds 8] [--json FILE]
+    torchrun --nproc-per-node 2 -m benchmarks.throughput --backends zero3 --json FILE     # adds to what FILE has
     torchrun --nproc-per-node 1 -m benchmarks.throughput --random-llama 1.5B --batch 4 --length 1024    # on a GPU
 
 Under each wrapper in turn all methods (or ``--together`` of them, where memory is short) and full fine-tuning train
@@ -135,6 +136,16 @@ def draw_cost(told: dict[str, Any]) -> float | None:
     return statistics.median(drew) / statistics.median(other) if drew and other else None
 
 
+def wrappers_of(known: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Those of a result that was made on the same device with the same arguments, so that a run can add to it."""
+
+    def compared(of: dict[str, Any]) -> tuple[object, ...]:
+        arguments = {key: str(value) for key, value in of["arguments"].items() if key not in ("backends", "json")}
+        return arguments, of["ranks"], of["device"], of["torch"]
+
+    return known["wrappers"] if compared(known) == compared(record) else {}
+
+
 def refusals(record: dict[str, Any]) -> Iterator[str]:
     for backend, told in record["wrappers"].items():
         for method, said in told["refused"].items():
@@ -162,6 +173,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     record: dict[str, Any] = {"arguments": {**vars(args), "json": str(args.json)}, "ranks": world.size}
     record |= {"device": device, "torch": torch.__version__, "wrappers": {}}
+    if args.json and args.json.exists():
+        record["wrappers"] |= wrappers_of(json.loads(args.json.read_text()), record)
     for backend in args.backends:
         record["wrappers"][backend] = side_by_side(backend, args, world)
         if world.is_main:

@@ -120,3 +120,11 @@ def test_the_tests_that_the_page_on_alternatives_names_are_there():
     for shown, test, file in named:
         assert Path(file).name == shown and f"def {test}" in (root / file).read_text(), (shown, test)
     assert all("](../" in line for line in text.splitlines() if line.startswith("| ") and "| test |" not in line)
+
+
+def test_a_run_adds_to_a_result_of_the_same_arguments_alone():
+    record = {"arguments": {"batch": 1, "backends": ["ddp"], "json": "b"}, "ranks": 2, "device": "CPU", "torch": "2"}
+    known = {**record, "arguments": {"batch": 1, "backends": ["fsdp2"], "json": None}, "wrappers": {"fsdp2": 1}}
+    assert throughput.wrappers_of(known, record) == {"fsdp2": 1}
+    for other in ({"arguments": {"batch": 2}}, {"ranks": 1}, {"torch": "3"}):
+        assert throughput.wrappers_of(known | other, record) == {}

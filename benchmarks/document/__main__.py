@@ -19,8 +19,10 @@ import torch
 
 from benchmarks.document.machine import remember
 from benchmarks.document.page import RESULTS, write_page
+from benchmarks.engines import BACKENDS, METHODS
 
 ROOT = Path(__file__).parents[2]
+SMALL = ["--rounds", "5", "--together", "3", "--methods", *(name for name in METHODS if name != "grass-stream")]
 ON_GPU = ["--random-llama", "1.5B", "--batch", "4", "--length", "1024"]
 
 
@@ -36,7 +38,10 @@ def parts(device: str, data: Path | None) -> dict[str, list[list[str]]]:
 
     trace = ["benchmarks/trace_overlap.py", *large, *to("trace_overlap")]
     found = {
-        "throughput": [[*run, "-m", "benchmarks.throughput", *(large or ["--together", "3"]), *to("throughput")]],
+        "throughput": [  # a process for each, since DeepSpeed does not let go of what ZeRO-3 has partitioned
+            [*run, "-m", "benchmarks.throughput", *(large or SMALL), "--backends", backend, *to("throughput")]
+            for backend in BACKENDS
+        ],
         "step_time": [[*run, "-m", "benchmarks.step_time", "--rounds", "14", *to("step_time")]],
         "offload": [[*run, "benchmarks/offload.py", *large, *to("offload")]],
         "offload_host_dtype": [

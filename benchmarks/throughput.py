@@ -114,6 +114,8 @@ def table(record: dict[str, Any]) -> Iterator[str]:
     yield "| over full fine-tuning | " + " | ".join(wrappers) + " | limit, layers alone | limit, with head |"
     yield "|---" * (len(wrappers) + 3) + "|"
     for method in METHODS:
+        if not any(method in told[key] for told in wrappers.values() for key in ("seconds", "refused")):
+            continue
         limits = next((told["limits"][method] for told in wrappers.values() if method in told["limits"]), None)
         shown = [f"{limits[1]:.3f}", f"{limits[0]:.3f}"] if limits else ["", ""]
         cells = []

@@ -141,6 +141,17 @@ def table(runs: list[dict[str, Any]], times: dict[str, Any] | None = None) -> It
         yield "| " + " | ".join([*cells, took, f"{at[0]['reduced_share']:.3f}", *sizes]) + " |"
 
 
+def unfinished(runs: list[dict[str, Any]]) -> Iterator[str]:
+    """A sentence for each method whose rates, seeds or answers are not all there."""
+    for method in METHODS:
+        at = at_best(runs, method)
+        judged = sum("accuracy" in run for run in at)
+        if not at:
+            yield f"Not finished: {method}, whose best rate is not known yet."
+        elif judged < len(SEEDS):
+            yield f"Not finished: {method}, {len(at)} of {len(SEEDS)} seeds trained, {judged} judged."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="training problems; multiarith_test.json and addsub_test.json beside")

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers.methods import METHODS, Method, nbytes
-from benchmarks.peers.task import TESTS, accuracy, batches, held_out_loss, training_data
-from grass_dist.training.packaged_model import resolve_model
+from benchmarks.peers.task import TESTS, accuracy, batches, held_out_loss, load_model, load_tokenizer, training_data
 
 STEPS, WARM_UP, CLIP = 60, 4, 1.0
 
@@ -89,13 +88,9 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true")
     args = parser.parse_args()
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.manual_seed(args.seed)
-    folder = resolve_model(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model)
     whole = sum(p.numel() for p in model.parameters())
     method = METHODS[args.method][0](model, args.lr, args.steps)
     weights = weights_of(args.out)

@@ -10,13 +10,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.peers.methods import PROBE, grass
 from benchmarks.peers.one import STEPS, step
-from benchmarks.peers.task import batches, training_data
+from benchmarks.peers.task import batches, load_model, load_tokenizer, training_data
 from grass_dist.importance import sampling_probabilities
-from grass_dist.training.packaged_model import resolve_model
 
 
 def main() -> None:
@@ -26,12 +24,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = resolve_model(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model)
     method = grass("grass")(model, 3e-4, STEPS)
     data = training_data(args.data, tokenizer)
     for _, batch in zip(range(PROBE), batches(data, tokenizer, 0), strict=False):

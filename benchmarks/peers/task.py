@@ -16,10 +16,25 @@ from torch import nn
 from grass_dist.training.batches import collate
 from grass_dist.training.data import Data, load_data, render_prompt
 from grass_dist.training.data_config import DataConfig
+from grass_dist.training.packaged_model import resolve_model
 
 BATCH, MAX_LENGTH, HELD_OUT = 4, 96, 64
 QUESTIONS, ANSWER_TOKENS, AT_ONCE = 48, 52, 48
 TESTS = ("multiarith_test.json", "addsub_test.json")
+
+
+def load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=torch.float32).train()
 
 
 def training_data(file: Path, tokenizer: Any) -> Data:

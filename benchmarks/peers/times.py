@@ -15,8 +15,7 @@ import torch
 
 from benchmarks.peers.methods import METHODS, PROBE
 from benchmarks.peers.one import STEPS, step
-from benchmarks.peers.task import batches, training_data
-from grass_dist.training.packaged_model import resolve_model
+from benchmarks.peers.task import batches, load_model, load_tokenizer, training_data
 
 
 def main() -> None:
@@ -27,18 +26,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    folder = resolve_model(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = load_tokenizer(args.model)
     data = training_data(args.data, tokenizer)
     made = {}
     for name, (make, (_, rate, _)) in METHODS.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        made[name] = make(model.train(), rate, STEPS)
+        model = load_model(args.model)
+        made[name] = make(model, rate, STEPS)
     names = list(made)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = batches(data, tokenizer, 0)

@@ -14,10 +14,12 @@ import torch
 from scipy import stats
 
 from benchmarks import throughput
-from benchmarks.document import page
+from benchmarks.document import page, tables
 from benchmarks.engines import METHODS
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers.methods import METHODS as LEARNERS
+from benchmarks.peers.methods import TRIED
+from benchmarks.peers.one import own_part
 from benchmarks.peers.task import is_right
 from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.samplers import draw_layers, make_sampler
@@ -81,10 +83,34 @@ def test_a_rate_is_found_by_two_or_three_trainings_and_two_seeds_follow(tmp_path
     assert todo == [("grass", rates[best], seed, True) for seed in (0, 1, 2)]
 
 
+def test_ranks_that_divide_a_batch_have_its_loss_in_their_mean():
+    labels = torch.tensor([[1, 2, 3, -100], [-100, 1, -100, -100], [0, 1, 2, 3], [9, -100, 2, -100]])
+    batch = {"labels": labels, "losses": torch.rand(4, 4)}
+
+    def loss(some: dict[str, torch.Tensor]) -> torch.Tensor:
+        return some["losses"][:, 1:][some["labels"][:, 1:] != -100].mean()
+
+    parts = [own_part(batch, rank, 2) for rank in (0, 1)]
+    torch.testing.assert_close(sum(loss(own) * share for own, share in parts) / 2, loss(batch))
+    assert own_part(batch, 0, 1)[1] == 1.0
+
+
 def test_an_answer_is_right_by_its_number():
     assert is_right("A: 13 + 17 = 30. The answer is 15.\nThen 3 more", "15.0")
     assert is_right("The answer is $1,500.", "1500") and is_right("so 3 and then 4", "4")
     assert not is_right("The answer is 16, not 15", "15.0") and not is_right("none", "1") and not is_right("1.2.3", "1")
+
+
+def test_what_was_tried_is_what_the_names_say(tmp_path):
+    own = {"method": "grass", "lr": 3e-4, "held_out_loss": 0.5, "settings": {"temperature": 1.0, "seed": 1}}
+    runs = [own | {"seed": seed, "settings": own["settings"] | {"seed": seed}} for seed in (0, 1)]
+    runs += [own | {"seed": 0, "lr": lr, "held_out_loss": 0.9} for lr in (1e-3, 1e-4)]
+    others = [
+        {"method": "grass-sharp", "seed": s, "held_out_loss": 0.4 + s / 10, "settings": {"temperature": 0.3, "seed": s}}
+        for s in (0, 1)
+    ]
+    assert list(tables.tried(others, runs))[-1] == "| temperature = 0.3 | 2 | 0.4500 | 0.5000 |"
+    assert set(TRIED).isdisjoint(LEARNERS)
 
 
 def test_a_table_of_step_times_has_medians_of_ratios_within_a_round():

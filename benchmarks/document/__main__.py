@@ -60,6 +60,7 @@ def parts(device: str, data: Path | None) -> dict[str, list[list[str]]]:
     if data is not None:
         found["peers"] = [
             [sys.executable, "-m", "benchmarks.peers", "--data", str(data)],
+            [sys.executable, "-m", "benchmarks.peers.besides", "--data", str(data)],
             [sys.executable, "-m", "benchmarks.peers.times", "--data", str(data), *to("peers_times")],
             [sys.executable, "-m", "benchmarks.peers.probe", "--data", str(data), *to("peers_probe")],
         ]

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def write_page(docs: Path = DOCS) -> None:
     """Writes benchmarks.md and its plots."""
     results = {file.stem: json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))}
-    trainings, tried = peers.read(RESULTS / "peers"), peers.read(RESULTS / "peers_tried")
+    trainings, tried, ranks = (peers.read(RESULTS / name) for name in ("peers", "peers_tried", "peers_ranks"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -36,6 +36,7 @@ def write_page(docs: Path = DOCS) -> None:
         peers=peers,
         trainings=trainings,
         tried=tried,
+        ranks=ranks,
         on_gpu=on_gpu(results),
     )
     (docs / "benchmarks.md").write_text(page)

@@ -10,6 +10,7 @@ from scipy import stats
 
 from benchmarks import throughput
 from benchmarks.peers import __main__ as peers
+from benchmarks.peers.methods import METHODS
 
 Rows = Iterator[str]
 
@@ -136,6 +137,19 @@ def tried(others: list[dict[str, Any]], trainings: list[dict[str, Any]]) -> Rows
             yield [changed, str(len(runs)), *(f"{statistics.mean(each):.4f}" for each in zip(*losses, strict=True))]
 
     return rows(["", "seeds", "held-out loss", "of GRASS with the same seeds"], body())
+
+
+def on_two_ranks(others: list[dict[str, Any]], trainings: list[dict[str, Any]]) -> Rows:
+    """The same training on two ranks beside that on one."""
+
+    def body() -> Iterator[list[str]]:
+        for run in sorted(others, key=lambda run: list(METHODS).index(run["method"])):
+            alone = next(r for r in trainings if all(r[k] == run[k] for k in ("method", "lr", "seed")))
+            apart = max(abs(a - b) for a, b in zip(run["losses"], alone["losses"], strict=True))
+            losses = [f"{r['held_out_loss']:.4f}" for r in (alone, run)]
+            yield [run["method"], *losses, f"{apart:.4f}"]
+
+    return rows(["", "held-out loss, 1 rank", "2 ranks", "losses of a step differ by at most"], body())
 
 
 OF_PART: dict[str, Callable[[dict[str, Any]], Rows]] = {

@@ -78,10 +78,12 @@ def missing(folder: Path, methods: list[str]) -> list[tuple[str, float, int, boo
     return next_rate + seeds + to_judge
 
 
-def run(one: tuple[str, float, int, bool], args: argparse.Namespace) -> None:
-    method, lr, seed, judge = one
-    out = file_of(args.out, method, lr, seed)
-    command = [sys.executable, "-m", "benchmarks.peers.one", method, str(lr), str(seed)]
+def train(
+    out: Path, method: str, lr: float, seed: int, args: argparse.Namespace, *, judge: bool, ranks: int = 1
+) -> None:
+    """One training, or the judging of one, in processes of one core each; what it came to is printed."""
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [])]
+    command += ["-m", "benchmarks.peers.one", method, str(lr), str(seed)]
     command += ["--data", str(args.data), "--out", str(out), "--model", args.model, *(["--judge"] if judge else [])]
     log = out.with_suffix(".log")
     with log.open("w") as said:
@@ -93,6 +95,11 @@ def run(one: tuple[str, float, int, bool], args: argparse.Namespace) -> None:
     told = json.loads(out.read_text())
     result = told["accuracy"] if judge else f"held-out loss {told['held_out_loss']:.4f}"
     print(f"{time.strftime('%H:%M')} {method} {lr:g} {seed}: {result}", flush=True)
+
+
+def run(one: tuple[str, float, int, bool], args: argparse.Namespace) -> None:
+    method, lr, seed, judge = one
+    train(file_of(args.out, method, lr, seed), method, lr, seed, args, judge=judge)
 
 
 def work_off(args: argparse.Namespace) -> None:

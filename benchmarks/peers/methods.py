@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
 
@@ -34,6 +36,26 @@ class Method:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+class Maker(Protocol):
+    def __call__(self, model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+        """
+        Args:
+            model: as it was loaded; under more than one rank the method wraps it in DistributedDataParallel.
+            seed: of what the method draws.
+        """
+        ...
+
+
+def wrap(model: nn.Module, *, freezes: bool = False) -> nn.Module:
+    """
+    Args:
+        freezes: the method freezes weights by itself, for whose gradients DDP would wait.
+    """
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, find_unused_parameters=freezes)
+
+
 def nbytes(tensors: Iterable[Any]) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
@@ -49,7 +71,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return nbytes(found)
 
 
-def plain(model: nn.Module, lr: float, steps: int) -> Method:
+def plain(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+    model = wrap(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, **ADAMW)
     return Method(
@@ -60,22 +83,24 @@ def plain(model: nn.Module, lr: float, steps: int) -> Method:
     )
 
 
-def lora(rank: int, *, dora: bool = False) -> Callable[[nn.Module, float, int], Method]:
-    def make(model: nn.Module, lr: float, steps: int) -> Method:
+def lora(rank: int, *, dora: bool = False) -> Maker:
+    def make(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
         import peft
 
         settings = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", use_dora=dora
         )
         adapted = peft.get_peft_model(model, settings)  # type: ignore[arg-type]
-        return plain(adapted, lr, steps)
+        return plain(adapted, lr, steps, seed)
 
     return make
 
 
-def grass(sampler: str, **settings: Any) -> Callable[[nn.Module, float, int], Method]:
-    def make(model: nn.Module, lr: float, steps: int) -> Method:
-        own = {"active_layers": ACTIVE, "sampling_interval": INTERVAL, "update_interval": INTERVAL, "sampler": sampler}
+def grass(sampler: str, **settings: Any) -> Maker:
+    def make(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+        model = wrap(model)
+        every = {"sampling_interval": INTERVAL, "update_interval": INTERVAL}
+        own = {"active_layers": ACTIVE, **every, "sampler": sampler, "seed": seed}
         if sampler.startswith("grass"):
             own["probe_steps"] = PROBE
         config = grass_dist.GrassConfig(**(own | settings))
@@ -95,11 +120,12 @@ def grass(sampler: str, **settings: Any) -> Callable[[nn.Module, float, int], Me
     return make
 
 
-def badam(model: nn.Module, lr: float, steps: int) -> Method:
+def badam(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
     from badam import BlockOptimizer
 
-    inner = torch.optim.AdamW(model.parameters(), lr=lr, **ADAMW)
     blocks = sum(1 for _ in model.get_submodule("model.layers").children())
+    model = wrap(model, freezes=True)
+    inner = torch.optim.AdamW(model.parameters(), lr=lr, **ADAMW)
     every = max(1, steps // blocks)  # so that nearly every block trains once, as it does in many epochs
     optimizer = BlockOptimizer(
         base_optimizer=inner, named_parameters_list=list(model.named_parameters()), switch_block_every=every, verbose=0
@@ -114,7 +140,7 @@ def badam(model: nn.Module, lr: float, steps: int) -> Method:
     )
 
 
-def galore(model: nn.Module, lr: float, steps: int) -> Method:
+def galore(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
     from galore_torch import GaLoreAdamW
 
     settings = {"rank": 128, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std"}
@@ -123,6 +149,7 @@ def galore(model: nn.Module, lr: float, steps: int) -> Method:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ("attn" in name or "mlp" in name)
     ]
+    model = wrap(model)
     ids = {id(p) for p in projected}
     groups: list[Mapping[str, Any]] = [
         {"params": [p for p in model.parameters() if id(p) not in ids]},
@@ -138,7 +165,7 @@ def galore(model: nn.Module, lr: float, steps: int) -> Method:
     )
 
 
-METHODS: dict[str, tuple[Callable[[nn.Module, float, int], Method], tuple[float, float, float]]] = {
+METHODS: dict[str, tuple[Maker, tuple[float, float, float]]] = {
     # and the three learning rates that are tried, a factor of some three apart
     "full": (plain, (3e-5, 1e-4, 3e-4)),
     "lisa": (grass("uniform"), (1e-4, 3e-4, 1e-3)),
@@ -152,3 +179,11 @@ METHODS: dict[str, tuple[Callable[[nn.Module, float, int], Method], tuple[float,
     "dora16": (lora(16, dora=True), (3e-4, 1e-3, 3e-3)),
     "galore": (galore, (3e-4, 1e-3, 3e-3)),
 }
+TRIED: dict[str, Maker] = {
+    "grass-sharp": grass("grass", temperature=0.3),
+    "grass-unscaled": grass("grass", importance_scale="none"),
+    "grass-each-step": grass("grass", sampling_interval=1, update_interval=1),
+    "grass-short-probe": grass("grass", probe_steps=1),
+}
+"""Other settings of GRASS, tried at its best rate."""
+MAKERS = {name: make for name, (make, _) in METHODS.items()} | TRIED

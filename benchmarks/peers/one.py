@@ -1,7 +1,8 @@
 """One training of one method: python -m benchmarks.peers.one METHOD LR SEED --data FILE --out FILE.json
 
 With ``--judge`` its answers to the test sets instead, from the weights that the training has left beside the file.
-Weights, gradients and states are float32; the matrix products are bfloat16, by autocast.
+Weights, gradients and states are float32; the matrix products are bfloat16, by autocast. Under torchrun the ranks
+divide each batch, by DistributedDataParallel; what is measured is then of rank 0.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peers.methods import METHODS, Method, nbytes
+from benchmarks.peers.methods import MAKERS, Method, nbytes
 from benchmarks.peers.task import TESTS, accuracy, batches, held_out_loss, load_model, load_tokenizer, training_data
 
 STEPS, WARM_UP, CLIP = 60, 4, 1.0
@@ -32,17 +36,33 @@ def rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
 
 
+def own_part(batch: dict[str, torch.Tensor], rank: int, ranks: int) -> tuple[dict[str, torch.Tensor], float]:
+    """A rank's problems of a batch, and the factor by which its loss becomes the batch's in the mean over ranks."""
+    own = {name: tensor[rank::ranks] for name, tensor in batch.items()}
+    labelled = [int((some["labels"][:, 1:] != -100).sum()) for some in (own, batch)]
+    return own, labelled[0] / labelled[1] * ranks
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    if not dist.is_initialized():
+        return value.item()
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
 def step(method: Method, batch: dict[str, torch.Tensor]) -> tuple[float, int, int]:
     """One step; its loss, and bytes and entries of the gradients that were there before the update."""
+    ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    own, share = own_part(batch, *ranks)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = method.model(**batch, use_cache=False).loss
+        loss = method.model(**own, use_cache=False).loss * share
     loss.backward()
     grads = [p.grad for p in method.model.parameters() if p.grad is not None]
     held, entries = nbytes(grads), sum(g.numel() for g in grads) + method.measured()
     method.clip(CLIP)
     method.optimizer.step()
     method.optimizer.zero_grad()
-    return loss.item(), held, entries
+    return mean_over_ranks(loss.detach()), held, entries
 
 
 def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, steps: int) -> dict[str, Any]:
@@ -70,6 +90,10 @@ def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, step
     }
 
 
+def bare(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def write(file: Path, told: dict[str, Any]) -> None:
     half = file.with_suffix(".part")
     half.write_text(json.dumps(told) + "\n")
@@ -78,7 +102,7 @@ def write(file: Path, told: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=MAKERS)
     parser.add_argument("lr", type=float)
     parser.add_argument("seed", type=int)
     parser.add_argument("--data", type=Path, required=True, help="training problems; the test sets lie beside it")
@@ -88,11 +112,14 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true")
     args = parser.parse_args()
 
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        dist.init_process_group("gloo")
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model)
     whole = sum(p.numel() for p in model.parameters())
-    method = METHODS[args.method][0](model, args.lr, args.steps)
+    method = MAKERS[args.method](model, args.lr, args.steps, args.seed)
     weights = weights_of(args.out)
     if args.judge:
         method.model.load_state_dict(torch.load(weights))
@@ -106,14 +133,22 @@ def main() -> None:
         return
     data = training_data(args.data, tokenizer)
     told = train(method, whole, data, tokenizer, args.seed, args.steps)
-    torch.save(method.model.state_dict(), weights)
+    if ranks > 1:
+        rank = dist.get_rank()
+        dist.barrier()
+        dist.destroy_process_group()
+        if rank:
+            return
+    model = bare(method.model).eval()
+    torch.save(model.state_dict(), weights)
     told |= {
         "method": args.method,
         "lr": args.lr,
         "seed": args.seed,
         "steps": args.steps,
         "settings": method.notes,
-        "held_out_loss": held_out_loss(method.model.eval(), data, tokenizer),
+        "ranks": ranks,
+        "held_out_loss": held_out_loss(model, data, tokenizer),
         "torch": torch.__version__,
     }
     write(args.out, told)

@@ -26,7 +26,7 @@ def main() -> None:
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model)
-    method = grass("grass")(model, 3e-4, STEPS)
+    method = grass("grass")(model, 3e-4, STEPS, 0)
     data = training_data(args.data, tokenizer)
     for _, batch in zip(range(PROBE), batches(data, tokenizer, 0), strict=False):
         step(method, batch)

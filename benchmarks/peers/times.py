@@ -33,7 +33,7 @@ def main() -> None:
     made = {}
     for name, (make, (_, rate, _)) in METHODS.items():
         model = load_model(args.model)
-        made[name] = make(model, rate, STEPS)
+        made[name] = make(model, rate, STEPS, 0)
     names = list(made)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = batches(data, tokenizer, 0)

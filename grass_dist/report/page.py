@@ -10,9 +10,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grass_dist.report.captions import CAPTIONS
-from grass_dist.report.drawing import byte_unit
 from grass_dist.report.load import EvalEvent, Run, RunInfo, relative
 from grass_dist.report.wire import Sent, sent
+from grass_dist.report.wording import bytes_text, count_text, duration, loss_text, percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +150,12 @@ def cards(found: Numbers, run: Run) -> list[Card]:
     limit = run.info.train.get("max_steps")
     planned = f" of {limit:,}" if isinstance(limit, int) and limit != found.steps else ""
     rate = found.tokens_per_second
-    share = f"{_count(found.trained_params)} of {_count(run.info.params_total)}"
+    share = f"{count_text(found.trained_params)} of {count_text(run.info.params_total)}"
     return [
         _loss_card(found.first_eval, found.last_eval),
         Card("Steps", f"{found.steps:,}{planned}", f"{found.probe_steps:,} of them the probe"),
-        Card("Tokens a second", _count(rate) if rate else "—", "in training steps; evaluation is left out"),
-        Card("Parameters trained at a time", _percent(found.share), f"{share}, counting those outside the layers"),
+        Card("Tokens a second", count_text(rate) if rate else "—", "in training steps; evaluation is left out"),
+        Card("Parameters trained at a time", percent(found.share), f"{share}, counting those outside the layers"),
         _bytes_card(found),
         _state_card(found),
     ]
@@ -197,9 +197,11 @@ def _loss_card(first: EvalEvent | None, last: EvalEvent | None) -> Card:
     if first is None or last is None:
         return Card(label, "—", "no evaluation was recorded")
     if first.step == last.step:
-        return Card(label, _loss(first.loss), f"at step {first.step:,} only")
+        return Card(label, loss_text(first.loss), f"at step {first.step:,} only")
     change = f", {last.loss / first.loss - 1:+.1%}".replace("-", "−") if first.loss and last.loss else ""
-    return Card(label, f"{_loss(first.loss)} → {_loss(last.loss)}", f"steps {first.step:,} and {last.step:,}{change}")
+    return Card(
+        label, f"{loss_text(first.loss)} → {loss_text(last.loss)}", f"steps {first.step:,} and {last.step:,}{change}"
+    )
 
 
 def _bytes_card(found: Numbers) -> Card:
@@ -208,14 +210,16 @@ def _bytes_card(found: Numbers) -> Card:
         return Card(label, "—", "no training step was recorded")
     if not found.bytes_train:
         return Card(label, "0", "nothing is reduced, as in a run on one process")
-    note = f"by parameters, {_percent(found.share)} of full fine-tuning"
+    note = f"by parameters, {percent(found.share)} of full fine-tuning"
     if found.bytes_probe:
-        measured = _percent(found.bytes_train / found.bytes_probe)
-        note = f"{measured} of the {_bytes(found.bytes_probe)} that a probe step reduces; {note}"
+        measured = percent(found.bytes_train / found.bytes_probe)
+        note = f"{measured} of the {bytes_text(found.bytes_probe)} that a probe step reduces; {note}"
     if found.bytes_sent:
-        ways = f"{_bytes(found.bytes_sent.within)} within hosts and {_bytes(found.bytes_sent.across)} across them"
+        ways = (
+            f"{bytes_text(found.bytes_sent.within)} within hosts and {bytes_text(found.bytes_sent.across)} across them"
+        )
         note = f"{note}; all ranks send {ways}, as rings do"
-    return Card(label, _bytes(found.bytes_train), note)
+    return Card(label, bytes_text(found.bytes_train), note)
 
 
 def _sent(info: RunInfo, reduced: float) -> Sent | None:
@@ -228,21 +232,21 @@ def _state_card(found: Numbers) -> Card:
     label = "Optimizer state a rank"
     if found.state_peak is None or found.state_full is None:
         return Card(label, "—", "no training step was recorded")
-    rest = f" on the device, and up to {_bytes(found.host_peak)} in host memory" if found.host_peak else ""
-    note = f"peak{rest}; full fine-tuning would hold {_bytes(found.state_full)} at the same bytes a parameter"
-    return Card(label, _bytes(found.state_peak), note)
+    rest = f" on the device, and up to {bytes_text(found.host_peak)} in host memory" if found.host_peak else ""
+    note = f"peak{rest}; full fine-tuning would hold {bytes_text(found.state_full)} at the same bytes a parameter"
+    return Card(label, bytes_text(found.state_peak), note)
 
 
 def _moves(found: Numbers) -> str:
     """What moving states has cost this rank, in one sentence."""
     if not found.bytes_to_device + found.bytes_to_host:
         return ""
-    ways = f"moved {_bytes(found.bytes_to_device)} to the device and {_bytes(found.bytes_to_host)} back"
+    ways = f"moved {bytes_text(found.bytes_to_device)} to the device and {bytes_text(found.bytes_to_host)} back"
     if not found.copying:
         return f"This rank {ways}."
     hidden = 100 * max(0.0, 1 - found.waiting / found.copying)
     share = f"{hidden:.0f}%" if hidden < 99 else f"{min(hidden, 99.9):.1f}%" if found.waiting else "100%"
-    waited = f"waited {_duration(found.waiting)} in all" if found.waiting else "never waited"
+    waited = f"waited {duration(found.waiting)} in all" if found.waiting else "never waited"
     return f"This rank {ways}; {share} of the copying time ran beside the compute; training {waited}."
 
 
@@ -261,7 +265,7 @@ def _facts(run: Run) -> str:
     parts = [
         f"{named} ({', '.join(examples)})" if named and examples else named or ", ".join(examples),
         f"started {run.info.started}" if run.info.started else "",
-        f"took {_duration(run.end.seconds)}" if run.end else "",
+        f"took {duration(run.end.seconds)}" if run.end else "",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     return " · ".join(part for part in parts if part)
@@ -274,33 +278,3 @@ def _picture(name: str, path: Path | None, told: str) -> Picture:
     heading, caption, missing = CAPTIONS[name]
     data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path else None
     return Picture(name, heading, told, caption, missing, data)
-
-
-def _loss(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.3f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if share < 0.0995 else f"{100 * share:.0f}%"
-
-
-def _bytes(count: float) -> str:
-    scale, unit = byte_unit(count)
-    return f"{count / scale:.3g} {unit}"
-
-
-def _count(count: float) -> str:
-    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
-        if count >= scale:
-            return f"{count / scale:.4g}{unit}"
-    return f"{count:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    if minutes:
-        return f"{minutes} min {rest:02d} s"
-    return f"{seconds:.1f} s" if seconds >= 0.1 or not seconds else f"{1000 * seconds:.2g} ms"

@@ -58,6 +58,16 @@ def sampling_probabilities(importances: FloatArray, *, temperature: float, scale
     return p
 
 
+def effective_layers(probabilities: FloatArray) -> float:
+    """How many layers of equal probability would be as uncertain: exp of the entropy, from 1 to L.
+
+    Args:
+        probabilities: shape (L,), sum 1.
+    """
+    p = probabilities[probabilities > 0]
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
 class ImportanceTracker:
     """The importances m_l of all layers and how measurements change them (paper section 3.2).
 

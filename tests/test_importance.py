@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from grass_dist.errors import ConfigError
-from grass_dist.importance import ImportanceTracker, mean_gradient_norm, sampling_probabilities
+from grass_dist.importance import ImportanceTracker, effective_layers, mean_gradient_norm, sampling_probabilities
 
 nan = math.nan
 importance_arrays = arrays(np.float64, st.integers(1, 40), elements=st.floats(1e-9, 1e3))
@@ -71,6 +71,19 @@ def test_probabilities_follow_a_permutation_of_the_layers(m, random):
     assert sampling_probabilities(m[order], temperature=1.0) == pytest.approx(
         sampling_probabilities(m, temperature=1.0)[order], rel=1e-9
     )
+
+
+def test_effective_layers_by_hand():
+    assert effective_layers(np.full(30, 1 / 30)) == pytest.approx(30)
+    assert effective_layers(np.array([1.0, 0.0, 0.0])) == 1
+    # entropy of (1/2, 1/4, 1/4) is 1.5 bits
+    assert effective_layers(np.array([0.5, 0.25, 0.25])) == pytest.approx(2**1.5)
+
+
+@given(importance_arrays)
+def test_effective_layers_are_between_one_and_all_and_fewer_when_it_is_colder(m):
+    at = [effective_layers(sampling_probabilities(m, temperature=t)) for t in (0.5, 1.0, 2.0)]
+    assert 1 - 1e-9 <= at[0] <= at[1] * (1 + 1e-9) and at[1] <= at[2] * (1 + 1e-9) <= len(m) * (1 + 1e-8)
 
 
 def test_the_probe_sets_importances_and_training_moves_those_of_active_layers():

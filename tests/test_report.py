@@ -230,6 +230,24 @@ def test_full_state_is_reckoned_from_what_trains_wherever_states_are(tmp_path: P
         assert ("host memory" in note) == (name != "none")
 
 
+def test_how_even_the_probabilities_are_is_told_in_a_sentence(tmp_path: Path) -> None:
+    def told(odds: list[float], **grass: Any) -> str:
+        record = [
+            {"event": "refresh", "step": 1, "importances": odds, "probabilities": odds, "dropped": 0},
+            step(2, [0]),
+        ]
+        folder = small_run(tmp_path / "run", record)
+        info = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(info | {"grass": info["grass"] | grass}))
+        return text_of(folder)
+
+    sentence = "have the entropy of a uniform draw among 2.83 of 3 layers; the largest is 2 times the smallest."
+    assert f"{sentence}</p>" in told([0.5, 0.25, 0.25])
+    assert f"{sentence} A grass.temperature below 1 sharpens them.</p>" in told([0.5, 0.25, 0.25], temperature=1.0)
+    for odds in ([1 / 3] * 3, [1.0, 0.0, 0.0], [0.5, 0.5, 0.5]):
+        assert "uniform draw among" not in told(odds)
+
+
 def test_moves_are_told_in_a_sentence(run_dir: Path, tmp_path: Path) -> None:
     told = "moved 106 MB to the device and 297 MB back; 98% of the copying time ran beside the compute; training waited"
     assert f"<p>This rank {told} 4 ms in all.</p>" in text_of(run_dir)

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.peers.methods import PROBE, grass
 from benchmarks.peers.one import STEPS, step
 from benchmarks.peers.task import batches, load_model, load_tokenizer, training_data
-from grass_dist.importance import sampling_probabilities
+from grass_dist.importance import effective_layers, sampling_probabilities
 
 
 def main() -> None:
@@ -33,8 +33,7 @@ def main() -> None:
     found = np.array(method.optimizer.grass.importances)  # type: ignore[attr-defined]
     layers = {}
     for temperature in (1.0, 0.5, 0.3, 0.1):
-        p = sampling_probabilities(found, temperature=temperature)
-        layers[str(temperature)] = float(np.exp(-(p * np.log(p)).sum()))
+        layers[str(temperature)] = effective_layers(sampling_probabilities(found, temperature=temperature))
     told = {"importances over their mean": (found / found.mean()).tolist(), "effective layers": layers}
     args.json.write_text(json.dumps(told, indent=1) + "\n")
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from grass_dist.importance import effective_layers
 from grass_dist.report.captions import CAPTIONS
 from grass_dist.report.load import EvalEvent, Run, RunInfo, relative
 from grass_dist.report.wire import Sent, sent
@@ -93,7 +95,7 @@ class Answer:
 def render(run: Run, pictures: Mapping[str, Path | None]) -> str:
     """The whole page, with the pictures inside it."""
     found = numbers(run)
-    told = {"moves": _moves(found)}
+    told = {"moves": _moves(found), "probability": _evenness(run)}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -248,6 +250,19 @@ def _moves(found: Numbers) -> str:
     share = f"{hidden:.0f}%" if hidden < 99 else f"{min(hidden, 99.9):.1f}%" if found.waiting else "100%"
     waited = f"waited {duration(found.waiting)} in all" if found.waiting else "never waited"
     return f"This rank {ways}; {share} of the copying time ran beside the compute; training {waited}."
+
+
+def _evenness(run: Run) -> str:
+    """How far the last probabilities are from those of a uniform draw; nothing where they are."""
+    events = run.probability_events()
+    known = [p for p in events[-1].probabilities if p is not None] if events else []
+    if abs(sum(known) - 1) > 1e-6 or min(known) <= 0 or max(known) - min(known) < 1e-9:
+        return ""
+    among = f"a uniform draw among {effective_layers(np.array(known)):.3g} of {run.info.num_layers} layers"
+    told = f"The last probabilities have the entropy of {among}; the largest is {max(known) / min(known):.3g} times "
+    temperature = run.info.grass.get("temperature")
+    hint = f" A grass.temperature below {temperature:g} sharpens them." if isinstance(temperature, int | float) else ""
+    return f"{told}the smallest.{hint}"
 
 
 def _summary(run: Run) -> str:

@@ -58,14 +58,16 @@ def sampling_probabilities(importances: FloatArray, *, temperature: float, scale
     return p
 
 
-def effective_layers(probabilities: FloatArray) -> float:
-    """How many layers of equal probability would be as uncertain: exp of the entropy, from 1 to L.
+def entropy(probabilities: Sequence[float] | FloatArray) -> float:
+    """In nats, of probabilities of shape (L,); ln L if they are equal."""
+    p = np.asarray(probabilities, dtype=np.float64)
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
 
-    Args:
-        probabilities: shape (L,), sum 1.
-    """
-    p = probabilities[probabilities > 0]
-    return float(np.exp(-(p * np.log(p)).sum()))
+
+def effective_layers(probabilities: Sequence[float] | FloatArray) -> float:
+    """How many layers of equal probability would have the same entropy, from 1 to L."""
+    return float(np.exp(entropy(probabilities)))
 
 
 class ImportanceTracker:

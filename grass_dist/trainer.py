@@ -30,6 +30,7 @@ from grass_dist.assembly import refuse_second, remember
 from grass_dist.config import GrassConfig
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
+from grass_dist.importance import entropy
 from grass_dist.optimizer import step_over
 from grass_dist.zero.ds_config import has_grass, load_ds_config
 from grass_dist.zero.initialize import config_of, initialize_with
@@ -290,7 +291,7 @@ def _engine_of(trainer: Any) -> GrassEngine | None:
 def _numbers(engine: GrassEngine) -> dict[str, float]:
     numbers = {
         "grass/round": float(engine.round),
-        "grass/entropy": -sum(p * math.log(p) for p in engine.probabilities if p > 0),
+        "grass/entropy": entropy(engine.probabilities),
     }
     if engine.phase == "train":
         numbers |= {f"grass/active_{i}": float(layer) for i, layer in enumerate(engine.active_layers)}

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from grass_dist.importance import effective_layers
@@ -258,7 +257,7 @@ def _evenness(run: Run) -> str:
     known = [p for p in events[-1].probabilities if p is not None] if events else []
     if abs(sum(known) - 1) > 1e-6 or min(known) <= 0 or max(known) - min(known) < 1e-9:
         return ""
-    among = f"a uniform draw among {effective_layers(np.array(known)):.3g} of {run.info.num_layers} layers"
+    among = f"a uniform draw among {effective_layers(known):.3g} of {run.info.num_layers} layers"
     told = f"The last probabilities have the entropy of {among}; the largest is {max(known) / min(known):.3g} times "
     temperature = run.info.grass.get("temperature")
     hint = f" A grass.temperature below {temperature:g} sharpens them." if isinstance(temperature, int | float) else ""

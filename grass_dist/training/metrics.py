@@ -23,6 +23,7 @@ from grass_dist.checkpoint.saving import Saved
 from grass_dist.discovery import LayerMap
 from grass_dist.errors import ConfigError
 from grass_dist.events import Event, Refreshed
+from grass_dist.importance import entropy
 from grass_dist.training.config import RunConfig
 from grass_dist.training.config_file import dump_config
 from grass_dist.training.data import Data
@@ -138,7 +139,7 @@ class MetricsLog:
                 importances=event.importances,
                 probabilities=p,
                 dropped=event.dropped,
-                entropy=-sum(x * math.log(x) for x in p if x > 0),
+                entropy=entropy(p),
             )
             for layer, (m, x) in enumerate(zip(event.importances, p, strict=True)):
                 self._board.add_scalar(f"importance/layer_{layer:02d}", m, event.step)

@@ -1,7 +1,7 @@
 """Step time of every method over full fine-tuning under the same wrapper, side by side.
 
     torchrun --nproc-per-node 2 -m benchmarks.throughput [--rounds 8] [--json FILE]
-    torchrun --nproc-per-node 2 -m benchmarks.throughput --backends zero3 --json FILE     # adds to what FILE has
+    torchrun --nproc-per-node 2 -m benchmarks.throughput --backends zero3 --methods full lora --json FILE  # adds
     torchrun --nproc-per-node 1 -m benchmarks.throughput --random-llama 1.5B --batch 4 --length 1024    # on a GPU
 
 Under each wrapper in turn all methods (or ``--together`` of them, where memory is short) and full fine-tuning train
@@ -33,6 +33,8 @@ from grass_dist.training.world import World
 from grass_dist.zero.jit import spare_the_compiler
 
 WARM_UP = 3
+OF_ONE_RUN = ("backends", "methods", "json")
+"""Arguments in which runs may differ whose results are put together."""
 
 
 def tokens(args: argparse.Namespace, world: World, vocabulary: int, step: int) -> torch.Tensor:
@@ -142,10 +144,19 @@ def wrappers_of(known: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]
     """Those of a result that was made on the same device with the same arguments, so that a run can add to it."""
 
     def compared(of: dict[str, Any]) -> tuple[object, ...]:
-        arguments = {key: str(value) for key, value in of["arguments"].items() if key not in ("backends", "json")}
+        arguments = {key: str(value) for key, value in of["arguments"].items() if key not in OF_ONE_RUN}
         return arguments, of["ranks"], of["device"], of["torch"]
 
     return known["wrappers"] if compared(known) == compared(record) else {}
+
+
+def with_methods(known: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a wrapper, with what a run tells of some methods in place of it."""
+    anew = {method for found in told.values() for method in found}
+    return {
+        key: {method: it for method, it in known.get(key, {}).items() if method not in anew} | found
+        for key, found in told.items()
+    }
 
 
 def refusals(record: dict[str, Any]) -> Iterator[str]:
@@ -178,7 +189,8 @@ def main() -> None:
     if args.json and args.json.exists():
         record["wrappers"] |= wrappers_of(json.loads(args.json.read_text()), record)
     for backend in args.backends:
-        record["wrappers"][backend] = side_by_side(backend, args, world)
+        told = side_by_side(backend, args, world)
+        record["wrappers"][backend] = with_methods(record["wrappers"].get(backend, {}), told)
         if world.is_main:
             print(f"{backend}: done", flush=True)
             if args.json:

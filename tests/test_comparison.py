@@ -154,3 +154,11 @@ def test_a_run_adds_to_a_result_of_the_same_arguments_alone():
     assert throughput.wrappers_of(known, record) == {"fsdp2": 1}
     for other in ({"arguments": {"batch": 2}}, {"ranks": 1}, {"torch": "3"}):
         assert throughput.wrappers_of(known | other, record) == {}
+
+
+def test_a_run_of_some_methods_replaces_those_alone():
+    known = {"seconds": {"full": [1], "lora": [2], "lisa": [3]}, "refused": {"badam": "no"}}
+    told = {"seconds": {"full": [4], "badam": [5]}, "refused": {"lora": "never"}}
+    found = throughput.with_methods(known, told)
+    assert found == {"seconds": {"lisa": [3], "full": [4], "badam": [5]}, "refused": {"lora": "never"}}
+    assert throughput.with_methods({}, told) == told

@@ -22,8 +22,14 @@ from benchmarks.document.page import RESULTS, write_page
 from benchmarks.engines import BACKENDS, METHODS
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--rounds", "5", "--together", "3", "--methods", *(name for name in METHODS if name != "grass-stream")]
+SMALL = ["--rounds", "5", "--together", "3"]
 ON_GPU = ["--random-llama", "1.5B", "--batch", "4", "--length", "1024"]
+
+
+def methods_by(count: int) -> list[list[str]]:
+    """Arguments that name so many methods at a time beside full fine-tuning."""
+    names = [name for name in METHODS if name not in ("full", "grass-stream")]
+    return [["--methods", "full", *names[first : first + count]] for first in range(0, len(names), count)]
 
 
 def parts(device: str, data: Path | None) -> dict[str, list[list[str]]]:
@@ -38,9 +44,10 @@ def parts(device: str, data: Path | None) -> dict[str, list[list[str]]]:
 
     trace = ["benchmarks/trace_overlap.py", *large, *to("trace_overlap")]
     found = {
-        "throughput": [  # a process for each, since DeepSpeed does not let go of what ZeRO-3 has partitioned
-            [*run, "-m", "benchmarks.throughput", *(large or SMALL), "--backends", backend, *to("throughput")]
+        "throughput": [  # processes of few methods, since DeepSpeed does not let go of what ZeRO-3 has partitioned
+            [*run, "-m", "benchmarks.throughput", *(large or SMALL), "--backends", backend, *some, *to("throughput")]
             for backend in BACKENDS
+            for some in ([[]] if gpus else methods_by(3))
         ],
         "step_time": [[*run, "-m", "benchmarks.step_time", "--rounds", "14", *to("step_time")]],
         "offload": [[*run, "benchmarks/offload.py", *large, *to("offload")]],

@@ -114,7 +114,11 @@ def slow_link(record: dict[str, Any]) -> Rows:
 def versus(trainings: list[dict[str, Any]], one: str, other: str) -> str:
     """Difference of the held-out losses, seed by seed, with its interval of 95 % by Student's t."""
     losses = [{r["seed"]: r["held_out_loss"] for r in peers.at_best(trainings, method)} for method in (one, other)]
-    apart = [losses[0][seed] - losses[1][seed] for seed in sorted(losses[0].keys() & losses[1].keys())]
+    return difference([losses[0][seed] - losses[1][seed] for seed in sorted(losses[0].keys() & losses[1].keys())])
+
+
+def difference(apart: list[float]) -> str:
+    """Mean with its interval of 95 % by Student's t."""
     if len(apart) < 2:
         return "not known yet"
     half = float(stats.t.ppf(0.975, len(apart) - 1)) * statistics.stdev(apart) / len(apart) ** 0.5
@@ -133,10 +137,11 @@ def tried(others: list[dict[str, Any]], trainings: list[dict[str, Any]]) -> Rows
 
     def body() -> Iterator[list[str]]:
         for changed, runs in grouped.items():
-            losses = [[r["held_out_loss"], own[r["seed"]]["held_out_loss"]] for r in runs]
-            yield [changed, str(len(runs)), *(f"{statistics.mean(each):.4f}" for each in zip(*losses, strict=True))]
+            mean = statistics.mean(r["held_out_loss"] for r in runs)
+            apart = difference([r["held_out_loss"] - own[r["seed"]]["held_out_loss"] for r in runs])
+            yield [changed, f"{mean:.4f}", apart]
 
-    return rows(["", "seeds", "held-out loss", "of GRASS with the same seeds"], body())
+    return rows(["", "held-out loss", "minus that of GRASS with the same seeds"], body())
 
 
 def on_two_ranks(others: list[dict[str, Any]], trainings: list[dict[str, Any]]) -> Rows:

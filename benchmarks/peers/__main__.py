@@ -174,6 +174,8 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         work_off(args)
     print("\n".join(table(read(args.out))))
+    if not args.table and (left := missing(args.out, args.methods)):
+        raise SystemExit(f"not done: {len(left)} trainings or judgings; the logs in {args.out} say why")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,16 @@ TRIED_RESULTS, RANKS_RESULTS = RESULTS.with_name("peers_tried"), RESULTS.with_na
 ON_TWO = ("full", "lora16", "badam", "galore", "lisa", "grass")
 
 
+def trained(folder: Path, method: str, lr: float, seed: int, *, args: argparse.Namespace, ranks: int = 1) -> bool:
+    """Whether its result is there, by now if not before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = file_of(folder, method, lr, seed)
+    if not out.exists():
+        train(out, method, lr, seed, args, judge=False, ranks=ranks)
+        weights_of(out).unlink(missing_ok=True)
+    return out.exists()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="training problems")
@@ -28,25 +38,20 @@ def main() -> None:
     args = parser.parse_args()
 
     runs = read(RESULTS)
-    rates = {method: best_rate(runs, method) for method in ON_TWO}
-    if unknown := [method for method, lr in rates.items() if lr is None]:
+    rates = {method: lr for method in ON_TWO if (lr := best_rate(runs, method)) is not None}
+    if unknown := [method for method in ON_TWO if method not in rates]:
         parser.error(f"the best rates of {', '.join(unknown)} are not known: first python -m benchmarks.peers")
 
-    def begin(folder: Path, method: str, lr: float, seed: int, ranks: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        out = file_of(folder, method, lr, seed)
-        if not out.exists():
-            train(out, method, lr, seed, args, judge=False, ranks=ranks)
-            weights_of(out).unlink(missing_ok=True)
-
+    tried = [(TRIED_RESULTS, name, rates["grass"], seed) for seed in SEEDS for name in TRIED]
+    on_two = [(RANKS_RESULTS, method, rates[method], SEEDS[0]) for method in ON_TWO]
+    done = []
     if args.only != "ranks":
         with ThreadPoolExecutor(args.workers) as pool:
-            for seed in SEEDS:
-                for name in TRIED:
-                    pool.submit(begin, TRIED_RESULTS, name, rates["grass"], seed, 1)
+            done += pool.map(lambda one: trained(*one, args=args), tried)
     if args.only != "tried":
-        for method in ON_TWO:
-            begin(RANKS_RESULTS, method, rates[method], SEEDS[0], 2)
+        done += [trained(*one, args=args, ranks=2) for one in on_two]
+    if not all(done):
+        raise SystemExit(f"not done: {done.count(False)} trainings; the logs beside their results say why")
 
 
 if __name__ == "__main__":

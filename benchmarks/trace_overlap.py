@@ -249,12 +249,13 @@ def main() -> None:
     told = overlap(events, (lanes.steps[0][0], lanes.steps[-1][0]))
     name = f"{args.mode}{', in backward' * args.in_backward}"
     print(f"{name}, {args.backend}, {args.steps} steps; {file}")
-    for name, own in told.items():
+    for way, own in told.items():
         shares = f"hidden {own['hidden']:.1%}, under compute {own['under compute']:.1%}"
-        print(f"{name:10} {own['seconds'] / args.steps * 1e3:8.2f} ms a step of copies, {shares}")
+        print(f"{way:10} {own['seconds'] / args.steps * 1e3:8.2f} ms a step of copies, {shares}")
     if args.json:
         known = json.loads(args.json.read_text()) if args.json.exists() else {}
-        known[f"{name}, {os.environ.get('WORLD_SIZE', 1)} ranks"] = told
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        known[f"{name}, {ranks} rank{'s' * (ranks > 1)}"] = told
         args.json.write_text(json.dumps(known, indent=1) + "\n")
     if args.png:
         draw(lanes, len(lanes.steps) // 2 - 1, args.png)

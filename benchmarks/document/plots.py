@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from benchmarks import throughput
@@ -19,7 +20,8 @@ OURS = "#c8483f"
 
 def _save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": file.stem}):  # the same results give the same file
+        figure.savefig(file, metadata={"Date": None})
     file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
 
 

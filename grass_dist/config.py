@@ -44,8 +44,8 @@ class OffloadConfig(StrictModel):
     the first of none, interval and stream whose states fit into a quarter of the free device memory."""
 
     prefetch_steps: int = Field(default=1, ge=0)
-    """For "interval": steps before a switch at which the first of the new layers comes, into device memory of its own
-    for that time. 0 does without that memory. At most `draw_ahead` steps have an effect."""
+    """For "interval": steps before a switch at which the first of the new layers comes, into a slot that is there for
+    it. 0 does without that slot. At most `draw_ahead` steps have an effect."""
 
     slots: int = Field(default=3, ge=2)
     """For "stream": layers whose states are on the device at a time."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from grass_dist.agreement import agree_at_start
 from grass_dist.backends import Backend
 from grass_dist.backends.base import sum_of_squares
 from grass_dist.config import GrassConfig
@@ -205,7 +206,15 @@ class GrassEngine:
             )
 
     def _set_trainable(self) -> None:
-        self.backend.set_trainable(self.trainable_units(), probing=self.phase == "probe", measuring=self._measuring)
+        probing, problem = self.phase == "probe", None
+        try:
+            self.backend.set_trainable(self.trainable_units(), probing=probing, measuring=self._measuring)
+        except GrassError as error:
+            problem = error
+        if probing:  # it may lack host memory on one rank; the others must not wait for that one
+            agree_at_start(self.backend, problem, {})
+        elif problem is not None:
+            raise problem
 
     def _tell(self, event: Event) -> None:
         for observer in self._observers:

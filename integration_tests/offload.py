@@ -88,14 +88,13 @@ def train_torch(
         scheduler.step()
         optimizer.zero_grad()
 
-    told = _run(steps, step, optimizer.grass, lambda: (optimizer.state_bytes, optimizer.host_state_bytes))
+    moving = optimizer._states if offload["mode"] != "none" else None
+    told = _run(steps, step, optimizer.grass, lambda: (optimizer.state_bytes, optimizer.host_state_bytes), moving)
     state = optimizer.state_dict()["state"]
     told["states"] = {f"{i}/{k}": local(v).clone() for i, own in state.items() for k, v in own.items() if tensor(v)}
     told["weights"] = {name: full(param).clone() for name, param in model.named_parameters()}
     told["roles"] = sum(own.nbytes for own in optimizer._role_optimizers)
     told["layers"] = [own.nbytes for own in optimizer._layer_optimizers]
-    if offload["mode"] != "none":
-        told["allocations"] = optimizer._states.pool.allocations
     return told
 
 
@@ -122,6 +121,7 @@ def train_zero(
         lambda number: train_step(engine, number, rank, world_size, 1),
         engine.grass,
         lambda: (states.device_bytes, states.host_bytes),
+        states._moving,
     )
     states.settle()
     told["states"] = {
@@ -135,18 +135,20 @@ def train_zero(
     layers = len(engine.grass.layers)
     told["roles"] = sum(t.nbytes for unit in units[layers:] for own in unit.groups for t in own.tensors())
     told["layers"] = [sum(t.nbytes for own in unit.groups for t in own.tensors()) for unit in units[:layers]]
-    if offload["mode"] != "none":
-        told["allocations"] = states._moving.pool.allocations
     engine.destroy()
     return told
 
 
-def _run(steps: int, step: Callable[[int], Any], grass: Any, count: Callable[[], tuple[int, int]]) -> dict[str, Any]:
-    told: dict[str, Any] = {"active": [], "bytes": []}
+def _run(
+    steps: int, step: Callable[[int], Any], grass: Any, count: Callable[[], tuple[int, int]], moving: Any
+) -> dict[str, Any]:
+    told: dict[str, Any] = {"active": [], "bytes": [], "slots": set()}
     for number in range(steps):
         told["active"].append(grass.active_layers if grass.phase == "train" else ())
         step(number)
         told["bytes"].append(count())
+        places = moving._places if moving is not None else ()
+        told["slots"] |= {place.slot.flat.data_ptr() for place in places if place.slot is not None}
     return told
 
 

@@ -176,13 +176,12 @@ class Account:
 
     def _wrong(self, settled: bool) -> list[str]:
         training = self._training
-        traffic, (device, host), pool = training.grass.traffic, training.bytes_now(), training.moving.pool
+        traffic, (device, host) = training.grass.traffic, training.bytes_now()
         came, went, born = traffic.bytes_to_device, traffic.bytes_to_host, self._sum(self._born)
         landing = min(self._prefetch, self._lead) > 0
         waste = self._slots * max(self._sizes) * self.switches if self._streams and not self._lead else 0
         checks = {
             "device bytes": device - training.roles() <= (self._slots + landing) * self._slot,
-            "slots": pool.allocations <= self._slots + (self.switches if landing else 0),
             # a state is made in a slot, or in host memory under ZeRO, and then it is either here or there
             "sum of both ways": went - came == (host - born if training.born_on_host else host),
             "bytes to the host": self._out <= went <= self._out + waste,

@@ -72,7 +72,6 @@ def settings(offload: str) -> dict[str, Any]:
 
 
 STEPS = 3
-"""With "interval" the landing slot is there from the first step to the second."""
 
 
 def live(tensors: Iterable[torch.Tensor]) -> int:

@@ -46,10 +46,22 @@ def expected(a: float, b: float, number: float) -> tuple[float, float]:
     return a, b + a
 
 
-def drive(module: Any, mode: str, seed: int, *, steps: int = 24, shuffled: bool = False, inline: bool = False) -> None:
+def drive(
+    module: Any,
+    mode: str,
+    seed: int,
+    *,
+    steps: int = 24,
+    shuffled: bool = False,
+    inline: bool = False,
+    make_pool: Any = SlotPool,
+) -> None:
     """A run of ``module``'s `IntervalStates` or `StreamedStates` under chaos, checked as it goes.
 
     Layers switch every third step; now and then all states are read, one is replaced, or a step updates nothing.
+
+    Args:
+        make_pool: `SlotPool`, or a mutant of it.
 
     Raises:
         AssertionError: a state or weight is not what it must be.
@@ -57,17 +69,19 @@ def drive(module: Any, mode: str, seed: int, *, steps: int = 24, shuffled: bool 
     rng = random.Random(seed)
     toys = [Toy(i) for i in range(LAYERS)]
     active = rng.randint(2, 4)
-    slots = active if mode == "interval" else 2
-    pool = SlotPool(slots, max(toy.layout.device_bytes for toy in toys), CPU)
+    ahead = rng.randint(0, 2) if mode == "interval" else 0
+    slots = active + bool(ahead) if mode == "interval" else 2
+    longest = max(toy.layout.device_bytes for toy in toys)
     store = LayerStateStore([toy.layout.host_bytes for toy in toys], CPU)
     transfers = TransferEngine(CPU, chaos=seed, inline=inline)
+    pool = make_pool(slots, longest, CPU, transfers.allocated)
     if mode == "interval":
-        states = module.IntervalStates(toys, pool, store, transfers, prefetch_steps=rng.randint(0, 2))
+        states = module.IntervalStates(toys, pool, store, transfers, prefetch_steps=ahead)
     else:
         states = module.StreamedStates(toys, pool, store, transfers)
     known = [(0.0, 0.0)] * LAYERS
     weights = torch.zeros(LAYERS, dtype=torch.float64)
-    layers = tuple(sorted(rng.sample(range(LAYERS), active)))
+    layers, told = tuple(sorted(rng.sample(range(LAYERS), active))), None
     states.leave(layers)
     states.enter(layers)
     for step in range(steps):
@@ -81,10 +95,12 @@ def drive(module: Any, mode: str, seed: int, *, steps: int = 24, shuffled: bool 
             else:
                 states.update(layer, lambda t=toys[layer], n=number, w=weights[layer]: t.update(n, w))
             known[layer] = expected(*known[layer], number)
+        if rng.random() < 0.1:  # while updates may still be under way
+            replace(states, toys, known, weights, rng.randrange(LAYERS), layers, told)
         states.finish()
         for layer, (_, b) in enumerate(known):
             assert weights[layer].item() == b * toys[layer].layout.fields[1].shape[0], f"weight of {layer}"
-        assert states.device_bytes <= (slots + 1) * max(toy.layout.device_bytes for toy in toys)
+        assert states.device_bytes == slots * longest
         if step % 3 == 0:
             following = tuple(sorted(rng.sample(range(LAYERS), active)))
         if step % 3 == 2:

@@ -304,26 +304,40 @@ def test_memory_that_cannot_be_had_is_refused_in_one_sentence():
 # --- slots
 
 
-def test_slots_are_handed_on_and_one_is_added_at_a_time():
-    pool = SlotPool(2, 100, CPU)
+def done(memory: torch.Tensor) -> ThreadEvent:
+    return ThreadEvent(done=True)
+
+
+def test_slots_are_handed_on_in_the_order_in_which_they_were_given_back():
+    pool = SlotPool(3, 100, CPU, done)
     first, second = pool.take(), pool.take()
-    assert (len(pool), pool.nbytes, pool.allocations) == (0, 200, 2)
-    assert pool.add() and not pool.add()
-    assert (len(pool), pool.nbytes, pool.allocations) == (1, 300, 3)
-    third = pool.take()
-    second.free = busy = ThreadEvent()
+    assert (len(pool), pool.count, pool.nbytes) == (1, 3, 300)
+    second.free = failed = ThreadEvent()
     pool.give(second)
-    pool.trim()
-    assert pool.count == 3  # its last state is still on its way out
     pool.give(first)
-    pool.trim()
-    assert pool.count == 2 and len(pool) == 1
-    busy.run(lambda: None, [])
-    pool.trim()
-    assert pool.count == 2 and len(pool) == 1
-    pool.give(third)
-    assert [pool.take(), pool.take()] == [second, third]  # the one whose state left first
-    assert len(pool) == 0 and pool.allocations == 3
+    third = pool.take()
+    pool.disregard(failed)
+    assert third is not second and second.free.done()
+    assert [pool.take(), pool.take()] == [second, first] and len(pool) == 0
+
+
+def test_a_slot_is_free_when_what_had_its_memory_before_has_ended():
+    events = {}
+
+    def allocated(memory: torch.Tensor) -> ThreadEvent:
+        return events.setdefault(memory.data_ptr(), ThreadEvent())
+
+    pool = SlotPool(2, 100, CPU, allocated)
+    slots = [pool.take(), pool.take()]
+    assert [slot.free for slot in slots] == [events[slot.flat.data_ptr()] for slot in slots]
+
+
+def test_chaos_fills_memory_late_that_was_just_allocated():
+    memory = torch.zeros(64, dtype=torch.uint8)
+    TransferEngine(CPU, chaos=1).allocated(memory).synchronize()
+    assert memory.view(torch.float32).isnan().all()
+    memory.zero_()
+    assert TransferEngine(CPU).allocated(memory).done() and not memory.any()
 
 
 def test_no_room_for_slots_is_one_sentence(monkeypatch):
@@ -332,7 +346,7 @@ def test_no_room_for_slots_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(GrassError) as refusal:
-        SlotPool(3, 2_000_000, CPU)
+        SlotPool(3, 2_000_000, CPU, done)
     assert str(refusal.value) == (
         "The device has no room for the optimizer states of 3 layers (6,000,000 bytes); use "
         "grass.offload.mode='stream', fewer grass.active_layers, or more ranks."

@@ -213,9 +213,10 @@ def test_a_partition_that_is_padded_further_than_foreseen_is_refused():
 
 def zero_states():
     layers = states_of_units()
-    pool = SlotPool(1, max(layer.layout.device_bytes for layer in layers), CPU)
+    transfers = TransferEngine(CPU)
+    pool = SlotPool(1, max(layer.layout.device_bytes for layer in layers), CPU, transfers.allocated)
     store = LayerStateStore([layer.layout.host_bytes for layer in layers], CPU)
-    moving = IntervalStates(layers, pool, store, TransferEngine(CPU), last_first=False, prefetch_steps=0)
+    moving = IntervalStates(layers, pool, store, transfers, last_first=False, prefetch_steps=0)
     return ZeroStates(layers, [], moving, CPU, None), [layer.groups[0] for layer in layers]
 
 

@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -26,10 +27,11 @@ class Ranks:
 
     Args:
         group: None is a process alone.
+        device: of this rank's model, which need not be the current device; None where no model is known.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
+        self.group, self.device = group, device
 
     @property
     def world_size(self) -> int:
@@ -61,12 +63,17 @@ class Ranks:
         if self.group is None:
             return [item]
         items: list[object] = [None] * self.world_size
-        dist.all_gather_object(items, item, group=self.group)
+        wire = self._wire_device()  # torch puts the bytes of objects on the current device
+        with torch.cuda.device(wire) if wire.type == "cuda" else nullcontext():
+            dist.all_gather_object(items, item, group=self.group)
         return items
 
     def _wire_device(self) -> torch.device:
-        nccl = "nccl" in dist.get_backend(self.group)
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        """Where the small tensors of these collectives are: under NCCL on the GPU that this rank's model is on."""
+        if "nccl" not in dist.get_backend(self.group):
+            return torch.device("cpu")
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        return self.device if on_gpu else torch.device("cuda", torch.cuda.current_device())  # type: ignore[return-value]
 
 
 def world() -> Ranks:
@@ -85,6 +92,7 @@ class Backend(Ranks, ABC):
     name: str
     group: dist.ProcessGroup | None = None
     """Ranks that train one model together; None is a process alone."""
+    device: torch.device | None = None
     bytes_reduced: int = 0
     """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
     part: tuple[int, int] = (0, 1)
@@ -96,7 +104,11 @@ class Backend(Ranks, ABC):
 
     @abstractmethod
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
-        """Lets ``units`` have gradients and nothing else; takes effect with the next forward."""
+        """Lets ``units`` have gradients and nothing else; takes effect with the next forward.
+
+        Raises:
+            GrassError: this rank lacks the host memory for a probe; the other ranks do not know that yet.
+        """
 
     @abstractmethod
     def finish_gradients(self) -> None:
@@ -146,6 +158,12 @@ class Backend(Ranks, ABC):
         return
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """The device that ``model`` computes on, as far as its parameters tell: a GPU, if one of them is on one."""
+    devices = {p.device for p in model.parameters()}
+    return next((device for device in sorted(devices, key=str) if device.type == "cuda"), torch.device("cpu"))
+
+
 def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     """Σ x² in fp64, a 0-dim tensor on the device; the entries are widened one by one, with no fp64 copy."""
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
@@ -177,7 +195,7 @@ class HookedBackend(Backend):
     """
 
     def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
-        self.model = model
+        self.model, self.device = model, device_of(model)
         self.accumulation_steps = accumulation_steps
         self._probing = self._measuring = False
         self._fired: Counter[tuple[str, int]] = Counter()
@@ -237,8 +255,11 @@ class HookedBackend(Backend):
                     param.grad = None
         self._probing, self._measuring = probing, measuring
         self._begin_step()
-        self._sums = None
-        if probing and self.accumulation_steps > 1:
+        if not probing or self.accumulation_steps == 1:
+            self._sums = None
+        elif self._sums is not None:
+            self._sums.clear()
+        else:
             self._sums = HostSums(
                 {(u.name, i): self.shard_of(p).shape for u in self._layers for i, (_, p) in enumerate(u.params)},
                 self.shard_of(self._layers[0].params[0][1]).device,

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 
+from grass_dist.offload.store import LayerStateStore
+
 
 class HostSums:
-    """One fp32 host buffer a parameter shard; pinned where the gradients live on a CUDA device.
+    """An fp32 sum for each parameter shard, all in one host buffer; pinned where the gradients are on a CUDA device.
 
-    Each micro-batch moves 4 bytes an element each way, on the stream that the gradient was made on. All buffers are
-    made here, before training communicates: pinning memory later can block collectives.
+    Each micro-batch moves 4 bytes an element each way, on the stream that the gradient was made on. The buffer is made
+    here, before training communicates: pinning memory later can block collectives.
 
     Args:
         shapes: shape of this rank's shard of each parameter, by key.
         device: where the gradients are.
+
+    Raises:
+        GrassError: the memory cannot be allocated or pinned on this rank; the other ranks do not know that yet.
     """
 
     def __init__(self, shapes: Mapping[Any, torch.Size], device: torch.device) -> None:
-        pin = device.type == "cuda"
-        self._sums = {key: torch.empty(shape, dtype=torch.float32, pin_memory=pin) for key, shape in shapes.items()}
+        numels = [math.prod(shape) for shape in shapes.values()]
+        self._store = LayerStateStore([4 * sum(numels)], device)
+        parts = self._store[0].view(torch.float32).split(numels) if numels else ()
+        self._sums = {key: part.view(shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
         self._device = device
         self._begun: dict[Hashable, None] = {}
 
@@ -40,6 +48,10 @@ class HostSums:
         if total is not host:
             host.copy_(total, non_blocking=True)
         return None
+
+    def clear(self) -> None:
+        """Forgets the sums that have begun."""
+        self._begun.clear()
 
     def pending(self) -> list:
         """Keys of the sums that have begun and whose last micro-batch has not come."""

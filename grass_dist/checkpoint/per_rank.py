@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def per_rank_pieces(engine: Mapping[str, Any], ranks: Ranks) -> list[Piece]:
     rows = [x for row in engine["measured"]["rows"] for x in row]
     found = {MEASURED: torch.tensor(rows, dtype=torch.float64), RNG: torch.get_rng_state()}
     if torch.cuda.is_available():
-        found[CUDA_RNG] = torch.cuda.get_rng_state()
+        found[CUDA_RNG] = torch.cuda.get_rng_state(_cuda(ranks))
     return [
         Piece(key, row.numel() * ranks.world_size, row.numel() * ranks.rank, row)
         for key, row in found.items()
@@ -62,7 +63,8 @@ def read_rng(
     if saved_by != ranks.world_size:
         return None
     found: list[tuple[Put, torch.Tensor]] = []
-    for key, put, device in ((RNG, torch.set_rng_state, "cpu"), (CUDA_RNG, torch.cuda.set_rng_state, "cuda")):
+    put_on_gpu = partial(torch.cuda.set_rng_state, device=_cuda(ranks))
+    for key, put, device in ((RNG, torch.set_rng_state, "cpu"), (CUDA_RNG, put_on_gpu, _cuda(ranks))):
         if device == "cpu" or (key in tensors and torch.cuda.is_available()):
             trial = torch.Generator(device)
             size = trial.get_state().numel()
@@ -72,6 +74,11 @@ def read_rng(
             _try(trial, state, key)
             found.append((put, state))
     return found
+
+
+def _cuda(ranks: Ranks) -> torch.device:
+    """The GPU of this rank's model, or else the current one."""
+    return ranks.device if ranks.device is not None and ranks.device.type == "cuda" else torch.device("cuda")
 
 
 def _try(trial: torch.Generator, state: torch.Tensor, key: str) -> None:

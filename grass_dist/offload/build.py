@@ -8,7 +8,7 @@ import torch
 
 from grass_dist.config import GrassConfig
 from grass_dist.offload.moving import IntervalStates, Movable, MovingStates, StreamedStates
-from grass_dist.offload.plan import Plan
+from grass_dist.offload.plan import Plan, slot_count
 from grass_dist.offload.slots import SlotPool
 from grass_dist.offload.store import LayerStateStore
 from grass_dist.offload.transfer import TransferEngine
@@ -23,7 +23,7 @@ def build(
     last_first: bool = True,
     inline: bool = False,
 ) -> MovingStates:
-    """All memory is had here, pinned where it is host memory, so that none is asked for while training communicates.
+    """Allocates and pins all memory before training starts; pinning during a collective can block it.
 
     Args:
         plan: with a mode that moves states.
@@ -38,9 +38,8 @@ def build(
     store = LayerStateStore([state.layout.host_bytes for state in states], device, offload.folder)
     transfers = TransferEngine(device, mapped=offload.folder is not None, chaos=offload.chaos, inline=inline)
     longest = max(state.layout.device_bytes for state in states)
+    pool = SlotPool(slot_count(config, plan.mode, len(states)), longest, device, transfers.allocated)
     if plan.mode == "stream" and offload.slots < config.active_layers:
-        pool = SlotPool(offload.slots, longest, device)
         return StreamedStates(states, pool, store, transfers, last_first=last_first)
-    pool = SlotPool(config.active_layers, longest, device)
     steps = offload.prefetch_steps if plan.mode == "interval" else 0
     return IntervalStates(states, pool, store, transfers, last_first=last_first, prefetch_steps=steps)

@@ -20,8 +20,9 @@ class MovingStates(ABC):
 
     Every wait is for an event, and named below by what goes wrong without it:
 
-    1. in: the slot's last state has been copied out, or that would be overwritten; and the host's buffer has what the
-       layer's last way out brought, or an older state would come.
+    1. in: the slot's last state has been copied out, or that would be overwritten, and what used its memory before it
+       was a slot has ended; and the host's buffer has what the layer's last way out brought, or an older state would
+       come.
     2. update: the state has arrived.
     3. out: the update is done.
     4. read on the host: the last way out is done.
@@ -54,7 +55,6 @@ class MovingStates(ABC):
     # --- what the engine calls
 
     def expect(self, layers: Sequence[int], steps: int) -> None:
-        self.pool.trim()
         if steps == 1:
             self._next = tuple(layers)
 
@@ -112,7 +112,6 @@ class MovingStates(ABC):
         for event in self._updates:
             event.wait()
         self._updates.clear()
-        self.pool.trim()
         self.transfers.harvest()  # or the events of all copies would be kept
 
     def settle(self) -> None:
@@ -135,9 +134,10 @@ class MovingStates(ABC):
         place = self._places[layer]
         if place.slot is None:
             _ended(place.left)
-            self.pool.forgive(place.left)
+            self.pool.disregard(place.left)
         else:
             _ended(place.arrived)
+            _ended(place.updated)
             place.slot.free = DONE
             self.pool.give(place.slot)
         self._updates = [event for event in self._updates if event is not place.updated]
@@ -219,9 +219,10 @@ class MovingStates(ABC):
 class IntervalStates(MovingStates):
     """The states of the active layers stay for the interval.
 
-    One slot for each active layer. ``prefetch_steps`` before a switch the first of the new layers comes into a slot
-    more; with the last update before the switch each layer that leaves begins its way out, and the next new one its way
-    into the same slot; so the slot more is empty in the end, and goes.
+    There is one slot for each active layer and, with ``prefetch_steps``, one more that is empty between two switches.
+    ``prefetch_steps`` before a switch the first of the new layers comes into the empty slot. With the last update
+    before the switch each layer that leaves begins its way out, and the next new one its way into the same slot; so one
+    slot is empty again in the end.
     """
 
     stays = True
@@ -234,7 +235,7 @@ class IntervalStates(MovingStates):
         super().expect(layers, steps)
         new = [layer for layer in self._ordered(layers) if self._places[layer].slot is None]
         first = len(new) == len(set(layers) - set(self._active))  # none of them has come yet
-        if steps <= self._prefetch_steps and new and first and (len(self.pool) or self.pool.add()):
+        if steps <= self._prefetch_steps and new and first and len(self.pool):
             self._in(new[0])
 
     def _after_update(self, layer: int) -> None:

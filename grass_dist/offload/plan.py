@@ -87,6 +87,14 @@ def make_plan(
     return Plan(mode, costs[mode], host)
 
 
+def slot_count(config: GrassConfig, mode: OffloadMode, num_layers: int) -> int:
+    """Slots on the device in a mode that moves states; "interval" has one more where layers come before the switch."""
+    if mode == "stream":
+        return min(config.offload.slots, config.active_layers)
+    landing = 1 if min(config.offload.prefetch_steps, config.lead) else 0
+    return min(config.active_layers + landing, num_layers)
+
+
 def free_host_memory() -> int | None:
     """Bytes that this process may still take: of the machine, and of its control group; None where nobody says."""
     limits = []
@@ -128,12 +136,11 @@ def _cache(group: Path) -> int:
 
 def _costs(config: GrassConfig, sizes: Sequence[tuple[int, int]], resident: int) -> dict[str, int]:
     """Bytes on the device in each mode."""
-    longest, offload = max(size for size, _ in sizes), config.offload
-    slots = config.active_layers + (1 if min(offload.prefetch_steps, config.lead) else 0)
+    longest = max(size for size, _ in sizes)
     return {
         "none": resident + sum(size for size, _ in sizes),
-        "interval": resident + min(slots, len(sizes)) * longest,
-        "stream": resident + min(offload.slots, config.active_layers) * longest,
+        "interval": resident + slot_count(config, "interval", len(sizes)) * longest,
+        "stream": resident + slot_count(config, "stream", len(sizes)) * longest,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,41 +18,42 @@ class Slot:
     flat: torch.Tensor
     """uint8, as long as the longest state."""
     free: Event
-    """When the last state that was here has been copied away."""
+    """When nothing uses the memory any more: the last state that was here has been copied away, and before the first
+    one came, the kernels that had the memory before this slot have ended."""
 
 
 class SlotPool:
-    """Slots that are made once and handed on from layer to layer.
+    """Slots that are made once, for the whole run, and handed on from layer to layer.
 
     Args:
-        count: slots to make now.
+        count: slots to make.
         nbytes: of each.
         device: where they are.
+        allocated: `TransferEngine.allocated`, which says when memory that was just allocated may be written to by a
+            copy.
 
     Raises:
         GrassError: the device has no room for them.
     """
 
-    def __init__(self, count: int, nbytes: int, device: torch.device) -> None:
-        self._nbytes, self._device = nbytes, device
-        self.count = self.allocations = 0
-        self._count = count
+    def __init__(
+        self, count: int, nbytes: int, device: torch.device, allocated: Callable[[torch.Tensor], Event]
+    ) -> None:
+        self.count = count
         try:
-            self._free = [self._make() for _ in range(count)]
+            flats = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
         except (torch.OutOfMemoryError, RuntimeError):  # the latter on a CPU
             raise GrassError(
                 f"The device has no room for the optimizer states of {count} layers ({count * nbytes:,} bytes); use "
                 "grass.offload.mode='stream', fewer grass.active_layers, or more ranks."
             ) from None
+        self.nbytes = count * nbytes
+        """Bytes of all slots on the device."""
+        self._free = [Slot(flat, allocated(flat)) for flat in flats]
 
     def __len__(self) -> int:
         """Slots that can be taken."""
         return len(self._free)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots on the device."""
-        return self.count * self._nbytes
 
     def take(self) -> Slot:
         """A slot in which no layer's state is, or only one that is on its way out: see `Slot.free`."""
@@ -60,31 +62,8 @@ class SlotPool:
     def give(self, slot: Slot) -> None:
         self._free.append(slot)
 
-    def add(self) -> bool:
-        """Makes one slot more than there were at first, if the device has room for it."""
-        if self.count > self._count:
-            return False
-        try:
-            self._free.insert(0, self._make())
-        except (torch.OutOfMemoryError, RuntimeError):  # the latter on a CPU
-            return False
-        return True
-
-    def forgive(self, failed: Event) -> None:
-        """What `failed` was to copy out of a slot is needed no more."""
+    def disregard(self, failed: Event) -> None:
+        """The slot whose state was to leave with ``failed`` is free: nobody needs that state any more."""
         for slot in self._free:
             if slot.free is failed:
                 slot.free = ThreadEvent(done=True)
-
-    def trim(self) -> None:
-        """Gives back the memory of slots that were added, as soon as they are empty."""
-        for slot in list(self._free):
-            if self.count > self._count and slot.free.done():
-                self._free.remove(slot)
-                self.count -= 1
-
-    def _make(self) -> Slot:
-        flat = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
-        self.count += 1
-        self.allocations += 1
-        return Slot(flat, ThreadEvent(done=True))

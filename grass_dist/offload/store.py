@@ -6,6 +6,7 @@ import errno
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class LayerStateStore:
                 continue
             self._buffers.append(_pages(size))
             if device.type == "cuda":
-                pin(self._buffers[-1])
-                weakref.finalize(self, unpin, self._buffers[-1]).atexit = False
+                pin(self._buffers[-1], device)
+                weakref.finalize(self, unpin, self._buffers[-1], device).atexit = False
 
     def __getitem__(self, layer: int) -> torch.Tensor:
         """The buffer of ``layer``: uint8."""
@@ -62,28 +63,45 @@ def _pages(size: int) -> torch.Tensor:
     return raw[-raw.data_ptr() % PAGE :][:size]
 
 
-def pin(memory: torch.Tensor) -> None:
-    """Registers host memory with CUDA until `unpin`.
+def pin(memory: torch.Tensor, device: torch.device) -> None:
+    """Registers host memory with CUDA until `unpin`, for copies from and to ``device``.
 
     Raises:
-        GrassError: CUDA refuses, for example because a container may not lock so much.
+        GrassError: CUDA refuses, for example because a container may not lock so much memory.
     """
     if not memory.numel():
         return
-    torch.cuda.synchronize()  # registration while a collective runs can block it
-    status = int(_cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    if status != 0:
-        raise GrassError(
-            f"{memory.nbytes:,} bytes of host memory cannot be pinned (CUDA error {status}); allow this process to "
-            "lock that much, or use grass.offload.folder, or grass.offload.mode='none'."
-        )
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()  # registration while a collective runs can block it
+        status = int(_cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if status != 0:
+            _drain(device)
+            raise GrassError(
+                f"{memory.nbytes:,} bytes of host memory cannot be pinned (CUDA error {status}); allow this process to "
+                "lock that much, or use grass.offload.folder, or grass.offload.mode='none'."
+            )
 
 
-def unpin(memory: torch.Tensor) -> None:
-    """Lets go of what `pin` registered, once no copy uses it."""
+def unpin(memory: torch.Tensor, device: torch.device) -> None:
+    """Releases what `pin` has registered, once no copy uses it."""
     if memory.numel():
-        torch.cuda.synchronize()
-        _cudart().cudaHostUnregister(memory.data_ptr())
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            if int(_cudart().cudaHostUnregister(memory.data_ptr())) != 0:
+                _drain(device)
+
+
+def _drain(device: torch.device) -> None:
+    """Takes the error of a failed call away, which CUDA keeps, and which torch raises at the next launch of any kernel.
+
+    That would be in the collective which tells the other ranks of it. A kernel is launched for a torch that has no
+    binding of cudaGetLastError (it came with pull request 165990).
+    """
+    if (last := getattr(_cudart(), "cudaGetLastError", None)) is not None:
+        last()
+        return
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def _cudart() -> Any:

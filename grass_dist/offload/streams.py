@@ -147,11 +147,19 @@ def _then(first: Job, second: Job) -> Job:
 class CudaEvent:
     """An event on a CUDA stream; keeps what the job uses alive until it has come."""
 
-    def __init__(self, called: torch.cuda.Event, start: torch.cuda.Event, end: torch.cuda.Event, keep: Any) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        called: torch.cuda.Event,
+        start: torch.cuda.Event,
+        end: torch.cuda.Event,
+        keep: Any,
+    ) -> None:
+        self._device = device
         self._called, self._start, self._end, self._keep = called, start, end, keep
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._end)
+        torch.cuda.current_stream(self._device).wait_event(self._end)
 
     def synchronize(self) -> None:
         self._end.synchronize()
@@ -173,13 +181,17 @@ class CudaEvent:
 
 
 class CudaQueue:
-    """A CUDA stream; None is the caller's current stream, which is the compute."""
+    """A CUDA stream of ``device``, which need not be the current device.
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
+    Args:
+        stream: None is the stream that is current on the device when a job is submitted, which is the compute.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
+        self._device, self._stream = device, stream
 
     def submit(self, job: Job, after: Sequence[Event]) -> Event:
-        stream = self._stream or torch.cuda.current_stream()
+        stream = self._stream or torch.cuda.current_stream(self._device)
         with torch.no_grad(), torch.cuda.stream(stream):
             called, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             called.record(stream)
@@ -188,4 +200,4 @@ class CudaQueue:
             start.record(stream)
             job()
             end.record(stream)
-        return CudaEvent(called, start, end, job)
+        return CudaEvent(self._device, called, start, end, job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -61,11 +62,22 @@ class TransferEngine:
             self._to_device, self._to_host = ChaosQueue(3 * chaos), ChaosQueue(3 * chaos + 1)
             self._compute = InlineQueue() if inline else ChaosQueue(3 * chaos + 2)
         elif device.type == "cuda" and not mapped:
-            self._to_device, self._to_host = (CudaQueue(torch.cuda.Stream(device)) for _ in range(2))
-            self._compute = CudaQueue(None)
+            self._to_device, self._to_host = (CudaQueue(device, torch.cuda.Stream(device)) for _ in range(2))
+            self._compute = CudaQueue(device)
         else:
             self._to_device, self._to_host = ThreadQueue(device), ThreadQueue(device)
-            self._compute = CudaQueue(None) if device.type == "cuda" else InlineQueue()
+            self._compute = CudaQueue(device) if device.type == "cuda" else InlineQueue()
+
+    def allocated(self, memory: torch.Tensor) -> Event:
+        """The moment from which a copy may write to ``memory``, which the device's allocator has just handed out.
+
+        The allocator hands memory out as soon as the host has freed it, though kernels that the compute has queued may
+        still use it. That is safe for what the compute does next, and for nothing else. Chaos has such a kernel run
+        late, and fill the memory.
+        """
+        if self._chaos:
+            return self._to_host.submit(partial(poison, memory), [])
+        return self._compute.submit(_nothing, [])
 
     def to_device(self, name: str, runs: Sequence[Run], after: Sequence[Event]) -> Event:
         """Queues a copy of the host's side of ``runs`` over the device's, which is undefined until the event."""

@@ -109,13 +109,15 @@ class ZeroBackend(Backend):
                 param.grad = None
         self._on = on
         self._probing, self._measuring = probing, measuring
-        self._sums = None
         if probing:
             self.zero.rest(self._stand_in())
-            if self.accumulation_steps > 1:
+            if self._sums is not None:
+                self._sums.clear()
+            elif self.accumulation_steps > 1:
                 shapes = {name: torch.Size([b.padded // self.world_size]) for name, b in self._buckets.items()}
                 self._sums = HostSums(shapes, self._device)
         else:
+            self._sums = None
             self.zero.narrow(self.groups_of(units))
 
     def groups_of(self, units: Sequence[Unit]) -> list[Group]:

@@ -15,7 +15,6 @@ from torch import nn
 
 from grass_dist import GrassConfig, GrassError, GrassOptimizer
 from grass_dist.offload.moving import StreamedStates
-from grass_dist.offload.slots import SlotPool
 from tests.offload_runs import SETTINGS, make, outcome, returned, run, same, train, uneven
 from tests.tiny import Tiny, loss_of, take_steps
 

@@ -1,7 +1,7 @@
 """The tests of moving states can fail: every wait in the code is taken out in turn, and each one is missed.
 
-That goes for the waits of copies and updates in `moving`, and for the one of `slots`: a slot's memory may still be in use
-by what the compute has queued when the allocator hands it out.
+That goes for the waits of copies and updates in `moving`, and for the one of `slots`: a slot's memory may still be in
+use by what the compute has queued when the allocator hands it out.
 """
 
 from __future__ import annotations

@@ -76,7 +76,6 @@ class Slot:
     since: float = 0.0
     out: Box | None = None
     spans: list[tuple[float, float, str, str]] = field(default_factory=list)
-    gone: float | None = None
 
 
 class Rank:
@@ -104,13 +103,13 @@ class Rank:
     # --- states
 
     def slot_of(self, layer: int) -> Slot:
-        return next(slot for slot in self.slots if slot.layer == layer and slot.gone is None)
+        return next(slot for slot in self.slots if slot.layer == layer)
 
     def has(self, layer: int) -> bool:
-        return any(slot.layer == layer and slot.gone is None for slot in self.slots)
+        return any(slot.layer == layer for slot in self.slots)
 
     def empty(self) -> Slot | None:
-        found = [slot for slot in self.slots if slot.layer is None and slot.gone is None]
+        found = [slot for slot in self.slots if slot.layer is None]
         return min(found, key=lambda slot: slot.out.end if slot.out else 0.0) if found else None
 
     def bring(self, layer: int, slot: Slot, after: Sequence[Box | None] = (), *, length: float = COPY) -> None:
@@ -163,20 +162,22 @@ class Rank:
 
     def close(self, end: float) -> None:
         for slot in self.slots:
-            if slot.layer is not None and slot.gone is None:
+            if slot.layer is not None:
                 slot.spans.append((slot.since, max(end, slot.since), str(slot.layer), "there"))
 
 
 def interval() -> tuple[Rank, list[str]]:
     """The last two steps of layers 5, 3, 2 and the first of 4, 3, 1."""
     rank, old, new = Rank(3), (5, 3, 2), (4, 3, 1)
+    landing = Slot("landing slot")
     for layer, slot in zip(old, rank.slots, strict=True):
         rank.bring(layer, slot, length=0.0)
+    rank.slots.append(landing)
     for step in range(3):
         active = new if step == 2 else old
-        if step == 1:  # one step before the switch: a slot more
-            rank.slots.append(Slot("landing slot"))
-            rank.bring(4, rank.slots[-1], [moment(rank.ends[-1])])
+        if step == 1:  # one step before the switch
+            landing.spans.append((0.0, rank.ends[-1], "empty", "empty"))
+            rank.bring(4, landing, [moment(rank.ends[-1])])
         rank.forward()
         last = [reduced for _, reduced in rank.backward(active)][-1]
         for layer in active:
@@ -186,10 +187,9 @@ def interval() -> tuple[Rank, list[str]]:
                 if slot := (rank.empty() if not rank.has(1) else None):
                     rank.bring(1, slot)
         rank.end_step()
-    left = rank.slots[2]
+    left = rank.slots[2]  # the landing slot of the next switch
     assert left.out is not None
-    left.gone = rank.ends[2]
-    left.spans.append((left.out.end, left.gone, "empty", "empty"))
+    left.spans.append((left.out.end, rank.ends[2] + 0.4, "empty", "empty"))
     return rank, ["step n − 1", "step n: the last before the switch", "step n + 1: the first after it"]
 
 

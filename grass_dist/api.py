@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from grass_dist.agreement import agree_at_start
-from grass_dist.assembly import choose_units, fingerprint, refuse_second, remember
+from grass_dist.assembly import check_one_device, choose_units, fingerprint, refuse_second, remember
 from grass_dist.backends import backend_for
 from grass_dist.checkpoint.torch_run import TorchHoldings
 from grass_dist.clipping import clip_grads
@@ -19,7 +19,7 @@ from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
-from grass_dist.optimizer import ELEMENTWISE, UnitOptimizer
+from grass_dist.optimizer import ELEMENTWISE, HOW, UnitOptimizer
 from grass_dist.placement import place_states
 from grass_dist.samplers import make_sampler
 
@@ -85,6 +85,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             make_sampler(config, len(found.layers))
             groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
             layers, roles = choose_units(model, found, config, groups)
+            check_one_device([*layers, *roles], backend)
             if shard_states and optimizer_class in ELEMENTWISE:
                 backend.divide_states([*layers, *roles])
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
@@ -92,7 +93,11 @@ class GrassOptimizer(torch.optim.Optimizer):
         agreed = fingerprint(config, found, groups, optimizer_class, kwargs, shard_states=shard_states)
         agree_at_start(backend, problem, agreed)
         super().__init__(groups, defaults)
-        self._model, self._backend = model, backend
+        self._backend = backend
+        trained = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
+        # In the model's order, as clip_grad_norm_(model.parameters()) would take them: a sum's last bit depends on it.
+        self._trained = [p for p in model.parameters() if id(p) in trained]
+        self._model = model
         remember(model)
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
@@ -144,8 +149,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             )
         self.grass.finish_gradients()
         trainable = {id(p) for unit in self.grass.trainable_units() for _, p in unit.params}
-        # In the model's order, as clip_grad_norm_(model.parameters()) would take them: a sum's last bit depends on it.
-        params = [p for p in self._model.parameters() if id(p) in trainable and p.grad is not None]
+        params = [p for p in self._trained if id(p) in trainable and p.grad is not None]
         return clip_grads(params, max_norm, norm_type, self._backend)
 
     @property
@@ -208,7 +212,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         for optimizer, states in zip(self._unit_optimizers, entries, strict=True):
             optimizer.check_parts(states)
         for group, other in zip(mine, saved, strict=True):
-            group.update({k: v for k, v in other.items() if k != "params"})
+            group.update({k: v for k, v in other.items() if k != "params" and k not in HOW})
         for index, states in enumerate(entries):
             self._put_state(index, states)
         self._updated.clear()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grass_dist.backends import Backend
 from grass_dist.config import GrassConfig
 from grass_dist.discovery import LayerMap, Unit
 from grass_dist.errors import UnsupportedModel
@@ -69,6 +70,24 @@ def choose_units(
         if id(param) not in trains:
             param.requires_grad_(False)
     return layers, roles
+
+
+def check_one_device(units: Sequence[Unit], backend: Backend) -> None:
+    """
+    Raises:
+        UnsupportedModel: what trains is on several devices of this rank.
+    """
+    on: dict[torch.device, str] = {}
+    for unit in units:
+        for name, param in unit.params:
+            on.setdefault(backend.shard_of(param).device, name)
+    if len(on) > 1:
+        shown = ", ".join(f"{name} on {device}" for device, name in on.items())
+        raise UnsupportedModel(
+            f"Parameters that train are on several devices ({shown}); grass_dist trains layers that are all on one "
+            "device of each rank: load the model without device_map, and if it does not fit there, shard it by "
+            "fully_shard or ZeRO-3."
+        )
 
 
 def fingerprint(

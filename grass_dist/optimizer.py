@@ -11,7 +11,7 @@ from torch import nn
 from grass_dist.backends import Backend
 from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
-from grass_dist.offload.fields import Home, born_in, field, kept_for, move_home
+from grass_dist.offload.fields import Counts, Home, born_in, counts_for, field, kept_for, move_home, placed_count
 from grass_dist.offload.layout import Field, Layout
 
 ELEMENTWISE = frozenset(
@@ -19,6 +19,9 @@ ELEMENTWISE = frozenset(
     for name in ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
 )
 """Update rules that treat each entry by itself, and so give the same on a shard as on the whole."""
+
+HOW = frozenset(("capturable", "differentiable", "foreach", "fused"))
+"""Entries of a parameter group that say how an optimizer computes, not what: a run keeps its own."""
 
 WHOLE = (0, 1)
 """Part of a parameter: see `Backend.part`."""
@@ -98,17 +101,20 @@ class UnitOptimizer:
             view = self._view(param)
             if not self._shards and self._backend.local(view) is not view:
                 raise GrassError(f"{self._class.__name__} does not work entry by entry, and its state is of DTensors")
-            like = view.new_empty((), dtype=torch.float32) if view.dtype in LOW else view
             entries = [("master", view.shape, torch.float32)] if view.dtype in LOW else []
-            group = {k: v for k, v in groups[self._group_of[position]].items() if k not in ("params", "initial_lr")}
             try:
-                like = like.expand(view.shape)
-                entries += kept_for(self._step_once, group, like, elementwise=self._shards)
+                entries += kept_for(self._step_once, *self._stand_in(position, groups), elementwise=self._shards)
             except Exception as error:
                 raise GrassError(f"{self._class.__name__} does not say what it keeps: {error}") from error
             fields += [field(name, *entry) for entry in entries]
             self._kept |= {(position, key): dtype for key, _, dtype in entries}
         return fields
+
+    def _stand_in(self, position: int, groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], torch.Tensor]:
+        """Hyperparameters of the parameter at ``position``, and a tensor like what is updated for it."""
+        view = self._view(self.unit.params[position][1])
+        like = view.new_empty((), dtype=torch.float32).expand(view.shape) if view.dtype in LOW else view
+        return hyperparameters(groups[self._group_of[position]]), like
 
     def fresh(self, groups: list[dict[str, Any]], **changed: Any) -> torch.optim.Optimizer:
         """Another optimizer of the class over ``groups``, with the same arguments but those that are ``changed``."""
@@ -162,7 +168,7 @@ class UnitOptimizer:
         self.updated = [self._target(i, param) for i, (_, param) in enumerate(self.unit.params)]
         own: dict[int, dict[str, Any]] = {}
         for index, target in zip(self._group_of, self.updated, strict=True):
-            user = {k: v for k, v in groups[index].items() if k not in ("params", "initial_lr")}
+            user = hyperparameters(groups[index])
             own.setdefault(index, {**user, "user_group": index, "params": []})["params"].append(target)
         homes = self._homes()
         with born_in(homes, {}):
@@ -201,9 +207,11 @@ class UnitOptimizer:
             for position, (target, state) in enumerate(zip(self.updated, states, strict=True)):
                 if "master" in state:
                     target.copy_(state["master"])
-                own = {k: self._placed(position, k, v) for k, v in state.items() if k not in ("master", "part")}
+                own = {k: v for k, v in state.items() if k not in ("master", "part")}
                 if own:
-                    self.inner.state[target] = own
+                    group, like = self._stand_in(position, groups)
+                    made = counts_for(self._step_once, group, like, elementwise=self._shards)
+                    self.inner.state[target] = {k: self._placed(position, k, v, made) for k, v in own.items()}
 
     def check_parts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Checks a loaded state before anything is changed.
@@ -248,13 +256,15 @@ class UnitOptimizer:
         dtype = self._kept.get((position, key))
         return value.to(dtype) if torch.is_tensor(value) and dtype is not None else value
 
-    def _placed(self, position: int, key: str, value: Any) -> Any:
-        """A copy of a loaded state entry, where it belongs; step counts stay where the optimizer class has them."""
+    def _placed(self, position: int, key: str, value: Any, made: Counts) -> Any:
+        """A copy of a loaded state entry, where it belongs; ``made`` is what `counts_for` gives."""
         if not torch.is_tensor(value):
             return value
         if (home := self._views.get((position, key))) is not None:
             return home.copy_(value)
-        return value.clone() if key == "step" else value.to(self.updated[position].device, copy=True)
+        if key in made:
+            return placed_count(value, key, made)
+        return value.to(self.updated[position].device, copy=True)
 
     def _follow(self, param: nn.Parameter, target: nn.Parameter) -> None:
         """Keeps a shard's target on the memory of its parameter, should the engine have moved that."""
@@ -263,6 +273,11 @@ class UnitOptimizer:
         view = self._view(param)
         if view.data_ptr() != target.data_ptr():
             target.data = view
+
+
+def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a group of the user's that an update needs."""
+    return {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
 
 
 def _named(part: tuple[int, ...]) -> str:

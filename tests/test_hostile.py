@@ -18,8 +18,8 @@ from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
-from grass_dist.checkpoint.torch_run import HOW
 from grass_dist.errors import GrassError
+from grass_dist.optimizer import HOW
 from grass_dist.training.checkpoints import check_settings, position_of
 from grass_dist.training.config_file import load_config
 from tests import hostile

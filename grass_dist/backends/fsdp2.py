@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -45,6 +46,7 @@ class Fsdp2Backend(HookedBackend):
                 "call fully_shard(model) on the whole model after its layers, before GrassOptimizer."
             )
         meshes = {cast(DTensor, p).device_mesh for p in model.parameters()}
+        check_offloaded_weights(meshes, {p.device for p in model.parameters()}, torch.__version__)
         mesh = max(meshes, key=lambda m: m.size())
         if mesh.size() == dist.get_world_size():
             self.group = dist.group.WORLD
@@ -57,6 +59,8 @@ class Fsdp2Backend(HookedBackend):
             )
         model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe)
         self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
+        self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        model.register_forward_hook(self._reshard_between_backward_and_step)
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
         super().attach(layers, roles, sink)
@@ -97,9 +101,32 @@ class Fsdp2Backend(HookedBackend):
     def replicates(self, param: nn.Parameter) -> bool:
         return False
 
+    def finish_gradients(self) -> None:
+        super().finish_gradients()
+        self._reshard()
+
+    def _begin_step(self) -> None:
+        super()._begin_step()
+        self._pending = False
+
     def _on_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
         self.bytes_reduced += self._wire_bytes[unit.name, slot]
+        self._pending = True
         super()._on_gradient(unit, slot, param)
+
+    def _reshard_between_backward_and_step(self, *_: object) -> None:
+        """After a forward without a backward (an evaluation) between a backward and its step: frees what it gathered.
+
+        FSDP2 leaves the root's parameters gathered after a forward, for the backward. Here none follows. Then
+        ``model.parameters()`` are gathered ones, which have no gradient to clip, and after the step the next forward
+        takes them as they were before it. Over the wire: the next forward gathers them once more.
+        """
+        if self._pending and not torch.is_grad_enabled():
+            self._reshard()
+
+    def _reshard(self) -> None:
+        for module in self._sharded_modules:
+            module.reshard()
 
     def _reduce_each_micro_batch_in_probe(self, *_: object) -> None:
         if self._probing and isinstance(self.model, FSDPModule):
@@ -127,6 +154,31 @@ class Fsdp2Backend(HookedBackend):
                     module.reshard()
         for param, flag in zip(params, trainable, strict=True):
             param.requires_grad_(flag)
+
+
+FIRST_WITH_FINISHED_COPIES = (2, 13)
+"""Release of torch from which a hook on a sharded parameter sees its gradient in host memory when the copy has ended
+(pull request 180666)."""
+
+
+def check_offloaded_weights(meshes: Iterable[DeviceMesh], devices: Iterable[torch.device], release: Any) -> None:
+    """
+    Args:
+        devices: of the shards.
+        release: of torch.
+
+    Raises:
+        UnsupportedModel: shards are in host memory beside a GPU (`CPUOffloadPolicy`), and hooks would read gradients
+            that are still on their way there.
+    """
+    offloaded = any(m.device_type != "cpu" for m in meshes) and any(device.type == "cpu" for device in devices)
+    if offloaded and release < FIRST_WITH_FINISHED_COPIES:
+        first = ".".join(map(str, FIRST_WITH_FINISHED_COPIES))
+        raise UnsupportedModel(
+            f"The model is sharded with offload_policy=CPUOffloadPolicy(), and torch {release} would show grass_dist "
+            f"gradients before they have arrived in host memory; install torch {first} or later, or call fully_shard "
+            "without offload_policy."
+        )
 
 
 def reduce_dtype(model: nn.Module) -> torch.dtype | None:

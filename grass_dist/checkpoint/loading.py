@@ -19,8 +19,8 @@ from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
 from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
 from grass_dist.checkpoint.saving import together
-from grass_dist.checkpoint.torch_run import HOW
 from grass_dist.errors import CheckpointError
+from grass_dist.optimizer import HOW
 
 DEEPSPEED_LAYOUT = "deepspeed"
 """In state.json of a checkpoint in DeepSpeed's format: where its partitions lie."""

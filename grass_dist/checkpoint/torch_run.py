@@ -15,12 +15,9 @@ from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import CheckpointError
-from grass_dist.optimizer import LOW, WHOLE, UnitOptimizer
+from grass_dist.optimizer import HOW, LOW, WHOLE, UnitOptimizer
 
 Put = Callable[[int, Sequence[Mapping[str, Any]]], None]
-
-HOW = frozenset(("capturable", "differentiable", "foreach", "fused"))
-"""Entries of a parameter group that say how an optimizer computes, not what: a run keeps its own."""
 
 
 class TorchHoldings:

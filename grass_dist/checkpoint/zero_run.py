@@ -19,9 +19,9 @@ from grass_dist.checkpoint.files import Stored, printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
 from grass_dist.checkpoint.saving import together
-from grass_dist.checkpoint.torch_run import HOW, check_clock
+from grass_dist.checkpoint.torch_run import check_clock
 from grass_dist.errors import CheckpointError
-from grass_dist.optimizer import step_over
+from grass_dist.optimizer import HOW, step_over
 
 
 class Placed(Stored):

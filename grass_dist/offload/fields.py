@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from grass_dist.offload.layout import Field
 
 Kept = list[tuple[str, torch.Size, torch.dtype]]
+Counts = Mapping[str, torch.Tensor]
 Groups = list[dict[str, Any]]
 Step = Callable[[Groups], Mapping[Any, Mapping[str, Any]]]
 """Takes one step over parameter groups, and gives the state that this leaves, by parameter."""
@@ -27,15 +28,39 @@ def kept_for(step: Step, group: Mapping[str, Any], like: torch.Tensor, *, elemen
     Raises:
         Exception: the optimizer cannot take such a step.
     """
-    shape = torch.Size([2, 3]) if elementwise else like.shape
-    stand_in = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
-    stand_in.grad = torch.zeros_like(stand_in)
-    state = step([{**group, "params": [stand_in]}])
     kept = []
-    for key, value in state[stand_in].items():
+    for key, value in _stepped(step, group, like, elementwise).items():
         if torch.is_tensor(value) and value.numel() > 1:
             kept.append((key, like.shape if elementwise else value.shape, value.dtype))
     return kept
+
+
+def counts_for(step: Step, group: Mapping[str, Any], like: torch.Tensor, *, elementwise: bool) -> Counts:
+    """Step counts, and other tensors of one element, that an optimizer keeps for a parameter like ``like``, by key.
+
+    Arguments are those of `kept_for`. A class that cannot take such a step is taken to keep them as those of torch do:
+    on the parameter's device if it is capturable or fused, else in host memory.
+    """
+    try:
+        made = _stepped(step, group, like, elementwise)
+    except Exception:
+        on_device = group.get("capturable") or group.get("fused")
+        return {"step": torch.zeros((), device=like.device if on_device else "cpu")}
+    return {key: value for key, value in made.items() if torch.is_tensor(value) and value.numel() == 1}
+
+
+def placed_count(value: torch.Tensor, key: str, made: Counts) -> torch.Tensor:
+    """A copy of a loaded tensor of one element, on the device and in the dtype that the optimizer class keeps it in."""
+    like = made.get(key, value)
+    return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
+
+
+def _stepped(step: Step, group: Mapping[str, Any], like: torch.Tensor, elementwise: bool) -> Mapping[str, Any]:
+    """The state of a stand-in after a step with a zero gradient."""
+    shape = torch.Size([2, 3]) if elementwise else like.shape
+    stand_in = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
+    stand_in.grad = torch.zeros_like(stand_in)
+    return step([{**group, "params": [stand_in]}])[stand_in]
 
 
 def field(name: str, key: str, shape: torch.Size, dtype: torch.dtype) -> Field:

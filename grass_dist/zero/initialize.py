@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from grass_dist.agreement import agree_at_start, say
-from grass_dist.assembly import choose_units, fingerprint, refuse_second, remember
+from grass_dist.assembly import check_one_device, choose_units, fingerprint, refuse_second, remember
 from grass_dist.backends.base import world
 from grass_dist.backends.zero.backend import ZeroBackend
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
@@ -118,6 +118,7 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
         check_num_layers(config, len(found.layers))
         make_sampler(config, len(found.layers))
         layers, roles = choose_units(model, found, config, groups)
+        check_one_device([*layers, *roles], backend)
     except ConfigError as error:
         problem = error if error.field == "optimizer" else error.under("grass")
     except Exception as error:  # whatever it is, the other ranks must not wait for this one

@@ -10,7 +10,7 @@ import torch
 
 from grass_dist.agreement import agree_at_start
 from grass_dist.backends.zero.backend import ZeroBackend
-from grass_dist.backends.zero.groups import Group, hyperparameters
+from grass_dist.backends.zero.groups import Group
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
 from grass_dist.config import GrassConfig
@@ -20,7 +20,7 @@ from grass_dist.offload.build import build
 from grass_dist.offload.fields import Kept, kept_for
 from grass_dist.offload.moving import MovingStates
 from grass_dist.offload.plan import make_plan
-from grass_dist.optimizer import ELEMENTWISE, step_over
+from grass_dist.optimizer import ELEMENTWISE, hyperparameters, step_over
 
 
 def place_states(

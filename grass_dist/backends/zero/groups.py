@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grass_dist.discovery import Unit
-from grass_dist.optimizer import step_over
+from grass_dist.optimizer import hyperparameters, step_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,3 @@ def capacity(group: Group, world_size: int) -> int:
     """Elements that a rank's partition of ``group`` has at most: stages and releases pad in different ways."""
     numel = sum(numel_of(param) for param in group.params)
     return -(-numel // world_size) + 8 * len(group.params) + 64
-
-
-def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a group of the user's that an update needs."""
-    return {k: v for k, v in group.items() if k not in ("params", "initial_lr")}

@@ -162,6 +162,21 @@ class GrassOptimizer(torch.optim.Optimizer):
         """Bytes of optimizer state that rest in this rank's host memory."""
         return self._states.host_bytes
 
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """State of each parameter that has one, wherever it is: on the device, or in host memory.
+
+        To ask for it waits for the copies under way. What was taken out of it is valid until the next step, after which
+        it may lie elsewhere: ask again.
+        """
+        if hasattr(self, "_states"):
+            self._states.settle()
+        return self._shown
+
+    @state.setter
+    def state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
+        self._shown = state
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: layers and their parameters are fixed then."""
         if hasattr(self, "grass"):
@@ -270,9 +285,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         """Makes ``self.state[param]`` the very dict in which the layer's optimizer keeps that parameter's state."""
         for at, (_, param) in enumerate(optimizer.unit.params):
             if optimizer.inner is not None:
-                self.state[param] = optimizer.inner.state[optimizer.updated[at]]
+                self._shown[param] = optimizer.inner.state[optimizer.updated[at]]
             else:
-                self.state.pop(param, None)
+                self._shown.pop(param, None)
 
     def _make_unit_optimizers(
         self, units: Sequence[Unit], optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]

@@ -195,7 +195,8 @@ class Mesh:
 @pytest.mark.parametrize("release", ["2.9.1", "2.12.1+cu130", "2.13.0.dev20260401"])
 def test_sharded_weights_in_host_memory_are_refused_where_hooks_see_unfinished_copies(release):
     version = torch.torch_version.TorchVersion(release)
-    with pytest.raises(UnsupportedModel, match=rf"CPUOffloadPolicy.* torch {re.escape(release)} .*install torch 2\.13 or later"):
+    said = rf"CPUOffloadPolicy.* torch {re.escape(release)} .*install torch 2\.13 or later"
+    with pytest.raises(UnsupportedModel, match=said):
         check_offloaded_weights([Mesh()], [CPU, CPU], version)  # type: ignore[list-item]
     check_offloaded_weights([Mesh()], [torch.device("cuda:0")], version)  # type: ignore[list-item]
     for later in ("2.13.0", "2.13.1+cpu", "2.14.0"):

@@ -22,6 +22,7 @@ from grass_dist.events import Observer
 from grass_dist.optimizer import ELEMENTWISE, HOW, UnitOptimizer
 from grass_dist.placement import place_states
 from grass_dist.samplers import make_sampler
+from grass_dist.watch import GradientWatch
 
 ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -106,7 +107,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._updated: set[int] = set()  # layers, since the last step ended
         if self._in_backward:
             backend.tell_final(self._update_in_backward)
-        self.grass = GrassEngine(config, layers, roles, backend, self._states, observers)
+        watch = GradientWatch(model, layers)
+        self.grass = GrassEngine(config, layers, roles, backend, self._states, watch, observers)
 
     @overload
     def step(self, closure: None = None) -> None: ...

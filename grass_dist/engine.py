@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 
-from grass_dist.agreement import agree_at_start
+from grass_dist.agreement import agree_at_start, say
 from grass_dist.backends import Backend
 from grass_dist.backends.base import sum_of_squares
 from grass_dist.config import GrassConfig
@@ -22,6 +23,7 @@ from grass_dist.offload.states import LayerStates
 from grass_dist.offload.transfer import Traffic
 from grass_dist.samplers import draw_layers, make_sampler, probe_steps
 from grass_dist.schedule import Phase, Schedule
+from grass_dist.watch import GradientWatch
 
 
 class GrassEngine:
@@ -46,10 +48,11 @@ class GrassEngine:
         roles: tuple[Unit, ...],
         backend: Backend,
         states: LayerStates,
+        watch: GradientWatch,
         observers: Iterable[Observer] = (),
     ) -> None:
         self.config, self.layers, self.roles = config, layers, roles
-        self.backend, self.states = backend, states
+        self.backend, self.states, self._watch = backend, states, watch
         self._sampler = make_sampler(config, len(layers))
         probing = probe_steps(config, self._sampler)
         self.schedule = Schedule(probing, config.update_interval, config.sampling_interval, config.lead)
@@ -57,11 +60,12 @@ class GrassEngine:
         self._observers = list(observers)
         self.step = 0
         self.skipped = 0
+        self._trained: set[int] = set()
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
         self._next: Sampled | None = None
         device = backend.shard_of(layers[0].params[0][1]).device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
-        backend.attach(layers, roles, self._sums.put)
+        backend.attach(layers, roles, self._sums.put, watch.arrived)
         if self.phase == "probe":
             self._set_trainable()
         else:
@@ -96,6 +100,16 @@ class GrassEngine:
         return self._tracker.dropped
 
     @property
+    def never_trained(self) -> tuple[int, ...]:
+        """Indices of the layers that have not trained in any step so far."""
+        return tuple(layer for layer in range(len(self.layers)) if layer not in self._trained)
+
+    @property
+    def unused(self) -> dict[int, int]:
+        """By layer, in how many first steps of a probe or round the model left it out of its forward on this rank."""
+        return dict(sorted(self._watch.unused.items()))
+
+    @property
     def bytes_reduced(self) -> int:
         """Gradient bytes that this rank has put into reductions since the start."""
         return self.backend.bytes_reduced
@@ -115,13 +129,29 @@ class GrassEngine:
         return active if self.phase == "probe" else [*active, *self.roles]
 
     def finish_gradients(self) -> None:
-        """Makes the gradients of the global batch final, on all ranks alike. May be called again in a step."""
+        """Makes the gradients of the global batch final, on all ranks alike. May be called again in a step.
+
+        Raises:
+            GrassError: active layers have run and got no gradient; looked at in the first step of a probe or round.
+        """
         self.backend.finish_gradients()
+        self.check_gradients()
+
+    def check_gradients(self) -> None:
+        """The part of `finish_gradients` that raises."""
+        for layer in self._watch.end(self.step):
+            say(
+                self.backend,
+                f"{self.layers[layer].name} is active and took no part in the forward of step {self.step + 1}; such "
+                "steps are counted in `unused`.",
+            )
 
     def advance(self) -> None:
         """Ends an optimizer step: keeps its measurement, then refreshes, draws and switches layers if that is due."""
         if self._measuring:
             self._sums.close_step(self.active_layers)
+        if self.phase == "train":
+            self._trained.update(self.active_layers)
         self.step += 1
         if self.schedule.probe_ends(self.step) or self.schedule.refresh_due(self.step):
             self._refresh()
@@ -215,6 +245,7 @@ class GrassEngine:
             agree_at_start(self.backend, problem, {})
         elif problem is not None:
             raise problem
+        self._watch.begin(self.active_layers)
 
     def _tell(self, event: Event) -> None:
         for observer in self._observers:
@@ -229,6 +260,8 @@ class GrassEngine:
             "tracker": self._tracker.state_dict(),
             "measured": self._sums.state_dict(),
             "skipped": self.skipped,
+            "trained": sorted(self._trained),
+            "unused": [[layer, times] for layer, times in self.unused.items()],
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -236,6 +269,8 @@ class GrassEngine:
         self.active_layers = tuple(state["active_layers"])
         self._tracker.load_state_dict(state["tracker"])
         self._sums.load_state_dict(state["measured"])
+        self._trained = set(state.get("trained", ()))
+        self._watch.unused = Counter(dict(state.get("unused", ())))
         waiting = state.get("next")
         self._next = _sampled(waiting) if waiting else None
         active = self.active_layers if self.phase == "train" else ()

@@ -67,7 +67,30 @@ def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "fsdp2 not finite": not_finite_on_one_rank(rank, world_size, "fsdp2"),
         "ddp not finite": not_finite_on_one_rank(rank, world_size, "ddp"),
         "ddp unused": embeddings_without_gradient(rank, world_size),
+        **{
+            f"{backend} cut off {what}": refused(lambda b=backend, s=settings: cut_off(rank, world_size, b, s))
+            for backend in ("fsdp2", "ddp")
+            for what, settings in CUT_OFF.items()
+        },
     }
+
+
+CUT_OFF: dict[str, dict[str, Any]] = {
+    "in a probe": {"probe_steps": 2},
+    "in a round": {"sampler": "uniform", "always_active": ["final_norm", "lm_head"]},
+}
+
+
+def cut_off(rank: int, world_size: int, backend: str, settings: dict[str, Any]) -> None:
+    """A step whose layers reentrant checkpointing cuts off."""
+    bare = small_llama().train()
+    bare.gradient_checkpointing_enable({"use_reentrant": True})
+    model = wrapped(bare, backend, world_size)
+    config = grass_dist.GrassConfig(active_layers=2, **settings)
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
+    x = global_batch(0)[rank * 4 :][:4]
+    model(input_ids=x, labels=x).loss.backward()
+    optimizer.step()
 
 
 def on_four_ranks(rank: int, world_size: int) -> dict[str, Any]:

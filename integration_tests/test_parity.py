@@ -212,6 +212,15 @@ def test_under_ddp_a_unit_without_a_gradient_holds_nothing_up(two):
     assert two[0]["ddp unused"] == two[1]["ddp unused"]
 
 
+@pytest.mark.parametrize("backend", ["fsdp2", "ddp"])
+def test_layers_that_are_cut_off_from_the_backward_end_every_rank(two, backend):
+    for run in two:
+        assert " active layers (" in run[f"{backend} cut off in a probe"]
+        for what in ("in a probe", "in a round"):
+            said = run[f"{backend} cut off {what}"]
+            assert said.startswith("GrassError: ") and "use_reentrant=False" in said
+
+
 @pytest.mark.parametrize("name", ["fsdp2 resume", "ddp resume"])
 def test_a_saved_run_continues_to_the_bit(two, name):
     for run in two:

@@ -51,3 +51,12 @@ def test_ddp_rests_when_it_is_told_not_to_synchronise():
         return calls
 
     assert in_a_world_of_one(check) == []
+
+
+def test_a_module_that_is_compiled_in_place_says_so():
+    """`grass_dist.watch` puts no hooks on it."""
+    module = torch.nn.Linear(2, 2)
+    assert module._compiled_call_impl is None
+    module.compile(backend="eager")
+    assert module._compiled_call_impl is not None
+    assert type(torch.compile(torch.nn.Linear(2, 2), backend="eager")).__name__ == "OptimizedModule"

@@ -21,6 +21,9 @@ GradientSink = Callable[[int, int, torch.Tensor], None]
 """(layer index, slot below the layer's number of parameters, this rank's part of the sum of squares: fp64 scalar on
 the device). A slot that is given twice in a step keeps the later value."""
 
+Arrived = Callable[[int | None], None]
+"""Told whenever a gradient has been made: index of the layer whose parameter it is of, None for a role."""
+
 
 class Ranks:
     """Processes that must agree, and the collectives that they agree by.
@@ -99,7 +102,7 @@ class Backend(Ranks, ABC):
     """(i, n): `state_shard` gives part i of n; (0, 1) where nothing is divided but by the wrapper itself."""
 
     @abstractmethod
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         """Hooks into the gradients of ``layers`` and ``roles``."""
 
     @abstractmethod
@@ -235,16 +238,18 @@ class HookedBackend(Backend):
         if len(final) == len(unit.params) and update is not None:
             update(unit)
 
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         self._layers, self._units = list(layers), [*layers, *roles]
         self._by_name = {unit.name: unit for unit in self._units}
-        self._sink = sink
+        self._sink, self._arrived = sink, arrived
         for unit in self._units:
             for slot, (_, param) in enumerate(unit.params):
                 hook_weakly(param, self._on_hook, unit.name, slot)
 
     def _on_hook(self, name: str, slot: int, param: nn.Parameter) -> None:
-        self._on_gradient(self._by_name[name], slot, param)
+        unit = self._by_name[name]
+        self._arrived(unit.index)
+        self._on_gradient(unit, slot, param)
 
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
         on = {unit.name for unit in units}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grass_dist.backends.base import GradientSink, HookedBackend, Ranks, sum_of_squares
+from grass_dist.backends.base import Arrived, GradientSink, HookedBackend, Ranks, sum_of_squares
 from grass_dist.discovery import Unit
 from grass_dist.errors import UnsupportedModel
 
@@ -135,8 +135,8 @@ class DdpBackend(HookedBackend):
         self._order: list[_Bucket] = []
         self._sent = 0
 
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
-        super().attach(layers, roles, sink)
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
+        super().attach(layers, roles, sink, arrived)
         tail = [u for u in roles if u.name != "embeddings"]
         head = [u for u in roles if u.name == "embeddings"]
         for unit in [*reversed(tail), *reversed(layers), *head]:  # the order in which the backward finishes them

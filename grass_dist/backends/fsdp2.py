@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from grass_dist.backends.base import GradientSink, HookedBackend
+from grass_dist.backends.base import Arrived, GradientSink, HookedBackend
 from grass_dist.discovery import Unit
 from grass_dist.errors import UnsupportedModel
 
@@ -62,8 +62,8 @@ class Fsdp2Backend(HookedBackend):
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         model.register_forward_hook(self._reshard_between_backward_and_step)
 
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
-        super().attach(layers, roles, sink)
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
+        super().attach(layers, roles, sink, arrived)
         dtype = reduce_dtype(self.model)
         self._wire_bytes = {
             (u.name, i): _reduced_bytes(cast(DTensor, p), dtype or p.dtype)

@@ -59,6 +59,8 @@ class EngineState(Stored):
     tracker: TrackerState
     measured: MeasuredState
     skipped: int = Field(default=0, ge=0)
+    trained: Layers = []
+    unused: Annotated[list[tuple[int, int]], FailFast()] = []
 
 
 def _is_unit(value: Any) -> bool:

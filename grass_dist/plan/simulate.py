@@ -156,7 +156,7 @@ def _peak_of_a_step(shape: ModelShape, job: Job, method: Method) -> tuple[dict[s
                 with torch.no_grad():
                     model(input_ids=ids[:, :1], use_cache=False)
                 tracker.reset_mod_stats()
-            backend.attach(layers.layers, layers.roles, lambda *_: None)
+            backend.attach(layers.layers, layers.roles, lambda *_: None, lambda _: None)
             backend.set_trainable(units, probing=False, measuring=False)
             for name, param in layers.other:
                 del name

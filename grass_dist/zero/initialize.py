@@ -24,6 +24,7 @@ from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
 from grass_dist.samplers import make_sampler
+from grass_dist.watch import GradientWatch
 from grass_dist.zero.checkpoint import add_checkpoints
 from grass_dist.zero.checks import check_model, check_optimizer
 from grass_dist.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
@@ -127,7 +128,8 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
     agree_at_start(backend, problem, fingerprint(config, found, groups, type(zero.user_optimizer), kwargs))
     zero.states = place_states(zero, backend, config, layers, roles)
-    zero.grass = GrassEngine(config, layers, roles, backend, zero.states, observers)
+    watch = GradientWatch(model, layers)
+    zero.grass = GrassEngine(config, layers, roles, backend, zero.states, watch, observers)
     remember(model)
     zero.on_step = lambda applied: zero.grass.advance() if applied else zero.grass.skip_step()
 

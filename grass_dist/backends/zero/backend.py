@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from grass_dist.backends.base import Backend, GradientSink, hook_weakly, sum_of_squares
+from grass_dist.backends.base import Arrived, Backend, GradientSink, hook_weakly, sum_of_squares
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.zero.groups import Group, groups_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
@@ -90,16 +90,18 @@ class ZeroBackend(Backend):
         self._sums: HostSums | None = None
         zero.on_gradients, zero.on_rest_step = self._on_gradients, self._on_rest_step
 
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink) -> None:
-        self._layers, self._units, self._sink = list(layers), [*layers, *roles], sink
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
+        self._layers, self._units = list(layers), [*layers, *roles]
+        self._sink, self._arrived = sink, arrived
+        self._index = {unit.name: unit.index for unit in self._units}
         self._buckets = {unit.name: _Bucket(unit, self.world_size) for unit in layers}
         self._order = [self._buckets[unit.name] for unit in reversed(layers)]  # in which the backward finishes them
         self._device = self.shard_of(layers[0].params[0][1]).device
         self._sent = self._micro_batch = 0
         self._squares: list[torch.Tensor] = []
-        for unit in layers:
+        for unit in self._units:
             for slot, (_, param) in enumerate(unit.params):
-                hook_weakly(param, self._on_probe_gradient, unit.name, slot)
+                hook_weakly(param, self._on_gradient, unit.name, slot)
 
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
         on = {unit.name for unit in units}
@@ -172,7 +174,8 @@ class ZeroBackend(Backend):
 
     # --- probe
 
-    def _on_probe_gradient(self, name: str, slot: int, param: nn.Parameter) -> None:
+    def _on_gradient(self, name: str, slot: int, param: nn.Parameter) -> None:
+        self._arrived(self._index[name])
         if not self._probing:
             return
         grad, param.grad = param.grad, None

@@ -83,6 +83,7 @@ class NarrowZero(_Stock):
 
     def step(self, closure: None = None) -> None:
         """Ends an optimizer step: DeepSpeed's, over the active groups; while at rest nothing is updated."""
+        self.grass.check_gradients()
         if self.groups:
             self.optimizer.follow_user()
             self.on_gradients()

@@ -1,0 +1,179 @@
+"""Finds active layers that get no gradient, in the first step of a probe and of each round.
+
+Such a layer is drawn, and does not learn: its importance becomes 0, and weight decay alone moves it. The usual reason
+is reentrant activation checkpointing: it makes a graph of a layer only if the layer's input needs a gradient, which it
+does not above frozen embeddings. A layer that the model leaves out of its forward (stochastic depth) is no mistake.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from grass_dist.discovery import Unit
+from grass_dist.errors import GrassError
+
+WAYS_OUT = (
+    "This is what reentrant activation checkpointing does above frozen embeddings: use checkpointing with "
+    "use_reentrant=False (of DeepSpeed's, non_reentrant_checkpoint), or call model.enable_input_require_grads()."
+)
+
+
+class GradientWatch:
+    """Looks at one step at a time: `begin`, then what the hooks see, then `end`.
+
+    Hooks on the modules exist in that step only. They are the same objects each time, and modules that `torch.compile`
+    has compiled get none. Where a layer is compiled, whether it ran is not known, so it is only taken for cut off if no
+    layer has got a gradient.
+
+    Nothing here communicates: layers that are cut off are the same on all ranks, and each of them raises.
+
+    Args:
+        model: what a forward of the training calls.
+        layers: that may be active.
+
+    Attributes:
+        unused: for each layer, how many of the steps that were looked at left it out of the forward.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Unit]) -> None:
+        self._model, self._layers = model, layers
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules = [None if _in_a_graph(modules, unit.name) else modules.get(unit.name) for unit in layers]
+        self._hooks = [_Ran(self, index) for index in range(len(layers))]
+        self._watched: tuple[int, ...] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._seen: set[int | None] = set()  # layers with a gradient; None: a role
+        self._ran: set[int] = set()
+        self._known: set[int] = set()  # layers of which is known whether they ran
+        self._within: bool | None = None  # a forward of the model: whether it is to have a backward
+        self.unused: Counter[int] = Counter()
+
+    def __deepcopy__(self, memo: object) -> GradientWatch:
+        """A copy of a model has hooks of ours, too, and no optimizer: they do nothing."""
+        return GradientWatch(nn.Module(), ())
+
+    def begin(self, layers: Sequence[int]) -> None:
+        """Looks at the next step, in which ``layers`` are active."""
+        self._close()
+        self._watched = tuple(layers)
+        if not _is_compiled(self._model):
+            self._handles += [
+                self._model.register_forward_pre_hook(self._before_forward),
+                self._model.register_forward_hook(self._after_forward, always_call=True),
+            ]
+        for layer in layers:
+            if (module := self._modules[layer]) is not None:
+                self._handles.append(module.register_forward_pre_hook(self._hooks[layer]))
+                self._known.add(layer)
+
+    def arrived(self, layer: int | None) -> None:
+        """A gradient has arrived: that of a parameter of ``layer``, or of a role for None."""
+        if self._watched is not None:
+            self._seen.add(layer)
+
+    def end(self, step: int) -> list[int]:
+        """All gradients of the step have arrived.
+
+        Does nothing if none is looked at, or if there was no forward and no gradient in it.
+
+        Args:
+            step: optimizer steps that were done before, for the sentence.
+
+        Returns:
+            The active layers that the model has left out of the forward, and that are counted for the first time.
+
+        Raises:
+            GrassError: active layers ran and have no gradient.
+        """
+        if self._watched is None or not (self._seen or self._ran):
+            return []
+        without = [layer for layer in self._watched if layer not in self._seen]
+        blind = not any(layer in self._seen for layer in self._watched)
+        cut_off = [layer for layer in without if (layer in self._ran if layer in self._known else blind)]
+        left_out = [layer for layer in without if layer in self._known and layer not in self._ran]
+        self._close()
+        if cut_off:
+            raise self._error(cut_off, f"have no gradient after the backward of step {step + 1}")
+        new = [layer for layer in left_out if not self.unused[layer]]
+        self.unused.update(left_out)
+        return new
+
+    def _close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._watched = self._within = None
+        self._handles.clear()
+        self._seen.clear()
+        self._ran.clear()
+        self._known.clear()
+
+    def note(self, layer: int, module: nn.Module) -> None:
+        """``layer`` runs."""
+        if self._watched is None:
+            return
+        # Reentrant checkpointing runs it without a gradient at first, so that the layer alone does not tell.
+        if torch.is_grad_enabled() or (module.training if self._within is None else self._within):
+            self._ran.add(layer)
+
+    def _before_forward(self, *_: object) -> None:
+        self._within = torch.is_grad_enabled()
+
+    def _after_forward(self, model: nn.Module, _: object, output: object) -> None:
+        """A backward would raise torch's own error, or DeepSpeed's, if nothing of ``output`` needs a gradient."""
+        within, self._within = self._within, None
+        if self._watched is None or output is None or not (within and self._ran and model.training):
+            return
+        tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+        if tensors and not any(tensor.requires_grad for tensor in tensors):
+            ran = sorted(self._ran)
+            self._close()
+            raise self._error(ran, "have run, and nothing that the model returns depends on them")
+
+    def _error(self, layers: Sequence[int], problem: str) -> GrassError:
+        names = [self._layers[layer].name for layer in layers]
+        shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ... {names[-1]}"
+        return GrassError(f"{len(layers)} active layers ({shown}) {problem}, so they would not learn. {WAYS_OUT}")
+
+
+class _Ran:
+    """The hook on a layer; one object for the whole run, so that what depends on the hook itself stays as it is."""
+
+    def __init__(self, watch: GradientWatch, layer: int) -> None:
+        self._watch, self._layer = watch, layer
+
+    def __call__(self, module: nn.Module, *_: object) -> None:
+        self._watch.note(self._layer, module)
+
+
+def _in_a_graph(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether hooks on the module ``name`` would become part of a compiled graph: its own, or one of a module above."""
+    parts = name.split(".")
+    above = [modules.get(".".join(parts[:count])) for count in range(len(parts))]
+    wrapped = any(type(module).__name__ == "OptimizedModule" for module in above)  # what torch.compile returns
+    return wrapped or any(module is not None and _is_compiled(module) for module in (*above, modules.get(name)))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `nn.Module.compile` was called.
+
+    Private: reads ``nn.Module._compiled_call_impl``, which it sets. Checked on torch 2.9 and 2.13;
+    `tests/test_private_interfaces.py` fails when it changes.
+    """
+    return module._compiled_call_impl is not None
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(output):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Phase = Literal["probe", "train"]
+
+
+def too_short_for(layers: Sequence[int], num_layers: int, sampler: str) -> str | None:
+    """What a run says at its end of ``layers``, which have not trained in any step; None if there is nothing to say."""
+    if not layers or sampler == "fixed":
+        return None
+    named = ", ".join(map(str, layers)) if len(layers) <= 40 else f"{', '.join(map(str, layers[:40]))} and others"
+    return (
+        f"{len(layers)} of {num_layers} layers never trained ({named}): no draw of this run chose them. More steps, a "
+        "smaller grass.sampling_interval or more grass.active_layers give every layer a turn."
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grass_dist.agreement import say
 from grass_dist.api import GrassOptimizer
 from grass_dist.assembly import refuse_second, remember
 from grass_dist.config import GrassConfig
@@ -32,6 +33,7 @@ from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.importance import entropy
 from grass_dist.optimizer import step_over
+from grass_dist.schedule import too_short_for
 from grass_dist.zero.ds_config import has_grass, load_ds_config
 from grass_dist.zero.initialize import config_of, initialize_with
 
@@ -155,9 +157,14 @@ def _compare(config: GrassConfig, written: GrassConfig | None) -> None:
 def _train(stock: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
     _TRAINING.append(trainer)
     try:
-        return stock(trainer, *args, **kwargs)
+        result = stock(trainer, *args, **kwargs)
     finally:
         _TRAINING.pop()
+    if (engine := _engine_of(trainer)) is not None:
+        told = too_short_for(engine.never_trained, len(engine.layers), engine.config.sampler)
+        if told:
+            say(engine.backend, told)
+    return result
 
 
 def _prepare(stock: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:

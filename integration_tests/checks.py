@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import grass_dist
 from grass_dist.optimizer import ELEMENTWISE
@@ -84,7 +85,8 @@ CUT_OFF: dict[str, dict[str, Any]] = {
 def cut_off(rank: int, world_size: int, backend: str, settings: dict[str, Any]) -> None:
     """A step whose layers reentrant checkpointing cuts off."""
     bare = small_llama().train()
-    bare.gradient_checkpointing_enable({"use_reentrant": True})
+    layers = [checkpoint_wrapper(layer, CheckpointImpl.REENTRANT) for layer in bare.model.layers]
+    bare.model.layers = nn.ModuleList(layers)
     model = wrapped(bare, backend, world_size)
     config = grass_dist.GrassConfig(active_layers=2, **settings)
     optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)

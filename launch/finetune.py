@@ -30,6 +30,7 @@ from grass_dist.checkpoint.loading import Checkpoint
 from grass_dist.checkpoint.saving import Saved
 from grass_dist.discovery import find_layers
 from grass_dist.errors import ConfigError, GrassError
+from grass_dist.schedule import too_short_for
 from grass_dist.training import setup
 from grass_dist.training.answers import answer_from_folder
 from grass_dist.training.batches import Examples
@@ -173,6 +174,8 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
         if (asked := loop.train(start)) is not None:
             reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
             return asked
+    if untrained := too_short_for(run.grass.never_trained, len(run.grass.layers), config.grass.sampler):
+        reporter.say(untrained)
     if log:
         log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)
     if config.save_model:

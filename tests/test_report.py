@@ -482,7 +482,8 @@ def test_the_page_holds_everything_it_promises(run_dir: Path) -> None:
     assert "took 1 min 05 s" in page and "4,000 training examples, 200 held out" in page
     for layer in range(LAYERS):
         assert f"<code>model.layers.{layer}</code>" in page
-    assert 'class="notes"' not in page, "a complete run has nothing to note"
+    notes = re.findall(r"<li>(.*?)</li>", page)
+    assert len(notes) == 1 and "never trained" in notes[0], "a complete run has nothing else to note"
 
 
 def test_the_page_refers_to_nothing_outside_itself(run_dir: Path) -> None:
@@ -758,3 +759,12 @@ def test_the_command_imports_heavy_libraries_only_when_it_needs_them() -> None:
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert "typing" in imported and not any(name.split(".")[0] in ("torch", "numpy") for name in imported)
+
+
+def test_a_finished_run_says_which_layers_it_did_not_reach(tmp_path):
+    never = sorted(set(range(LAYERS)) - {layer for layers in ROUNDS for layer in layers})
+    assert never
+    page = build_report(write_run(tmp_path / "run", events())).read_text()
+    assert f"{len(never)} of {LAYERS} layers never trained ({', '.join(map(str, never))}): " in page
+    cut_off = build_report(write_run(tmp_path / "cut", without("end"))).read_text()
+    assert "layers never trained" not in cut_off

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grass_dist.schedule import Schedule
+from grass_dist.schedule import Schedule, too_short_for
 
 
 @st.composite
@@ -70,3 +70,12 @@ def test_refreshes_are_update_interval_steps_apart_and_the_first_has_lead_less(c
     assert refreshed[0] == clock.probe_steps + clock.update_interval - clock.lead
     assert len(refreshed) >= 5
     assert all(b - a == clock.update_interval for a, b in itertools.pairwise(refreshed))
+
+
+def test_layers_that_a_run_did_not_reach_are_told():
+    assert too_short_for((), 8, "grass") is None and too_short_for((1, 2), 8, "fixed") is None
+    assert too_short_for((3, 7), 8, "grass") == (
+        "2 of 8 layers never trained (3, 7): no draw of this run chose them. More steps, a smaller "
+        "grass.sampling_interval or more grass.active_layers give every layer a turn."
+    )
+    assert "(0, 1, 2, " in (told := too_short_for(range(80), 80, "grass") or "") and " 39 and others)" in told

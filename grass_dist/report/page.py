@@ -14,6 +14,7 @@ from grass_dist.report.captions import CAPTIONS
 from grass_dist.report.load import EvalEvent, Run, RunInfo, relative
 from grass_dist.report.wire import Sent, sent
 from grass_dist.report.wording import bytes_text, count_text, duration, loss_text, percent
+from grass_dist.schedule import too_short_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def render(run: Run, pictures: Mapping[str, Path | None]) -> str:
         info=run.info,
         summary=_summary(run),
         facts=_facts(run),
-        notes=run.notes,
+        notes=[*run.notes, *_untrained(run)],
         cards=cards(found, run),
         pictures=[_picture(name, pictures.get(name), told.get(name, "")) for name in CAPTIONS],
         layers=layer_rows(run),
@@ -262,6 +263,13 @@ def _evenness(run: Run) -> str:
     temperature = run.info.grass.get("temperature")
     hint = f" A grass.temperature below {temperature:g} sharpens them." if isinstance(temperature, int | float) else ""
     return f"{told}the smallest.{hint}"
+
+
+def _untrained(run: Run) -> list[str]:
+    """The note on layers that a finished run did not reach."""
+    never = [layer for layer, times in enumerate(run.times_trained()) if not times]
+    told = too_short_for(never, run.info.num_layers, str(run.info.grass.get("sampler"))) if run.end else None
+    return [told] if told else []
 
 
 def _summary(run: Run) -> str:

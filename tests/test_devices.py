@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +26,14 @@ from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.single import SingleBackend
 from grass_dist.checkpoint import per_rank
 from grass_dist.discovery import Unit
+from grass_dist.offload.plan import _free_device
 from grass_dist.offload.slots import SlotPool
 from grass_dist.offload.store import LayerStateStore
 from grass_dist.offload.transfer import TransferEngine
 from grass_dist.optimizer import UnitOptimizer
+from grass_dist.training.launchers import Place
+from grass_dist.training.seats import own_seat
+from grass_dist.training.world import _take_device
 from tests.fake_cuda import FakeCuda, fake_cuda
 from tests.offload_runs import make
 from tests.tiny import take_steps, tiny
@@ -112,6 +117,26 @@ def test_the_random_numbers_of_a_rank_are_those_of_the_device_of_its_model(fake_
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or torch.zeros(16).byte())
     per_rank.per_rank_pieces({"measured": {"rows": []}}, Ranks(None, OTHER))
     assert asked == [OTHER]
+
+
+def test_a_rank_takes_the_gpu_of_its_number_on_the_host_and_sees_where_it_sits(fake_cuda: FakeCuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(fake_cuda, "current", index))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
+    device = _take_device(Place("torchrun", 3, 1, 4))
+    assert device == OTHER and fake_cuda.current == 1
+    seat = own_seat(1, device)
+    assert (seat.device, seat.visible) == ("GPU-1", ("GPU-0", "GPU-1"))
+    with pytest.raises(GrassError, match=r"^rank 2 is number 2 on its host, which has 2 GPUs; "):
+        _take_device(Place("torchrun", 2, 2, 4))
+
+
+def test_the_free_memory_is_that_of_the_device_of_the_model(fake_cuda: FakeCuda, monkeypatch):
+    reserved, allocated, free = {OTHER: 70}, {OTHER: 30}, {OTHER: (1000, 5000)}
+    monkeypatch.setattr(torch.cuda, "memory_reserved", reserved.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", allocated.__getitem__)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free.__getitem__)
+    assert _free_device(OTHER) == 1040 and _free_device(CPU) == 0
 
 
 # --- memory that CUDA does not register

@@ -44,7 +44,7 @@ class GradientWatch:
     def __init__(self, model: nn.Module, layers: Sequence[Unit]) -> None:
         self._model, self._layers = model, layers
         modules = dict(model.named_modules(remove_duplicate=False))
-        self._modules = [None if _in_a_graph(modules, unit.name) else modules.get(unit.name) for unit in layers]
+        self._ways = [_way_to(modules, unit.name) for unit in layers]
         self._hooks = [_Ran(self, index) for index in range(len(layers))]
         self._watched: tuple[int, ...] | None = None
         self._handles: list[RemovableHandle] = []
@@ -68,8 +68,8 @@ class GradientWatch:
                 self._model.register_forward_hook(self._after_forward, always_call=True),
             ]
         for layer in layers:
-            if (module := self._modules[layer]) is not None:
-                self._handles.append(module.register_forward_pre_hook(self._hooks[layer]))
+            if not _in_a_graph(way := self._ways[layer]):
+                self._handles.append(way[-1].register_forward_pre_hook(self._hooks[layer]))
                 self._known.add(layer)
 
     def arrived(self, layer: int | None) -> None:
@@ -151,12 +151,16 @@ class _Ran:
         self._watch.note(self._layer, module)
 
 
-def _in_a_graph(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether hooks on the module ``name`` would become part of a compiled graph: its own, or one of a module above."""
+def _way_to(modules: Mapping[str, nn.Module], name: str) -> list[nn.Module]:
+    """The modules from the outermost one to ``name``."""
     parts = name.split(".")
-    above = [modules.get(".".join(parts[:count])) for count in range(len(parts))]
-    wrapped = any(type(module).__name__ == "OptimizedModule" for module in above)  # what torch.compile returns
-    return wrapped or any(module is not None and _is_compiled(module) for module in (*above, modules.get(name)))
+    return [modules[".".join(parts[:count])] for count in range(len(parts) + 1)]
+
+
+def _in_a_graph(way: Sequence[nn.Module]) -> bool:
+    """Whether hooks on the last module would become part of a compiled graph: its own, or one of a module above."""
+    wrapped = any(type(module).__name__ == "OptimizedModule" for module in way[:-1])  # what torch.compile returns
+    return wrapped or any(map(_is_compiled, way))
 
 
 def _is_compiled(module: nn.Module) -> bool:

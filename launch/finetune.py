@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from grass_dist.discovery import find_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import setup
 from grass_dist.training.answers import answer_from_folder
-from grass_dist.training.batches import Examples
 from grass_dist.training.checkpoints import (
     Checkpoints,
     Position,
@@ -45,7 +44,7 @@ from grass_dist.training.checkpoints import (
 )
 from grass_dist.training.config import RunConfig
 from grass_dist.training.config_file import flat_settings, load_config
-from grass_dist.training.data import Data, load_data, render_prompt
+from grass_dist.training.data import Data, Stream, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
 from grass_dist.training.export import write_model_files
 from grass_dist.training.identity import data_identity, model_identity, versions
@@ -147,7 +146,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
     if log and answer and checkpoint is None:
         log.write("answer", 0, when="before", **answer)
-    for sentence in _about_data(data):
+    for sentence in data.told():
         reporter.say(sentence)
     run = parallel.start(model, layers, [reporter.observe, *([log.observe] if log else [])])
     settings = model.config
@@ -173,6 +172,8 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
         if (asked := loop.train(start)) is not None:
             reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
             return asked
+    for sentence in data.train.told() if isinstance(data.train, Stream) else ():
+        reporter.say(sentence)
     if log:
         log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)
     if config.save_model:
@@ -192,12 +193,6 @@ def _start(
     for sentence in check_settings(config, checkpoint, data_is):
         say(f"warning: {sentence}; the run will not be the one that it would have been")
     return position_of(checkpoint)
-
-
-def _about_data(data: Data) -> Iterator[str]:
-    if isinstance(data.train, Examples) and data.train.dropped:
-        yield f"{data.train.dropped} examples have no token of their completion within max_length: left out"
-    yield from map(str, data.skipped)
 
 
 def _answer_before(

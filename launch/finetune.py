@@ -54,6 +54,7 @@ from grass_dist.training.output import Output
 from grass_dist.training.parallel import Parallelism, choose_parallelism
 from grass_dist.training.peers import lost_peer
 from grass_dist.training.progress import Reporter
+from grass_dist.training.shown import shown
 from grass_dist.training.signals import exit_code
 from grass_dist.training.world import World
 
@@ -135,7 +136,8 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     world.together(lambda: make_run_folder(config, resume=resume, going_on=going_on) if world.is_main else None)
     check_shared(config, folder, world)
     world.together(lambda: output.to_file(folder))
-    about = describe_run(config, world, parallel.name, layers, data, model)
+    example = shown(data.first, tokenizer)
+    about = {**describe_run(config, world, parallel.name, layers, data, model), "example": example}
     record, answer = record_of(checkpoint) if checkpoint else (0, None)
     keep = record if going_on else 0
     log = world.together(lambda: MetricsLog(folder, about, keep=keep, step=start.step) if world.is_main else None)

@@ -18,6 +18,24 @@ Reading = Annotated[float | None, AfterValidator(lambda x: x if x is not None an
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an example: a special token, or text between two."""
+
+    text: str
+    learnt: bool
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShownExample:
+    """A training example as the model sees it; ``tokens`` and ``learnt`` are numbers of tokens."""
+
+    tokens: int
+    learnt: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunInfo:
     """run.json: what was trained, on what, and with which settings."""
 
@@ -41,6 +59,8 @@ class RunInfo:
     """By rank; empty where it was not recorded."""
     replicate: Annotated[int, Field(ge=1)] = 1
     """Replicas of the sharded model (HSDP)."""
+    example: ShownExample | None = None
+    """The first training example; None in older records."""
 
 
 @dataclass(frozen=True, slots=True)

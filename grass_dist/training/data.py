@@ -138,6 +138,13 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     return Data(train, held_out, held_out_rows, reading, first)
 
 
+def first_example(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Example:
+    """The same as `Data.first`, without tokenising the rest. Raises: as `load_data`."""
+    datasets.disable_progress_bars()
+    rows, _ = load_rows(config, seed)
+    return _tokenise_all(sources(config)[0], rows, tokenizer, enough=1)[0]
+
+
 def _tokenise_all(
     source: Source, rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, enough: int | None = None
 ) -> Examples:

@@ -199,7 +199,7 @@ def test_files_and_folders_give_the_same_rows(tmp_path, streaming):
         config = DataConfig(name=name, prompt="q", completion="a", streaming=streaming, eval_examples=0)
         found = list(load_rows(config, 0)[0])
         assert [{key: row[key] for key in ("q", "a")} for row in rows] == [dict(list(row.items())[:2]) for row in found]
-        assert name.endswith((".json", ".jsonl")) or found == rows, name
+        assert not name.endswith(("set", "dict")) or found == rows, name
         limited = config.model_copy(update={"limit": 3, "eval_examples": 1})
         train, held_out = load_rows(limited, 0)
         assert sorted(map(number, [*train, *held_out])) == [0, 1, 2]

@@ -247,6 +247,10 @@ def test_what_the_file_writes_is_taught(tmp_path, kind, streaming, on_bad_line, 
     config = DataConfig(**{**QA, "name": str(tmp_path / name), **options})
     answers = [value.strip('"') for value in WRITTEN[kind]]
     assert taught(config) == answers
+    if on_bad_line == "stop":
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / name).write_text((tmp_path / name).read_text())
+        assert taught(config.model_copy(update={"name": str(tmp_path / "folder")})) == answers
     other = config.model_copy(update={"name": str(tmp_path / "e.jsonl"), "eval": config.name, "eval_examples": 9})
     (tmp_path / "e.jsonl").write_text('{"q": "?", "a": 3}')
     assert [row["a"] for row in load_data(other, TOKENIZERS["chatml"], 0).held_out_rows] == answers
@@ -265,6 +269,9 @@ def test_a_name_is_a_name(tmp_path, monkeypatch, streaming, on_bad_line):
     assert taught(DataConfig(**{**options, "name": "run[*.jsonl"})) == ["right"], "only * is a pattern"
     data = load_data(DataConfig(**{**options, "name": "r*.jsonl"}), TOKENIZERS["chatml"], 0)
     assert list(data.told()) == ["r*.jsonl stands for 2 files: run1.jsonl, run[1].jsonl"]
+    with pytest.raises(ConfigError, match=r"^eval='run1.jsonl': run1.jsonl is one of the files of name, 'r\*"):
+        load_data(DataConfig(**{**options, "name": "r*.jsonl", "eval": "run1.jsonl", "eval_examples": 1}),
+                  TOKENIZERS["chatml"], 0)  # fmt: skip
     for name in ("run?.jsonl", "run[2].jsonl", "x*.jsonl"):
         with pytest.raises(ConfigError, match="there is no such file"):
             taught(DataConfig(**{**options, "name": name}))
@@ -278,6 +285,26 @@ def test_a_folder_whose_path_looks_like_a_pattern_is_refused(tmp_path, streaming
     config = DataConfig(**{**QA, "name": str(tmp_path / "run[1]"), "eval_examples": 0, "streaming": streaming})
     with pytest.raises(ConfigError, match=r"^name='.*': its path, .*, has a \[, \* or \?, .*; rename the folder"):
         load_data(config, TOKENIZERS["chatml"], 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_splits_of_a_folder_of_files(tmp_path, streaming):
+    for name, answers in {"train-1": [1, 2.0], "train-2": [3.50], "validation": [4]}.items():
+        lines = [json.dumps({"q": "?", "a": answer}) for answer in answers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    options = {**QA, "name": str(tmp_path), "shuffle_buffer": 0, "streaming": streaming}
+    data = load_data(DataConfig(**options, eval="split:validation", eval_examples=5), TOKENIZERS["chatml"], 0)
+    assert [row["a"] for row in data.held_out_rows] == ["4"]
+    assert taught(DataConfig(**options, eval_examples=0)) == ["1", "2.0", "3.5"]
+    slices = DataConfig(**options, eval_examples=0, split="train[1:]+validation")
+    if streaming:
+        with pytest.raises(ConfigError, match=r"has the split 'train' or 'validation', and no slices of it"):
+            taught(slices)
+    else:
+        assert taught(slices) == ["2.0", "3.5", "4"]
+    (tmp_path / "train-2.jsonl").write_text('{"q": "?", "a": oops}')
+    with pytest.raises(ConfigError, match=r"^(data\.)?name='.*: line 1 of train-2\.jsonl is no JSON .*; repair it\.$"):
+        taught(DataConfig(**options, eval_examples=0))
 
 
 @pytest.mark.parametrize("on_bad_line", ["stop", "skip"])

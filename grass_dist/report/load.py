@@ -12,27 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from grass_dist.errors import GrassError
+from grass_dist.report.example import ShownExample
 
 Reading = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
 """A number that was measured; None for one that is missing, infinite or not a number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of an example: a special token, or text between two."""
-
-    text: str
-    learnt: bool
-    special: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ShownExample:
-    """A training example as the model sees it; ``tokens`` and ``learnt`` are numbers of tokens."""
-
-    tokens: int
-    learnt: int
-    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ def text_rows(
     files: Sequence[str],
     parts: Mapping[str, str],
     on_bad_line: str,
+    fix: str = "repair it",
     skipped: Mapping[str, Skipped] | None = None,
 ) -> Iterator[TextRow]:
     """The rows of the files in their order: the columns that the templates ``parts`` use, as the text of the file.
@@ -44,6 +45,7 @@ def text_rows(
         field: the setting that an error is about.
         on_bad_line: "skip" leaves out every broken line. "stop" raises an error for the first one; then a column that a
             row lacks counts as null, and what other columns hold does not matter.
+        fix: what an error for a line says to do; ``{unit}`` becomes "line" or "element".
         skipped: counts what is left out, by file.
 
     Raises:
@@ -62,8 +64,7 @@ def text_rows(
             elif problem := _why_stop(entry, parts, columns, kinds, file):
                 unit = entry.unit
                 problem = f"{unit} {entry.number} of {Path(file).name} {problem}"
-                fix = f"repair it, or leave such {unit}s out with data.on_bad_line=skip"
-                raise ConfigError(field, file, problem, fix)
+                raise ConfigError(field, file, problem, fix.format(unit=unit))
             yield {column: _text((entry.row or {}).get(column)) for column in columns}
 
 

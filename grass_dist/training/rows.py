@@ -7,7 +7,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +143,8 @@ def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
         size = config.size if field == "name" else config.eval_examples
         return _generate(field, name, size, seed, offset)
     try:
-        rows = _read_files(source, reading) if is_file(name) else _read(source)
+        files = _json_files(source, reading)
+        rows = _read_typed(source) if files is None else _read_files(source, files, reading)
         first = None if rows is None else next(iter(rows), None)
     except GrassError:
         raise
@@ -156,45 +157,80 @@ def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
     return rows
 
 
-def _read_files(source: Source, reading: Reading) -> Rows | None:
-    """The rows of the JSON files that a name stands for, or None if there are none."""
-    field, name, split, config = source
-    files = files_of(name)
-    if not files:
-        raise ConfigError(field, name, "there is no such file", "give the path of a .json or .jsonl file")
-    if files != [name]:
-        reading.patterns[name] = files
-    if config.streaming and split != "train":
-        raise ValueError("a stream of a file has the split 'train', and no slices of it")
+def _json_files(source: Source, reading: Reading) -> dict[str, list[str]] | None:
+    """The JSON files of each split; None of a dataset that is none of a file or a folder with nothing else in it."""
+    field, name, _, config = source
+    if is_file(name):
+        files = files_of(name)
+        if not files:
+            raise ConfigError(field, name, "there is no such file", "give the path of a .json or .jsonl file")
+        if files != [name]:
+            reading.patterns[name] = files
+        if field == "eval" and (both := {*files} & {*files_of(config.name)}) and name != config.name:
+            problem = f"{min(both)} is one of the files of name, {config.name!r}"
+            raise ConfigError(field, name, problem, "hold out a file that name does not stand for")
+        return {"train": files}
+    if not Path(name).is_dir() or _is_saved(name):
+        return None
+    if re.search(r"[\[*?]", str(Path(name).resolve())):
+        problem = f"its path, {Path(name).resolve()}, has a [, * or ?, which `datasets` takes for a pattern"
+        raise ConfigError(field, name, problem, "rename the folder, or give the path of a .json or .jsonl file")
+    builder = datasets.load_dataset_builder(name, config.config_name if name == config.name else None)
+    splits = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+    plain = all(is_file(file) and Path(file).is_file() for files in splits.values() for file in files)
+    return splits if splits and plain else None
+
+
+def _read_files(source: Source, splits: dict[str, list[str]], reading: Reading) -> Rows | None:
+    """The rows of JSON files, or None if there are none."""
+    split, config = source.split, source.config
+    if config.streaming and split not in splits:
+        names = " or ".join(map(repr, splits))
+        raise ValueError(f"a stream of a file has the split {names}, and no slices of it")
     wanted = datasets.ReadInstruction.from_spec(split)
-    wanted.to_absolute({"train": 2**62})  # there is no other split: say so before the file is read
+    wanted.to_absolute(dict.fromkeys(splits, 2**62))  # a split that there is not: say so before a file is read
+    used = {name: files for name, files in splits.items() if re.search(rf"\b{re.escape(name)}\b", split)}
+    found = dict[str, datasets.Dataset]()
+    for name, files in used.items():
+        rows = _rows_of(source, tuple(files), reading, whole=split not in splits)
+        if isinstance(rows, datasets.IterableDataset):
+            return rows
+        if rows is not None:
+            found[name] = rows
+    if split in splits or not found:
+        return found.get(split)
+    parts = wanted.to_absolute({name: len(found[name]) if name in found else 0 for name in splits})
+    chosen = [found[each.splitname].select(range(each.from_, each.to)) for each in parts if each.splitname in found]
+    return datasets.concatenate_datasets(chosen)
+
+
+def _rows_of(source: Source, files: tuple[str, ...], reading: Reading, *, whole: bool) -> Rows | None:
+    """The rows of a split, as many as are needed unless ``whole``."""
+    field, name, _, config = source
     skip = config.on_bad_line == "skip"
     if not skip:
         check_columns(field, files, config.parts, HEAD if config.streaming else None)
     reading.skipped.update({file: Skipped(file) for file in files if skip})
     needed = config.limit if field == "name" else config.eval_examples
-    options = {"field": field, "files": tuple(files), "parts": config.parts, "on_bad_line": config.on_bad_line}
-    rows = islice(text_rows(**options, skipped=reading.skipped), needed if split == "train" else None)
-    if config.streaming:
-        if skip or any(file.endswith(".json") for file in files):  # which is in memory as a whole anyway
-            deque(rows, maxlen=0)  # to count, and to fail now
-        return datasets.IterableDataset.from_generator(text_rows, gen_kwargs=options)
-    found = table(rows)
-    if found is None:
-        return None
-    if split == "train":
-        return found
-    slices = wanted.to_absolute({"train": len(found)})
-    return found.select(list(chain.from_iterable(range(each.from_, each.to) for each in slices)))
+    fix = "repair it, or leave such {unit}s out with data.on_bad_line=skip" if is_file(name) else "repair it"
+    # As a tuple: `datasets` would shuffle a list.
+    options = {"field": field, "files": files, "parts": config.parts, "on_bad_line": config.on_bad_line, "fix": fix}
+    rows = islice(text_rows(**options, skipped=reading.skipped), None if whole else needed)
+    if not config.streaming:
+        return table(rows)
+    if skip or any(file.endswith(".json") for file in files):  # which is in memory as a whole anyway
+        deque(rows, maxlen=0)  # to count, and to fail now
+    return datasets.IterableDataset.from_generator(text_rows, gen_kwargs=options)
 
 
-def _read(source: Source) -> Rows:
-    """The rows of a dataset of the Hub or of a folder."""
-    field, name, split, config = source
-    if not any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        if Path(name).is_dir() and re.search(r"[\[*?]", str(Path(name).resolve())):
-            problem = f"its path, {Path(name).resolve()}, has a [, * or ?, which `datasets` takes for a pattern"
-            raise ConfigError(field, name, problem, "rename the folder, or give the path of a .json or .jsonl file")
+def _is_saved(name: str) -> bool:
+    return any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
+
+
+def _read_typed(source: Source) -> Rows:
+    """The rows of a dataset of the Hub or of a folder, with the types that `datasets` gives to their columns."""
+    _, name, split, config = source
+    if not _is_saved(name):
         subset = config.config_name if name == config.name else None
         return datasets.load_dataset(name, subset, split=split, streaming=config.streaming)
     saved = datasets.load_from_disk(name)

@@ -171,11 +171,12 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     loop = Loop(config, world, run, data, tokenizer.pad_token_id, reporter, log, checkpoints, state)
     began = time.perf_counter()
     with reporter:
-        if (asked := loop.train(start)) is not None:
+        asked = loop.train(start)
+        for sentence in data.train.told() if isinstance(data.train, Stream) else ():
+            reporter.say(sentence)
+        if asked is not None:
             reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
             return asked
-    for sentence in data.train.told() if isinstance(data.train, Stream) else ():
-        reporter.say(sentence)
     if log:
         log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)
     if config.save_model:

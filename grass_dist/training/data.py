@@ -88,7 +88,7 @@ class Data:
     """Tokenised held-out rows, never packed; empty with ``eval_examples=0``."""
 
     held_out_rows: list[Row]
-    """The held-out rows (those that are not in `held_out` too), of a file with the columns in use alone."""
+    """The held-out rows with an answer (without a label left too); of a file with the columns in use alone."""
 
     reading: Reading
     """What is to be told about the files."""
@@ -104,7 +104,7 @@ class Data:
     def told(self) -> Iterator[str]:
         """Sentences about what was read and left out; those about the rows of a stream come from `Stream.told`."""
         for name, files in self.reading.patterns.items():
-            yield f"{name} stands for {len(files)} files: {', '.join(files)}"
+            yield f"{name} stands for {len(files)} file{'s' * (len(files) > 1)}: {', '.join(files)}"
         if isinstance(self.train, Examples):
             yield from _left_out(self.train, "")
         yield from _left_out(self.held_out, " held-out")
@@ -128,6 +128,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     rows, held_out_rows = load_rows(config, seed, reading)
     source, other = sources(config)
     held_out = _tokenise_all(other, held_out_rows, tokenizer) if held_out_rows else Examples()
+    held_out_rows = list(filter(other.has_answer, held_out_rows))
     if isinstance(rows, datasets.IterableDataset):
         head = _tokenise_all(source, islice(rows, HEAD), tokenizer, enough=1)
         return Data(Stream(rows, tokenizer, config), held_out, held_out_rows, reading, head[0])

@@ -140,6 +140,25 @@ def test_an_answer_that_writes_the_opening_itself_does_not_get_it_twice(answer):
     assert text.endswith("assistant\n<think>\nso</think>e<|im_end|>") and text.count("<think>") == 1
 
 
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_no_space_comes_before_an_answer_that_goes_on_after_an_opening(scheme):
+    """Tokenizers of the sentencepiece kind put a space before a text of its own."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    spaces = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.decoder = spaces
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False)
+    inner.train_from_iterator(["▁user: what assistant: <think> yes\n</think>"] * 9, trainer)
+    inner.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        each("{{ m.role }}: {{ m.content }}</s>") + "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    )
+    for answer in ("yes", "s", " yes"):
+        ids = tokenise({"q": "what", "a": answer}, tokenizer, DataConfig(**QA))["input_ids"]
+        assert str(tokenizer.decode(ids)).endswith(f"assistant: <think>{answer}</s>")
+
+
 def test_an_end_token_within_the_answer_does_not_cut_it():
     answer = "one<|im_end|>two"
     assert learns(TOKENIZERS["chatml"], {"q": "?", "a": answer}) == answer + "<|im_end|>"

@@ -111,6 +111,27 @@ def inspect(
 
 
 @app.command()
+def show(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of launch/finetune.py.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...")] = None,
+) -> None:
+    """Show the first training example as the model sees it, and which of its tokens are learnt. Trains nothing."""
+    with _one_sentence_errors():
+        from grass_dist.training.config_file import load_config
+        from grass_dist.training.data import first_example
+        from grass_dist.training.setup import load_tokenizer
+        from grass_dist.training.shown import shown
+
+        settings = load_config(config, overrides or [])
+        tokenizer = load_tokenizer(settings.model)
+        try:
+            example = first_example(settings.data, tokenizer, settings.train.seed)
+        except ConfigError as error:
+            raise error if error.field.startswith("data.") else error.under("data") from None
+        _show_example(shown(example, tokenizer))
+
+
+@app.command()
 def doctor(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
     folder: Annotated[Path, typer.Option(help="Folder whose disk is tried, e.g. where checkpoints go.")] = Path(),
@@ -175,6 +196,24 @@ def plan(
             text = given.pop(key)
             given[name] = None if text is None else _parse_size(option, text)
         run(Options(doctor=given.pop("doctor_json"), **given), _warn)
+
+
+def _show_example(found: Mapping[str, Any]) -> None:
+    """What is learnt is green on a terminal, and stands between >>> and <<< elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    text, learns = Text(), False
+    for piece in [*found["pieces"], {"text": "", "learnt": False, "special": False}]:
+        if piece["learnt"] != learns and not console.is_terminal:
+            text.append(">>>" if piece["learnt"] else "<<<")
+        learns = piece["learnt"]
+        style = ("bold green" if learns else "") + (" underline" if piece["special"] else "")
+        text.append("".join(c if c in "\n\t" else _printable(c) for c in piece["text"]), style=style)
+    console.print(text, soft_wrap=True)
+    marks = "in green" if console.is_terminal else "between >>> and <<<"
+    typer.echo(f"{found['tokens']} tokens; {found['learnt']} of them are learnt ({marks}).")
 
 
 def _show_checkpoints(found: Mapping[str, Any]) -> None:

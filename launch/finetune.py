@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from grass_dist.errors import ConfigError, GrassError
 from grass_dist.schedule import too_short_for
 from grass_dist.training import setup
 from grass_dist.training.answers import answer_from_folder
-from grass_dist.training.batches import Examples
 from grass_dist.training.checkpoints import (
     Checkpoints,
     Position,
@@ -46,7 +45,7 @@ from grass_dist.training.checkpoints import (
 )
 from grass_dist.training.config import RunConfig
 from grass_dist.training.config_file import flat_settings, load_config
-from grass_dist.training.data import Data, load_data, render_prompt
+from grass_dist.training.data import Data, Stream, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
 from grass_dist.training.export import write_model_files
 from grass_dist.training.identity import data_identity, model_identity, versions
@@ -56,6 +55,7 @@ from grass_dist.training.output import Output
 from grass_dist.training.parallel import Parallelism, choose_parallelism
 from grass_dist.training.peers import lost_peer
 from grass_dist.training.progress import Reporter
+from grass_dist.training.shown import shown
 from grass_dist.training.signals import exit_code
 from grass_dist.training.world import World
 
@@ -137,7 +137,8 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     world.together(lambda: make_run_folder(config, resume=resume, going_on=going_on) if world.is_main else None)
     check_shared(config, folder, world)
     world.together(lambda: output.to_file(folder))
-    about = describe_run(config, world, parallel.name, layers, data, model)
+    example = shown(data.first, tokenizer)
+    about = {**describe_run(config, world, parallel.name, layers, data, model), "example": example}
     record, answer = record_of(checkpoint) if checkpoint else (0, None)
     keep = record if going_on else 0
     log = world.together(lambda: MetricsLog(folder, about, keep=keep, step=start.step) if world.is_main else None)
@@ -148,7 +149,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
     if log and answer and checkpoint is None:
         log.write("answer", 0, when="before", **answer)
-    for sentence in _about_data(data):
+    for sentence in data.told():
         reporter.say(sentence)
     run = parallel.start(model, layers, [reporter.observe, *([log.observe] if log else [])])
     settings = model.config
@@ -171,7 +172,10 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     loop = Loop(config, world, run, data, tokenizer.pad_token_id, reporter, log, checkpoints, state)
     began = time.perf_counter()
     with reporter:
-        if (asked := loop.train(start)) is not None:
+        asked = loop.train(start)
+        for sentence in data.train.told() if isinstance(data.train, Stream) else ():
+            reporter.say(sentence)
+        if asked is not None:
             reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
             return asked
     if untrained := too_short_for(run.grass.never_trained, len(run.grass.layers), config.grass.sampler):
@@ -195,12 +199,6 @@ def _start(
     for sentence in check_settings(config, checkpoint, data_is):
         say(f"warning: {sentence}; the run will not be the one that it would have been")
     return position_of(checkpoint)
-
-
-def _about_data(data: Data) -> Iterator[str]:
-    if isinstance(data.train, Examples) and data.train.dropped:
-        yield f"{data.train.dropped} examples have no token of their completion within max_length: left out"
-    yield from map(str, data.skipped)
 
 
 def _answer_before(

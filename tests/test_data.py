@@ -65,6 +65,11 @@ def rows_of(n: int) -> list[dict]:
     return [{"q": f"q{index}", "a": "a b", "n": index} for index in range(n)]
 
 
+def number(row: dict) -> int:
+    """Which of `rows_of` a row is; of a file only the columns in use are read."""
+    return int(row["q"][1:])
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -192,10 +197,12 @@ def test_files_and_folders_give_the_same_rows(tmp_path, streaming):
     names = [write(tmp_path / "a.json", rows), write(tmp_path / "a.jsonl", rows)]
     for name in [*names, str(tmp_path / "set"), str(tmp_path / "dict"), str(tmp_path / "files")]:
         config = DataConfig(name=name, prompt="q", completion="a", streaming=streaming, eval_examples=0)
-        assert list(load_rows(config, 0)[0]) == rows, name
+        found = list(load_rows(config, 0)[0])
+        assert [{key: row[key] for key in ("q", "a")} for row in rows] == [dict(list(row.items())[:2]) for row in found]
+        assert not name.endswith(("set", "dict")) or found == rows, name
         limited = config.model_copy(update={"limit": 3, "eval_examples": 1})
         train, held_out = load_rows(limited, 0)
-        assert sorted(row["n"] for row in [*train, *held_out]) == [0, 1, 2]
+        assert sorted(map(number, [*train, *held_out])) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -204,8 +211,8 @@ def test_files_and_folders_give_the_same_rows(tmp_path, streaming):
     [
         ({"name": "{tmp}/none.json"}, r"^name='.*none\.json': there is no such file; "),
         ({"name": "{tmp}/broken.json"}, r"^name='.*broken\.json': element 1 of broken\.json is no JSON \(.*\); "),
-        ({"name": "{tmp}/empty.json"}, r"^name='.*empty\.json': split 'train' (has no examples|cannot be loaded)"),
-        ({"name": "{tmp}/zero.json"}, r"^name='.*zero\.json': split 'train' cannot be loaded \(it is empty\)"),
+        ({"name": "{tmp}/empty.json"}, r"^name='.*empty\.json': split 'train' has no examples; "),
+        ({"name": "{tmp}/zero.json"}, r"^name='.*zero\.json': split 'train' has no examples; "),
         ({"name": "{tmp}/folder"}, r"^name='.*folder': split 'train' cannot be loaded \(.*data files\)"),
         ({"name": "no-such-owner/no-such-set"}, r"^name='no-such-owner/no-such-set': split 'train' cannot be loaded"),
         ({"split": "dev"}, r"^name='.*good\.json': split 'dev' cannot be loaded \(.*train.*\)"),
@@ -235,7 +242,7 @@ def test_held_out_examples_are_split_off_by_the_seed(tmp_path):
 
     def numbers(seed: int) -> tuple[list[int], list[int]]:
         train, held_out = load_rows(config, seed)
-        return [row["n"] for row in train], [row["n"] for row in held_out]
+        return [number(row) for row in train], [number(row) for row in held_out]
 
     train, held_out = numbers(3)
     assert numbers(3) == (train, held_out)
@@ -243,7 +250,7 @@ def test_held_out_examples_are_split_off_by_the_seed(tmp_path):
     assert len({tuple(numbers(seed)[1]) for seed in range(5)}) == 5
     data = load_data(config, make_tokenizer(), 3)
     assert len(data.held_out) == 5 and len(data.train) == 15
-    assert [row["n"] for row in data.held_out_rows] == held_out
+    assert [number(row) for row in data.held_out_rows] == held_out
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -251,12 +258,12 @@ def test_held_out_examples_from_elsewhere(tmp_path, streaming):
     name, other = write(tmp_path / "d.json", rows_of(9)), write(tmp_path / "e.jsonl", rows_of(30)[20:])
     config = DataConfig(name=name, prompt="q", completion="a", eval=other, eval_examples=4, streaming=streaming)
     train, held_out = load_rows(config, 0)
-    assert [row["n"] for row in train] == list(range(9)) and [row["n"] for row in held_out] == [20, 21, 22, 23]
+    assert [number(row) for row in train] == list(range(9)) and [number(row) for row in held_out] == [20, 21, 22, 23]
     split = {name: datasets.Dataset.from_list(rows) for name, rows in [("train", rows_of(4)), ("dev", rows_of(2)[1:])]}
     datasets.DatasetDict(split).save_to_disk(tmp_path / "dict")
     config = config.model_copy(update={"name": str(tmp_path / "dict"), "eval": "split:dev"})
     train, held_out = load_rows(config, 0)
-    assert [row["n"] for row in train] == [0, 1, 2, 3] and [row["n"] for row in held_out] == [1]
+    assert [number(row) for row in train] == [0, 1, 2, 3] and [number(row) for row in held_out] == [1]
 
 
 # ------------------------------------------------------------------------------------------------- generated

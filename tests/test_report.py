@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import html
 import json
 import math
 import re
@@ -505,6 +506,20 @@ def test_text_of_the_run_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in page
     # title, heading, summary, each layer, prompt, expected, before, after, configuration
     assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp;") == 3 + LAYERS + 4 + 1
+
+
+def test_the_example_shows_what_is_learnt(tmp_path: Path) -> None:
+    pieces = [(NASTY, False, False), ("<|im_start|>", False, True), (NASTY, True, False), ("<eos>", True, True)]
+    shown = [{"text": text, "learnt": learnt, "special": special} for text, learnt, special in pieces]
+    info = {**run_json(), "example": {"tokens": 1234, "learnt": 56, "pieces": shown}}
+    page = html_of(write_run(tmp_path / "run", without("step"), info))
+    section = page.partition('<section id="example">')[2].partition("</section>")[0]
+    assert "1,234 tokens" in section and "<script>" not in section
+    spans = re.findall(r'<span class="([a-z ]*)">(.*?)</span>', section.partition("<pre")[2])
+    assert [(kind.split(), html.unescape(text)) for kind, text in spans] == [
+        ([], NASTY), (["special"], "<|im_start|>"), (["learnt"], NASTY), (["learnt", "special"], "<eos>")
+    ]  # fmt: skip
+    assert "The record holds no example." in html_of(write_run(tmp_path / "older", without("step")))
 
 
 def test_answers_are_paired_by_their_prompt(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from grass_dist.errors import GrassError
+from grass_dist.report.example import ShownExample
 
 Reading = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
 """A number that was measured; None for one that is missing, infinite or not a number."""
@@ -41,6 +42,8 @@ class RunInfo:
     """By rank; empty where it was not recorded."""
     replicate: Annotated[int, Field(ge=1)] = 1
     """Replicas of the sharded model (HSDP)."""
+    example: ShownExample | None = None
+    """The first training example; None in older records."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ class Examples:
     """Tokenised examples, like a list of ``{"input_ids": …, "labels": …}`` (packed: and ``"position_ids"``).
 
     Kept as 4 bytes a token and key, whatever their number. ``dropped`` counts the examples that had no label
-    left and were not kept.
+    left and were not kept, ``unanswered`` the rows that had no answer.
     """
 
-    def __init__(self, examples: Iterable[Example] = (), dropped: int = 0) -> None:
-        self.dropped = dropped
+    def __init__(self, examples: Iterable[Example] = (), dropped: int = 0, unanswered: int = 0) -> None:
+        self.dropped, self.unanswered = dropped, unanswered
         self._ends = array("q", [0])
         self._tokens: dict[str, array[int]] = {}
         for example in examples:

@@ -1,31 +1,28 @@
-"""From a dataset's name to token ids and labels: load, hold out, tokenise."""
+"""From a dataset's rows to token ids and labels."""
 
 from __future__ import annotations
 
-import difflib
-from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import datasets
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from grass_dist.errors import ConfigError, GrassError
-from grass_dist.training.batches import IGNORED, Example, Examples, has_labels, pack, permutation
-from grass_dist.training.data_config import GENERATED, DataConfig, Source, fill, good_rows, is_file, sources
-from grass_dist.training.json_lines import Row, Skipped, deeply_nested
-
-Rows = datasets.Dataset | datasets.IterableDataset
+from grass_dist.errors import ConfigError
+from grass_dist.training.batches import IGNORED, Example, Examples, has_labels, pack
+from grass_dist.training.chat import chat_of
+from grass_dist.training.data_config import DataConfig, fill
+from grass_dist.training.json_files import HEAD
+from grass_dist.training.json_lines import Row, Skipped
+from grass_dist.training.rows import Reading, Source, load_rows, sources
 
 
 class Stream:
     """Examples read, and tokenised, as they are needed (`grass_dist.training.batches.ItemStream`).
 
+    Every rank leaves out the rows without an answer; ``unanswered`` is their number in the longest pass up to now.
     Unpacked, an item is a row and only the rank that trains on it tokenises it; nobody else could tell that it
     has no label left, so such a row stays in its batch without any loss and is counted in ``unlabelled``.
     Packed, every rank tokenises every row, and a row without labels is left out.
@@ -33,8 +30,8 @@ class Stream:
 
     def __init__(self, rows: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self._rows, self._tokenizer, self._config = rows, tokenizer, config
-        self._source = sources(config)[0]._replace(field="data.name")
-        self.unlabelled = 0
+        self._source = sources(config)[0]
+        self.unlabelled = self.unanswered = 0
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
         """The rows, or packed examples, of one pass; the order is a function of (seed, epoch).
@@ -47,8 +44,8 @@ class Stream:
             rows = rows.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
         rows.set_epoch(epoch)
         if not config.packing:
-            return self._source.watch(rows)
-        examples = (tokenise(row, self._tokenizer, config) for row in self._source.watch(rows))
+            return self._answered(rows)
+        examples = (tokenise(row, self._tokenizer, config) for row in self._answered(rows))
         return pack((example for example in examples if has_labels(example)), config.max_length)
 
     def example(self, item: Any) -> Example:
@@ -58,6 +55,26 @@ class Stream:
         example = tokenise(item, self._tokenizer, self._config)
         self.unlabelled += not has_labels(example)
         return example
+
+    def told(self) -> Iterator[str]:
+        """Sentences about what has been left out up to now."""
+        if self.unanswered:
+            yield f"{self.unanswered} rows of the stream have no answer: left out"
+        if self.unlabelled:
+            what = "examples of the stream have no token of their completion within max_length: no loss on them"
+            yield f"of those that this rank has read, {self.unlabelled} {what}"
+
+    def _answered(self, rows: Iterable[Any]) -> Iterator[Row]:
+        count = 0
+        try:
+            for row in self._source.watch(rows):
+                if self._source.has_answer(row):
+                    yield row
+                else:
+                    count += 1
+                    self.unanswered = max(self.unanswered, count)
+        except ConfigError as error:
+            raise error.under("data") from error.__cause__
 
 
 @dataclass(frozen=True)
@@ -71,10 +88,27 @@ class Data:
     """Tokenised held-out rows, never packed; empty with ``eval_examples=0``."""
 
     held_out_rows: list[Row]
-    """The held-out rows with all their columns (those without a label left too)."""
+    """The held-out rows with an answer (without a label left too); of a file with the columns in use alone."""
 
-    skipped: tuple[Skipped, ...] = ()
-    """What on_bad_line="skip" left out, for each file with broken lines."""
+    reading: Reading
+    """What is to be told about the files."""
+
+    first: Example
+    """The first example to train on, unpacked."""
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What on_bad_line="skip" left out, for each file with broken lines."""
+        return tuple(each for each in self.reading.skipped.values() if each.count)
+
+    def told(self) -> Iterator[str]:
+        """Sentences about what was read and left out; those about the rows of a stream come from `Stream.told`."""
+        for name, files in self.reading.patterns.items():
+            yield f"{name} stands for {len(files)} file{'s' * (len(files) > 1)}: {', '.join(files)}"
+        if isinstance(self.train, Examples):
+            yield from _left_out(self.train, "")
+        yield from _left_out(self.held_out, " held-out")
+        yield from map(str, self.skipped)
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
@@ -85,166 +119,59 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
 
     Raises:
         ConfigError: a dataset, file, column or task that does not exist or cannot be read, a row that cannot be used
-            (see `DataConfig.on_bad_line`), no examples, or none with a label within max_length.
+            (see `DataConfig.on_bad_line`), no examples, none with an answer, none with a label within max_length, or
+            a chat template that does not write prompt and completion.
         GrassError: reasoning-gym is not installed.
     """
     datasets.disable_progress_bars()
-    skipped: dict[str, Skipped] = {}
-    rows, held_out_rows = load_rows(config, seed, skipped)
-    left_out = tuple(each for each in skipped.values() if each.count)
+    reading = Reading()
+    rows, held_out_rows = load_rows(config, seed, reading)
     source, other = sources(config)
-    held_out = _tokenise_all(other.watch(held_out_rows), tokenizer, config)
-    if held_out_rows and not len(held_out):
-        raise other.no_labels()
+    held_out = _tokenise_all(other, held_out_rows, tokenizer) if held_out_rows else Examples()
+    held_out_rows = list(filter(other.has_answer, held_out_rows))
     if isinstance(rows, datasets.IterableDataset):
-        if not any(has_labels(tokenise(row, tokenizer, config)) for row in islice(source.watch(rows), 1000)):
-            raise source.no_labels()
-        return Data(Stream(rows, tokenizer, config), held_out, held_out_rows, left_out)
-    train = _tokenise_all(source.watch(rows), tokenizer, config)
-    if not len(train):
-        raise source.no_labels()
+        head = _tokenise_all(source, islice(rows, HEAD), tokenizer, enough=1)
+        return Data(Stream(rows, tokenizer, config), held_out, held_out_rows, reading, head[0])
+    train = _tokenise_all(source, rows, tokenizer)
+    first = train[0]
     if config.packing:
-        train = Examples(pack(train, config.max_length), train.dropped)
-    return Data(train, held_out, held_out_rows, left_out)
+        train = Examples(pack(train, config.max_length), train.dropped, train.unanswered)
+    return Data(train, held_out, held_out_rows, reading, first)
 
 
-def _tokenise_all(rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Examples:
+def first_example(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Example:
+    """The same as `Data.first`, without tokenising the rest. Raises: as `load_data`."""
+    datasets.disable_progress_bars()
+    rows, _ = load_rows(config, seed)
+    return _tokenise_all(sources(config)[0], rows, tokenizer, enough=1)[0]
+
+
+def _tokenise_all(
+    source: Source, rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, enough: int | None = None
+) -> Examples:
+    """The examples of rows with something to learn, at least one; of a stream's head as many as are enough."""
     examples = Examples()
-    for row in rows:
-        example = tokenise(row, tokenizer, config)
+    for row in source.watch(rows):
+        if not source.has_answer(row):
+            examples.unanswered += 1
+            continue
+        example = tokenise(row, tokenizer, source.config)
         if has_labels(example):
             examples.append(example)
+            if len(examples) == enough:
+                break
         else:
             examples.dropped += 1
+    if not len(examples):
+        raise source.no_labels() if examples.dropped else source.no_answers()
     return examples
 
 
-def load_rows(config: DataConfig, seed: int, skipped: dict[str, Skipped] | None = None) -> tuple[Rows, list[Row]]:
-    """The rows to train on and the held-out rows, before tokenisation.
-
-    Args:
-        skipped: gets what on_bad_line="skip" left out of each file.
-
-    Raises: as `load_data`.
-    """
-    skipped = {} if skipped is None else skipped
-    source, other = sources(config)
-    rows = _load(source, seed, skipped)
-    if config.limit is not None:
-        short = isinstance(rows, datasets.Dataset) and len(rows) < config.limit
-        rows = rows if short else rows.take(config.limit)
-    count = config.eval_examples
-    if not count:
-        return rows, []
-    if config.eval is not None:
-        held_out = list(islice(other.watch(_load(other, seed, skipped, offset=config.size)), count))
-    elif isinstance(rows, datasets.IterableDataset):
-        held_out, rows = list(islice(source.watch(rows), count)), rows.skip(count)
-        if next(source.watch(rows), None) is None:
-            raise source.too_few(len(held_out))
-    elif len(rows) <= count:
-        raise source.too_few(len(rows))
-    else:
-        order = permutation(len(rows), seed, 2**64 - 1)
-        held_out = list(islice(source.watch(rows.select(sorted(order[:count]))), count))
-        rows = rows.select(sorted(order[count:]))
-    if config.name.startswith(GENERATED) and isinstance(rows, datasets.Dataset):
-        asked = {row.get("question") for row in held_out}  # a generator may repeat itself
-        rows = rows.select([index for index, question in enumerate(rows["question"]) if question not in asked])
-    return rows, held_out
-
-
-def _load(source: Source, seed: int, skipped: dict[str, Skipped], offset: int = 0) -> Rows:
-    """The rows of one dataset, at least one."""
-    field, name, split, config = source
-    if name.startswith(GENERATED):
-        size = config.size if field == "name" else config.eval_examples
-        return _generate(field, name, size, seed, offset)
-    if is_file(name) and not Path(name).is_file():
-        raise ConfigError(field, name, "there is no such file", "give the path of a .json or .jsonl file")
-    try:
-        rows = _read_good(source, skipped) if config.on_bad_line == "skip" else _read(name, split, config)
-        first = next(iter(rows), None)
-    except GrassError:
-        raise
-    except Exception as error:  # a broken file makes parsers raise of all kinds
-        raise source.failure(error) from error
-    if first is None:
-        why = f" ({skipped[name]})" if name in skipped and skipped[name].count else ""
-        raise ConfigError(field, name, f"split {split!r} has no examples{why}", "give a dataset that has some")
-    return rows
-
-
-def _read_good(source: Source, skipped: dict[str, Skipped]) -> Rows:
-    """The rows of a file that can be used, as many as are needed; counts the others up to there."""
-    field, name, split, config = source
-    skipped[name] = Skipped(name)
-    needed = config.limit if field == "name" else config.eval_examples
-    rows = islice(good_rows(field, name, config.parts, skipped[name]), needed if split == "train" else None)
-    if not config.streaming:
-        table = _dataset(list(rows))
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(table)})
-        return table.select(list(chain.from_iterable(range(part.from_, part.to) for part in parts)))
-    if split != "train":
-        raise ValueError("a stream of a file has the split 'train', and no slices of it")
-    deque(rows, maxlen=0)  # to count, and to fail now
-    options = {"field": field, "file": name, "parts": config.parts}
-    return datasets.IterableDataset.from_generator(good_rows, gen_kwargs=options)
-
-
-def _dataset(rows: list[Row]) -> datasets.Dataset:
-    """The rows, with the columns of the first one. If a column mixes kinds: all as text, without lists and objects."""
-    kinds = {(name, type(value)) for row in rows for name, value in row.items() if value is not None}
-    with suppress(Exception):  # what Arrow refuses: a mixture further down, an integer beyond 64 bits
-        if len(kinds) == len(dict(kinds)):
-            return datasets.Dataset.from_list(rows)
-    plain = [{name: v for name, v in row.items() if not isinstance(v, dict | list)} for row in rows]
-    return datasets.Dataset.from_list([{k: None if v is None else str(v) for k, v in row.items()} for row in plain])
-
-
-def _read(name: str, split: str, config: DataConfig) -> Rows:
-    if is_file(name):
-        if Path(name).stat().st_size < 2**30 and deeply_nested(name):  # a larger file is not worth a second reading
-            raise ValueError("a line is nested too deeply")
-        return datasets.load_dataset("json", data_files={"train": name}, split=split, streaming=config.streaming)
-    if not any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        subset = config.config_name if name == config.name else None
-        return datasets.load_dataset(name, subset, split=split, streaming=config.streaming)
-    saved = datasets.load_from_disk(name)
-    if isinstance(saved, datasets.Dataset):
-        saved = datasets.DatasetDict({str(saved.split or "train"): saved})
-    if split not in saved:
-        raise ValueError(f"the folder's splits are {', '.join(map(str, saved))}")
-    return saved[split].to_iterable_dataset() if config.streaming else saved[split]
-
-
-def _generate(field: str, name: str, size: int, seed: int, offset: int) -> datasets.Dataset:
-    """Rows with question, answer and, where the task has one, the worked answer (which ends with the answer)."""
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ModuleNotFoundError:
-        raise GrassError(f"{field}={name!r} needs reasoning-gym: pip install 'grass-dist[demo]'.") from None
-    task = name[len(GENERATED) :]
-    near = difflib.get_close_matches(task, DATASETS, n=3) or sorted(DATASETS)[:3]
-    if task not in DATASETS:
-        raise ConfigError(field, name, "reasoning-gym has no such task", f"its {len(DATASETS)} tasks include {near}")
-    # example i of a task is drawn from its seed + i: spread the seeds, or neighbours share their examples
-    start = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1) + offset
-    try:
-        entries = list(reasoning_gym.create_dataset(task, seed=start, size=size))
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(field, name, f"the task needs settings ({error})", "choose another task") from error
-    return datasets.Dataset.from_list([_generated_row(entry) for entry in entries])
-
-
-def _generated_row(entry: Row) -> Row:
-    answer, worked = entry["answer"], entry["metadata"].get("answer_cot")
-    row = {"question": str(entry["question"]), "answer": answer if answer is None else str(answer)}
-    if worked is None:
-        return row
-    steps, mark, _ = str(worked).rpartition("#### ")  # what follows may write the answer in another way: 9.0 for 9
-    return {**row, "worked": f"{steps}{mark}{answer}" if mark else str(worked)}
+def _left_out(examples: Examples, which: str) -> Iterator[str]:
+    if examples.dropped:
+        yield f"{examples.dropped}{which} examples have no token of their completion within max_length: left out"
+    if examples.unanswered:
+        yield f"{examples.unanswered}{which} rows have no answer: left out"
 
 
 def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
@@ -258,7 +185,8 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
         ``{"input_ids": …, "labels": …}``, two lists of equal length, at most max_length. No label may be left.
 
     Raises:
-        ConfigError: a column that the row does not have, or that holds neither text nor a number.
+        ConfigError: a column that the row does not have, or that holds neither text nor a number, or a chat template
+            whose rendering does not hold the completion.
     """
     if config.text is not None:
         prompt_ids: list[int] = []
@@ -268,12 +196,18 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
         completion = fill(config.completion or "", row, "completion")
         prompt_ids = render_prompt(tokenizer, prompt, config.chat_template)
         if config.chat_template and tokenizer.chat_template:
-            ids = prompt_ids + _assistant_turn(tokenizer, prompt, completion, prompt_ids)
-        else:
-            ids = prompt_ids + _with_eos(_encode(tokenizer, completion), tokenizer)
-    ids = ids[: config.max_length]
-    start = min(max(1, len(prompt_ids)), len(ids))
-    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+            turn = chat_of(tokenizer).turn(prompt, completion)
+            ids = prompt_ids + turn.ids
+            learnt = [False] * len(prompt_ids) + turn.learnt
+            labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
+            return _cut(ids, labels, config)
+        ids = prompt_ids + _with_eos(_encode(tokenizer, completion), tokenizer)
+    return _cut(ids, [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :], config)
+
+
+def _cut(ids: list[int], labels: list[int], config: DataConfig) -> Example:
+    size = config.max_length
+    return {"input_ids": ids[:size], "labels": [IGNORED, *labels[1:size]] if ids else []}
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True) -> list[int]:
@@ -283,37 +217,20 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template
         chat_template: write the prompt as a user's turn, if the tokenizer has a chat template.
     """
     if chat_template and tokenizer.chat_template:
-        return _apply(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return chat_of(tokenizer).prompt_ids(prompt)
     ids = _encode(tokenizer, prompt, special=True)
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    ids: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
-    return list(ids)
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """The ids of a text; ``special``: with what the tokenizer puts around it, but not a second BOS before one."""
     ids: Any = tokenizer(text, add_special_tokens=special)["input_ids"]
+    bos: Any = tokenizer.bos_token_id
+    if special and bos is not None and ids[:2] == [bos, bos] and len(ids) > len(_encode(tokenizer, text)):
+        ids = ids[1:]
     return list(ids)
 
 
 def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     eos: Any = tokenizer.eos_token_id
     return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
-
-
-def _assistant_turn(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, prompt_ids: list[int]) -> list[int]:
-    """The ids of the assistant's turn up to its end-of-turn token."""
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    turn = _apply(tokenizer, messages)
-    if turn[: len(prompt_ids)] == prompt_ids:
-        turn = turn[len(prompt_ids) :]
-    else:  # tokens merge across the border, or the template opens the turn in another way
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        body = answer if answer in text else answer.strip()
-        _, found, end = text.rpartition(body or "\0")
-        turn = _encode(tokenizer, body + (end if found else str(tokenizer.eos_token or "")))
-    eos = tokenizer.eos_token_id  # looked up once: it is slow
-    ends = [index for index, token in enumerate(turn) if token == eos]
-    return turn[: ends[-1] + 1] if ends else turn

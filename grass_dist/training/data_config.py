@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from string import Formatter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from grass_dist.config import StrictModel
-from grass_dist.errors import ConfigError, GrassError
-from grass_dist.training.json_lines import KINDS, Entry, Row, Skipped, entries
+from grass_dist.errors import ConfigError
 
 GENERATED = "reasoning-gym:"
 """Prefix of the name of a generated set."""
@@ -29,7 +27,8 @@ class DataConfig(StrictModel):
 
     name: str = Field(min_length=1)
     """A dataset of the Hub, a local folder, a .json or .jsonl file (a JSON list of objects, or one object a
-    line), or ``"reasoning-gym:<task>"`` for generated examples, e.g. ``"reasoning-gym:gsm_symbolic"``."""
+    line), or ``"reasoning-gym:<task>"`` for generated examples, e.g. ``"reasoning-gym:gsm_symbolic"``. A ``*`` in the
+    name of a file stands for anything where no file has exactly that name."""
 
     config_name: str | None = None
     """Configuration (subset) of a Hub dataset."""
@@ -154,13 +153,13 @@ def fill(spec: str, row: Mapping[str, Any], part: str) -> str:
         return _text(row, spec, spec, part)
     pieces = fields_of(spec, part)
     if all(column is None for _, column in pieces):
-        raise _no_column(spec, spec, row, part)
+        raise no_column(spec, spec, row, part)
     return "".join(literal + ("" if column is None else _text(row, column, spec, part)) for literal, column in pieces)
 
 
 def _text(row: Mapping[str, Any], column: str, spec: str, part: str) -> str:
     if column not in row:
-        raise _no_column(column, spec, row, part)
+        raise no_column(column, spec, row, part)
     value = row[column]
     if value is not None and not isinstance(value, str | int | float):
         problem = f"column {column!r} holds a {type(value).__name__}"
@@ -168,7 +167,8 @@ def _text(row: Mapping[str, Any], column: str, spec: str, part: str) -> str:
     return "" if value is None else str(value)
 
 
-def _no_column(column: str, spec: str, row: Mapping[str, Any], part: str) -> ConfigError:
+def no_column(column: str, spec: str, row: Iterable[str], part: str) -> ConfigError:
+    """The error that ``part``, a column or template, uses a column that a row (its columns are given) does not have."""
     return ConfigError(part, spec, f"there is no column {column!r}", f"the columns are {', '.join(row)}")
 
 
@@ -176,129 +176,6 @@ def columns_of(parts: Mapping[str, str]) -> list[str]:
     """The columns that the templates of `DataConfig.parts` name. Raises: as `fields_of`."""
     fields = [[column for _, column in fields_of(spec, part) if column is not None] for part, spec in parts.items()]
     return [column for spec, columns in zip(parts.values(), fields, strict=True) for column in columns or [spec]]
-
-
-def unfilled(row: Row, parts: Mapping[str, str]) -> str:
-    """Why a row does not fill the templates of `DataConfig.parts`, to follow its place in a sentence, or nothing."""
-    for part, spec in parts.items():
-        try:
-            fill(spec, row, part)
-        except ConfigError as error:
-            return f"does not fill {part} ({error.problem})"
-    return ""
-
-
-def good_rows(field: str, file: str, parts: Mapping[str, str], skipped: Skipped | None = None) -> Iterator[Row]:
-    """The rows of a local JSON file that fill the templates ``parts``; ``skipped`` counts the others.
-
-    Raises: as `grass_dist.training.json_lines.entries`, while iterating.
-    """
-    for entry in entries(field, file):
-        problem = entry.problem if entry.row is None else unfilled(entry.row, parts)
-        if entry.row is not None and not problem:
-            yield entry.row
-        elif skipped is not None:
-            skipped.add(entry, problem)
-
-
-class Source(NamedTuple):
-    """A dataset that a `DataConfig` names, and the setting that an error about it is about."""
-
-    field: str
-    name: str
-    split: str
-    config: DataConfig
-
-    def no_labels(self) -> ConfigError:
-        """The error that nothing is left to learn."""
-        what = "completion" if self.config.text is None else "text"
-        problem = f"no example has a token of its {what} left within it"
-        fix = f"raise max_length, or check the {what} of the data"
-        return ConfigError("max_length", self.config.max_length, problem, fix)
-
-    def too_few(self, found: int) -> ConfigError:
-        """The error that the held-out examples leave none to train on."""
-        problem = f"{self.name} has {found} examples, which leaves none to train on"
-        return ConfigError("eval_examples", self.config.eval_examples, problem, "hold out fewer, or set eval")
-
-    def watch(self, rows: Iterable[Any]) -> Iterator[Row]:
-        """The rows, which all fill the templates.
-
-        Raises:
-            ConfigError: one does not, or `datasets` cannot read it; of a file it names the line.
-        """
-        try:
-            for row in rows:
-                for part, spec in self.config.parts.items():
-                    fill(spec, row, part)
-                yield row
-        except GrassError as error:
-            raise self._broken("needed") or error from None
-        except Exception as error:
-            raise self.failure(error) from error
-
-    def failure(self, error: Exception) -> ConfigError:
-        """What an exception of `datasets` comes down to: a broken line or, failing that, its own words."""
-        cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
-        columns = "none" if type(cause) is ValueError else "all"  # such a one may be about the split
-        if not isinstance(cause, OSError) and (broken := self._broken(columns)):
-            return broken
-        reason = str(cause).strip().partition("\n")[0].rstrip(".")
-        reason = reason or ("it is empty" if isinstance(cause, StopIteration) else type(cause).__name__)
-        problem = f"split {self.split!r} cannot be loaded ({reason})"
-        fix = "give the name of a Hub dataset, a folder or a .json(l) file, and a split that it has"
-        return ConfigError(self.field, self.name, problem, fix)
-
-    def _broken(self, columns: str) -> ConfigError | None:
-        known = self.config.on_bad_line == "stop" and is_file(self.name)
-        try:
-            found = _find_broken(entries(self.field, self.name), self.config.parts, columns) if known else None
-        except OSError:  # it is gone
-            found = None
-        place, problem = found or ("line", "")
-        problem = f"{place} of {Path(self.name).name} {problem}"
-        fix = f"repair it, or leave such {place.split()[0]}s out with data.on_bad_line=skip"
-        return ConfigError(self.field, self.name, problem, fix) if found else None
-
-
-def sources(config: DataConfig) -> tuple[Source, Source]:
-    """Where the rows to train on come from, and where the held-out ones do."""
-    train = Source("name", config.name, config.split, config)
-    if config.eval is not None and config.eval.startswith(SPLIT):
-        return train, train._replace(field="eval", split=config.eval[len(SPLIT) :])
-    return train, train if config.eval is None else train._replace(field="eval", name=config.eval)
-
-
-def _find_broken(found: Iterable[Entry], parts: Mapping[str, str], columns: str) -> tuple[str, str] | None:
-    """The place of the first line, or element, that is broken or does not fill the templates, and its problem.
-
-    `datasets` takes a missing column for null: the lack of one that others have counts if nothing else is wrong. After
-    that count a column whose kind changes and one that begins further down.
-
-    Args: columns: those of which that counts: "none", the "needed" ones (their kinds), or "all".
-    """
-    has, lacks, kinds = dict[str, str](), dict[str, str](), dict[str, tuple[str, str]]()
-    needed, changed = columns_of(parts), None
-    for unit, number, row, problem in found:
-        place = f"{unit} {number}"
-        if row is not None:
-            for column in needed:
-                (has if column in row else lacks).setdefault(column, place)
-            problem = unfilled(row, parts) if all(column in row for column in needed) else ""
-            for column in [n for n in {"none": (), "needed": needed, "all": row}[columns] if row.get(n) is not None]:
-                kind = KINDS[type(row[column])]
-                before, above = kinds.setdefault(column, (kind, place))
-                if kind != before and changed is None:
-                    changed = place, f"holds {kind} in column {column!r}, where {above} holds {before}"
-        if problem:
-            return place, problem
-    for column, place in lacks.items():  # in the order of the lines
-        if column in has and columns != "none":
-            return place, f"has no column {column!r}, which {has[column]} has"
-    begins = list(kinds.items())
-    if columns == "all" and changed is None and begins and begins[-1][1][1] != begins[0][1][1]:
-        return begins[-1][1][1], f"is the first with anything in column {begins[-1][0]!r}"
-    return changed
 
 
 def check_packing(attn_implementation: str, micro_batch_size: int) -> None:

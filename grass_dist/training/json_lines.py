@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from types import NoneType
 from typing import Any, BinaryIO, NamedTuple
 
 from grass_dist.errors import ConfigError
@@ -20,8 +21,34 @@ LONGEST = 64 * 2**20
 DEEPEST = 63
 """Levels of lists and objects in a row, the row's own included. Arrow takes no more."""
 
-KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
-"""What a value of JSON is called; null is not among them."""
+
+class Number(str):
+    """A number, as the text that the file writes: 2.50 stays "2.50"."""
+
+    __slots__ = ()
+
+
+class Unfit(str):
+    """NaN, Infinity, -Infinity, or a number too large for every program; only with ``strict=False``."""
+
+    __slots__ = ()
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the line that holds it."""
+        return "holds a number that is too large" if self[-1].isdigit() else f"holds {self}, which is no JSON"
+
+
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    Number: "a number",
+    Unfit: "a number",
+    bool: "true or false",
+    NoneType: "null",
+}
+"""What a value of JSON is called."""
 
 _BOM, _SPACE, _BREAK = b"\xef\xbb\xbf", b" \t\r\n", b"\n"
 _NESTED = f"is nested in more than {DEEPEST} levels"
@@ -65,8 +92,14 @@ class Skipped:
         return f"{self.file}: left out {self.count} broken {unit} ({numbers}); {self.problem}"
 
 
-def entries(setting: str, file: str) -> Iterator[Entry]:
+def entries(setting: str, file: str, *, strict: bool = True) -> Iterator[Entry]:
     """The lines that are not blank or, if a .json file begins with ``[``, the elements of its list.
+
+    Numbers are `Number`, so nothing of them is lost.
+
+    Args:
+        strict: whether a line with ``NaN`` or ``1e999`` in any column is broken, and a line ``null``; if not, such
+            values are `Unfit`, and the line is an empty row.
 
     Raises:
         ConfigError: the elements cannot be told apart; it is about ``setting``.
@@ -77,19 +110,8 @@ def entries(setting: str, file: str) -> Iterator[Entry]:
         opened.seek(0)
         unit, found = ("element", _elements(setting, file, opened.read())) if is_list else ("line", _lines(opened))
         for number, raw in found:
-            row, problem = (None, f"is longer than {LONGEST >> 20} MB") if raw is None else _parse(raw)
+            row, problem = (None, f"is longer than {LONGEST >> 20} MB") if raw is None else _parse(raw, strict)
             yield Entry(unit, number, row, problem)
-
-
-def deeply_nested(file: str) -> bool:
-    """Whether a line is nested so deeply that Arrow, as it reads it, might end the process instead of raising."""
-    with open(file, "rb") as opened:
-        for _, raw in _lines(opened):
-            if raw is None or len(raw) < 2000 or raw.startswith(b"["):  # a list raises
-                continue
-            if raw.count(b"[") + raw.count(b"{") > 1000 and _parse(raw)[1] == _NESTED:
-                return True
-    return False
 
 
 def _lines(opened: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -140,13 +162,15 @@ def _elements(setting: str, file: str, data: bytes) -> Iterator[tuple[int, bytes
         yield number + 1, b""
 
 
-def _parse(raw: bytes) -> tuple[Row | None, str]:
+def _parse(raw: bytes, strict: bool) -> tuple[Row | None, str]:
     """The row of a line or element, or what is wrong with it."""
     try:
         text = raw.decode()
-        row = _DECODER.decode(text)
+        row = (_STRICT if strict else _TOLERANT).decode(text)
+        if row is None and not strict:
+            return {}, ""
         if not isinstance(row, dict):
-            return None, f"is {KINDS.get(type(row), 'null')}, not an object"
+            return None, f"is {KINDS[type(row)]}, not an object"
         if text.count("[") + text.count("{") > DEEPEST and _is_nested(row):
             return None, _NESTED
         if _HALF_A_PAIR.search(text):
@@ -161,8 +185,6 @@ def _parse(raw: bytes) -> tuple[Row | None, str]:
         return None, str(error)
     except RecursionError:
         return None, _NESTED
-    except ValueError:  # int() does not convert thousands of digits
-        return None, "holds a number of too many digits"
     return row, ""
 
 
@@ -185,14 +207,19 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _float(text: str) -> float:
-    if math.isinf(number := float(text)):
-        raise _Refused("holds a number that is too large")
+def _float(text: str) -> Number | Unfit:
+    return Unfit(text) if math.isinf(float(text)) else Number(text)
+
+
+def _strictly(text: str) -> Number:
+    if isinstance(number := _float(text), Unfit):
+        raise _Refused(number.problem)
     return number
 
 
 def _constant(name: str) -> None:
-    raise _Refused(f"holds {name}, which is no JSON")
+    raise _Refused(Unfit(name).problem)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=_strictly, parse_constant=_constant)
+_TOLERANT = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=_float, parse_constant=Unfit)

@@ -1,0 +1,23 @@
+"""A training example as run.json holds it; `grass_dist.training.shown` makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an example: a special token, or text between two."""
+
+    text: str
+    learnt: bool
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShownExample:
+    """A training example as the model sees it; ``tokens`` and ``learnt`` are numbers of tokens."""
+
+    tokens: int
+    learnt: int
+    pieces: tuple[Piece, ...]

@@ -1,0 +1,200 @@
+"""Prompt and completion as turns of a chat template: the ids that the model is given, and those that it learns."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from grass_dist.errors import ConfigError
+
+_QUESTION, _ANSWER = "A question 4f7c", "An answer 9b2e"
+"""What a template is tried with: nothing that it would write by itself."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Turn(NamedTuple):
+    """The assistant's turn, which follows the ids of the prompt."""
+
+    ids: list[int]
+    learnt: list[bool]
+    """For each id, whether it is learnt."""
+
+
+class Chat:
+    """The chat template of a tokenizer, tried once with a question and an answer.
+
+    The rendering of both is ``before + answer + after``. That of the question alone, with its generation prompt, is
+    what the model is given; it may end with an opening of its own (``<think>``) that is not in ``before``.
+
+    Raises:
+        ConfigError: the template writes neither a text nor a list of parts, or drops one of both.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._eos: Any = tokenizer.eos_token_id
+        self._in_parts = False
+        if (first := self._try()) is not None:
+            self._in_parts = True
+            if self._try() is not None:
+                raise _refused(first)
+        given, both = self._given(_QUESTION), self._both(_QUESTION, _ANSWER)
+        before, _, self._after = both.rpartition(_ANSWER)
+        shared = next((i for i, (a, b) in enumerate(zip(given, before, strict=False)) if a != b), len(before))
+        self._opening, self._other_opening = given[shared:], before[shared:]
+        self._marks = _GENERATION.search(str(tokenizer.get_chat_template())) is not None
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids that the model is given."""
+        return self._encode(self._given(prompt))
+
+    def turn(self, prompt: str, answer: str) -> Turn:
+        """The ids that follow those of `prompt_ids`: the answer, all that the template writes around it, and its end.
+
+        Where the template has a ``{% generation %}`` block, what stands before it is not learnt. What follows the
+        end-of-turn token is left out, and a template that writes no end of a turn gets the tokenizer's eos token.
+
+        Raises:
+            ConfigError: the rendering, or what is learnt of it, does not hold the answer.
+        """
+        given, both = self._given(prompt), self._both(prompt, answer)
+        rest, held = self._rest(given, both, answer)
+        if not _holds(held.removesuffix(self._after), answer):
+            raise _refused("drops or rewrites the completion", answer)
+        ids, learnt = self._ids(given, both, rest, prompt, answer)
+        ends = [index for index, token in enumerate(ids) if token == self._eos]
+        if ends and str(self._tokenizer.eos_token) in self._after:
+            ids, learnt = ids[: ends[-1] + 1], learnt[: ends[-1] + 1]
+        elif self._eos is not None and not self._after.strip() and ids[-1:] != [self._eos]:
+            ids, learnt = [*ids, self._eos], [*learnt, True]
+        self._check(ids, learnt, answer, opened=held != rest)
+        return Turn(ids, learnt)
+
+    def _rest(self, given: str, both: str, answer: str) -> tuple[str, str]:
+        """What follows in the rendering of both after what the model is given, and the part that must hold the answer.
+
+        The second is longer where an answer begins with the opening that the model is given already.
+        """
+        start = len(given) - len(self._opening)
+        if both.startswith(given):
+            return both[len(given) :], both[start:]
+        if both.startswith(given[:start]) and given.endswith(self._opening):
+            rest = both[start:].removeprefix(self._other_opening)
+            return rest.removeprefix(self._opening.strip()), rest
+        for body in (answer, answer.strip()):  # the user's turn is another one when an answer follows
+            if body and both.endswith(body + self._after):
+                return body + self._after, body + self._after
+        raise _refused("writes the prompt in another way when a completion follows", answer)
+
+    def _ids(self, given: str, both: str, rest: str, prompt: str, answer: str) -> Turn:
+        prompt_ids, whole = self._encode(given), self._encode(both)
+        mask = self._mask(prompt, answer, len(whole)) if self._marks else None
+        size = len(prompt_ids)
+        if both.startswith(given) and whole[:size] == prompt_ids:
+            last = max((index for index, marked in enumerate(mask or []) if marked), default=-1)
+            learnt = [mask is None or mask[i] or i > last for i in range(size, len(whole))]
+            return Turn(whole[size:], learnt)
+        # Tokens merge across the border, or the model is given another opening: the rest is a text of its own.
+        unmarked = self._unmarked(both, mask, len(both) - len(rest))
+        head = self._continue(rest[:unmarked], prompt_ids) if unmarked else []
+        tail = self._continue(rest[unmarked:], prompt_ids + head)
+        return Turn(head + tail, [False] * len(head) + [True] * len(tail))
+
+    def _mask(self, prompt: str, answer: str, size: int) -> list[bool] | None:
+        """Which ids of the rendering the template marks; None where it marks none, or the tokenizer cannot tell."""
+        messages = self._messages(prompt, answer)
+        try:
+            encoded: Any = self._tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except Exception:  # a tokenizer without offsets
+            return None
+        mask = [bool(marked) for marked in encoded["assistant_masks"]]
+        return mask if any(mask) and len(mask) == size else None
+
+    def _unmarked(self, both: str, mask: list[bool] | None, start: int) -> int:
+        """The number of characters from ``start`` on that come before the first marked one."""
+        if mask is None:
+            return 0
+        encoded: Any = self._tokenizer(both, add_special_tokens=False, return_offsets_mapping=True)
+        return max(0, encoded["offset_mapping"][mask.index(True)][0] - start)
+
+    def _continue(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of a text that goes on after ``ids``, without the space that a tokenizer may put before a text."""
+        alone, ids, decode = self._encode(text), ids[-8:], self._tokenizer.decode
+        if decode(ids + alone) != str(decode(ids)) + text:
+            line = self._encode("\n")
+            after_line = self._encode("\n" + text)
+            within = after_line[len(line) :]
+            if after_line[: len(line)] == line and decode(ids + within) == str(decode(ids)) + text:
+                return within
+        return alone
+
+    def _check(self, ids: list[int], learnt: list[bool], answer: str, *, opened: bool) -> None:
+        """That what is learnt, read back, holds the answer: the last word on all of the above."""
+        text = self._tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
+        wanted = answer.strip()
+        if opened and wanted.startswith(self._opening.strip()):
+            wanted = wanted.removeprefix(self._opening.strip())
+        # A tokenizer that loses something (capitals, unknown characters) loses it here too.
+        if not _holds(str(text), wanted) and not _holds(str(text), str(self._tokenizer.decode(self._encode(wanted)))):
+            what = "marks, with its {% generation %} blocks, only a part of" if self._marks else "does not keep"
+            raise _refused(f"{what} the completion", answer)
+
+    def _try(self) -> str | None:
+        """What is wrong with the template in the present form of content, or nothing."""
+        try:
+            given, both = self._given(_QUESTION), self._both(_QUESTION, _ANSWER)
+        except Exception as error:  # a template may raise anything
+            return f"cannot be used ({' '.join(str(error).split()) or type(error).__name__})"
+        if not (_holds(given, _QUESTION) and _holds(both, _QUESTION)):
+            return "drops or rewrites the prompt"
+        return None if _ANSWER in both else "drops or rewrites the completion"
+
+    def _given(self, prompt: str) -> str:
+        return self._render([self._message("user", prompt)], add_generation_prompt=True)
+
+    def _both(self, prompt: str, answer: str) -> str:
+        return self._render(self._messages(prompt, answer))
+
+    def _messages(self, prompt: str, answer: str) -> list[dict[str, Any]]:
+        return [self._message("user", prompt), self._message("assistant", answer)]
+
+    def _message(self, role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
+
+    def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def _encode(self, text: str) -> list[int]:
+        ids: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(ids)
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """The `Chat` of a tokenizer, made once for each template. Raises: as `Chat`."""
+    return _chat(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=4)
+def _chat(tokenizer: PreTrainedTokenizerBase, _template: str) -> Chat:
+    return Chat(tokenizer)
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a text holds another one; a template may strip or add white space."""
+    return part in text or _squeezed(part) in _squeezed(text)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _refused(what: str, answer: str | None = None) -> ConfigError:
+    shown = "" if answer is None else f" {answer if len(answer) <= 40 else answer[:37] + '...'!r}"
+    fix = "set data.chat_template to false, or give the tokenizer a template that writes both as they are"
+    return ConfigError("chat_template", True, f"the tokenizer's chat template {what}{shown}", fix)

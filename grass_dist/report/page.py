@@ -107,7 +107,7 @@ def render(run: Run, pictures: Mapping[str, Path | None]) -> str:
         info=run.info,
         summary=_summary(run),
         facts=_facts(run),
-        notes=[*run.notes, *_untrained(run)],
+        notes=[*run.notes, *untrained(run)],
         cards=cards(found, run),
         pictures=[_picture(name, pictures.get(name), told.get(name, "")) for name in CAPTIONS],
         layers=layer_rows(run),
@@ -265,7 +265,7 @@ def _evenness(run: Run) -> str:
     return f"{told}the smallest.{hint}"
 
 
-def _untrained(run: Run) -> list[str]:
+def untrained(run: Run) -> list[str]:
     """The note on layers that a finished run did not reach."""
     never = [layer for layer, times in enumerate(run.times_trained()) if not times]
     told = too_short_for(never, run.info.num_layers, str(run.info.grass.get("sampler"))) if run.end else None

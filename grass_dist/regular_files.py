@@ -42,11 +42,13 @@ def read_regular(path: str | os.PathLike[str], largest: int, *, follow: bool = F
     Raises:
         OSError: as `open_regular`, or it is larger.
     """
+    content = bytearray()
     with open_regular(path, follow=follow) as stream:
-        content = stream.read(largest + 1)
+        while len(content) <= largest and (part := stream.read(min(2**20, largest + 1))):
+            content += part
     if len(content) > largest:
         raise OSError(errno.EFBIG, f"it has more than {largest} bytes", os.fspath(path))
-    return content
+    return bytes(content)
 
 
 def make_folder(path: Path) -> None:

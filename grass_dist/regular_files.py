@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 
-def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> io.BufferedReader:
     """Opens a file for reading, without waiting for anybody to write into a pipe.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
@@ -233,8 +234,22 @@ def test_a_fine_tune_that_goes_on_loads_what_its_own_configuration_names(
     there: Path, trained: Trained, tmp_path: Path
 ) -> None:
     config = make_config(tmp_path, trained.folder.parents[1] / "source", make_data(tmp_path / "data.jsonl"))
-    argv = ["launch/finetune.py", "--config", str(config), "parallel=single", "--resume", str(there / "known")]
+    trusts = ["parallel=single", "model.trust_remote_code=true"]  # its own model, and not that of the checkpoint
+    argv = ["launch/finetune.py", "--config", str(config), *trusts, "--resume", str(there / "known")]
     ended = run_guarded(there, [sys.executable, *argv])
     assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    assert f"the code that comes with {trained.folder.parents[1] / 'source'} may run: model.trust" in ended.stdout
     assert "error: data.chat_template=True: the run that it goes on with has None" in ended.stderr
     assert not (there / "trap").exists(), (there / "trap").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", "x"], "--model='x': only --ds-config makes a model; leave it out, or add --ds-config."),
+        (["--ds-config", "x", "--trust-remote-code"], "--trust-remote-code=True: it allows the code of the model"),
+    ],
+)
+def test_code_is_allowed_for_a_model_that_is_named_and_for_no_other(options: list[str], sentence: str) -> None:
+    done = CliRunner().invoke(app, ["convert", "run", "out", *options])
+    assert done.exit_code == 1 and sentence in " ".join(done.output.split())

@@ -115,11 +115,15 @@ def _save(
     checkpoint = open_checkpoint(source, ranks)
     config = world.together(lambda: _settings_of(checkpoint, ds_config, world.size, model_name, trust_remote_code))
     parallel = world.together(lambda: DeepSpeed(config, world))
+    if model_name is None:
+        own = world.together(lambda: _own_config(checkpoint))
 
-    def make(config: RunConfig, device: torch.device) -> nn.Module:
-        return build(_own_config(checkpoint), getattr(torch, config.model.dtype), device, ATTENTION)
+        def make(config: RunConfig, device: torch.device) -> nn.Module:
+            return build(own, getattr(torch, config.model.dtype), device, ATTENTION)
 
-    model = world.together(parallel.load if model_name else partial(parallel.load, make))
+        model = world.together(partial(parallel.load, make))
+    else:
+        model = world.together(parallel.load)
     run = parallel.start(model, find_layers(model, config.grass.layers), [])
     resume_run(checkpoint, run, config.train.seed, world)
 

@@ -4,10 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Ranks of the demo: one for each GPU, two without.
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)" 2>/dev/null || echo 2)
+# A text that make has not expanded yet: a value of the environment must not be read as a command.
+ifneq ($(filter environment command,$(origin RANKS)),)
+ifneq ($(subst 0,,$(subst 1,,$(subst 2,,$(subst 3,,$(subst 4,,$(subst 5,,$(subst 6,,$(subst 7,,$(subst 8,,$(subst 9,,$(value RANKS))))))))))),)
+$(error RANKS=$(value RANKS): write a whole number, e.g. 2)
+endif
+endif
 # How the demo shards: fsdp2, ddp, or DeepSpeed's zero2 or zero3, which its own launcher starts.
 BACKEND ?= fsdp2
-ifeq ($(filter $(BACKEND),fsdp2 ddp zero2 zero3),)
-$(error BACKEND=$(BACKEND): use fsdp2, ddp, zero2 or zero3)
+ifeq ($(filter $(value BACKEND),fsdp2 ddp zero2 zero3),)
+$(error BACKEND=$(value BACKEND): use fsdp2, ddp, zero2 or zero3)
 endif
 ifneq ($(filter zero%,$(BACKEND)),)
 CONFIG ?= configs/demo_$(BACKEND).yaml

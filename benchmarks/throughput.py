@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,15 @@ def turns(methods: list[str], backend: str, args: argparse.Namespace, world: Wor
     """By method: seconds of each round and those of full fine-tuning, which steps drew, limits, or why it refuses."""
     began = {method: start(method, backend, args, world) for method in methods}
     runs = {method: run for method, run in began.items() if isinstance(run, Trained)}
+    if "full" not in runs:  # nothing to compare with: as where DeepSpeed is not installed
+        for run in runs.values():
+            run.free()
+        runs = {}
     seconds: dict[str, list[float]] = {method: [] for method in runs}
     draws: dict[str, list[bool]] = {method: [] for method in runs if runs[method].grass is not None}
     limits: dict[str, list[tuple[float, float]]] = {method: [] for method in draws}
     names = list(runs)
-    for number in range(args.rounds):
+    for number in range(args.rounds if names else 0):
         for method in names[number % len(names) :] + names[: number % len(names)]:
             run, active = runs[method], runs[method].active
             took = timed(run, tokens(args, world, run.vocabulary, WARM_UP + number), world)
@@ -94,7 +99,7 @@ def turns(methods: list[str], backend: str, args: argparse.Namespace, world: Wor
         run.free()
     return {
         "seconds": seconds,
-        "full": dict.fromkeys(runs, seconds["full"]),
+        "full": dict.fromkeys(runs, seconds.get("full")),
         "draws": draws,
         "limits": {
             method: [statistics.mean(each) for each in zip(*found, strict=True)] for method, found in limits.items()
@@ -128,7 +133,8 @@ def table(record: dict[str, Any]) -> Iterator[str]:
             else:
                 cells.append("refused" if method in told["refused"] else "")
         yield "| " + " | ".join([METHODS[method], *cells, *shown]) + " |"
-    full = [f"{statistics.median(told['seconds']['full']):.2f} s" for told in wrappers.values()]
+    took = [told["seconds"].get("full") for told in wrappers.values()]
+    full = [f"{statistics.median(seconds):.2f} s" if seconds else "" for seconds in took]
     yield "| " + " | ".join(["a step of full fine-tuning", *full, "", ""]) + " |"
     switch = [f"{ratio:.3f}" if (ratio := draw_cost(told)) else "" for told in wrappers.values()]
     yield "| " + " | ".join(["GRASS: steps that draw over others", *switch, "", ""]) + " |"
@@ -182,7 +188,8 @@ def main() -> None:
     if "full" not in args.methods:
         parser.error("--methods must have full, which all others are measured against")
     world = World.join(datetime.timedelta(minutes=2))
-    spare_the_compiler({})
+    if any(backend.startswith("zero") for backend in args.backends) and find_spec("deepspeed") is not None:
+        spare_the_compiler({})  # without DeepSpeed each of its wrappers says so for itself
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
     record: dict[str, Any] = {"arguments": {**vars(args), "json": str(args.json)}, "ranks": world.size}
     record |= {"device": device, "torch": torch.__version__, "wrappers": {}}

@@ -74,14 +74,24 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, for --resume.")],
     ranks: Annotated[int, typer.Option(min=1, help="For DeepSpeed's format: ranks that are to go on.")] = 1,
     ds_config: Annotated[Path | None, typer.Option(help="For DeepSpeed's format: JSON with the ZeRO stage.")] = None,
+    model: Annotated[str | None, typer.Option(help="With --ds-config: name or folder of the model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="With --model: let the code that comes with it run.")
+    ] = False,
 ) -> None:
     """Carry a checkpoint from DeepSpeed's own format to the one of all other backends, or the other way.
 
-    With --ds-config the checkpoint is written in DeepSpeed's format by --ranks CPU processes.
+    With --ds-config the checkpoint is written in DeepSpeed's format by --ranks CPU processes. The model is made of the
+    checkpoint's own sizes; only where transformers does not know it has it to be named by --model.
     """
     with _one_sentence_errors():
         from grass_dist.checkpoint.export import find_checkpoint
 
+        if model is not None and ds_config is None:
+            raise ConfigError("--model", model, "only --ds-config makes a model", "leave it out, or add --ds-config")
+        if trust_remote_code and model is None:
+            problem = "it allows the code of the model that --model names, and none is named"
+            raise ConfigError("--trust-remote-code", True, problem, "add --model, or leave it out")
         source = find_checkpoint(run, None, _warn).folder
         if ds_config is None:
             from grass_dist.checkpoint.convert import to_dcp
@@ -90,7 +100,10 @@ def convert(
         else:
             from grass_dist.training.rewrite import to_deepspeed
 
-            made = to_deepspeed(source, out, ranks=ranks, ds_config=ds_config)
+            if trust_remote_code:
+                _warn(f"The code that comes with {model} may run: --trust-remote-code is given.")
+            named = {"model": model, "trust_remote_code": trust_remote_code}
+            made = to_deepspeed(source, out, ranks=ranks, ds_config=ds_config, **named)
         typer.echo(f"{made}: go on with it by --resume {out}")
 
 

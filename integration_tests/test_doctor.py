@@ -105,6 +105,9 @@ def test_two_hosts_of_two_ranks_are_measured_and_a_version_that_differs_is_named
     report = found()
     assert [rank["host"] for rank in report["ranks"]] == ["grass1", "grass1", "grass2", "grass2"]
     assert [rank["address"] for rank in report["ranks"][1:3]] == ["10.77.0.1", "10.77.0.2"]
+    (warned,) = (finding for finding in report["findings"] if finding["kind"] == "store")
+    assert warned["where"] == "host grass1" and "of all interfaces (eth0 (10.77.0.1))" in warned["sentence"]
+    assert "; the store listens on all interfaces of host grass1, with no password." in ended[0].out
     assert abs(report["ranks"][3]["clock_offset_seconds"]) < 0.1
     measured = [report["all_reduce"], report["reduce_scatter"], *(host["all_reduce"] for host in report["hosts"])]
     assert [one["ranks"] for one in measured] == [4, 4, 2, 2]

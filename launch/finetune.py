@@ -123,6 +123,8 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     transformers.logging.disable_progress_bar()
     parallel = world.together(lambda: choose_parallelism(config, world))
     say = print if world.is_main else lambda *_: None
+    if config.model.trust_remote_code:
+        say(f"the code that comes with {config.model.name} may run: model.trust_remote_code is true")
     checkpoint = find_checkpoint(config, resume, world, say)
     tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
     data = world.together(lambda: _load_data(config, tokenizer))

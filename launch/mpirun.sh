@@ -4,6 +4,7 @@
 # Needs pip install 'grass-dist[mpi]', or an Open MPI and mpi4py of the cluster's own, on every host.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/common.sh
 
 CONFIG=${CONFIG:-configs/fsdp2_grass.yaml}
 HOSTS=${HOSTS:-}                       # names, with commas between them; empty: this host alone
@@ -13,6 +14,9 @@ MPI_ARGS=${MPI_ARGS:-}                 # passed on to mpirun, e.g. --allow-run-a
 MPIRUN=${MPIRUN:-mpirun}
 PYTHON=${PYTHON:-python}
 
+whole_number RANKS
+matches HOSTS '[A-Za-z0-9._:,-]*' 'write names with commas between them, e.g. node1,node2'
+RANKS=$((10#$RANKS))
 if [ "$RANKS" = 0 ]; then RANKS=1; fi
 if [ -n "$INTERFACE" ]; then
   export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
@@ -20,15 +24,17 @@ if [ -n "$INTERFACE" ]; then
 fi
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-PASS=()                                # mpirun hands on to other hosts what it is told to
-for name in $(env | grep -oE '^(NCCL|GLOO|OMP|HF|DS|CUDA|UCX|FI)_[A-Z_0-9]*' || true); do PASS+=(-x "$name"); done
+EXPORTS=()                             # mpirun hands on what it is told to, by name: values are on no command line
+NAMES_HERE=$(passed_names)             # see common.sh
+for name in $NAMES_HERE; do EXPORTS+=(-x "$name"); done
 nodes=1
 WHERE=()
 if [ -n "$HOSTS" ]; then
+  say_tokens
   WHERE=(--host "$HOSTS")
   nodes=$(tr ',' '\n' <<< "$HOSTS" | grep -c .)
 fi
 # ppr: so many on each host, rank by rank; MPI itself carries only the address where the ranks meet.
 # shellcheck disable=SC2086
 exec "$MPIRUN" -n $(( nodes * RANKS )) "${WHERE[@]}" --map-by "ppr:$RANKS:node:OVERSUBSCRIBE" --bind-to none $MPI_ARGS \
-  "${PASS[@]}" "$PYTHON" launch/finetune.py --config "$CONFIG" ${RESUME:+--resume "$RESUME"} "$@"
+  "${EXPORTS[@]}" "$PYTHON" launch/finetune.py --config "$CONFIG" ${RESUME:+--resume "$RESUME"} "$@"

@@ -4,6 +4,7 @@
 # Settings of the run follow as section.field=value; each host needs this folder at the same place.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. launch/common.sh
 
 CONFIG=${CONFIG:-configs/fsdp2_grass.yaml}
 NODES=${NODES:-1}                      # hosts; 1:2 goes on with one when the other is lost
@@ -12,11 +13,14 @@ HEAD=${HEAD:-localhost}                # the host where the others meet, by a na
 PORT=${PORT:-29400}
 RENDEZVOUS=${RENDEZVOUS:-c10d}         # c10d: hosts may come in any order; static: NODE_RANK numbers them
 NODE_RANK=${NODE_RANK:-0}
-RESTARTS=${RESTARTS:-0}                # how often the ranks are started anew after one has died
+RESTARTS=${RESTARTS:-0}                # how often the ranks are started again after one has died
 RDZV_CONF=${RDZV_CONF:-}               # of the rendezvous, e.g. join_timeout=900,last_call_timeout=30
 INTERFACE=${INTERFACE:-}               # network interface, e.g. eth0 or ib0; empty: NCCL and gloo choose
 PYTHON=${PYTHON:-python}
 
+whole_number RANKS PORT NODE_RANK RESTARTS
+matches NODES '[0-9]{1,6}(:[0-9]{1,6})?' 'write a number of hosts, e.g. 2, or 1:2'
+RANKS=$((10#$RANKS))
 if [ "$RANKS" = 0 ]; then RANKS=1; fi
 if [ -n "$INTERFACE" ]; then export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE; fi
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import tracemalloc
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from grass_dist.checkpoint.loading import Checkpoint, State, open_checkpoint
 from grass_dist.checkpoint.per_rank import per_rank_pieces
 from grass_dist.checkpoint.pieces import Piece
 from grass_dist.checkpoint.saving import Snapshot, write_snapshot
+from grass_dist.checkpoint.torch_files import LARGEST_PICKLE
 from grass_dist.checkpoint.zero_run import extents_of
 from grass_dist.errors import CheckpointError
 
@@ -306,6 +310,117 @@ def test_another_thing_in_the_place_of_a_tensor_is_refused(checkpoint, wrong):
         CheckpointError, match=r"optim_states\.pt does not hold optimizer_state_dict/.*/0 as state\.json"
     ):
         checkpoint.tensors().read("a.weight@master", 0, torch.empty(15))
+
+
+# --- files that are small and take much memory
+
+
+def archive(file: Path, pickled: bytes, method: int = zipfile.ZIP_STORED, **more: bytes) -> Path:
+    """As `torch.save` writes them, with this description."""
+    with zipfile.ZipFile(file, "w") as made:
+        for name, content in {"data.pkl": pickled, "version": b"3\n", "byteorder": b"little", **more}.items():
+            made.writestr(f"archive/{name}", content, compress_type=method if name == "data.pkl" else None)
+    return file
+
+
+def long_text(length: int) -> bytes:
+    return b"X" + length.to_bytes(4, "little") + b"a" * length
+
+
+BEGIN, KEY, END = b"\x80\x02}", b"X\x01\x00\x00\x00a", b"s."
+DICT = b"ccollections\nOrderedDict\n"
+BIG = b"]q\x05(" + b"K\x01" * 100_000 + b"e"
+PAIRS = b"K\x01q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(40))
+"""A tuple of two references to such a tuple, and so on: to hash the last one takes 2^40 steps."""
+SMALL_AND_LARGE = {
+    "a byte array of a gigabyte": (KEY + b"cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R", "builtins.bytearray"),
+    "a tensor of four gigabytes": (KEY + b"ctorch\nTensor\nJ\x00\x00\x00\x40\x85R", "torch.Tensor"),
+    "text in another encoding": (KEY + b"c_codecs\nencode\n" + long_text(9) + b"X\x06\0\0\0utf-32\x86R", "_codecs.enc"),
+    "many copies of a list": (
+        KEY + b"(cbuiltins\nset\nq\x01" + BIG + b"h\x01h\x05\x85R" * 1000 + b"t",
+        "copies something large",
+    ),
+    "many copies of a dict": (KEY + DICT + b")Rq\x01}q\x05" + b"h\x05b" * 1000, "copies something large"),
+    "a key that takes for ever": (b"(" + PAIRS + b"NtN", "something large as a key"),
+    "many instructions": (KEY + b"(" + b"N" * 4_000_000 + b"t", "more than 4000000 instructions"),
+    "a long description": (KEY + long_text(LARGEST_PICKLE), f"more than {LARGEST_PICKLE} bytes"),
+    "an instruction of another protocol": (KEY + b"\x96" + (1).to_bytes(8, "little") + b"a", "BYTEARRAY8"),
+    "a text that is cut": (KEY + b"X\xff\xff\0\0a", "is damaged"),
+    "nothing on the stack": (b"0" * 9, "POP"),
+    "a reference to nothing": (KEY + b"h\x07", "is damaged"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", SMALL_AND_LARGE)
+def test_a_description_that_takes_much_memory_is_refused_before_anything_is_made(tmp_path, monkeypatch, what):
+    pickled, reason = SMALL_AND_LARGE[what]
+    file = archive(tmp_path / "x.pt", BEGIN + pickled + END)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch was given it"))
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        read_file(file)
+
+
+def test_a_deflated_description_is_refused_unread(tmp_path):
+    """Limits count what is unpacked, and torch.save packs nothing."""
+    file = archive(tmp_path / "x.pt", BEGIN + KEY + long_text(2**26) + END, zipfile.ZIP_DEFLATED)
+    assert file.stat().st_size < 2**20
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="is compressed, which torch.save never does"):
+        read_file(file)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def lie(file: Path, *changes: tuple[bytes, int, bytes]) -> None:
+    """Writes bytes so far behind the last place of a signature."""
+    content = bytearray(file.read_bytes())
+    for signature, offset, new in changes:
+        at = content.rindex(signature) + offset
+        content[at : at + len(new)] = new
+    file.write_bytes(content)
+
+
+ENTRY, LAST = b"PK\x01\x02", b"PK\x05\x06"
+LIES_OF_ARCHIVES = {
+    "a record that claims gigabytes": lambda file: lie(file, (ENTRY, 20, b"\xff\xff\xff\x7f" * 2)),
+    "a record that claims more than it has": lambda file: lie(file, (ENTRY, 24, b"\xff\xff\xff\x7f")),
+    "a record behind the end": lambda file: lie(file, (ENTRY, 42, b"\xff\xff\xff\x7f")),
+    "a directory elsewhere": lambda file: lie(file, (LAST, 16, b"\0\0\0\0")),
+    "a longer directory": lambda file: lie(file, (LAST, 12, b"\xff\xff\0\0")),
+    "a comment": lambda file: lie(file, (LAST, 20, b"\1")),
+    "something behind the end": lambda file: file.write_bytes(file.read_bytes() + bytes(100)),
+    "something in front": lambda file: file.write_bytes(b"PK\x03\x04" + bytes(96) + file.read_bytes()),
+    "the description twice": lambda file: archive(file, b"}.", **{"DATA.pkl": b"}."}),
+    "two descriptions": lambda file: archive(file, b"}.", **{"more/data.pkl": b"}."}),
+    "no description": lambda file: zipfile.ZipFile(file, "w").writestr("archive/version", "3"),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a link": lambda file: (file.rename(file.with_name("y.pt")), file.symlink_to("y.pt")),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", LIES_OF_ARCHIVES)
+def test_an_archive_that_says_what_it_does_not_hold_is_refused(tmp_path, monkeypatch, what):
+    file = archive(tmp_path / "x.pt", BEGIN + KEY + long_text(50) + END)
+    assert read_file(file) == {"a": "a" * 50}
+    LIES_OF_ARCHIVES[what](file)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch was given it"))
+    with pytest.raises(CheckpointError, match=r"x\.pt cannot be read"):
+        read_file(file)
+
+
+def test_what_torch_saves_is_read_as_it_reads_it(tmp_path):
+    shared = (0.9, 0.99)
+    content = {
+        "tensors": [torch.ones(3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool)],
+        "groups": [{"betas": shared, "eps": 1e-8}, {"betas": shared, "eps": 1e-8}],
+        "twice": [torch.nn.Parameter(torch.zeros(2))] * 2,
+        "shapes": OrderedDict(a=torch.Size((2, 3)), b=torch.Size(())),
+        "others": {"set": {"x"}, "dtype": torch.float16, "device": torch.device("cpu"), "none": None, "n": 2**40},
+    }
+    torch.save(content, tmp_path / "x.pt")
+    assert str(read_file(tmp_path / "x.pt")) == str(content)
 
 
 # --- converting

@@ -16,8 +16,9 @@ from grass_dist.doctor.collectives import affordable, rounds
 from grass_dist.doctor.facts import Collective, Copies, Disk, Facts, Link, Reach, Report
 from grass_dist.doctor.findings import judge, judge_meeting
 from grass_dist.doctor.gather import try_disk
-from grass_dist.doctor.network import Listener, choose_address, find_interfaces, reach
+from grass_dist.doctor.network import Listener, bound_addresses, choose_address, find_interfaces, reach
 from grass_dist.doctor.schema import as_json, pinnable_bytes
+from grass_dist.doctor.tables import show
 from grass_dist.doctor.words import by_value, duration, listed, size
 from grass_dist.training.seats import Seat
 
@@ -90,10 +91,49 @@ def test_a_healthy_cluster_has_no_findings_and_all_of_it_is_in_the_json():
     assert found["ranks"][1]["h2d_together_bytes_per_s"] == 5e9
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_the_address_that_a_port_is_bound_to(address):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as listening:
+        try:
+            listening.bind((address, 0))
+        except OSError:
+            pytest.skip("this host has no IPv6")
+        port = listening.getsockname()[1]
+        assert bound_addresses(port) == ()
+        listening.listen()
+        assert bound_addresses(port) == (address,)
+        with socket.create_connection(({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), port)):
+            assert bound_addresses(port) == (address,)
+
+
+def test_torchs_own_store_is_found_on_all_interfaces():
+    import torch.distributed as dist
+
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    assert set(bound_addresses(store.port)) & {"0.0.0.0", "::"}
+
+
+def test_a_store_on_all_interfaces_is_a_warning_and_on_one_is_not(capsys):
+    finding = only(changed(healthy(), 0, store_bound=("::",)))
+    assert finding.kind == "store" and not finding.is_error
+    for words in (
+        "the ranks' store on host node1 listens on port 29400 of all interfaces (eth0 (10.0.0.1))",
+        "firewall",
+    ):
+        assert words in finding.sentence
+    one = changed(healthy(), 0, store_bound=("10.0.0.1",))
+    assert judge(one) == [] and judge(changed(healthy(), 0, store_bound=("::",), interfaces={"lo": "127.0.0.1"})) == []
+    show(one, [])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The ranks meet at node1:29400; the store listens on 10.0.0.1 of host node1, with no password." in said
+    assert as_json(one, [])["ranks"][0]["store_bound"] == ["10.0.0.1"]
+
+
 def test_facts_travel_as_json():
     from dataclasses import asdict
 
-    one = facts(1, "node1", 1, "GPU-1", ("GPU-0", "GPU-1"), **GPU)
+    one = facts(1, "node1", 1, "GPU-1", ("GPU-0", "GPU-1"), store_bound=("::",), **GPU)
     assert Facts.from_json(json.loads(json.dumps(asdict(one)))) == one
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import MASTER, Entries, decode, state_key
+from grass_dist.checkpoint.torch_files import check_file
 from grass_dist.checkpoint.zero_run import Extent, GroupLayout, Layout, Placed, extents_of
 from grass_dist.errors import CheckpointError
 
@@ -275,13 +276,15 @@ _CLASSES = (
 """All that DeepSpeed's files mention, in the releases that are supported, besides tensors and what JSON can hold."""
 
 
-def read_file(file: Path, allowed: Iterable[str] = _CLASSES) -> dict[str, Any]:
+def read_file(file: Path, allowed: Sequence[str] = _CLASSES) -> dict[str, Any]:
     """What a file of DeepSpeed's holds, mapped into memory; of its objects other than tensors only the names are used.
 
     Raises:
-        CheckpointError: it cannot be read, or not without executing something in it.
+        CheckpointError: it cannot be read, or not without executing something in it, or it would take more memory than
+            it has bytes.
     """
     try:
+        check_file(file, allowed)
         with torch.serialization.safe_globals([(_Unused, name) for name in allowed]):
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -291,8 +294,9 @@ def read_file(file: Path, allowed: Iterable[str] = _CLASSES) -> dict[str, Any]:
             f"{file} holds {what}, and is not read, since that could execute anything: a file of DeepSpeed's needs "
             "no such object; leave it out of the engine's client state, scheduler and configuration."
         ) from None
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise CheckpointError(f"{file} cannot be read: {files.printable(error)}.") from None
+    except Exception as error:  # `Unreadable`, or whatever a damaged file makes torch raise
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{file} cannot be read: {files.printable(reason)}.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a file of DeepSpeed's.")
     return content

@@ -110,7 +110,7 @@ def export(
         step: of the checkpoint.
         max_shard_bytes: a file of weights is no larger, unless a single tensor is.
         overwrite: whether an ``out`` that holds a model is replaced.
-        tell: called with what is wrong with each newer checkpoint.
+        tell: called with what is wrong with each newer checkpoint, and where code was copied.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged, or holds no ``model``.
@@ -126,6 +126,11 @@ def export(
         shards = split(weights_of(checkpoint, reader), max_shard_bytes)
         _check_space(out, checkpoint, shards)
         _write(checkpoint, reader, shards, out, overwrite)
+        if code := [name for name in _model_files(checkpoint) if name.endswith(".py")]:
+            tell(
+                f"{out} has code that came with the checkpoint ({', '.join(code):.200}): it was copied and not run. "
+                "It runs where the model is loaded with trust_remote_code=True, so read it before."
+            )
     except GrassError:
         raise
     except Exception as error:  # a full disk, or whatever else: a sentence, as everywhere

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -22,6 +21,7 @@ from pydantic import BeforeValidator, FailFast, Field, model_validator
 from grass_dist.checkpoint import folders
 from grass_dist.config import StrictModel
 from grass_dist.errors import CheckpointError, GrassError
+from grass_dist.regular_files import open_regular
 
 FORMAT, VERSION = "grass_dist checkpoint", 1
 MANIFEST, STATE, TENSORS, DEEPSPEED, MODEL = "checkpoint.json", "state.json", "tensors", "deepspeed", "model"
@@ -99,8 +99,12 @@ class Manifest(Stored):
 
 
 def digest(file: Path) -> FileEntry:
-    """Size and SHA-256 of a file that is a file of its own, not a link."""
-    with _open_regular(file) as stream:
+    """Size and SHA-256 of a file that is a file of its own, not a link.
+
+    Raises:
+        OSError: it is something else, or cannot be read.
+    """
+    with open_regular(file) as stream:
         return FileEntry(
             bytes=os.fstat(stream.fileno()).st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest()
         )
@@ -120,7 +124,7 @@ def read_json(file: Path) -> Any:
         CheckpointError: it is missing, too large, or not JSON.
     """
     try:
-        with _open_regular(file) as stream:
+        with open_regular(file) as stream:
             if (size := os.fstat(stream.fileno()).st_size) > LARGEST_JSON:
                 raise CheckpointError(f"{file} has {size} bytes, more than a file of ours ever has.")
             return json.loads(stream.read(), parse_constant=_no_constant)
@@ -277,14 +281,6 @@ def _check_regular(folder: Path, name: str) -> None:
         raise CheckpointError(f"{at} is missing.")
     if not at.is_file():
         raise CheckpointError(f"{at} is not a file.")
-
-
-def _open_regular(file: Path) -> Any:
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{file} is not a file.")
-    return os.fdopen(descriptor, "rb")
 
 
 def _no_constant(name: str) -> Any:

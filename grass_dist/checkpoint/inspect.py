@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +22,7 @@ from grass_dist.checkpoint.pieces import Entries, decode
 from grass_dist.checkpoint.saving import together
 from grass_dist.config import ROLES, GrassConfig, check_num_layers
 from grass_dist.errors import CheckpointError, ConfigError
+from grass_dist.regular_files import open_regular
 from grass_dist.samplers import make_sampler, probe_steps
 from grass_dist.schedule import Schedule
 
@@ -250,10 +249,7 @@ def _draws_until(engine: EngineState, run: Path) -> list[Draw]:
 
 
 def _read_draws(file: Path) -> Iterator[Draw]:
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return
+    with open_regular(file) as stream:
         while line := stream.readline(_LONGEST_LINE):
             if b'"sample"' not in line or not line.endswith(b"\n"):  # the last one may be half-written
                 continue

@@ -31,7 +31,7 @@ from grass_dist.doctor.facts import Disk, Facts, Reach, Report
 from grass_dist.doctor.findings import judge, judge_meeting
 from grass_dist.doctor.gather import choose_own_address, own_device, own_facts, try_disk
 from grass_dist.doctor.meeting import GRACE, Meeting
-from grass_dist.doctor.network import Listener, reach, reason
+from grass_dist.doctor.network import Listener, bound_addresses, reach, reason
 from grass_dist.doctor.schema import as_json
 from grass_dist.doctor.tables import show
 from grass_dist.errors import GrassError
@@ -146,6 +146,8 @@ def _meet(place: Place, options: Options, report: Report) -> Meeting:
         said = f"{chosen.interface or chosen.chosen_by} ({chosen.address}) cannot be listened on: {reason(error, 0)}"
         chosen = replace(chosen, problem=chosen.problem or said)
     facts = own_facts(place, chosen, port)
+    if place.port is not None:
+        facts = replace(facts, store_bound=bound_addresses(place.port))
     came = meeting.exchange("facts", {"facts": asdict(facts), "token": token.hex()})
     report.ranks = [Facts.from_json(one["facts"]) for one in came if one is not None]
     tokens = {rank: bytes.fromhex(one["token"]) for rank, one in enumerate(came) if one is not None}

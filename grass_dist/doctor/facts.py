@@ -48,6 +48,8 @@ class Facts:
     """RLIMIT_MEMLOCK of this process; None: no limit, or CAP_IPC_LOCK, to which none applies."""
     infiniband: bool
     """Whether the host has adapters for RDMA."""
+    store_bound: tuple[str, ...] = ()
+    """Addresses of this host at which the ranks' store listens; "0.0.0.0" and "::" are all. Empty where it does not."""
 
     @property
     def host(self) -> str:
@@ -60,7 +62,7 @@ class Facts:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Facts:
         seat = Seat(**{**found["seat"], "visible": tuple(found["seat"]["visible"])})
-        return cls(**{**found, "seat": seat})
+        return cls(**{**found, "seat": seat, "store_bound": tuple(found["store_bound"])})
 
 
 @dataclass(frozen=True, slots=True)

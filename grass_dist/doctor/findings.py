@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from grass_dist.doctor.facts import Facts, Report
 from grass_dist.doctor.measured import judge_measures
+from grass_dist.doctor.network import ALL, is_loopback, shown
 from grass_dist.doctor.words import Finding, by_value, hosts_named, listed
 from grass_dist.training.seats import problem_of
 
@@ -139,6 +140,7 @@ def _versions(report: Report) -> Iterator[Finding]:
 def _host_facts(report: Report) -> Iterator[Finding]:
     for host, ranks in report.hosts.items():
         yield from _host(host, ranks)
+        yield from _store(host, ranks[0], report.meets_at)
     gpus = {host: ranks[0].device for host, ranks in report.hosts.items() if ranks[0].on_gpu}
     if len(set(gpus.values())) > 1:
         sentence = f"GPUs differ: {by_value(gpus)}; every step takes as long as the slowest, so train on one kind."
@@ -168,6 +170,19 @@ def _host(host: str, ranks: list[Facts]) -> Iterator[Finding]:
             "more; start the ranks with `ulimit -l unlimited`."
         )
         yield Finding("memlock", where, sentence, is_error=False)
+
+
+def _store(host: str, facts: Facts, meets_at: str) -> Iterator[Finding]:
+    """Torch's store asks for no password, and what it is told is believed."""
+    elsewhere = {name: at for name, at in facts.interfaces.items() if not is_loopback(at)}
+    if elsewhere and any(address in ALL for address in facts.store_bound):
+        port = meets_at.rpartition(":")[2]
+        sentence = (
+            f"the ranks' store on host {host} listens on port {port} of all interfaces ({shown(elsewhere)}) and asks "
+            "for no password, as all of torch's: whoever reaches it can stop the run or have the ranks run code; let "
+            "only the hosts of this cluster reach it (a network of their own, or a firewall on the other interfaces)."
+        )
+        yield Finding("store", f"host {host}", sentence, is_error=False)
 
 
 def _clocks(report: Report) -> Iterator[Finding]:

@@ -56,7 +56,7 @@ def choose_address(
         by_route: the address that packets to ``toward`` leave by.
     """
     names = {address: name for name, address in interfaces.items()}
-    own_name_leads_here = by_name in names and not _is_loopback(by_name)
+    own_name_leads_here = by_name in names and not is_loopback(by_name)
     problem = name_problem = ""
     if not environ.get("GLOO_SOCKET_IFNAME") and not own_name_leads_here:
         name_problem = f"resolves to {by_name}, which others cannot reach" if by_name else "does not resolve"
@@ -74,9 +74,31 @@ def choose_address(
     return Chosen(by_route, names.get(by_route, ""), f"the route to {toward}", problem, name_problem)
 
 
+ALL = ("0.0.0.0", "::")
+"""What a socket is bound to that listens on every interface."""
+_LISTENS = "0A"
+
+
+def bound_addresses(port: int) -> tuple[str, ...]:
+    """The addresses of this host at which somebody listens on a TCP port, by the kernel's own list."""
+    found: set[str] = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        try:
+            lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            _, local, _, state, *_ = line.split()
+            address, _, number = local.partition(":")
+            if state == _LISTENS and int(number, 16) == port:
+                words = struct.unpack(f">{len(address) // 8}I", bytes.fromhex(address))
+                found.add(socket.inet_ntop(family, struct.pack(f"={len(words)}I", *words)))
+    return tuple(sorted(found))
+
+
 def shown(interfaces: Mapping[str, str]) -> str:
     """E.g. "eth0 (10.77.0.2), lo (127.0.0.1)": those that lead elsewhere first."""
-    ordered = sorted(interfaces.items(), key=lambda pair: (_is_loopback(pair[1]), pair[0]))
+    ordered = sorted(interfaces.items(), key=lambda pair: (is_loopback(pair[1]), pair[0]))
     return ", ".join(f"{name} ({address})" for name, address in ordered) or "none"
 
 
@@ -183,7 +205,7 @@ def _matching(wanted: str, interfaces: Mapping[str, str], *, exact: bool) -> str
     return ""
 
 
-def _is_loopback(address: str | None) -> bool:
+def is_loopback(address: str | None) -> bool:
     return address is not None and (address.startswith("127.") or address == "::1")
 
 

@@ -3,7 +3,8 @@
 version        1; another where a field changes its meaning
 size           number of ranks that the launcher tells
 ranks          each rank that came: rank, local_rank, host, device, device_bytes (0 on CPU), cores, omp_threads,
-               interface, address, versions, clock_offset_seconds (against rank 0), memlock_bytes (null: no limit),
+               interface, address, store_bound (addresses at which the ranks' store listens on its host; 0.0.0.0 and ::
+               are all interfaces), versions, clock_offset_seconds (against rank 0), memlock_bytes (null: no limit),
                h2d_bytes_per_s and d2h_bytes_per_s (alone on its host), h2d_together_bytes_per_s and
                d2h_together_bytes_per_s (while all its ranks copy), pinned (whether the copies were); null where
                it was not measured
@@ -89,6 +90,7 @@ def _rank(report: Report, facts: Facts) -> dict[str, Any]:
         "omp_threads": facts.omp_threads,
         "interface": facts.interface,
         "address": facts.address,
+        "store_bound": list(facts.store_bound),
         "versions": facts.versions,
         "clock_offset_seconds": clock_offset(report, facts.rank),
         "memlock_bytes": facts.memlock_bytes,

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grass_dist.doctor.facts import Report
+from grass_dist.doctor.network import ALL
 from grass_dist.doctor.schema import clock_offset, pinnable_bytes
-from grass_dist.doctor.words import Finding, by_value, duration, size, speed
+from grass_dist.doctor.words import Finding, by_value, duration, listed, size, speed
 
 LINKS_SHOWN = 16
 """The slowest, of more."""
@@ -23,7 +24,7 @@ def show(report: Report, findings: Sequence[Finding]) -> None:
     tables = [_ranks(report), _hosts(report)] if report.ranks else []
     for table in [*tables, *_speeds(report)]:
         console.print(table)
-    for line in [*_versions(report), *_formulas(report), *_verdict(findings)]:
+    for line in [*_store(report), *_versions(report), *_formulas(report), *_verdict(findings)]:
         console.print(line, markup=False, soft_wrap=True)
     sys.stdout.flush()
 
@@ -122,6 +123,14 @@ def _speeds(report: Report) -> Iterable[Any]:
         median = speed(statistics.median(link.bytes_per_s for link in report.links))
         title = f"Links between first ranks{more}; the median is {median}"
         yield _table(title, ("from", "to", "message", "bandwidth", "latency"), rows)
+
+
+def _store(report: Report) -> Iterable[str]:
+    """Where the store listens, by which all ranks meet."""
+    for host, ranks in report.hosts.items():
+        if bound := ranks[0].store_bound:
+            where = "all interfaces" if any(address in ALL for address in bound) else listed(bound)
+            yield f"The ranks meet at {report.meets_at}; the store listens on {where} of host {host}, with no password."
 
 
 def _versions(report: Report) -> Iterable[str]:

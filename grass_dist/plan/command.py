@@ -86,7 +86,7 @@ def run(options: Options, tell: Callable[[str], None]) -> None:
     counts = parse_scale(options.scale) if options.scale else []
     if options.plot and not counts:
         raise ConfigError("--plot", str(options.plot), "it shows what --scale counts", "add e.g. --scale 8..4096")
-    job, shape = _job(options, speeds), _shape(options)
+    job, shape = _job(options, speeds), _shape(options, tell)
     check_weights(shape, job)
     choice = plan(shape, job, speeds, options, tell)
     points, assumed = _points(shape, choice, speeds, counts)
@@ -249,12 +249,12 @@ def _roles(text: str) -> tuple[Role, ...]:
     return tuple(role for role in ROLES if role in names)
 
 
-def _shape(options: Options) -> ModelShape:
+def _shape(options: Options, tell: Callable[[str], None]) -> ModelShape:
     if (options.model is None) == (options.params is None):
         given = options.model if options.model is not None else None
         raise ConfigError("--model", given, "the model is given by --model or by --params", "give one of them")
     if options.model is not None:
-        return shape_of_model(options.model)
+        return shape_of_model(options.model, tell)
     assert options.params is not None
     return shape_of_params(
         parse_count("--params", options.params),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.errors import ConfigError, UnsupportedModel
+from grass_dist.foreign_model import CODE, build, plain_config, read_settings
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -78,14 +78,19 @@ def numel(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def shape_of_model(name: str) -> ModelShape:
+def shape_of_model(name: str, tell: Callable[[str], None] = lambda _: None) -> ModelShape:
     """The shape of a Hugging Face model, a folder, a ``config.json`` or ``packaged:smollm2-135m``.
+
+    Code that comes with it is not run: a model that transformers does not know itself is refused.
+
+    Args:
+        tell: called with a sentence where transformers' own class stands for such code.
 
     Raises:
         ConfigError: there is no such model.
         UnsupportedModel: it has no layer stack.
     """
-    return shape_of_config(name, _load(name))
+    return shape_of_config(name, _load(name, tell))
 
 
 def shape_of_params(
@@ -151,14 +156,6 @@ def parse_count(option: str, text: str) -> float:
     return value
 
 
-def build_model(config: Any, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """The model of a transformers configuration, without weights worth having, on ``device`` ("meta" takes none)."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
 def shape_of_config(name: str, config: Any) -> ModelShape:
     """The shape of a transformers configuration.
 
@@ -167,7 +164,7 @@ def shape_of_config(name: str, config: Any) -> ModelShape:
         UnsupportedModel: the model has no layer stack.
     """
     try:
-        model = build_model(config, torch.bfloat16, "meta")
+        model = build(config, torch.bfloat16, "meta")
     except UnsupportedModel:
         raise
     except Exception as error:  # whatever the class of a model makes of a broken configuration
@@ -213,23 +210,23 @@ def _inner_width(config: Any, layer: Shapes, hidden: int) -> int:
     return max(widths, key=lambda d: widths[d], default=4 * hidden)
 
 
-def _load(name: str) -> Any:
-    from transformers import AutoConfig
+def _load(name: str, tell: Callable[[str], None]) -> Any:
+    from transformers import PreTrainedConfig
 
     from grass_dist.training.packaged_model import resolve_model
 
     path = Path(resolve_model(name))
     fix = "give a Hugging Face name, a folder with a config.json, such a file, or --params"
     try:
-        if path.is_file():
-            settings = json.loads(path.read_text())
-            if not isinstance(settings, dict) or "model_type" not in settings:
-                raise ConfigError("--model", name, "it is no config.json with a model_type", fix)
-            return AutoConfig.for_model(**settings)
-        return AutoConfig.from_pretrained(str(path) if path.is_dir() else name)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        if path.exists():
+            settings = read_settings(path / "config.json" if path.is_dir() else path)
+        else:
+            settings, _ = PreTrainedConfig.get_config_dict(name)
+        config = plain_config(settings)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:  # `ForeignModel` among them
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
         reason = reason if len(reason) <= 160 else reason[:157] + "..."
         raise ConfigError("--model", name, f"there is no such model here ({reason})", fix) from None
+    if CODE in settings:
+        tell(f"{name} comes with code of its own, which is not run: the plan is that of transformers' own class.")
+    return config

@@ -25,11 +25,12 @@ from grass_dist.backends.single import SingleBackend
 from grass_dist.config import GrassConfig
 from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.errors import GrassError
+from grass_dist.foreign_model import build
 from grass_dist.offload.layout import Layout
 from grass_dist.optimizer import UnitOptimizer
 from grass_dist.plan.job import Job, Method
 from grass_dist.plan.memory import Memory, states_of
-from grass_dist.plan.shape import ModelShape, build_model
+from grass_dist.plan.shape import ModelShape
 from grass_dist.training.steps import summed_loss
 
 SIMULATED = ("single", "fsdp2", "hsdp", "ddp")
@@ -140,7 +141,7 @@ def _peak_of_a_step(shape: ModelShape, job: Job, method: Method) -> tuple[dict[s
     dtype = getattr(torch, job.dtype)
     config = _without_mask(shape.config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build_model(config, dtype, "cpu").train()
+        model = build(config, dtype, "cpu").train()
         if job.checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # type: ignore[operator]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grass_dist.errors import ConfigError
+from grass_dist.regular_files import read_regular
 
 FLOP_PER_S = 312e12
 """Of a GPU by its data sheet: dense bf16 of an A100."""
@@ -102,9 +103,7 @@ def check_speed(option: str, value: float) -> float:
 def _read(path: Path) -> dict[str, Any]:
     fix = "give the file that grass-dist doctor --json FILE wrote"
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ConfigError("--from", str(path), "it is too long", fix)
-        found = json.loads(path.read_text())
+        found = json.loads(read_regular(path, LARGEST_JSON, follow=True))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError("--from", str(path), f"it cannot be read ({reason})", fix) from None

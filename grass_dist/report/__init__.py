@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from grass_dist.errors import GrassError
+from grass_dist.regular_files import replace_file
 from grass_dist.report.load import Run, load_run
 
 __all__ = ["Run", "build_report", "load_run"]
 
 
 def build_report(run_dir: Path) -> Path:
-    """Draws the pictures of the run in ``run_dir`` and writes its page.
+    """Draws the pictures of the run in ``run_dir`` and writes its page, through no link that lies there.
 
     Returns:
         The path of the page, ``run_dir/report.html``.
@@ -31,7 +32,7 @@ def build_report(run_dir: Path) -> Path:
     page = run.folder / "report.html"
     try:
         html = render(run, plot_all(run, run.folder / "plots"))
-        page.write_bytes(html.encode("utf-8"))
+        replace_file(page, html.encode("utf-8"))
     except OSError as error:
         raise GrassError(f"{error.filename or page}: the report cannot be written here; {error.strerror}.") from None
     return page

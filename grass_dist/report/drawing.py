@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from grass_dist.regular_files import replace_file
 from grass_dist.report.load import Run
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5C9E"
@@ -46,10 +48,13 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 @contextmanager
 def picture(path: Path, height: float, rows: int = 1) -> Iterator[list[Axes]]:
+    """Axes one above the other; what is drawn on them becomes the file ``path``, of the kind that its suffix says."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, height), layout="constrained")
         yield list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
-        figure.savefig(path, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format=path.suffix.removeprefix(".").lower())
+        replace_file(path, drawn.getvalue())
 
 
 def as_floats(values: Sequence[float | None]) -> np.ndarray:

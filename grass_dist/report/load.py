@@ -7,13 +7,22 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from grass_dist.errors import GrassError
+from grass_dist.regular_files import open_regular, read_regular
 from grass_dist.report.example import ShownExample
 
+LARGEST_INFO, LARGEST_CONFIG = 2**24, 2**20
+"""Bytes of run.json and of config.yaml, at most."""
+LONGEST_LINE = 2**24
+"""Bytes of a line of metrics.jsonl; a model of a thousand layers has lines of 40 kB."""
+MOST_EVENTS = 5_000_000
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Step = Annotated[int, Field(ge=0, lt=2**53)]
 Reading = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
 """A number that was measured; None for one that is missing, infinite or not a number."""
 
@@ -25,14 +34,14 @@ class RunInfo:
     name: str
     model: str
     backend: str
-    world_size: Annotated[int, Field(ge=1)]
+    world_size: Annotated[int, Field(ge=1, lt=2**31)]
     device: str
     dtype: str
-    num_layers: Annotated[int, Field(ge=1)]
+    num_layers: Annotated[int, Field(ge=1, le=100_000)]
     layer_names: tuple[str, ...]
-    layer_numel: tuple[int, ...]
-    params_total: Annotated[int, Field(ge=1)]
-    params_always_active: int
+    layer_numel: tuple[Count, ...]
+    params_total: Annotated[int, Field(ge=1, lt=2**63)]
+    params_always_active: Count
     grass: dict[str, Any]
     train: dict[str, Any]
     data: dict[str, Any]
@@ -50,19 +59,19 @@ class RunInfo:
 class StepEvent:
     """One step: the optimizer has done ``step`` steps when it ends."""
 
-    step: int
+    step: Step
     phase: Literal["probe", "train"]
     loss: Reading
     lr: float
     grad_norm: Reading
     seconds: float
-    tokens: int
-    bytes_reduced: int
-    state_bytes: int
+    tokens: Count
+    bytes_reduced: Count
+    state_bytes: Count
     active_layers: tuple[int, ...]
-    host_state_bytes: int = 0
-    bytes_to_device: int = 0
-    bytes_to_host: int = 0
+    host_state_bytes: Count = 0
+    bytes_to_device: Count = 0
+    bytes_to_host: Count = 0
     transfer_seconds: float = 0.0
     wait_seconds: float = 0.0
 
@@ -71,7 +80,7 @@ class StepEvent:
 class EvalEvent:
     """The held-out loss after ``step`` steps."""
 
-    step: int
+    step: Step
     loss: Reading
 
 
@@ -79,21 +88,21 @@ class EvalEvent:
 class RefreshEvent:
     """New importances and probabilities after ``step`` steps; an importance is None until it is measured."""
 
-    step: int
+    step: Step
     importances: tuple[Reading, ...]
     probabilities: tuple[Reading, ...]
-    dropped: int
+    dropped: Count
 
 
 @dataclass(frozen=True, slots=True)
 class SampleEvent:
     """The draw of the layers that train after ``step`` steps, made after ``drawn_at``; None in older records."""
 
-    step: int
-    round: int
+    step: Step
+    round: Step
     active_layers: tuple[int, ...]
     probabilities: tuple[Reading, ...]
-    drawn_at: int | None = None
+    drawn_at: Step | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +119,7 @@ class AnswerEvent:
 class EndEvent:
     """The run came to its end after ``step`` steps and ``seconds`` seconds."""
 
-    step: int
+    step: Step
     seconds: float
 
 
@@ -198,11 +207,11 @@ def relative(importances: Sequence[float | None]) -> list[float | None]:
 
 
 def load_run(folder: Path) -> Run:
-    """Reads the run in ``folder``.
+    """Reads the run in ``folder``, whoever has made it: plain files in it alone, and no link is followed.
 
     Raises:
         GrassError: the folder, run.json or metrics.jsonl is missing, is not that of a run, or is damaged anywhere
-            but in the last line of metrics.jsonl.
+            but in the last line of metrics.jsonl; or one of them is a link, a pipe or too large.
     """
     if not folder.is_dir():
         raise GrassError(f"{folder}: there is no such folder; give the folder of a run, e.g. runs/NAME.")
@@ -211,13 +220,10 @@ def load_run(folder: Path) -> Run:
     ends = [event for event in events if isinstance(event, EndEvent)]
     if not ends:
         notes.append("The record has no end: the run was cut off, or was still going when this page was made.")
-    config = folder / "config.yaml"
-    if not config.is_file():
-        notes.append("The folder has no config.yaml.")
     return Run(
         folder=folder,
         info=info,
-        config_text=config.read_text("utf-8", errors="replace") if config.is_file() else "",
+        config_text=_read_config(folder / "config.yaml", notes),
         steps=_by_step(event for event in events if isinstance(event, StepEvent)),
         evals=_by_step(event for event in events if isinstance(event, EvalEvent)),
         refreshes=_by_step(event for event in events if isinstance(event, RefreshEvent)),
@@ -239,10 +245,10 @@ def _by_step(events: Iterable[_Stepped]) -> tuple[_Stepped, ...]:
 
 def _read_info(path: Path) -> RunInfo:
     try:
-        info = TypeAdapter(RunInfo).validate_python(json.loads(_read(path)))
+        info = TypeAdapter(RunInfo).validate_python(json.loads(_read_whole(path)))
     except ValidationError as error:
         raise GrassError(f"{path}: this is not the record of a run; {_first_problem(error)}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GrassError(f"{path}: this is not JSON; {_lower(str(error))}.") from None
     for field, value in (("layer_names", info.layer_names), ("layer_numel", info.layer_numel)):
         if len(value) != info.num_layers:
@@ -254,19 +260,33 @@ def _read_info(path: Path) -> RunInfo:
 
 def _read_events(path: Path, num_layers: int) -> tuple[list[Event], list[str]]:
     """All events that this version knows, and the note about a half-written last line."""
-    lines = [(number, line) for number, line in enumerate(_read(path).split(b"\n"), start=1) if line.strip()]
     events: list[Event] = []
-    for position, (number, line) in enumerate(lines):
-        try:
-            event = _parse(line, num_layers)
-        except ValueError as error:
-            if position == len(lines) - 1:
-                return events, [f"The last line of metrics.jsonl (line {number}) was half-written; it is left out."]
-            problem = _first_problem(error) if isinstance(error, ValidationError) else _lower(str(error))
-            raise GrassError(f"{path}, line {number}: this line is damaged; {problem}.") from None
-        if event is not None:
-            events.append(event)
-    return events, []
+    broken: tuple[int, Exception] | None = None
+    with _open(path) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
+            if not line.strip():
+                continue
+            if broken is not None:  # so it was not the last one
+                raise _damaged(path, *broken)
+            try:
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(f"it has more than {LONGEST_LINE} bytes")
+                event = _parse(line, num_layers)
+            except (ValueError, RecursionError) as error:
+                broken = number, error
+                continue
+            if event is not None:
+                events.append(event)
+            if len(events) > MOST_EVENTS:
+                raise GrassError(f"{path}: this record has more than {MOST_EVENTS} events, which a page cannot show.")
+    if broken is None:
+        return events, []
+    return events, [f"The last line of metrics.jsonl (line {broken[0]}) was half-written; it is left out."]
+
+
+def _damaged(path: Path, number: int, error: Exception) -> GrassError:
+    problem = _first_problem(error) if isinstance(error, ValidationError) else _lower(str(error))
+    return GrassError(f"{path}, line {number}: this line is damaged; {problem}.")
 
 
 def _parse(line: bytes, num_layers: int) -> Event | None:
@@ -279,8 +299,11 @@ def _parse(line: bytes, num_layers: int) -> Event | None:
         return None
     encodable = {k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in record.items()}
     event = adapter.validate_python(encodable)
-    if isinstance(event, StepEvent | SampleEvent) and any(not 0 <= i < num_layers for i in event.active_layers):
-        raise ValueError(f"active_layers names a layer outside 0 to {num_layers - 1}")
+    if isinstance(event, StepEvent | SampleEvent):
+        if any(not 0 <= i < num_layers for i in event.active_layers):
+            raise ValueError(f"active_layers names a layer outside 0 to {num_layers - 1}")
+        if len(event.active_layers) > num_layers:
+            raise ValueError(f"active_layers names {len(event.active_layers)} of {num_layers} layers")
     for field in ("importances", "probabilities"):
         values = getattr(event, field, None)
         if values is not None and len(values) != num_layers:
@@ -288,13 +311,34 @@ def _parse(line: bytes, num_layers: int) -> Event | None:
     return event
 
 
-def _read(path: Path) -> bytes:
+def _read_config(path: Path, notes: list[str]) -> str:
     try:
-        return path.read_bytes()
+        return read_regular(path, LARGEST_CONFIG).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        notes.append("The folder has no config.yaml.")
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        problem = "this file is missing" if missing else f"this file cannot be read ({error.strerror})"
-        raise GrassError(f"{path}: {problem}, so {path.parent} is not the folder of a run.") from None
+        notes.append(f"The folder's config.yaml was not read: {error.strerror}.")
+    return ""
+
+
+def _read_whole(path: Path) -> bytes:
+    try:
+        return read_regular(path, LARGEST_INFO)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> GrassError:
+    missing = isinstance(error, FileNotFoundError)
+    problem = "this file is missing" if missing else f"this file cannot be read ({error.strerror})"
+    return GrassError(f"{path}: {problem}, so {path.parent} is not the folder of a run.")
 
 
 def _first_problem(error: ValidationError) -> str:

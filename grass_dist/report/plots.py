@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from grass_dist.regular_files import make_folder
 from grass_dist.report.costs import plot_cost, plot_moves
 from grass_dist.report.drawing import (
     BLUE,
@@ -113,7 +114,7 @@ PLOTS = {
 
 def plot_all(run: Run, folder: Path) -> dict[str, Path | None]:
     """Draws every picture into ``folder``; None, and no file, for one that the record has nothing for."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name in PLOTS:
         (folder / f"{name}.png").unlink(missing_ok=True)
     return {name: plot(run, folder) for name, plot in PLOTS.items()}

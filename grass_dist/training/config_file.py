@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import errno
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from grass_dist.errors import ConfigError
+from grass_dist.regular_files import open_regular
 from grass_dist.training.config import RunConfig
 from grass_dist.training.deepspeed_config import find_file, merge_grass, read_json
 
@@ -115,11 +115,14 @@ def dump_config(config: RunConfig) -> str:
 
 def _text_of(path: Path) -> str:
     try:
-        with open(path, encoding="utf-8", opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError("--config", str(path), "it is not a file", "give a file that all ranks can read")
-            text = file.read(LARGEST + 1)
+        with open_regular(path, follow=True) as file:
+            content = file.read(4 * LARGEST + 1)
+        text = content.decode("utf-8", errors="replace" if len(content) > 4 * LARGEST else "strict")
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise ConfigError(
+                "--config", str(path), "it is not a file", "give a file that all ranks can read"
+            ) from None
         problem = f"it cannot be read ({error.strerror})"
         raise ConfigError("--config", str(path), problem, "give an existing file") from None
     except UnicodeDecodeError as error:
@@ -129,11 +132,6 @@ def _text_of(path: Path) -> str:
             "--config", str(path), f"it is longer than {LARGEST} characters", "give a file of settings, not of data"
         )
     return text
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens, and does not wait for somebody to write into a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class _Loader(yaml.SafeLoader):

@@ -63,11 +63,15 @@ class DeepSpeed:
         stage = max(self._setup.stage, 1)
         self.name, self._shards_weights = f"DeepSpeed ZeRO-{stage}", stage == 3
 
-    def load(self) -> nn.Module:
-        """Under ZeRO-3 each weight is cut into shards as it is loaded, so no rank's device ever holds the model."""
+    def load(self, make: Callable[[RunConfig, torch.device], nn.Module] = load_model) -> nn.Module:
+        """Under ZeRO-3 each weight is cut into shards as it is loaded, so no rank's device ever holds the model.
+
+        Args:
+            make: makes the model, where it is not a pretrained one.
+        """
         self._join()
         with self._zero3():
-            return load_model(self._config, self._world.device)
+            return make(self._config, self._world.device)
 
     def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
         device, tokens, settings = self._world.device, self._config.answer_tokens, self._config.model

@@ -129,6 +129,7 @@ def there(tmp_path_factory: pytest.TempPathFactory, trained: Trained) -> Path:
     (folder / "doctor.json").write_text(
         json.dumps({"version": 1, "ranks": [{"device_bytes": "__import__('trap')"}], "hosts": []})
     )
+    make_config(folder, folder / "nowhere", make_data(folder / "data.jsonl")).rename(folder / "own.yaml")
     return folder
 
 
@@ -149,6 +150,7 @@ def commands(at: Path) -> dict[str, list[list[str]]]:
         "plan": [[*PLAN, "--model", model] for model in models]
         + [[*PLAN, "--model", f"{models[0]}/config.json"], [*PLAN, "--model", str(at / "pipe")]]
         + [[*PLAN, "--params", "7B", "--from", str(at / name)] for name in ("doctor.json", "pipe")],
+        "show": [["show", str(at / "own.yaml"), f"model.name={model}"] for model in models[:2]],
         "doctor": [["doctor", "--folder", str(of[0]), "--size", "1KB"]],
     }
 
@@ -168,9 +170,7 @@ def run_guarded(there: Path, argv: list[str], given: str = "") -> subprocess.Com
     online = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
     environ = online | {"GRASS_TRAP": str(there / "trap"), "HF_ENDPOINT": "http://hub.invalid", "PYTHONPATH": ""}
     environ |= {"PYTHONPATH": f"{there / 'site'}:{ROOT}", "HF_HOME": str(there / "home"), "DS_ACCELERATOR": "cpu"}
-    environ |= {
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0"
-    }  # datasets counts how often its reader of JSON is used, whatever it reads
+    environ |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}  # datasets tells its host of the reader that is used
     return subprocess.run(argv, input=given, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=200)
 
 
@@ -218,6 +218,8 @@ SENTENCES = {
     ("plan", "pipe"): "it is not a file",
     ("plan", "doctor.json"): "--from.ranks[0].device_bytes",
     ("report", "known"): "report.html",
+    ("show", "known"): "it cannot be loaded",
+    ("show", "strange"): "it cannot be loaded",
 }
 
 

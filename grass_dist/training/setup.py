@@ -36,8 +36,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     source = resolve_model(config.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _no_model(config, error) from None
+    except Exception as error:  # whatever transformers makes of a folder that nobody has checked
+        raise _no_model(config, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -60,8 +60,8 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise _no_model(settings, error) from None
+    except Exception as error:  # as above
+        raise _no_model(settings, error) from error
     try:
         layers = find_layers(model, config.grass.layers)
         check_num_layers(config.grass, len(layers.layers))
@@ -133,6 +133,6 @@ def learning_rate_factor(train: TrainConfig, update_steps: int) -> Callable[[int
 
 
 def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason if len(reason) < 200 else reason[:197] + "..."
     return ConfigError("model.name", config.name, f"it cannot be loaded ({reason})", "give a model's name or folder")

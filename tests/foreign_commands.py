@@ -7,6 +7,7 @@ process and in each one that it starts.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 
@@ -39,6 +40,7 @@ def main() -> None:
 
     from grass_dist.cli import app
 
+    logging.raiseExceptions = False  # of handlers that hold on to the stderr of an earlier command's runner
     told = []
     for arguments in json.load(sys.stdin):
         began = time.monotonic()

@@ -17,12 +17,13 @@ from grass_dist.backends.zero import private
 from grass_dist.backends.zero.groups import GroupsOptimizer, groups_of
 from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
 from grass_dist.discovery import Unit
-from grass_dist.errors import GrassError
+from grass_dist.errors import ConfigError, GrassError
 from grass_dist.offload.moving import IntervalStates
 from grass_dist.offload.slots import SlotPool
 from grass_dist.offload.store import LayerStateStore
 from grass_dist.offload.transfer import TransferEngine
 from grass_dist.zero import jit
+from grass_dist.zero.ds_config import split_ds_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed = pytest.importorskip("deepspeed")
@@ -308,3 +309,33 @@ def test_on_a_cpu_nothing_is_compiled():
     [told] = jit.spare_the_compiler(config)
     assert config["optimizer"]["params"]["torch_adam"] is True and "torch_adam" in told
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_deepspeeds_own_enums_and_models_are_read_as_what_they_mean():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+        OffloadDeviceEnum,
+    )
+
+    def split(**zero):
+        return split_ds_config({"train_batch_size": 2, "zero_optimization": zero, "grass": {}})
+
+    for device in (OffloadDeviceEnum.cpu, OffloadDeviceEnum.nvme):
+        for section in ({"device": device}, DeepSpeedZeroOffloadParamConfig(device=device)):
+            with pytest.raises(ConfigError, match=rf"offload_param.device='{device.value}': .* use ZeRO-3 with device"):
+                split(stage=3, offload_param=section)
+    for section in ({"device": OffloadDeviceEnum.cpu}, DeepSpeedZeroOffloadOptimizerConfig(device="cpu")):
+        told = split(stage=ZeroStageEnum.gradients, offload_optimizer=section)
+        assert told.ds_config["zero_optimization"] == {"stage": 2} and "live in (pinned) host memory" in told.said[0]
+    with pytest.raises(ConfigError, match=r"offload_optimizer.device='nvme': states go to host memory; use 'cpu'\."):
+        split(stage=2, offload_optimizer={"device": OffloadDeviceEnum.nvme})
+
+    written = DeepSpeedZeroConfig(stage=3, stage3_prefetch_bucket_size=7)
+    told = split_ds_config({"train_batch_size": 2, "zero_optimization": written, "grass": {}})
+    assert told.stage == 3 and told.ds_config["zero_optimization"].items() >= {"stage3_prefetch_bucket_size": 7}.items()
+    assert DeepSpeedZeroConfig(**told.ds_config["zero_optimization"]) == written
+    written = DeepSpeedZeroConfig(stage=3, zero_quantized_weights=True)
+    with pytest.raises(ConfigError, match="zero_optimization.zero_quantized_weights=True"):
+        split_ds_config({"train_batch_size": 2, "zero_optimization": written, "grass": {}})

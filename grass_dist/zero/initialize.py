@@ -97,6 +97,12 @@ def _build(
     model: nn.Module = given["model"]
     with _narrowed(functools.partial(_connect, model, setup, tuple(observers))):
         engine, optimizer, loader, scheduler = stock(**given)
+    if "gradient_clipping" not in setup.ds_config:
+        say(
+            world(),
+            f"gradient_clipping is not set: DeepSpeed {deepspeed_version()} takes its default of "
+            f"{engine.gradient_clipping()}, as it does without GRASS (0 is no clipping).",
+        )
     engine.grass = engine.optimizer.grass
     add_checkpoints(engine)
     return engine, optimizer, loader, scheduler

@@ -217,7 +217,7 @@ def zero_states():
     pool = SlotPool(1, max(layer.layout.device_bytes for layer in layers), CPU)
     store = LayerStateStore([layer.layout.host_bytes for layer in layers], CPU)
     moving = IntervalStates(layers, pool, store, TransferEngine(CPU), last_first=False, prefetch_steps=0)
-    return ZeroStates(layers, [], moving, CPU, None), [layer.groups[0] for layer in layers]
+    return ZeroStates(layers, [], moving, CPU), [layer.groups[0] for layer in layers]
 
 
 def narrow(states, own, param, state, layer):

@@ -18,6 +18,7 @@ from grass_dist.backends.base import world
 from grass_dist.backends.zero.backend import ZeroBackend
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
 from grass_dist.backends.zero.private import check_classes, deepspeed_version
+from grass_dist.backends.zero.reads import Reads
 from grass_dist.config import check_num_layers
 from grass_dist.discovery import find_layers
 from grass_dist.engine import GrassEngine
@@ -132,6 +133,7 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
     agree_at_start(backend, problem, fingerprint(config, found, groups, type(zero.user_optimizer), kwargs))
     zero.states = place_states(zero, backend, config, layers, roles)
+    zero.reads = Reads(zero, arguments["dp_process_group"])
     zero.grass = GrassEngine(config, layers, roles, backend, zero.states, observers)
     remember(model)
     zero.on_step = lambda applied: zero.grass.advance() if applied else zero.grass.skip_step()

@@ -59,7 +59,7 @@ def place_states(
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
         agree_at_start(backend, problem, {})
-    return ZeroStates(states, staying, moving, device, zero.relink)
+    return ZeroStates(states, staying, moving, device)
 
 
 def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Kept:

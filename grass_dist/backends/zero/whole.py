@@ -51,7 +51,8 @@ def narrow_again(zero: NarrowZero) -> Iterator[None]:
 def complete(zero: NarrowZero) -> None:
     """Makes masters of the layers that were never drawn, one layer at a time, and takes them where states are kept."""
     current = list(zero.groups)
-    missing = [group for group in zero.every if not zero.states.of[group.key].numel]
+    known = {group.key for group in current} | {key for key, own in zero.states.of.items() if own.noted}
+    missing = [group for group in zero.every if group.key not in known]
     for _, groups in groupby(missing, key=lambda group: group.unit.name):
         make(zero, [*current, *groups])
     if missing:
@@ -141,7 +142,7 @@ def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
     zero.states.replace({key: (sizes[i], masters[i], states.get(i, {})) for i, key in enumerate(keys)})
     for i, group in enumerate(zero.every):
         own = zero.states.of[group.key]
-        own.lists, own.saved = {k: v[i] for k, v in lists.items()}, masters[i].numel()
+        own.lists, own.saved, own.noted = {k: v[i] for k, v in lists.items()}, masters[i].numel(), True
         own.changed = changed[i]
         _fill_shards(group, masters[i])
     for mine, theirs in zip(zero.user_optimizer.param_groups, _user_groups(zero, saved), strict=True):

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.discovery import Unit
@@ -151,7 +152,9 @@ def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
-def hook_weakly(param: nn.Parameter, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int) -> None:
+def hook_weakly(
+    param: nn.Parameter, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int
+) -> RemovableHandle:
     """Calls ``method(name, slot, param)`` whenever a gradient has been accumulated, for as long as its object lives.
 
     Python's collector does not see such hooks: what they referred to would live as long as the process, and the
@@ -163,7 +166,7 @@ def hook_weakly(param: nn.Parameter, method: Callable[[str, int, nn.Parameter], 
         if (call := reference()) is not None:
             call(name, slot, cast(nn.Parameter, param))
 
-    param.register_post_accumulate_grad_hook(hook)
+    return param.register_post_accumulate_grad_hook(hook)
 
 
 class HookedBackend(Backend):

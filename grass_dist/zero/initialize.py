@@ -25,8 +25,9 @@ from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
 from grass_dist.samplers import make_sampler
-from grass_dist.zero.checkpoint import add_checkpoints
+from grass_dist.zero.checkpoint import add_checkpoints, add_exports
 from grass_dist.zero.checks import check_model, check_optimizer
+from grass_dist.zero.destroy import add_destroy, flags_of
 from grass_dist.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
 from grass_dist.zero.jit import accelerator, on_cpu, spare_the_compiler
 from grass_dist.zero.place import place_states
@@ -96,6 +97,7 @@ def _build(
     if given.get("lr_scheduler") is None and setup.scheduler is not None:
         given["lr_scheduler"] = functools.partial(_scheduler, *setup.scheduler)
     model: nn.Module = given["model"]
+    flags = flags_of(model)
     with _narrowed(functools.partial(_connect, model, setup, tuple(observers))):
         engine, optimizer, loader, scheduler = stock(**given)
     if "gradient_clipping" not in setup.ds_config:
@@ -106,6 +108,8 @@ def _build(
         )
     engine.grass = engine.optimizer.grass
     add_checkpoints(engine)
+    add_exports(engine)
+    add_destroy(engine, model, flags)
     return engine, optimizer, loader, scheduler
 
 

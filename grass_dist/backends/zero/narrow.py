@@ -24,6 +24,7 @@ from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Na
 from grass_dist.backends.zero.reads import Reads
 from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, narrow_again, take_over, whole_state
+from grass_dist.errors import GrassError
 
 if TYPE_CHECKING:
     _Stock: Any = object
@@ -118,9 +119,17 @@ class NarrowZero(_Stock):
 
     def state_dict(self) -> dict[str, Any]:
         """DeepSpeed's state of what trains; within `whole`, that of every group and of the method."""
-        with narrow_again(self), self.states.shown():
+        self.states.settle()
+        with narrow_again(self):
             state = super().state_dict()
-        return state if self.hidden is None else whole_state(self, state)
+        if self.hidden is not None:
+            return whole_state(self, state)
+        if self.groups:  # DeepSpeed holds no master that is in host memory
+            key, kept = self.names.masters_key, [self.states.of[group.key].master for group in self.groups]
+            state[key] = [
+                theirs if own is None else own[: theirs.numel()] for own, theirs in zip(kept, state[key], strict=True)
+            ]
+        return state
 
     def load_state_dict(self, state_dict_list: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         """Takes this rank's of the saved states; `narrow` puts them where they belong."""
@@ -128,6 +137,18 @@ class NarrowZero(_Stock):
         self.loaded = saved.get(GRASS_KEY, {})
         if GROUPS_KEY in saved:
             take_over(self, saved)
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """What `engine.offload_states` calls.
+
+        Raises:
+            GrassError: always, on all ranks, and before anything has moved.
+        """
+        raise GrassError(
+            "engine.offload_states() does not work with GRASS, which takes the states of layers to host memory by "
+            "itself (grass.offload). To free the device for other work, save a checkpoint, destroy the engine, and "
+            "load the checkpoint into a new one."
+        )
 
     # --- what the backend does with it
 

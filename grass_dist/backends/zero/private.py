@@ -32,7 +32,7 @@ _ATTRIBUTES = (
     "averaged_gradients",  # a list a group: this rank's parts of its averaged gradient
 )
 _METHODS = (
-    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy"),
+    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy", "offload_states"),
     "overlapping_partition_gradients_reduce_epilogue",
 )
 
@@ -64,6 +64,8 @@ STAGE_3 = Names(
 
 LINKED = ("get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
 """Methods that ZeRO-1 and 2 bind to each parameter that they train, and that `deepspeed.utils.safe_*` call."""
+OPTIMIZER = "_z3_optimizer"
+"""Attribute of a ZeRO-3 parameter, at which ``safe_*`` ask."""
 MAPPING, FRAGMENT = "_hp_mapping", "hp_fragment"
 """Attribute of such a parameter, by which ``safe_*`` know it: None, or an object with a view of the master."""
 
@@ -81,6 +83,12 @@ CARRIED = (
 
 ENGINE_BOUNDARY = "_is_gradient_accumulation_boundary"
 """Attribute of the engine: what the caller said of the micro-batch, None where the engine counts."""
+
+ENGINE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
+"""Of the engine: handles of its hooks on the model, which its `destroy` leaves on."""
+
+ENGINE_EXPORTS = ("module_state_dict", "_zero3_consolidated_16bit_state_dict")
+"""Methods of the engine that give the model's weights, if wanted without frozen ones."""
 
 ENGINE_WRITER, ENGINE_SCRIPT = "checkpoint_engine", "_copy_recovery_script"
 """Of the engine: the object whose `save` writes a file, and the method that puts a script beside the files."""

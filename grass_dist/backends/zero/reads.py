@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from grass_dist.backends.zero.groups import Extent, Group, extents, numel_of, partition_numel, zero_shard
-from grass_dist.backends.zero.private import FRAGMENT, LINKED, MAPPING, check_linked
+from grass_dist.backends.zero.private import FRAGMENT, LINKED, MAPPING, OPTIMIZER, check_linked
 from grass_dist.backends.zero.states import GroupState, Made
 from grass_dist.errors import GrassError
 
@@ -163,9 +163,9 @@ class Reads:
                 setattr(param, name, answer(answers, param))
 
     def remove(self) -> None:
-        """Takes away what `install` has put on the parameters."""
+        """Takes all that leads to the optimizer off the parameters, which would keep it and its memory."""
         for param in self._group_of:
-            for name in vars(param).keys() & {*LINKED, MAPPING}:
+            for name in vars(param).keys() & {*LINKED, MAPPING, OPTIMIZER}:
                 delattr(param, name)
 
     def full_grad(self, param: nn.Parameter) -> torch.Tensor | None:
@@ -218,8 +218,9 @@ class Reads:
         if key is not None:
             moment = self._moment(own, key)
             return None if moment is None else moment[at.at : at.at + length]
-        if own.master is not None:
-            return own.master[at.at : at.at + length]
+        master = own.current_master
+        if master is not None:
+            return master[at.at : at.at + length]
         return zero_shard(part.param).detach().reshape(-1)  # which are their own masters, or have none yet
 
     def _moment(self, own: GroupState, key: str) -> torch.Tensor | None:
@@ -240,9 +241,7 @@ class Reads:
                     "Set it after that step."
                 )
             entries[: mine.numel()].copy_(mine)
-        if own.master is None:
-            return  # it was written to the weights themselves
-        own.changed = True
+        own.changed |= own.master is not None
         if key is None and own.param is None and _sharded(part.param):
             zero_shard(part.param)[: mine.numel()].copy_(mine)
 

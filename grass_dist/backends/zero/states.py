@@ -91,10 +91,10 @@ class GroupState:
         if (param := self.param) is not None:  # which may change meanwhile: a copy that ends calls this, too
             param.data = master if self.resident else self._absent
 
-    def link(self) -> None:
-        """Shows the master where it is, until `show`."""
-        if self.param is not None and self.master is not None:
-            self.param.data = self.master
+    @property
+    def current_master(self) -> torch.Tensor | None:
+        """The master, wherever it is. While a group trains whose weights are their own masters, DeepSpeed has one."""
+        return self.param.data if self.master is None and self.param is not None else self.master
 
     def fill(self, numel: int, master: torch.Tensor | None, state: Mapping[str, Any]) -> None:
         """Writes a state into what `bind` has bound; tensors may lack the padding at their end."""
@@ -118,7 +118,8 @@ class GroupState:
         return value.to(self.dtypes.get(key, value.dtype))
 
     def forget(self) -> None:
-        self.state, self.lists, self.homes, self.master = {}, {}, {}, None
+        self.state, self.lists, self.homes = {}, {}, {}
+        self.master = self.param = None  # or the optimizer of now would seem to train what the next one does not
         self.numel = self.foreseen = 0
         self.changed = self.noted = False
 
@@ -254,19 +255,6 @@ class ZeroStates:
         self._moving.arrive(layer)
         yield
         self._moving.touched(layer)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """While it lasts, DeepSpeed sees the masters of what trains wherever they are."""
-        self.settle()
-        for own in self.of.values():
-            own.link()
-        try:
-            yield
-        finally:
-            for own in self.of.values():
-                if own.master is not None:
-                    own.show(own.master)
 
     # --- for checkpoints
 

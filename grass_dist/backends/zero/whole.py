@@ -96,8 +96,8 @@ def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _master(own: GroupState) -> torch.Tensor:
-    if own.master is not None:
-        return _saved(own, own.master[: own.saved])
+    if (master := own.current_master) is not None:
+        return _saved(own, master[: own.saved])
     return torch.cat([zero_shard(param).detach().reshape(-1) for param in own.group.params])
 
 

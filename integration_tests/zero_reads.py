@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -181,6 +185,23 @@ def exports(rank: int, world_size: int, stage: int, folder: str) -> dict[str, li
     return told
 
 
+def universal(rank: int, world_size: int, stage: int, folder: str) -> None:
+    """DeepSpeed's converter takes a checkpoint in which most layers have not trained yet, and finds all that train."""
+    engine = make_engine(ds_config(stage, ONE, 1, torch.bfloat16), torch.bfloat16)
+    for step in range(3):
+        train_step(engine, step, rank, world_size, 1)
+    engine.save_checkpoint(folder, tag="early")
+    dist.barrier()
+    if rank == 0:
+        folders = ("--input_folder", f"{folder}/early", "--output_folder", f"{folder}/universal")
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        found = {path.name for path in Path(folder, "universal", "zero").iterdir() if (path / "exp_avg.pt").exists()}
+        assert found >= {name for unit in (*engine.grass.layers, *engine.grass.roles) for name, _ in unit.params}
+    dist.barrier()
+    engine.destroy()
+
+
 def offloaded(rank: int, world_size: int, stage: int) -> str:
     """engine.offload_states() between two steps; the run goes on as if nobody had asked."""
     ends = []
@@ -248,4 +269,6 @@ def everything(rank: int, world_size: int, stage: int, folder: str) -> dict:
     told["left out"] = exports(rank, world_size, stage, f"{folder}/exports")
     told["offload_states"] = offloaded(rank, world_size, stage)
     destroyed(rank, world_size, stage)
+    if stage == 3:
+        universal(rank, world_size, stage, f"{folder}/universal")
     return told

@@ -45,6 +45,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "zero_optimization.stage3_module_granularity_threshold": ([1, 5e5], [0]),
     "zero_optimization.module_granularity_threshold": ([1], [0]),
     "zero_optimization.legacy_stage1": ([True], [False]),
+    "zero_optimization.parameter_alignment": ([True], [False]),
     "zero_optimization.compute_grad_norm": ([False, "false"], [True]),
     "checkpoint.load_universal": ([True], [False]),
     "optimizer.params.max_grad_norm": ([0.0, 1.0], []),

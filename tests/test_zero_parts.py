@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import time
 import tomllib
 from collections import defaultdict
@@ -75,6 +77,39 @@ def test_a_release_that_failed_the_tests_is_refused(version):
 @pytest.mark.parametrize("version", ["0.16.9", "0.19.8", "0.19.9+cu128", "0.20.0.dev1"])
 def test_a_release_that_passed_or_is_newer_is_let_in(version):
     private.check_classes(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, version)
+
+
+@pytest.mark.parametrize("name", [*private.LINKED, private.MAPPING])
+def test_a_release_that_binds_other_methods_to_a_parameter_is_refused_by_name(name):
+    param = nn.Parameter(torch.ones(1))
+    for other in {*private.LINKED, private.MAPPING} - {name}:
+        setattr(param, other, None)
+    with pytest.raises(GrassError, match=f"Parameter has no {name};"):
+        private.check_linked(param)
+    setattr(param, name, None)
+    private.check_linked(param)
+    setattr(param, private.MAPPING, object())
+    with pytest.raises(GrassError, match=r"Parameter has no _hp_mapping\.hp_fragment;"):
+        private.check_linked(param)
+
+
+def test_deepspeeds_public_functions_call_what_is_answered_here():
+    """Each of them asks at a parameter's attribute or at a method of the ZeRO-3 optimizer that the tables have."""
+    import deepspeed.utils as utils
+
+    source = inspect.getsource(utils.tensor_fragment)
+    called = set(re.findall(r"param\._z3_optimizer\.(\w+)|\]\._z3_optimizer\.(\w+)", source))
+    assert {name for pair in called for name in pair if name} <= set(private.STAGE_3.methods)
+    bound = set(re.findall(r"(?:param|p)\.([gs]et_full_hp_\w+)\(", source))
+    assert bound == set(private.LINKED)
+
+
+def test_the_engine_has_the_hooks_and_exports_of_the_table():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    source = inspect.getsource(DeepSpeedEngine.__init__)
+    assert all(f"self.{name} = self._create_" in source for name in private.ENGINE_HOOKS)
+    assert all(hasattr(DeepSpeedEngine, name) for name in private.ENGINE_EXPORTS)
 
 
 def test_the_package_asks_for_the_releases_that_it_takes():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from integration_tests.ranks import run_ranks
-from integration_tests.zero_doors import DOORS, compare_doors
+from integration_tests.zero_doors import DOORS, compare_doors, without_waits
 from integration_tests.zero_reads import everything
 
 pytestmark = pytest.mark.timeout(420)
@@ -19,6 +19,12 @@ def test_every_door_waits_for_its_own_copies(stage, tmp_path):
         assert told["odd"] == {"interval": [], "stream": []}
         assert {door for door, values in told["seen"].items() if values < 50} <= ({"local"} if stage < 3 else set())
         assert told["seen"].keys() == {*DOORS, "gradients"}
+
+
+@pytest.mark.integration
+def test_the_doors_show_a_missing_wait(tmp_path):
+    for told in run_ranks(2, without_waits, 2, str(tmp_path), timeout=300):
+        assert told["at_hand"] >= {"masters", "moments"} and told["settle"] & {"state_dict", "base_state", "checkpoint"}
 
 
 @pytest.fixture(scope="module", params=STAGES, ids=lambda stage: f"stage{stage}")

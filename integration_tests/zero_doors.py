@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from deepspeed.utils import (
@@ -17,6 +19,7 @@ from deepspeed.utils import (
     safe_get_local_optimizer_state,
 )
 
+from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.offload import chaos
 from integration_tests.zero import ds_config, full, make_engine, micro_batch
 
@@ -118,9 +121,9 @@ def train(engine, step: int, rank: int, world_size: int) -> Told:
     return told
 
 
-def through_all_doors(rank, world_size, stage: int, offload: dict, folder: str, dtype=torch.bfloat16) -> Told:
+def through_all_doors(rank, world_size, stage: int, offload: dict, folder: str, settles: bool = True) -> Told:
     """Everything that is seen: after each step, half of which end an interval, and right after loads."""
-    chaos.LONGEST_DELAY = 0.05
+    chaos.LONGEST_DELAY, dtype = 0.05, torch.bfloat16
     engine = make_engine(ds_config(stage, {**SETTINGS, "offload": offload}, 1, dtype), dtype)
     told: Told = {}
     for step in range(2 * len(DOORS)):
@@ -133,6 +136,8 @@ def through_all_doors(rank, world_size, stage: int, offload: dict, folder: str, 
     for number, first in enumerate(DOORS):
         train(engine, 50 + number, rank, world_size)
         engine.load_checkpoint(folder, tag="early")
+        if settles and (moving := engine.optimizer.states._moving) is not None:
+            assert all(place.arrived.done() and place.left.done() for place in moving._places)
         told[f"load {number}: {first}"] = look(engine, first, folder)
     engine.destroy()
     return told
@@ -159,6 +164,17 @@ def compare_doors(rank: int, world_size: int, stage: int, folder: str) -> dict[s
         mode = offload["mode"]
         odd[mode] = differences(at_rest, through_all_doors(rank, world_size, stage, offload, f"{folder}/{mode}"))
     return {"odd": odd, "seen": _seen(at_rest)}
+
+
+def without_waits(rank: int, world_size: int, stage: int, folder: str) -> dict[str, set[str]]:
+    """The doors that show something else once a wait is missing, by that wait."""
+    at_rest = through_all_doors(rank, world_size, stage, {"mode": "none"}, f"{folder}/none")
+    told = {}
+    for name, missing in (("at_hand", lambda self, own: nullcontext()), ("settle", lambda self: None)):
+        with mock.patch.object(ZeroStates, name, missing):
+            odd = differences(at_rest, through_all_doors(rank, world_size, stage, MODES[0], f"{folder}/{name}", False))
+        told[name] = {path.split("/")[2] for path in odd if "gradients" not in path}
+    return told
 
 
 def _seen(told: Told) -> dict[str, int]:

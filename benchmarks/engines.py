@@ -115,7 +115,7 @@ class Trained:
         stage: dict[str, Any] = {"stage": int(self.backend[-1]), **dict.fromkeys(buckets, 50_000_000)}
         config: dict[str, Any] = {
             **{"train_micro_batch_size_per_gpu": self.args.batch, "zero_optimization": stage},
-            **{"bf16": {"enabled": dtype() != torch.float32}, "steps_per_print": 10**9},
+            **{"bf16": {"enabled": dtype() != torch.float32}, "gradient_clipping": 0.0, "steps_per_print": 10**9},
             **{"zero_allow_untested_optimizer": True},
         }
         trained = [p for p in self.model.parameters() if p.requires_grad]

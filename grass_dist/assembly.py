@@ -26,13 +26,18 @@ def refuse_second(model: nn.Module) -> None:
     if model in _ATTACHED:
         raise UnsupportedModel(
             "The model has a GrassOptimizer already, whose hooks are in its parameters; "
-            "load a state into that one, or build the model anew."
+            "load a state into that one, destroy its engine (engine.destroy(), under DeepSpeed), or build a new model."
         )
 
 
 def remember(model: nn.Module) -> None:
     """Notes that the method's hooks are in the model's parameters."""
     _ATTACHED.add(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Notes that they are gone."""
+    _ATTACHED.discard(model)
 
 
 def always_active_roles(found: LayerMap, config: GrassConfig) -> tuple[Unit, ...]:

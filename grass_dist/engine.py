@@ -119,6 +119,11 @@ class GrassEngine:
         """What moving the layers' states has cost this rank since the start."""
         return self.states.harvest()
 
+    def detach(self) -> None:
+        """Takes the method's hooks off the model; nothing else is called after it."""
+        self._watch.close()
+        self.backend.detach()
+
     def add_observer(self, observer: Observer) -> None:
         """Calls ``observer`` with every `Refreshed` and `Sampled` from now on, on this rank."""
         self._observers.append(observer)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
 class GrassError(Exception):
-    """Base class of every error that grass_dist raises on purpose."""
+    """Base class of every error that grass_dist raises on purpose.
+
+    Every one of them can be pickled, with its attributes: an error in a worker process reaches its parent.
+    """
 
     on_every_rank = False
     """Whether all ranks are known to raise it, so that one of them may speak for all."""
+
+    def __reduce__(self) -> tuple[Callable[..., GrassError], tuple[Any, ...]]:
+        attributes = {name: _portable(value) for name, value in self.__dict__.items()}
+        return _rebuild, (type(self), self.args, attributes)
 
 
 class ConfigError(GrassError, ValueError):
@@ -55,3 +64,19 @@ class RanksDisagree(GrassError, RuntimeError):
 def _shorten(value: Any, limit: int = 80, *, plain: bool = False) -> str:
     text = value if plain else repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _rebuild(cls: type[GrassError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> GrassError:
+    """An error as it was, whatever the arguments of its class's constructor are."""
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(attributes)
+    return error
+
+
+def _portable(value: Any) -> Any:
+    """``value``, or its text where it cannot be pickled: a setting may be set to anything."""
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception:
+        return repr(value)
+    return value

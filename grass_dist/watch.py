@@ -60,7 +60,7 @@ class GradientWatch:
 
     def begin(self, layers: Sequence[int]) -> None:
         """Looks at the next step, in which ``layers`` are active."""
-        self._close()
+        self.close()
         self._watched = tuple(layers)
         if not _is_compiled(self._model):
             self._handles += [
@@ -97,14 +97,15 @@ class GradientWatch:
         blind = not any(layer in self._seen for layer in self._watched)
         cut_off = [layer for layer in without if (layer in self._ran if layer in self._known else blind)]
         left_out = [layer for layer in without if layer in self._known and layer not in self._ran]
-        self._close()
+        self.close()
         if cut_off:
             raise self._error(cut_off, f"have no gradient after the backward of step {step + 1}")
         new = [layer for layer in left_out if not self.unused[layer]]
         self.unused.update(left_out)
         return new
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Looks at no step any more, until `begin`."""
         for handle in self._handles:
             handle.remove()
         self._watched = self._within = None
@@ -132,7 +133,7 @@ class GradientWatch:
         tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
         if tensors and not any(tensor.requires_grad for tensor in tensors):
             ran = sorted(self._ran)
-            self._close()
+            self.close()
             raise self._error(ran, "have run, and nothing that the model returns depends on them")
 
     def _error(self, layers: Sequence[int], problem: str) -> GrassError:

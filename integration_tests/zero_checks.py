@@ -65,7 +65,6 @@ def everything(rank: int, world_size: int, stage: int, folder: str) -> dict:
     overflow(rank, world_size, stage)
     for dtype in (bf16, fp32):
         state_bytes(rank, world_size, stage, dtype)
-    seen_by_deepspeed(rank, world_size, stage, bf16)
     checkpoint(rank, world_size, stage, f"{folder}/checkpoint", bf16)
     full_and_back(rank, world_size, stage, f"{folder}/back", bf16)
     weights_only(rank, world_size, stage, f"{folder}/weights")
@@ -159,33 +158,6 @@ def state_bytes(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> N
         off = each * sum(share[name] for name in seen - now)
         assert -landing - pad <= states.host_bytes - off <= pad, (step, states.host_bytes, off)
     assert len(seen) > 3
-
-
-def seen_by_deepspeed(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
-    """What DeepSpeed's public functions read of masters and moments, in each mode, at every step of an interval."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    told: dict[str, list[torch.Tensor]] = {}
-    for mode in ("none", "interval", "stream"):
-        settings = {**SETTINGS, "active_layers": 3, "offload": {"mode": mode, "slots": 2}}
-        engine = make_engine(ds_config(stage, settings, 1, dtype), dtype)
-        told[mode] = []
-        for step in range(9):
-            train_step(engine, step, rank, world_size, 1)
-            if engine.grass.phase == "probe" or engine.grass.schedule.switch_due(engine.grass.step):
-                continue
-            engine.optimizer.states.settle()
-            for i in engine.grass.active_layers:
-                for _, param in engine.grass.layers[i].params:
-                    if stage < 3 or mode != "stream":  # where the ZeRO optimizer has a master in its hands
-                        told[mode].append(safe_get_full_fp32_param(param))
-                        assert torch.equal(told[mode][-1].to(dtype).float(), full(param)), (mode, step)
-                    if stage == 3 or mode != "stream":
-                        told[mode].append(safe_get_full_optimizer_state(param, "exp_avg_sq"))
-        engine.destroy()
-    part = told["none"][(stage == 3) :: 2]
-    assert part and same(dict(enumerate(told["none"])), dict(enumerate(told["interval"])))
-    assert same(dict(enumerate(part)), dict(enumerate(told["stream"])))
 
 
 def checkpoint(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grass_dist.backends.base import Ranks
+from grass_dist.backends.zero.groups import extents_of
 from grass_dist.checkpoint import dcp, files
 from grass_dist.checkpoint.convert import to_dcp
 from grass_dist.checkpoint.deepspeed_files import DeepSpeedReader, read_file
@@ -24,7 +25,6 @@ from grass_dist.checkpoint.per_rank import per_rank_pieces
 from grass_dist.checkpoint.pieces import Piece
 from grass_dist.checkpoint.saving import Snapshot, write_snapshot
 from grass_dist.checkpoint.torch_files import LARGEST_PICKLE
-from grass_dist.checkpoint.zero_run import extents_of
 from grass_dist.errors import CheckpointError
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+import sys
 import time
 import tomllib
 from collections import defaultdict
@@ -17,12 +20,13 @@ from grass_dist.backends.zero import private
 from grass_dist.backends.zero.groups import GroupsOptimizer, groups_of
 from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
 from grass_dist.discovery import Unit
-from grass_dist.errors import GrassError
+from grass_dist.errors import ConfigError, GrassError
 from grass_dist.offload.moving import IntervalStates
 from grass_dist.offload.slots import SlotPool
 from grass_dist.offload.store import LayerStateStore
 from grass_dist.offload.transfer import TransferEngine
 from grass_dist.zero import jit
+from grass_dist.zero.ds_config import split_ds_config
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed = pytest.importorskip("deepspeed")
@@ -74,6 +78,37 @@ def test_a_release_that_failed_the_tests_is_refused(version):
 @pytest.mark.parametrize("version", ["0.16.9", "0.19.8", "0.19.9+cu128", "0.20.0.dev1"])
 def test_a_release_that_passed_or_is_newer_is_let_in(version):
     private.check_classes(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, version)
+
+
+@pytest.mark.parametrize("name", [*private.LINKED, private.MAPPING])
+def test_a_release_that_binds_other_methods_to_a_parameter_is_refused_by_name(name):
+    param = nn.Parameter(torch.ones(1))
+    for other in {*private.LINKED, private.MAPPING} - {name}:
+        setattr(param, other, None)
+    with pytest.raises(GrassError, match=f"Parameter has no {name};"):
+        private.check_linked(param)
+    setattr(param, name, None)
+    private.check_linked(param)
+    setattr(param, private.MAPPING, object())
+    with pytest.raises(GrassError, match=r"Parameter has no _hp_mapping\.hp_fragment;"):
+        private.check_linked(param)
+
+
+def test_deepspeeds_public_functions_call_what_is_answered_here():
+    """Each of them asks at a parameter's attribute or at a method of the ZeRO-3 optimizer that the tables have."""
+    source = inspect.getsource(sys.modules[deepspeed.utils.safe_get_full_grad.__module__])
+    called = set(re.findall(r"param\._z3_optimizer\.(\w+)|\]\._z3_optimizer\.(\w+)", source))
+    assert {name for pair in called for name in pair if name} <= set(private.STAGE_3.methods)
+    bound = set(re.findall(r"(?:param|p)\.([gs]et_full_hp_\w+)\(", source))
+    assert bound == set(private.LINKED)
+
+
+def test_the_engine_has_the_hooks_and_exports_of_the_table():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    source = inspect.getsource(DeepSpeedEngine.__init__)
+    assert all(f"self.{name} = self._create_" in source for name in private.ENGINE_HOOKS)
+    assert all(hasattr(DeepSpeedEngine, name) for name in private.ENGINE_EXPORTS)
 
 
 def test_the_package_asks_for_the_releases_that_it_takes():
@@ -130,7 +165,7 @@ def states_of_units(*, has_master=True):
     kept = [("exp_avg", torch.Size([1]), torch.float32), ("exp_avg_sq", torch.Size([1]), torch.float32)]
     found = units()
     groups = groups_of(found, [{"params": [p for unit in found for _, p in unit.params]}])
-    return [UnitState(g.unit.name, [GroupState(g, kept, 2, has_master=has_master)], None) for g in groups]
+    return [UnitState(g.unit.name, [GroupState(g, kept, {}, 2, has_master=has_master)], None) for g in groups]
 
 
 def made(numel, start, *, born=True):
@@ -187,8 +222,6 @@ def test_a_group_is_where_it_was_bound_last(has_master):
         if has_master:
             assert own.master.tolist() == [1, 2, 3]
             assert param.tolist() == [1, 2, 3] if resident else stands_in(param, 3)
-            own.link()
-            assert param.data_ptr() == own.master.data_ptr()
         else:
             assert own.master is None and param.tolist() == [10, 11, 12]  # these are the weights
 
@@ -217,7 +250,7 @@ def zero_states():
     pool = SlotPool(1, max(layer.layout.device_bytes for layer in layers), CPU, transfers.allocated)
     store = LayerStateStore([layer.layout.host_bytes for layer in layers], CPU)
     moving = IntervalStates(layers, pool, store, transfers, last_first=False, prefetch_steps=0)
-    return ZeroStates(layers, [], moving, CPU, None), [layer.groups[0] for layer in layers]
+    return ZeroStates(layers, [], moving, CPU), [layer.groups[0] for layer in layers]
 
 
 def narrow(states, own, param, state, layer):
@@ -309,3 +342,33 @@ def test_on_a_cpu_nothing_is_compiled():
     [told] = jit.spare_the_compiler(config)
     assert config["optimizer"]["params"]["torch_adam"] is True and "torch_adam" in told
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_deepspeeds_own_enums_and_models_are_read_as_what_they_mean():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+        OffloadDeviceEnum,
+    )
+
+    def split(**zero):
+        return split_ds_config({"train_batch_size": 2, "zero_optimization": zero, "grass": {}})
+
+    for device in (OffloadDeviceEnum.cpu, OffloadDeviceEnum.nvme):
+        for section in ({"device": device}, DeepSpeedZeroOffloadParamConfig(device=device)):
+            with pytest.raises(ConfigError, match=rf"offload_param.device='{device.value}': .* use ZeRO-3 with device"):
+                split(stage=3, offload_param=section)
+    for section in ({"device": OffloadDeviceEnum.cpu}, DeepSpeedZeroOffloadOptimizerConfig(device="cpu")):
+        told = split(stage=ZeroStageEnum.gradients, offload_optimizer=section)
+        assert told.ds_config["zero_optimization"] == {"stage": 2} and "live in (pinned) host memory" in told.said[0]
+    with pytest.raises(ConfigError, match=r"offload_optimizer.device='nvme': states go to host memory; use 'cpu'\."):
+        split(stage=2, offload_optimizer={"device": OffloadDeviceEnum.nvme})
+
+    written = DeepSpeedZeroConfig(stage=3, stage3_prefetch_bucket_size=7)
+    told = split_ds_config({"train_batch_size": 2, "zero_optimization": written, "grass": {}})
+    assert told.stage == 3 and told.ds_config["zero_optimization"].items() >= {"stage3_prefetch_bucket_size": 7}.items()
+    assert DeepSpeedZeroConfig(**told.ds_config["zero_optimization"]) == written
+    written = DeepSpeedZeroConfig(stage=3, zero_quantized_weights=True)
+    with pytest.raises(ConfigError, match="zero_optimization.zero_quantized_weights=True"):
+        split_ds_config({"train_batch_size": 2, "zero_optimization": written, "grass": {}})

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.discovery import Unit
@@ -106,6 +107,10 @@ class Backend(Ranks, ABC):
         """Hooks into the gradients of ``layers`` and ``roles``."""
 
     @abstractmethod
+    def detach(self) -> None:
+        """Takes all hooks off the model; nothing else is called after it."""
+
+    @abstractmethod
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
         """Lets ``units`` have gradients and nothing else; takes effect with the next forward.
 
@@ -172,7 +177,9 @@ def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
-def hook_weakly(param: nn.Parameter, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int) -> None:
+def hook_weakly(
+    param: nn.Parameter, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int
+) -> RemovableHandle:
     """Calls ``method(name, slot, param)`` whenever a gradient has been accumulated, for as long as its object lives.
 
     Python's collector does not see such hooks: what they referred to would live as long as the process, and the
@@ -184,7 +191,7 @@ def hook_weakly(param: nn.Parameter, method: Callable[[str, int, nn.Parameter], 
         if (call := reference()) is not None:
             call(name, slot, cast(nn.Parameter, param))
 
-    param.register_post_accumulate_grad_hook(hook)
+    return param.register_post_accumulate_grad_hook(hook)
 
 
 class HookedBackend(Backend):
@@ -206,6 +213,12 @@ class HookedBackend(Backend):
         self._on_final: weakref.WeakMethod[Callable[[Unit], None]] | None = None
         self._final: dict[str, set[int]] = {}  # slots of each unit whose gradients are final
         self._forwards = 0
+        self._handles: list[RemovableHandle] = []
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def tell_final(self, layer: Callable[[Unit], None]) -> None:
         """Calls ``layer`` within a backward of training, as soon as all gradients of a layer are those of the step.
@@ -214,7 +227,7 @@ class HookedBackend(Backend):
         held weakly: the model outlives the optimizer.
         """
         self._on_final = weakref.WeakMethod(layer)
-        self.model.register_forward_pre_hook(self._count_forward)
+        self._handles.append(self.model.register_forward_pre_hook(self._count_forward))
 
     def _count_forward(self, *_: object) -> None:
         if self._probing or not torch.is_grad_enabled():
@@ -244,7 +257,7 @@ class HookedBackend(Backend):
         self._sink, self._arrived = sink, arrived
         for unit in self._units:
             for slot, (_, param) in enumerate(unit.params):
-                hook_weakly(param, self._on_hook, unit.name, slot)
+                self._handles.append(hook_weakly(param, self._on_hook, unit.name, slot))
 
     def _on_hook(self, name: str, slot: int, param: nn.Parameter) -> None:
         unit = self._by_name[name]

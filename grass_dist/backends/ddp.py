@@ -129,8 +129,10 @@ class DdpBackend(HookedBackend):
             )
         self.group = model.process_group
         self._sync = True
-        model.register_forward_pre_hook(self._before_forward)
-        model.register_forward_hook(self._after_forward, always_call=True)
+        self._handles += [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
         self._all_buckets: list[_Bucket] = []
         self._order: list[_Bucket] = []
         self._sent = 0

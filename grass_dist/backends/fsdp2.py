@@ -57,10 +57,13 @@ class Fsdp2Backend(HookedBackend):
                 f"The parameters' mesh {mesh} is of {mesh.ndim} dimensions and smaller than the world of "
                 f"{dist.get_world_size()} ranks; use a mesh over all ranks, or of one dimension."
             )
-        model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe)
         self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        model.register_forward_hook(self._reshard_between_backward_and_step)
+        self._handles += [
+            model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe),
+            self._first_forward,
+            model.register_forward_hook(self._reshard_between_backward_and_step),
+        ]
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         super().attach(layers, roles, sink, arrived)

@@ -26,13 +26,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from grass_dist.backends.zero.groups import Extent, extents_of
 from grass_dist.backends.zero.private import STAGE_1_AND_2, STAGE_3
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import MASTER, Entries, decode, state_key
 from grass_dist.checkpoint.torch_files import check_file
-from grass_dist.checkpoint.zero_run import Extent, GroupLayout, Layout, Placed, extents_of
+from grass_dist.checkpoint.zero_run import GroupLayout, Layout, Placed
 from grass_dist.errors import CheckpointError
 
 if TYPE_CHECKING:

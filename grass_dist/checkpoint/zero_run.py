@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import FailFast, Field
 from torch import nn
 
-from grass_dist.backends.zero.groups import Group, numel_of, zero_shard
+from grass_dist.backends.zero.groups import Extent, Group, extents_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, Made
 from grass_dist.backends.zero.whole import make
@@ -50,18 +49,6 @@ class Layout(Stored):
     """In the order of DeepSpeed's files."""
     frozen: Annotated[list[Placed], FailFast()]
     """Parameters that never train."""
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """The entries of a parameter that a partition holds; ``length`` may be 0."""
-
-    name: str
-    numel: int
-    start: int
-    length: int
-    at: int
-    """Where they begin in the partition."""
 
 
 class ZeroHoldings:
@@ -226,31 +213,3 @@ def _like(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
 def _form(state: Mapping[str, Any]) -> str:
     """Keys and dtypes of a state, without step counts."""
     return str({k: entry.get("dtype") if isinstance(entry, dict) else None for k, entry in sorted(state.items())})
-
-
-def extents_of(
-    sizes: Sequence[tuple[str, int]], rank: int, partition: int, shards: Sequence[int] | None
-) -> Iterator[Extent]:
-    """What the partition of ``rank`` holds of each parameter of a group.
-
-    Stages 1 and 2 cut the group, its parameters one after the other, into equal partitions; stage 3 cuts each
-    parameter, and a partition is a rank's shards one after the other.
-
-    Args:
-        sizes: name and elements of each parameter.
-        partition: elements of a partition, with padding.
-        shards: stage 3: elements of a shard of each parameter, with padding.
-    """
-    if shards is not None:
-        at = 0
-        for (name, numel), shard in zip(sizes, shards, strict=True):
-            start = min(rank * shard, numel)
-            yield Extent(name, numel, start, min(shard, numel - start), at)
-            at += shard
-        return
-    begin, offset = rank * partition, 0
-    for name, numel in sizes:
-        low, high = max(begin, offset), min(begin + partition, offset + numel)
-        length = max(0, high - low)
-        yield Extent(name, numel, (low - offset) if length else 0, length, (low - begin) if length else 0)
-        offset += numel

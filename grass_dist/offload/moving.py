@@ -115,16 +115,27 @@ class MovingStates(ABC):
         self.transfers.harvest()  # or the events of all copies would be kept
 
     def settle(self) -> None:
-        """Binds every state to where it is and makes it readable there: in its slot, or in host memory.
+        """Makes every state readable where it is (`arrive`)."""
+        for layer in range(len(self._places)):
+            self.arrive(layer)
+
+    def arrive(self, layer: int) -> None:
+        """Binds a state to where it is and makes it readable there: in its slot, or in host memory.
 
         A state whose copy has failed is still where it was, and bound to that; the failure is raised by the update
         that needs the copy.
         """
-        for place in self._places:
-            if place.slot is None or not place.holds:
-                _ended(place.left)
-            elif _ended(place.arrived):
-                place.state.bind(place.state.layout.device_views(place.slot.flat), resident=True)
+        place = self._places[layer]
+        if place.slot is None or not place.holds:
+            _ended(place.left)
+        elif _ended(place.arrived):
+            place.state.bind(place.state.layout.device_views(place.slot.flat), resident=True)
+
+    def touched(self, layer: int) -> None:
+        """A caller has queued reads or writes of a state that has arrived: it may leave after these."""
+        place = self._places[layer]
+        if place.slot is not None:
+            place.updated = self.transfers.compute("GRASS::touched", _nothing, [])
 
     def put(self, layer: int, fill: Callable[[], None] | None) -> None:
         """Replaces a layer's state: binds it to host memory and has ``fill`` write it there; None takes it away.

@@ -1,4 +1,7 @@
-"""`engine.save_checkpoint` and `load_checkpoint`: the states of all layers and of the method in DeepSpeed's files."""
+"""`engine.save_checkpoint` and `load_checkpoint`: the states of all layers and of the method in DeepSpeed's files.
+
+And what else the engine gives of the model's weights, where it is asked to leave out frozen ones.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from grass_dist.agreement import say
 from grass_dist.backends.base import world
 from grass_dist.backends.zero.groups import groups_of
 from grass_dist.backends.zero.narrow import NarrowZero
-from grass_dist.backends.zero.private import ENGINE_BOUNDARY
+from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS
 from grass_dist.backends.zero.whole import complete, resume, trainable, whole
 from grass_dist.errors import GrassError
 
@@ -22,6 +25,22 @@ def add_checkpoints(engine: Any) -> None:
     """Wraps the two methods of this engine; their arguments and files are DeepSpeed's."""
     engine.save_checkpoint = _saving(engine, engine.save_checkpoint)
     engine.load_checkpoint = _loading(engine, engine.load_checkpoint)
+
+
+def add_exports(engine: Any) -> None:
+    """Has this engine take for frozen what never trains, and not what rests now."""
+    zero: NarrowZero = engine.optimizer
+    for name in ENGINE_EXPORTS:
+        setattr(engine, name, _exporting(zero, getattr(engine, name)))
+
+
+def _exporting(zero: NarrowZero, stock: Any) -> Any:
+    @functools.wraps(stock)
+    def export(*args: Any, **kwargs: Any) -> Any:
+        with trainable([param for group in zero.every for param in group.params]):
+            return stock(*args, **kwargs)
+
+    return export
 
 
 def _saving(engine: Any, stock: Any) -> Any:
@@ -71,6 +90,7 @@ def _loading(engine: Any, stock: Any) -> Any:
         else:
             zero.grass.load_state_dict(zero.loaded)
         zero.loaded = None
+        zero.states.settle()
         return found
 
     return load_checkpoint

@@ -7,8 +7,12 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
 
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
@@ -40,7 +44,13 @@ def _is_not(*names: str) -> Callable[[Any], bool]:
 
 
 def _above(limit: float) -> Callable[[Any], bool]:
-    return lambda value: not isinstance(value, int | float) or value > limit
+    def above(value: Any) -> bool:
+        try:
+            return not float(value) <= limit  # DeepSpeed reads "8" as 8
+        except (TypeError, ValueError, OverflowError):
+            return True
+
+    return above
 
 
 _OFF = ("false", "0", "0.0", "no", "off", "n", "f", "none", "")
@@ -75,6 +85,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("zero_optimization.stage3_module_granularity_threshold", _above(0), _TOGETHER, "use 0"),
     ("zero_optimization.module_granularity_threshold", _above(0), _TOGETHER, "use 0"),
     ("zero_optimization.legacy_stage1", _on, "GRASS works on today's ZeRO-1", "use false"),
+    ("zero_optimization.parameter_alignment", _on, "GRASS reads partitions without gaps", "use false"),
     ("zero_optimization.compute_grad_norm", _off, "GRASS relies on the norm that ZeRO computes", "use true"),
     ("checkpoint.load_universal", _on, "it knows no layers without states", "use false, on as many ranks as before"),
     ("optimizer.params.max_grad_norm", _above(-1), "DeepSpeed does not clip by it", "set gradient_clipping instead"),
@@ -115,13 +126,14 @@ _REFUSED_TYPES = {
 def load_ds_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The configuration, from whatever DeepSpeed takes: a file (comments allowed), base64 of JSON, or a dict.
 
-    Sections and lists of a dict are copied; other values, which may be handles of process groups, are shared.
+    Sections and lists of a dict are copied, and their values become those that a file would hold (`_plain`); other
+    values, which may be handles of process groups, are shared.
 
     Raises:
         ConfigError: there is no such file, it cannot be read, is not JSON, or has a key twice.
     """
     if isinstance(config, Mapping):
-        return _copy(config)
+        return _plain(config)
     if not isinstance(config, str | os.PathLike):
         raise ConfigError("config", config, "this is no ds_config", "give a path, base64 of JSON or a dict")
     source = os.fspath(config)
@@ -169,9 +181,9 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
     Raises:
         ConfigError: no block, a setting that cannot work, or an option that GRASS cannot run with.
     """
-    if not has_grass(config):
-        raise ConfigError("grass", config.get("grass"), "there is no such section", 'add {"active_layers": 4} as one')
     ds_config = load_ds_config(config)
+    if not has_grass(ds_config):
+        raise ConfigError("grass", config.get("grass"), "there is no such section", 'add {"active_layers": 4} as one')
     try:
         grass = GrassConfig(**{str(key): value for key, value in ds_config.pop("grass").items()})
     except ConfigError as error:
@@ -184,9 +196,7 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
     _refuse(ds_config)
     _take_offload_out(ds_config, said)
     if ds_config.get("gradient_clipping") is None:
-        ds_config["gradient_clipping"] = 0.0
-        default = "DeepSpeed's own default differs between releases"
-        said.append(f"gradient_clipping is not set: gradients are not clipped ({default}).")
+        ds_config.pop("gradient_clipping", None)  # DeepSpeed's default holds where there is no such key at all
     vouched = _on(_at(ds_config, "zero_allow_untested_optimizer"))
     ds_config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return ZeroSetup(grass, ds_config, _take_scheduler_out(ds_config), stage, vouched, tuple(said))
@@ -290,14 +300,26 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
     try:
         if isinstance(config := loads(text, object_pairs_hook=once), Mapping):
-            return _copy(config)
+            return _plain(config)
         problem = "it is a single value"
     except ValueError as error:
         problem = str(error)
     raise ConfigError("config", source, f"it is not a JSON object: {problem}", "correct it there")
 
 
-def _copy(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """A copy of ``value`` as a file would hold it, so that a setting is judged by what DeepSpeed reads in it.
+
+    A configuration that code has made may hold enums, DeepSpeed's own models of a section, numpy's numbers, or paths.
+    """
+    if isinstance(value, BaseModel):
+        value = value.model_dump(by_alias=True, exclude_unset=True)
     if isinstance(value, Mapping):
-        return {key: _copy(inner) for key, inner in value.items()}
-    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

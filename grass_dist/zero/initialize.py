@@ -18,6 +18,7 @@ from grass_dist.backends.base import world
 from grass_dist.backends.zero.backend import ZeroBackend
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
 from grass_dist.backends.zero.private import check_classes, deepspeed_version
+from grass_dist.backends.zero.reads import Reads
 from grass_dist.config import check_num_layers
 from grass_dist.discovery import find_layers
 from grass_dist.engine import GrassEngine
@@ -25,8 +26,9 @@ from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
 from grass_dist.samplers import make_sampler
 from grass_dist.watch import GradientWatch
-from grass_dist.zero.checkpoint import add_checkpoints
+from grass_dist.zero.checkpoint import add_checkpoints, add_exports
 from grass_dist.zero.checks import check_model, check_optimizer
+from grass_dist.zero.destroy import add_destroy, flags_of
 from grass_dist.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
 from grass_dist.zero.jit import accelerator, on_cpu, spare_the_compiler
 from grass_dist.zero.place import place_states
@@ -96,10 +98,19 @@ def _build(
     if given.get("lr_scheduler") is None and setup.scheduler is not None:
         given["lr_scheduler"] = functools.partial(_scheduler, *setup.scheduler)
     model: nn.Module = given["model"]
+    flags = flags_of(model)
     with _narrowed(functools.partial(_connect, model, setup, tuple(observers))):
         engine, optimizer, loader, scheduler = stock(**given)
+    if "gradient_clipping" not in setup.ds_config:
+        say(
+            world(),
+            f"gradient_clipping is not set: DeepSpeed {deepspeed_version()} takes its default of "
+            f"{engine.gradient_clipping()}, as it does without GRASS (0 is no clipping).",
+        )
     engine.grass = engine.optimizer.grass
     add_checkpoints(engine)
+    add_exports(engine)
+    add_destroy(engine, model, flags)
     return engine, optimizer, loader, scheduler
 
 
@@ -128,6 +139,7 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
     agree_at_start(backend, problem, fingerprint(config, found, groups, type(zero.user_optimizer), kwargs))
     zero.states = place_states(zero, backend, config, layers, roles)
+    zero.reads = Reads(zero, arguments["dp_process_group"])
     watch = GradientWatch(model, layers)
     zero.grass = GrassEngine(config, layers, roles, backend, zero.states, watch, observers)
     remember(model)

@@ -17,7 +17,7 @@ from grass_dist.config import GrassConfig
 from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
 from grass_dist.offload.build import build
-from grass_dist.offload.fields import Kept, kept_for
+from grass_dist.offload.fields import Counts, Kept, counts_for, kept_for
 from grass_dist.offload.moving import MovingStates
 from grass_dist.offload.plan import make_plan
 from grass_dist.optimizer import ELEMENTWISE, hyperparameters, step_over
@@ -35,17 +35,19 @@ def place_states(
     dtype = torch.bfloat16 if config.offload.host_dtype else None
     fallback: str | None = None
     kept: dict[int, Kept] = {}
+    counts: dict[int, Counts] = {}
     try:
         for group in zero.every:
             if group.user_group not in kept:
-                kept[group.user_group] = _kept(zero.user_optimizer, group, backend.world_size, device)
+                told = _kept(zero.user_optimizer, group, backend.world_size, device)
+                kept[group.user_group], counts[group.user_group] = told
     except GrassError as error:
-        fallback, kept = str(error), {}
+        fallback, kept, counts = str(error), {}, {}
     made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
     for group in zero.every:
         in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
-        own = GroupState(group, kept.get(group.user_group, []), backend.world_size, has_master=not in_place)
-        made[group.unit.name].append(own)
+        own, of = kept.get(group.user_group, []), counts.get(group.user_group, {})
+        made[group.unit.name].append(GroupState(group, own, of, backend.world_size, has_master=not in_place))
     states = [UnitState(unit.name, made[unit.name], dtype) for unit in layers]
     staying = [UnitState(unit.name, made[unit.name], None) for unit in roles]
     sizes = [(state.layout.device_bytes, state.layout.host_bytes) for state in states]
@@ -59,10 +61,10 @@ def place_states(
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
         agree_at_start(backend, problem, {})
-    return ZeroStates(states, staying, moving, device, zero.relink)
+    return ZeroStates(states, staying, moving, device)
 
 
-def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Kept:
+def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> tuple[Kept, Counts]:
     """What the user's optimizer keeps for a flat fp32 partition."""
 
     def step(groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
@@ -71,13 +73,12 @@ def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: to
         return state
 
     like = torch.empty(1, device=device).expand(capacity(group, world_size))
-    name = type(user).__name__
+    name, elementwise = type(user).__name__, type(user) in ELEMENTWISE
+    own = hyperparameters(user.param_groups[group.user_group])
     try:
-        kept = kept_for(
-            step, hyperparameters(user.param_groups[group.user_group]), like, elementwise=type(user) in ELEMENTWISE
-        )
+        kept = kept_for(step, own, like, elementwise=elementwise)
     except Exception as error:
         raise GrassError(f"{name} does not say what it keeps: {error}") from error
     if odd := [key for key, shape, _ in kept if shape != like.shape]:
         raise GrassError(f"{name} keeps {odd[0]} in another shape than a partition's")
-    return kept
+    return kept, counts_for(step, own, like, elementwise=elementwise)

@@ -99,9 +99,16 @@ class ZeroBackend(Backend):
         self._device = self.shard_of(layers[0].params[0][1]).device
         self._sent = self._micro_batch = 0
         self._squares: list[torch.Tensor] = []
-        for unit in self._units:
-            for slot, (_, param) in enumerate(unit.params):
-                hook_weakly(param, self._on_gradient, unit.name, slot)
+        self._hooks = [
+            hook_weakly(param, self._on_gradient, unit.name, slot)
+            for unit in self._units
+            for slot, (_, param) in enumerate(unit.params)
+        ]
+
+    def detach(self) -> None:
+        """Takes the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
 
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
         on = {unit.name for unit in units}

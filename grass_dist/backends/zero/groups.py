@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,9 @@ from torch import nn
 
 from grass_dist.discovery import Unit
 from grass_dist.optimizer import hyperparameters, step_over
+
+ALIGNED = 2
+"""ZeRO-1 and 2 pad a rank's partition to a multiple of so many elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +94,57 @@ def capacity(group: Group, world_size: int) -> int:
     """Elements that a rank's partition of ``group`` has at most: stages and releases pad in different ways."""
     numel = sum(numel_of(param) for param in group.params)
     return -(-numel // world_size) + 8 * len(group.params) + 64
+
+
+def partition_numel(order: Sequence[nn.Parameter], world_size: int) -> int:
+    """Elements, with padding, that DeepSpeed will give a rank's partition of these parameters."""
+    if hasattr(order[0], "ds_tensor"):
+        return sum(zero_shard(param).numel() for param in order)
+    numel = sum(numel_of(param) for param in order)
+    return ALIGNED * -(-numel // (ALIGNED * world_size))
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """The entries of a parameter that a partition holds; ``length`` may be 0."""
+
+    name: str
+    numel: int
+    start: int
+    length: int
+    at: int
+    """Where they begin in the partition."""
+
+
+def extents(order: Sequence[nn.Parameter], rank: int, partition: int) -> Iterator[Extent]:
+    """`extents_of` for parameters in the order of their partition; without names."""
+    shards = [zero_shard(p).numel() for p in order] if order and hasattr(order[0], "ds_tensor") else None
+    return extents_of([("", numel_of(p)) for p in order], rank, partition, shards)
+
+
+def extents_of(
+    sizes: Sequence[tuple[str, int]], rank: int, partition: int, shards: Sequence[int] | None
+) -> Iterator[Extent]:
+    """What the partition of ``rank`` holds of each parameter of a group.
+
+    Stages 1 and 2 cut the group, its parameters one after the other, into equal partitions; stage 3 cuts each
+    parameter, and a partition is a rank's shards one after the other.
+
+    Args:
+        sizes: name and elements of each parameter.
+        partition: elements of a partition, with padding.
+        shards: stage 3: elements of a shard of each parameter, with padding.
+    """
+    if shards is not None:
+        at = 0
+        for (name, numel), shard in zip(sizes, shards, strict=True):
+            start = min(rank * shard, numel)
+            yield Extent(name, numel, start, min(shard, numel - start), at)
+            at += shard
+        return
+    begin, offset = rank * partition, 0
+    for name, numel in sizes:
+        low, high = max(begin, offset), min(begin + partition, offset + numel)
+        length = max(0, high - low)
+        yield Extent(name, numel, (low - offset) if length else 0, length, (low - begin) if length else 0)
+        offset += numel

@@ -21,8 +21,10 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
+from grass_dist.backends.zero.reads import Reads
 from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, narrow_again, take_over, whole_state
+from grass_dist.errors import GrassError
 
 if TYPE_CHECKING:
     _Stock: Any = object
@@ -41,20 +43,20 @@ class NarrowZero(_Stock):
         loaded: the method's state out of a checkpoint; empty if that was saved without GRASS, None if not loaded.
         hidden: within `whole`, the lists that it has put those of all groups in the place of.
         arguments: what the engine constructs it with.
-        grass: the method's engine, which the front door puts here.
+        reads: of masters and moments; put here by the front door, as is
+        grass: the method's engine.
         on_gradients: called in `step` before anything is clipped or scaled back.
         on_rest_step: called in `step` in the place of an update while at rest; gives whether a gradient overflowed.
         on_step: called at the end of `step` with whether it was applied (False: fp16 overflow).
     """
 
     names: ClassVar[Names]
-    relink: Callable[[], None] | None
-    link_moments: Callable[[], None]
     connect: ClassVar[Callable[[Any], None]]
     """Set by the front door on a subclass: finds the layers, and narrows or rests the new object."""
 
     grass: Any
     states: ZeroStates
+    reads: Reads
     on_gradients: Callable[[], None]
     on_rest_step: Callable[[], bool]
     on_step: Callable[[bool], None]
@@ -89,7 +91,6 @@ class NarrowZero(_Stock):
             self.on_gradients()
             super().step()
             self.states.end_step()
-            self.link_moments()
         else:
             self.overflow = self.on_rest_step()
             self._end_rest_step()
@@ -107,11 +108,29 @@ class NarrowZero(_Stock):
         if self.groups:
             super().reduce_gradients(pipeline_parallel=pipeline_parallel)
 
+    @property
+    def state(self) -> Any:
+        """The base optimizer's, of what trains, by partition."""
+        self.states.settle()
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
     def state_dict(self) -> dict[str, Any]:
         """DeepSpeed's state of what trains; within `whole`, that of every group and of the method."""
+        self.states.settle()
         with narrow_again(self):
             state = super().state_dict()
-        return state if self.hidden is None else whole_state(self, state)
+        if self.hidden is not None:
+            return whole_state(self, state)
+        if self.groups:  # DeepSpeed holds no master that is in host memory
+            key, kept = self.names.masters_key, [self.states.of[group.key].master for group in self.groups]
+            state[key] = [
+                theirs if own is None else own[: theirs.numel()] for own, theirs in zip(kept, state[key], strict=True)
+            ]
+        return state
 
     def load_state_dict(self, state_dict_list: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         """Takes this rank's of the saved states; `narrow` puts them where they belong."""
@@ -119,6 +138,18 @@ class NarrowZero(_Stock):
         self.loaded = saved.get(GRASS_KEY, {})
         if GROUPS_KEY in saved:
             take_over(self, saved)
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """What `engine.offload_states` calls.
+
+        Raises:
+            GrassError: always, on all ranks, and before anything has moved.
+        """
+        raise GrassError(
+            "engine.offload_states() does not work with GRASS, which takes the states of layers to host memory by "
+            "itself (grass.offload). To free the device for other work, save a checkpoint, destroy the engine, and "
+            "load the checkpoint into a new one."
+        )
 
     # --- what the backend does with it
 
@@ -202,7 +233,7 @@ class NarrowZero(_Stock):
         saved = lists.pop(self.names.masters_key)
         for i, group in enumerate(self.groups):
             kept = self.states.of[group.key]
-            kept.lists, kept.saved = {k: v[i] for k, v in lists.items()}, saved[i].numel()
+            kept.lists, kept.saved, kept.noted = {k: v[i] for k, v in lists.items()}, saved[i].numel(), True
 
 
 def narrow_class(stock: type, stage3: bool, connect: Callable[[Any], None]) -> type:
@@ -217,15 +248,9 @@ class _Narrow12(NarrowZero):
     def _lazy_init_hp_params_optimizer_state(self) -> None:
         """DeepSpeed calls it when one group has been updated, and the others may have no moments yet."""
 
-    def link_moments(self) -> None:
-        """DeepSpeed takes views of the moments, for `safe_get_full_optimizer_state`; not of slots that others get."""
-        if not self.states.streams and not self.overflow:
-            super()._lazy_init_hp_params_optimizer_state()
-
-    def relink(self) -> None:
-        """DeepSpeed takes its views of the masters anew, for `safe_get_full_fp32_param`."""
-        if self.groups:
-            self._link_all_hp_params()
+    def _construct(self, groups: Sequence[Group]) -> None:
+        super()._construct(groups)
+        self.reads.install()
 
     def saved_order(self, group: Group) -> list[nn.Parameter]:
         if not self.round_robin_gradients:
@@ -235,10 +260,6 @@ class _Narrow12(NarrowZero):
 
 class _Narrow3(NarrowZero):
     names = STAGE_3
-    relink = None  # it has no such views
-
-    def link_moments(self) -> None:
-        pass
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.parameter_offload: Any = None
@@ -265,6 +286,40 @@ class _Narrow3(NarrowZero):
                 for param in group.params:
                     shard = zero_shard(param)
                     shard.data = shard.data.clone()
+
+    def get_full_hp_param(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
+        """This and what follows is what `deepspeed.utils.safe_*` call."""
+        return self.reads.full(param, optim_state_key)
+
+    def set_full_hp_param(self, value: torch.Tensor, param: nn.Parameter, optim_state_key: str | None = None) -> None:
+        self.reads.set_full(param, value, optim_state_key)
+
+    def get_local_fp32_param(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
+        return self.reads.local(param, optim_state_key)
+
+    def set_local_hp_param(self, value: torch.Tensor, param: nn.Parameter, optim_state_key: str | None = None) -> None:
+        self.reads.set_local(param, value, optim_state_key)
+
+    def get_hp_param_device(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.device | None:
+        return self.reads.device(param, optim_state_key)
+
+    def get_fp32_grad_for_param(self, param: nn.Parameter) -> torch.Tensor | None:
+        return super().get_fp32_grad_for_param(param) if self.reads.trains(param) else None
+
+    def get_local_fp32_grad_for_param(self, param: nn.Parameter) -> torch.Tensor | None:
+        return super().get_local_fp32_grad_for_param(param) if self.reads.trains(param) else None
+
+    def set_fp32_grad_for_param(self, value: torch.Tensor, param: nn.Parameter) -> None:
+        self.reads.refuse_gradient(param)
+        super().set_fp32_grad_for_param(value, param)
+
+    def set_local_grad_for_param(self, value: torch.Tensor, param: nn.Parameter) -> None:
+        self.reads.refuse_gradient(param)
+        super().set_local_grad_for_param(value, param)
+
+    def update_fp32_grad_for_param_vectorized(self, update_func: Any, param_list: Sequence[nn.Parameter]) -> None:
+        trained = [param for param in param_list if self.reads.trains(param)]
+        super().update_fp32_grad_for_param_vectorized(update_func, trained)
 
     def _release(self) -> None:
         for hook in (*self._grad_acc_hooks, *self._leaf_module_hooks):

@@ -32,7 +32,7 @@ _ATTRIBUTES = (
     "averaged_gradients",  # a list a group: this rank's parts of its averaged gradient
 )
 _METHODS = (
-    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy"),
+    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy", "offload_states"),
     "overlapping_partition_gradients_reduce_epilogue",
 )
 
@@ -44,7 +44,7 @@ STAGE_1_AND_2 = Names(
     attributes=(*_ATTRIBUTES, "round_robin_gradients", "partition_count"),
     methods=(
         *(*_METHODS, "reduce_gradients", "_round_robin_reorder"),
-        *("_link_all_hp_params", "_lazy_init_hp_params_optimizer_state"),
+        "_lazy_init_hp_params_optimizer_state",
     ),
 )
 STAGE_3 = Names(
@@ -53,8 +53,21 @@ STAGE_3 = Names(
     optimizer_key="optimizer_state_dict",
     shapes=("fp16_groups",),
     attributes=(*_ATTRIBUTES, "_leaf_module_hooks", "parameter_offload"),
-    methods=(*_METHODS, "initialize_ds_offload", "_partition_all_parameters"),
+    methods=(
+        *(*_METHODS, "initialize_ds_offload", "_partition_all_parameters"),
+        # What deepspeed.utils.safe_* call, at a parameter's _z3_optimizer
+        *("get_full_hp_param", "set_full_hp_param", "get_local_fp32_param", "set_local_hp_param"),
+        *("get_fp32_grad_for_param", "set_fp32_grad_for_param", "get_local_fp32_grad_for_param"),
+        *("set_local_grad_for_param", "update_fp32_grad_for_param_vectorized", "get_hp_param_device"),
+    ),
 )
+
+LINKED = ("get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
+"""Methods that ZeRO-1 and 2 bind to each parameter that they train, and that `deepspeed.utils.safe_*` call."""
+OPTIMIZER = "_z3_optimizer"
+"""Attribute of a ZeRO-3 parameter, at which ``safe_*`` ask."""
+MAPPING, FRAGMENT = "_hp_mapping", "hp_fragment"
+"""Attribute of such a parameter, by which ``safe_*`` know it: None, or an object with a view of the master."""
 
 CARRIED = (
     "loss_scaler",
@@ -70,6 +83,12 @@ CARRIED = (
 
 ENGINE_BOUNDARY = "_is_gradient_accumulation_boundary"
 """Attribute of the engine: what the caller said of the micro-batch, None where the engine counts."""
+
+ENGINE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
+"""Of the engine: handles of its hooks on the model, which its `destroy` leaves on."""
+
+ENGINE_EXPORTS = ("module_state_dict", "_zero3_consolidated_16bit_state_dict")
+"""Methods of the engine that give the model's weights, if wanted without frozen ones."""
 
 ENGINE_WRITER, ENGINE_SCRIPT = "checkpoint_engine", "_copy_recovery_script"
 """Of the engine: the object whose `save` writes a file, and the method that puts a script beside the files."""
@@ -110,6 +129,18 @@ def check_instance(zero: Any, names: Names, groups: int) -> None:
         raise _unknown(deepspeed_version(), type(zero), missing)
     if len(getattr(zero, names.masters)) != groups:
         raise _unknown(deepspeed_version(), type(zero), [f"{names.masters} with one partition a parameter group"])
+
+
+def check_linked(param: Any) -> None:
+    """The same for what a parameter carries that ZeRO-1 or 2 trains.
+
+    Raises:
+        GrassError: names the release and what it lacks.
+    """
+    mapping = getattr(param, MAPPING, None)
+    missing = [name for name in (*LINKED, MAPPING) if not hasattr(param, name)]
+    if missing or not (mapping is None or hasattr(mapping, FRAGMENT)):
+        raise _unknown(deepspeed_version(), type(param), missing or [f"{MAPPING}.{FRAGMENT}"])
 
 
 def check_state(state: dict[str, Any], names: Names) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from grass_dist.backends.zero.groups import Group, capacity
 from grass_dist.errors import GrassError
-from grass_dist.offload.fields import Home, Kept, born_in, field, move_home
+from grass_dist.offload.fields import Counts, Home, Kept, born_in, field, move_home, placed_count
 from grass_dist.offload.layout import Layout
 from grass_dist.offload.moving import MovingStates
 from grass_dist.offload.transfer import Traffic
@@ -31,19 +31,21 @@ class GroupState:
         saved: elements of the master that DeepSpeed saves, without padding.
         numel: elements of the partition; 0 if the group has no state yet.
         changed: whether there is more to the state than fp32 copies of the weights as they are.
+        noted: whether ``lists`` and ``saved`` are of this state.
+        foreseen: elements that a partition must have which a state was made for before DeepSpeed made one; else 0.
         resident: whether the state is on the device.
     """
 
-    def __init__(self, group: Group, kept: Kept, world_size: int, *, has_master: bool) -> None:
-        self.group = group
+    def __init__(self, group: Group, kept: Kept, counts: Counts, world_size: int, *, has_master: bool) -> None:
+        self.group, self._counts = group, counts
         self.has_master = has_master
         self.lists: dict[str, Any] = {}
         self.state: dict[str, Any] = {}
         self.homes: dict[str, torch.Tensor] = {}
         self.master: torch.Tensor | None = None
         self.param: torch.Tensor | None = None
-        self.numel = self.saved = 0
-        self.changed, self.resident = False, True
+        self.numel = self.saved = self.foreseen = 0
+        self.changed, self.noted, self.resident = False, False, True
         self._absent = torch.empty(0)
         self._capacity = capacity(group, world_size)
         shape = torch.Size([self._capacity])
@@ -57,6 +59,11 @@ class GroupState:
             raise GrassError(
                 f"A ZeRO partition of {self.group.unit.name} has {param.numel()} elements where at most "
                 f"{self._capacity} were expected: this DeepSpeed pads in another way."
+            )
+        if self.foreseen not in (0, param.numel()):
+            raise GrassError(
+                f"A ZeRO partition of {self.group.unit.name} has {param.numel()} elements where {self.foreseen} were "
+                "expected, when a value was set by safe_set_full_fp32_param: this DeepSpeed pads in another way."
             )
         born, self.param, self.numel = self.numel > 0, param, param.numel()
         self._absent = param.new_full((1,), math.nan).expand(self.numel)
@@ -84,10 +91,10 @@ class GroupState:
         if (param := self.param) is not None:  # which may change meanwhile: a copy that ends calls this, too
             param.data = master if self.resident else self._absent
 
-    def link(self) -> None:
-        """Shows the master where it is, until `bind` or `adopt`: for what takes views of it."""
-        if self.param is not None and self.master is not None:
-            self.param.data = self.master
+    @property
+    def current_master(self) -> torch.Tensor | None:
+        """The master, wherever it is. While a group trains whose weights are their own masters, DeepSpeed has one."""
+        return self.param.data if self.master is None and self.param is not None else self.master
 
     def fill(self, numel: int, master: torch.Tensor | None, state: Mapping[str, Any]) -> None:
         """Writes a state into what `bind` has bound; tensors may lack the padding at their end."""
@@ -104,14 +111,17 @@ class GroupState:
             elif home is not None and torch.is_tensor(value):
                 self.state[key] = home[:numel]
             else:
-                self.state[key] = value.clone() if torch.is_tensor(value) else value
+                self.state[key] = placed_count(value, key, self._counts) if torch.is_tensor(value) else value
 
     def exact(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """A moment in the dtype in which it is updated: host memory may round it (`offload.host_dtype`)."""
         return value.to(self.dtypes.get(key, value.dtype))
 
     def forget(self) -> None:
-        self.state, self.lists, self.homes, self.master, self.numel, self.changed = {}, {}, {}, None, 0, False
+        self.state, self.lists, self.homes = {}, {}, {}
+        self.master = self.param = None  # or the optimizer of now would seem to train what the next one does not
+        self.numel = self.foreseen = 0
+        self.changed = self.noted = False
 
     def tensors(self) -> list[torch.Tensor]:
         """Master and moments."""
@@ -154,7 +164,6 @@ class ZeroStates:
         layers, roles: states of all groups.
         moving: moves those of the layers; None leaves them on the device, where they were born.
         device: that trains.
-        relink: has DeepSpeed take its views of the masters anew; None where it takes none.
     """
 
     def __init__(
@@ -163,10 +172,9 @@ class ZeroStates:
         roles: Sequence[UnitState],
         moving: MovingStates | None,
         device: torch.device,
-        relink: Callable[[], None] | None,
     ) -> None:
         self._units = [*layers, *roles]
-        self._layers, self._moving, self._device, self._relink = list(layers), moving, device, relink
+        self._layers, self._moving, self._device = list(layers), moving, device
         self.streams = moving is not None and not moving.stays
         self.of = {group.group.key: group for unit in self._units for group in unit.groups}
         self._index = {key.group.key: i for i, unit in enumerate(layers) for key in unit.groups}
@@ -188,7 +196,6 @@ class ZeroStates:
             self._moving.enter(active)
             for layer in active:
                 self._moving.show(layer)
-        self.relink()
 
     def harvest(self) -> Traffic:
         return Traffic() if self._moving is None else self._moving.harvest()
@@ -227,17 +234,6 @@ class ZeroStates:
             self._moving.ready(layer)
         self._in_use = layer
 
-    def relink(self) -> None:
-        """After masters have changed places."""
-        if self._relink is None:
-            return
-        for group in self.of.values():
-            group.link()
-        self._relink()
-        for group in self.of.values():
-            if group.master is not None:
-                group.show(group.master)
-
     def keep_newborn(self) -> None:
         """Takes what DeepSpeed has made for layers that had no state, on the device, to where states are kept."""
         if self._moving is None:
@@ -246,6 +242,19 @@ class ZeroStates:
             if any(group.numel and not group.homes for group in unit.groups):
                 made = [(group, group.numel, group.master, dict(group.state)) for group in unit.groups]
                 self._moving.put(index, partial(_fill_all, made))
+
+    # --- for a caller between two steps
+
+    @contextmanager
+    def at_hand(self, own: GroupState) -> Iterator[None]:
+        """While it lasts, the state of a group can be read and written where it is bound to."""
+        layer = self._index.get(own.group.key)
+        if self._moving is None or layer is None:
+            yield
+            return
+        self._moving.arrive(layer)
+        yield
+        self._moving.touched(layer)
 
     # --- for checkpoints
 

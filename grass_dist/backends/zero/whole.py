@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from grass_dist.backends.zero.groups import Group, zero_shard
-from grass_dist.backends.zero.states import GroupState
+from grass_dist.backends.zero.states import MASTER, GroupState
 from grass_dist.errors import GrassError
 
 if TYPE_CHECKING:
     from grass_dist.backends.zero.narrow import NarrowZero
 
 GROUPS_KEY, SIZES_KEY, CHANGED_KEY, GRASS_KEY = "grass_groups", "grass_sizes", "grass_changed", "grass"
+UPDATED_KEY = "grass_updated"
 """What we add to DeepSpeed's ZeRO state: names of the groups in order, elements of this rank's partitions with their
-padding, whether each has been updated, and the state of the method on this rank."""
+padding, whether each differs from what its weights say, the state of the method on this rank, and whether each has
+been updated: the others have zeros for moments, for DeepSpeed's tools."""
 
 
 @contextmanager
@@ -51,7 +53,8 @@ def narrow_again(zero: NarrowZero) -> Iterator[None]:
 def complete(zero: NarrowZero) -> None:
     """Makes masters of the layers that were never drawn, one layer at a time, and takes them where states are kept."""
     current = list(zero.groups)
-    missing = [group for group in zero.every if not zero.states.of[group.key].numel]
+    known = {group.key for group in current} | {key for key, own in zero.states.of.items() if own.noted}
+    missing = [group for group in zero.every if group.key not in known]
     for _, groups in groupby(missing, key=lambda group: group.unit.name):
         make(zero, [*current, *groups])
     if missing:
@@ -82,26 +85,39 @@ def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
     lists[names.masters_key] = [_master(own) for own in order]
     user = zero.user_optimizer.param_groups
     base = {
-        "state": {i: _moments(own) for i, own in enumerate(order) if own.state},
+        "state": {i: _moments(own) if own.state else _zeros(own, order) for i, own in enumerate(order)},
         "param_groups": [
             {**{k: v for k, v in user[g.user_group].items() if k != "params"}, "params": [i]}
             for i, g in enumerate(zero.every)
         ],
     }
     keys, sizes = [group.key for group in zero.every], [own.numel for own in order]
-    changed = [own.changed for own in order]
-    ours = {GROUPS_KEY: keys, SIZES_KEY: sizes, CHANGED_KEY: changed, GRASS_KEY: zero.grass.state_dict()}
+    ours = {
+        **{GROUPS_KEY: keys, SIZES_KEY: sizes, GRASS_KEY: zero.grass.state_dict()},
+        CHANGED_KEY: [own.changed for own in order],
+        UPDATED_KEY: [bool(own.state) for own in order],
+    }
     return {**state, **lists, names.optimizer_key: base, **ours}
 
 
 def _master(own: GroupState) -> torch.Tensor:
-    if own.master is not None:
-        return _saved(own, own.master[: own.saved])
+    if (master := own.current_master) is not None:
+        return _saved(own, master[: own.saved])
     return torch.cat([zero_shard(param).detach().reshape(-1) for param in own.group.params])
 
 
 def _moments(own: GroupState) -> dict[str, Any]:
     return {key: _saved(own, value, own.dtypes.get(key)) for key, value in own.state.items()}
+
+
+def _zeros(own: GroupState, order: Sequence[GroupState]) -> dict[str, Any]:
+    """Moments of a group that was never updated, which DeepSpeed's ``ds_to_universal`` asks for; a few bytes in a file.
+
+    Step counts are those of some group that has them, at 0.
+    """
+    counts = next((other.state for other in order if other.state), {})
+    moments = {k: torch.zeros((), dtype=dtype).expand(own.numel) for k, dtype in own.dtypes.items() if k != MASTER}
+    return moments | {k: v * 0 for k, v in counts.items() if torch.is_tensor(v) and v.numel() == 1 and k not in moments}
 
 
 def _saved(own: GroupState, value: Any, dtype: torch.dtype | None = None) -> Any:
@@ -131,17 +147,20 @@ def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
     lists = {
         k: v
         for k, v in saved.items()
-        if isinstance(v, list) and len(v) == len(keys) and k not in (GROUPS_KEY, SIZES_KEY, CHANGED_KEY)
+        if isinstance(v, list) and len(v) == len(keys) and k not in (GROUPS_KEY, SIZES_KEY, CHANGED_KEY, UPDATED_KEY)
     }
     masters = lists.pop(zero.names.masters_key)
     states = saved[zero.names.optimizer_key]["state"]
     sizes = saved.get(SIZES_KEY, [master.numel() for master in masters])
     changed = saved.get(CHANGED_KEY, [bool(states.get(i)) for i in range(len(keys))])
+    updated = saved.get(UPDATED_KEY, [True] * len(keys))
     zero.forget()
-    zero.states.replace({key: (sizes[i], masters[i], states.get(i, {})) for i, key in enumerate(keys)})
+    zero.states.replace(
+        {key: (sizes[i], masters[i], states.get(i, {}) if updated[i] else {}) for i, key in enumerate(keys)}
+    )
     for i, group in enumerate(zero.every):
         own = zero.states.of[group.key]
-        own.lists, own.saved = {k: v[i] for k, v in lists.items()}, masters[i].numel()
+        own.lists, own.saved, own.noted = {k: v[i] for k, v in lists.items()}, masters[i].numel(), True
         own.changed = changed[i]
         _fill_shards(group, masters[i])
     for mine, theirs in zip(zero.user_optimizer.param_groups, _user_groups(zero, saved), strict=True):

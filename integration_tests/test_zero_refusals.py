@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.moe.layer import MoE
@@ -68,6 +69,27 @@ def loaded_with_other_groups(folder: str) -> str:
     return refused(lambda: other.load_checkpoint(folder, tag="t"))
 
 
+class Checkpointed(nn.Module):
+    """A layer under DeepSpeed's own activation checkpointing, which is reentrant."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return deepspeed.checkpointing.checkpoint(lambda x: self.layer(x, **kwargs), x)
+
+
+def cut_off(rank: int, stage: int, settings: dict[str, object]) -> str:
+    """A step whose layers get no gradient, with the embeddings frozen."""
+    model = small_llama().train()
+    model.model.layers = nn.ModuleList(map(Checkpointed, model.model.layers))
+    engine = make_engine(ds_config(stage, settings), model=model)
+    told = refused(lambda: train_step(engine, 0, rank, 2, 1))
+    engine.destroy()
+    return told
+
+
 def tell(rank: int, world_size: int, folder: str) -> dict[str, str]:
     fine = ds_config(2, SETTINGS)
     without = {k: v for k, v in fine.items() if k != "train_micro_batch_size_per_gpu"}
@@ -106,6 +128,8 @@ def tell(rank: int, world_size: int, folder: str) -> dict[str, str]:
         "changed after initialize": changed_after_initialize(),
         "saved within an accumulation": saved_within_an_accumulation(rank, _made(folder, f"a{rank}")),
         "loaded with other groups": loaded_with_other_groups(_made(folder, "b")),
+        "cut off in a round": cut_off(rank, 3, {**SETTINGS, "always_active": ["final_norm", "lm_head"]}),
+        "cut off in a probe": cut_off(rank, 2, {"active_layers": 2, "probe_steps": 2}),
     }
 
 
@@ -138,6 +162,8 @@ WORDS = {
     "changed after initialize": "requires_grad",
     "saved within an accumulation": "1 of 2 micro-batches",
     "loaded with other groups": "parameter groups",
+    "cut off in a round": "2 active layers (model.layers.",
+    "cut off in a probe": "8 active layers (model.layers.0, ",
 }
 
 

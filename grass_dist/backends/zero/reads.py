@@ -147,7 +147,7 @@ class Reads:
     # --- ZeRO-1 and 2, whose parameters carry the methods that safe_* call
 
     def install(self) -> None:
-        """Puts our answers on all parameters in the place of those that DeepSpeed has bound to some of them.
+        """Binds our answers to all parameters, and so replaces those that DeepSpeed has bound to some of them.
 
         They refer to this object weakly. DeepSpeed's views of the masters that it has just made are dropped: they
         would hold that memory for the whole interval.

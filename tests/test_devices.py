@@ -210,7 +210,9 @@ def test_layers_on_several_devices_are_refused_by_name():
 def test_what_never_trains_may_be_on_another_device():
     model = tiny()
     model.head.to("meta")
-    GrassOptimizer(model, torch.optim.AdamW, {}, config=GrassConfig(active_layers=2, always_active=["embeddings"]))
+    config = GrassConfig(active_layers=2, always_active=["embeddings"])
+    optimizer = GrassOptimizer(model, torch.optim.AdamW, {}, config=config)
+    assert [unit.name for unit in optimizer.grass.roles] == ["embeddings"] and not model.head.weight.requires_grad
 
 
 class Mesh:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,14 @@ from grass_dist.training.data_config import DataConfig, fill
 from grass_dist.training.json_files import HEAD
 from grass_dist.training.json_lines import Row, Skipped
 from grass_dist.training.rows import Reading, Source, load_rows, sources
+
+
+class Vocabulary(Protocol):
+    """The tokens that a model has weights for (`grass_dist.training.fit.Vocabulary`)."""
+
+    def check(self, example: Example) -> None:
+        """Raises: `ConfigError`, an example has another one."""
+        ...
 
 
 class Stream:
@@ -32,12 +40,15 @@ class Stream:
         self._rows, self._tokenizer, self._config = rows, tokenizer, config
         self._source = sources(config)[0]
         self.unlabelled = self.unanswered = 0
+        self.vocabulary: Vocabulary | None = None
+        """What every example that is made is checked against."""
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
         """The rows, or packed examples, of one pass; the order is a function of (seed, epoch).
 
         Raises:
-            ConfigError: while iterating, a row that cannot be read or used; of a file it names the line.
+            ConfigError: while iterating, a row that cannot be read or used; of a file it names the line. Packed, a row
+                with a token that `vocabulary` has not.
         """
         config, rows = self._config, self._rows
         if config.shuffle_buffer:
@@ -45,14 +56,14 @@ class Stream:
         rows.set_epoch(epoch)
         if not config.packing:
             return self._answered(rows)
-        examples = (tokenise(row, self._tokenizer, config) for row in self._answered(rows))
+        examples = (self._made(row) for row in self._answered(rows))
         return pack((example for example in examples if has_labels(example)), config.max_length)
 
     def example(self, item: Any) -> Example:
-        """The example of an item of `epoch`."""
+        """The example of an item of `epoch`. Raises: `ConfigError`, it has a token that `vocabulary` has not."""
         if self._config.packing:
             return item
-        example = tokenise(item, self._tokenizer, self._config)
+        example = self._made(item)
         self.unlabelled += not has_labels(example)
         return example
 
@@ -63,6 +74,12 @@ class Stream:
         if self.unlabelled:
             what = "examples of the stream have no token of their completion within max_length: no loss on them"
             yield f"of those that this rank has read, {self.unlabelled} {what}"
+
+    def _made(self, row: Row) -> Example:
+        example = tokenise(row, self._tokenizer, self._config)
+        if self.vocabulary is not None:
+            self.vocabulary.check(example)
+        return example
 
     def _answered(self, rows: Iterable[Any]) -> Iterator[Row]:
         count = 0

@@ -26,7 +26,7 @@ def weight_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with a pad token.
+    """The model's tokenizer; its eos token pads where it names no pad token.
 
     Raises:
         ConfigError: no such model.
@@ -38,7 +38,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # whatever transformers makes of a folder that nobody has checked
         raise _no_model(config, error) from error
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

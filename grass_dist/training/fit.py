@@ -58,9 +58,7 @@ class Vocabulary(NamedTuple):
 
     def _outside(self, token: int, rows: int) -> ConfigError:
         text = self.tokenizer.convert_ids_to_tokens(token)
-        problem = (
-            f"its tokenizer writes {text!r} as id {token}, and the model has weights for the ids below {rows}"
-        )
+        problem = f"its tokenizer writes {text!r} as id {token}, and the model has weights for the ids below {rows}"
         fix = "give it the tokenizer that it was trained with, or resize its embeddings and save it with them"
         return ConfigError("model.name", self.model, problem, fix)
 

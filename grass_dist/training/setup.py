@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from grass_dist.config import check_num_layers
@@ -16,6 +18,8 @@ from grass_dist.training.batches import check_divides
 from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.training.packaged_model import resolve_model
 from grass_dist.training.world import World
+
+log = logging.getLogger("grass_dist")
 
 
 def weight_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -47,21 +51,25 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     """The pretrained causal language model, in host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
 
     Raises:
-        ConfigError: no such model, or settings of ``grass`` that do not fit it.
+        ConfigError: no such model, one whose files lack some of its weights (see `ModelConfig.allow_missing_weights`),
+            or settings of ``grass`` that do not fit it.
         UnsupportedModel: it has no layer stack.
     """
     from transformers import AutoModelForCausalLM
 
     settings = config.model
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(settings.name),
             dtype=weight_dtype(settings, device),
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
         )
     except Exception as error:  # as above
         raise _no_model(settings, error) from error
+    model, found = loaded
+    _check_complete(settings, found)
     try:
         layers = find_layers(model, config.grass.layers)
         check_num_layers(config.grass, len(layers.layers))
@@ -130,6 +138,24 @@ def learning_rate_factor(train: TrainConfig, update_steps: int) -> Callable[[int
         return floor + (1 - floor) * falling[train.schedule]
 
     return factor
+
+
+def _check_complete(config: ModelConfig, found: dict[str, Any]) -> None:
+    """Checks what `from_pretrained` tells of the weights; one that is tied to another that is there is not missing.
+
+    Raises:
+        ConfigError: some are missing or have another shape, and this is not allowed.
+    """
+    missing = sorted({*found["missing_keys"], *(str(each[0]) for each in found["mismatched_keys"])})
+    if not missing:
+        return
+    named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if not config.allow_missing_weights:
+        problem = f"its files lack {named}, which would begin at random"
+        fix = "complete the model's files, or set model.allow_missing_weights=true to train it so"
+        raise ConfigError("model.name", config.name, problem, fix)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        log.warning("the files of %s lack %s: these weights begin at random", config.name, named)
 
 
 def _no_model(config: ModelConfig, error: Exception) -> ConfigError:

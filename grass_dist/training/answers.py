@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from grass_dist.training.fit import learnt_positions
+from grass_dist.training.hub import loading_options
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def answer_from_folder(
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **loading_options(folder)
     )
     model = model.to(device)
     return greedy_answer(model, tokenizer, prompt_ids, max_new_tokens)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from grass_dist.errors import ConfigError
+from grass_dist.errors import ConfigError, shorten
 
 _QUESTION, _ANSWER = "A question 4f7c", "An answer 9b2e"
 """What a template is tried with: nothing that it would write by itself."""
@@ -195,6 +195,6 @@ def _squeezed(text: str) -> str:
 
 
 def _refused(what: str, answer: str | None = None) -> ConfigError:
-    shown = "" if answer is None else f" {answer if len(answer) <= 40 else answer[:37] + '...'!r}"
+    shown = "" if answer is None else f" {shorten(answer, 40)!r}"
     fix = "set data.chat_template to false, or give the tokenizer a template that writes both as they are"
     return ConfigError("chat_template", True, f"the tokenizer's chat template {what}{shown}", fix)

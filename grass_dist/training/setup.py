@@ -13,9 +13,10 @@ from torch import nn
 
 from grass_dist.config import check_num_layers
 from grass_dist.discovery import find_layers
-from grass_dist.errors import ConfigError
+from grass_dist.errors import ConfigError, shorten
 from grass_dist.training.batches import check_divides
 from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
+from grass_dist.training.hub import hub_problem, loading_options
 from grass_dist.training.packaged_model import resolve_model
 from grass_dist.training.world import World
 
@@ -39,7 +40,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     source = resolve_model(config.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, **loading_options(config.name)
+        )
     except Exception as error:  # whatever transformers makes of a folder that nobody has checked
         raise _no_model(config, error) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -65,6 +68,7 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            **loading_options(settings.name),
         )
     except Exception as error:  # as above
         raise _no_model(settings, error) from error
@@ -160,5 +164,8 @@ def _check_complete(config: ModelConfig, found: dict[str, Any]) -> None:
 
 def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason if len(reason) < 200 else reason[:197] + "..."
-    return ConfigError("model.name", config.name, f"it cannot be loaded ({reason})", "give a model's name or folder")
+    fix = "give a model's name or folder"
+    if unreachable := hub_problem(config.name):
+        reason = f"there is no such folder, it is not in the cache of the Hub, and {unreachable}"
+        fix = f"{fix}, or load it once where the Hub can be reached"
+    return ConfigError("model.name", config.name, f"it cannot be loaded ({shorten(reason, 300)})", fix)

@@ -1,0 +1,23 @@
+"""What a sentence shows of a long value."""
+
+from __future__ import annotations
+
+import pytest
+
+from grass_dist.agreement import raise_if_ranks_differ
+from grass_dist.errors import ConfigError, RanksDisagree, shorten
+
+
+def test_a_long_value_keeps_its_beginning_and_its_end():
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghijk", 10) == "abcd...ijk"
+    path = "/scratch/" + "long/" * 40 + "train.jsonl"
+    said = str(ConfigError("data.name", path, "there is no such file", "give the path of a file"))
+    value = said.removeprefix("data.name=").partition(": there")[0]
+    assert value.startswith("'/scratch/long") and value.endswith("/train.jsonl'") and len(value) == 80
+
+
+def test_ranks_that_differ_at_the_end_of_a_long_value_are_shown_so():
+    path = "/scratch/" + "long/" * 40
+    with pytest.raises(RanksDisagree, match=r"/a.jsonl' on rank 1 and '/scratch.*/b.jsonl' on rank 0"):
+        raise_if_ranks_differ([(None, {"data.name": repr(path + end)}) for end in ("b.jsonl", "a.jsonl")])

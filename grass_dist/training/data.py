@@ -207,7 +207,8 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
     """
     if config.text is not None:
         prompt_ids: list[int] = []
-        ids = _with_eos(_encode(tokenizer, fill(config.text, row, "text"), special=True), tokenizer)
+        ids = _first_ids(tokenizer, fill(config.text, row, "text"), config.max_length, special=True)
+        ids = _with_eos(ids, tokenizer)
     else:
         prompt = fill(config.prompt or "", row, "prompt")
         completion = fill(config.completion or "", row, "completion")
@@ -218,7 +219,7 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
             learnt = [False] * len(prompt_ids) + turn.learnt
             labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
             return _cut(ids, labels, config)
-        ids = prompt_ids + _with_eos(_encode(tokenizer, completion), tokenizer)
+        ids = prompt_ids + _with_eos(_first_ids(tokenizer, completion, config.max_length), tokenizer)
     return _cut(ids, [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :], config)
 
 
@@ -246,6 +247,34 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
     if special and bos is not None and ids[:2] == [bos, bos] and len(ids) > len(_encode(tokenizer, text)):
         ids = ids[1:]
     return list(ids)
+
+
+LONG = 64
+"""Characters of a text for each token that is kept of it, beyond which it is not tokenised whole."""
+
+_MARGIN = 64
+"""Tokens at the end of a piece that may be others than in the whole text."""
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int, special: bool = False) -> list[int]:
+    """The ids of a text, all or, of a very long one, at least the first ``count``: the whole may fill the memory.
+
+    Of a long text the beginning is tokenised, and twice as much of it: where both have the same first ids, far enough
+    from the ends, these are taken for those of the whole text. Otherwise pieces grow, up to the whole.
+    """
+    size, before = LONG * (count + _MARGIN), list[int]()
+    while 2 * size < len(text):
+        ids = _encode(tokenizer, _beginning(text, size), special)[:-_MARGIN]
+        if len(before) >= count and ids[:count] == before[:count]:
+            return ids
+        before, size = ids, 2 * size
+    return _encode(tokenizer, text, special)
+
+
+def _beginning(text: str, size: int) -> str:
+    """About the first ``size`` characters, up to white space where there is some in their second half."""
+    end = next((at for at in range(size, size // 2, -1) if text[at].isspace()), size)
+    return text[:end]
 
 
 def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -7,9 +7,8 @@ from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDis
 from grass_dist.events import Refreshed, Sampled
 from grass_dist.samplers import RoundGenerator, register_sampler
 from grass_dist.trainer import disable, enable
+from grass_dist.version import __version__ as __version__
 from grass_dist.zero.initialize import initialize
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grass_dist.backends.base import Ranks
-from grass_dist.errors import GrassError, RanksDisagree
+from grass_dist.errors import GrassError, RanksDisagree, shorten
 
 log = logging.getLogger("grass_dist")
 
@@ -47,12 +47,8 @@ def raise_if_ranks_differ(reports: list[Any]) -> None:
     for rank, (_, shown) in enumerate(reports):
         for name, value in shown.items():
             if value != first.get(name):
+                here, there = shorten(value, 120), shorten(str(first.get(name)), 120)
                 raise RanksDisagree(
-                    f"{name} is {_short(value)} on rank {rank} and {_short(first.get(name))} on rank 0; "
+                    f"{name} is {here} on rank {rank} and {there} on rank 0; "
                     "start all ranks with the same configuration, model and versions."
                 )
-
-
-def _short(text: str | None) -> str:
-    text = str(text)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -7,11 +7,11 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 from grass_dist.errors import ConfigError, GrassError
+from grass_dist.version import __version__
 
 try:
     import typer
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"grass-dist {metadata.version('grass-dist')}")
+        typer.echo(f"grass-dist {__version__}")
         raise typer.Exit
 
 

@@ -33,7 +33,7 @@ class ConfigError(GrassError, ValueError):
 
     def __init__(self, field: str, value: Any, problem: str, fix: str) -> None:
         self.field, self.value, self.problem, self.fix = field, value, problem, fix
-        sentence = f"{_shorten(field, plain=True)}={_shorten(value)}: {problem}; {fix}."
+        sentence = f"{shorten(field, 80)}={shorten(repr(value), 80)}: {problem}; {fix}."
         super().__init__(" ".join(sentence.split()))
 
     def under(self, prefix: str) -> ConfigError:
@@ -61,9 +61,12 @@ class RanksDisagree(GrassError, RuntimeError):
     on_every_rank = True
 
 
-def _shorten(value: Any, limit: int = 80, *, plain: bool = False) -> str:
-    text = value if plain else repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def shorten(text: str, limit: int) -> str:
+    """A text of at most ``limit`` characters; a longer one keeps its beginning and its end, which often tells more."""
+    if len(text) <= limit:
+        return text
+    end = (limit - 3) // 2
+    return f"{text[: limit - 3 - end]}...{text[-end:]}"
 
 
 def _rebuild(cls: type[GrassError], args: tuple[Any, ...], attributes: Mapping[str, Any]) -> GrassError:

@@ -48,6 +48,7 @@ from grass_dist.training.config_file import flat_settings, load_config
 from grass_dist.training.data import Data, Stream, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
 from grass_dist.training.export import write_model_files
+from grass_dist.training.fit import check_fit, vocabulary_of
 from grass_dist.training.identity import data_identity, model_identity, versions
 from grass_dist.training.loop import Loop
 from grass_dist.training.metrics import MetricsLog, describe_run, make_run_folder
@@ -130,6 +131,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     data = world.together(lambda: _load_data(config, tokenizer))
     data_is = world.together(lambda: data_identity(data.train))
     model = world.together(parallel.load)
+    padding = world.together(partial(check_fit, config, model, tokenizer, data))
     world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
     start = world.together(lambda: _start(config, checkpoint, data_is, say))
     layers = find_layers(model, config.grass.layers)
@@ -151,7 +153,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
     if log and answer and checkpoint is None:
         log.write("answer", 0, when="before", **answer)
-    for sentence in data.told():
+    for sentence in [*data.told(), *([padding.told] if padding.told else [])]:
         reporter.say(sentence)
     run = parallel.start(model, layers, [reporter.observe, *([log.observe] if log else [])])
     settings = model.config
@@ -171,7 +173,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
 
     add_model = partial(write_model_files, settings, tokenizer)
     checkpoints = Checkpoints(config, world, run, folder, add_model, tell, start.step)
-    loop = Loop(config, world, run, data, tokenizer.pad_token_id, reporter, log, checkpoints, state)
+    loop = Loop(config, world, run, data, padding.id, reporter, log, checkpoints, state)
     began = time.perf_counter()
     with reporter:
         asked = loop.train(start)
@@ -215,6 +217,7 @@ def _answer_before(
         return None
     ids = render_prompt(tokenizer, question["prompt"], config.data.chat_template)
     try:
+        vocabulary_of(config.model.name, model, tokenizer).check_ids(ids)
         return {**question, "text": parallel.answer(model, tokenizer, ids)}
     except torch.cuda.OutOfMemoryError:
         return {**question, "text": "(the whole model does not fit on one device)"}

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -19,7 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grass_dist.errors import ConfigError, GrassError
@@ -118,6 +119,54 @@ def test_fill_a_column_or_a_template():
 
 
 # --------------------------------------------------------------------------------------------------- tokenise
+
+
+def byte_pairs() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer whose merges reach across words, with tokens of many lengths."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["</s>"], vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator(["the quick brown fox", "the quick fox and the dog " * 3], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+
+
+class Counting:
+    """A tokenizer that counts the characters that it is given."""
+
+    def __init__(self, inner: PreTrainedTokenizerFast) -> None:
+        self._inner, self.characters = inner, 0
+
+    def __call__(self, text, **options):
+        self.characters += len(text)
+        return self._inner(text, **options)
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["the quick brown fox and the dog " * 4000, "thequickfox" * 10_000, "x" * 10**5, " " * 10**5, "é\n" * 50_000],
+)
+@pytest.mark.parametrize("config", [{"text": "t"}, {"prompt": "q", "completion": "t"}])
+def test_of_a_very_long_text_the_beginning_is_tokenised(text, config):
+    tokenizer: Any = Counting(byte_pairs())
+    row, settings = {"q": "a b", "t": text}, DataConfig(name="x", max_length=100, **config)
+    example = tokenise(row, tokenizer, settings)
+    assert tokenizer.characters < 60_000
+    whole = byte_pairs()("a b" if "prompt" in config else "", add_special_tokens=False)["input_ids"]
+    whole = (whole + byte_pairs()(text, add_special_tokens=False)["input_ids"])[:100]
+    assert example["input_ids"] == whole
+
+
+def test_a_long_text_of_few_tokens_is_tokenised_whole():
+    tokenizer = make_tokenizer()
+    row = {"t": "a" + " " * 10**5 + "b"}
+    assert words(tokenise(row, tokenizer, DataConfig(name="x", text="t", max_length=8))["input_ids"]) == [
+        *("a", "b", "<end>")
+    ]
 
 
 def test_labels_of_a_chat():

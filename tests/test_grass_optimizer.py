@@ -579,9 +579,3 @@ def test_parameters_that_the_groups_leave_out_are_frozen():
         assert all(p.grad is None for p in left_out)
         optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(left_out, before, strict=True))
-
-
-def test_version_is_that_of_the_package():
-    from importlib.metadata import version
-
-    assert grass_dist.__version__ == version("grass-dist")

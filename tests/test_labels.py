@@ -178,6 +178,9 @@ DROPS = {
         "{% generation %}{{ m.content.split('</think>')[-1] }}{% endgeneration %}<|im_end|>",
     ),
     r"cannot be used \(no chat here\)": "{{ raise_exception('no chat here') }}",
+    r"cannot be used \(Unexpected end of template.*\)": "{% for m in messages %}",
+    r"cannot be used \(not this row\)": "{% if 'Which' in messages[0].content %}{{ raise_exception('not this row') }}"
+    "{% endif %}" + each(TURN) + OPENS,
 }  # fmt: skip
 
 

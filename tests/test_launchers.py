@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import socket
+import time
+
 import pytest
 
 from grass_dist.errors import GrassError
 from grass_dist.training.launchers import PORTS, Place, find_place, first_host, own_address
 from grass_dist.training.seats import Seat, problem_of
+from grass_dist.training.world import World
 
 TORCHRUN = {
     "RANK": "5",
@@ -44,6 +50,7 @@ WHERE = {"MASTER_ADDR": "node9", "MASTER_PORT": "4000"}
         ({**OPEN_MPI, "MASTER_ADDR": "node9"}, Place("Open MPI", 3, 1, 4)),  # an address alone is not where to meet
         (HYDRA, Place("MPICH or Intel MPI", 3, 1, 4)),
         (SRUN, Place("srun", 2, 0, 4, "node003", PORTS[123457 % len(PORTS)])),
+        ({**SRUN, "SLURM_STEP_ID": "0"}, Place("srun", 2, 0, 4, "node003", PORTS[123457 % len(PORTS)])),
         ({**SRUN, **WHERE}, Place("srun", 2, 0, 4, "node9", 4000)),
         ({**SRUN, **OPEN_MPI}, Place("Open MPI", 3, 1, 4)),  # mpirun inside an allocation
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, Place("torchrun", 5, 1, 8, "node1", 29400)),
@@ -96,10 +103,54 @@ def test_a_world_that_contradicts_itself_is_refused(environ, message):
 
 @pytest.mark.parametrize(
     ("nodes", "host"),
-    [("a", "a"), ("a,b", "a"), ("n[03-07,12],g1", "n03"), ("n[7,9]", "n7"), ("rack1-n[1-2]", "rack1-n1")],
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[03-07,12],g1", "n03"),
+        ("n[7,9]", "n7"),
+        ("rack1-n[1-2]", "rack1-n1"),
+        ("rack[0-1]n[01-16]", "rack0n01"),
+        ("n[1-2]-ib0", "n1-ib0"),
+        ("n[1-2]-ib0,g[3,5]", "n1-ib0"),
+        ("r[2,4-5]n[8]x.cluster", "r2n8x.cluster"),
+    ],
 )
 def test_the_first_host_of_a_node_list(nodes, host):
     assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize("nodes", ["", ",a", "n[", "n[1-2", "n[]", "n[a]", "[", "n]"])
+def test_a_node_list_that_names_no_host_is_refused(nodes):
+    with pytest.raises(GrassError, match="names no host; set MASTER_ADDR"):
+        first_host(nodes)
+
+
+def test_steps_of_one_job_and_of_the_next_ones_meet_at_ports_of_their_own():
+    def port(job: int, step: dict[str, str]) -> int | None:
+        place = find_place({**SRUN, "SLURM_JOB_ID": str(job), **step})
+        return place.port if place else None
+
+    ports = [port(job, {"SLURM_STEP_ID": str(step)}) for job in range(100, 110) for step in range(50)]
+    assert len(set(ports)) == len(ports) and all(each in PORTS for each in ports)
+    assert port(100, {"SLURM_STEPID": "3"}) == ports[3]  # the older name
+    assert port(100, {"SLURM_STEP_ID": "4294967291"}) in PORTS  # the number of a batch script
+
+
+def test_an_address_in_use_is_said_at_once(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "PMI", "TORCHELASTIC")):
+            monkeypatch.delenv(name)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        where = Place("the launcher", 0, 0, 2, "127.0.0.1", port).variables()
+        for name in (*where, "DS_ACCELERATOR"):  # what joining sets is put back after the test
+            monkeypatch.setenv(name, where.get(name, "cpu"))
+        began = time.monotonic()
+        with pytest.raises(GrassError) as refused:
+            World.join(datetime.timedelta(seconds=60))
+    assert time.monotonic() - began < 20
+    assert f"rank 0 cannot wait for the others at 127.0.0.1:{port} (address already in use): " in str(refused.value)
+    assert "set MASTER_PORT to a port that is free on that host, the same for all 2 ranks." in str(refused.value)
 
 
 def test_variables_are_those_of_torchrun():

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "grass_dist"
 
 # A module may import from its own rank and from the ranks below it. A new module must be given a place here.
 RANKS = [
-    {"errors", "config", "regular_files"},
+    {"errors", "config", "regular_files", "version"},
     {"importance", "samplers", "schedule", "events", "discovery", "foreign_model"},
     {"backends", "optimizer", "offload", "measurement", "clipping", "agreement", "assembly", "placement", "watch"},
     {"engine"},

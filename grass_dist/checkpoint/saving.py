@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from grass_dist.checkpoint.dcp import file_numbers, write
 from grass_dist.checkpoint.per_rank import per_rank_pieces
 from grass_dist.checkpoint.pieces import Holdings, Piece, dtype_name
 from grass_dist.errors import CheckpointError
+from grass_dist.version import __version__
 
 WriteTensors = Callable[[Path], None]
 """Writes the tensors of all ranks into a folder; called on every rank."""
@@ -179,7 +179,7 @@ def _versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "grass_dist": metadata.version("grass-dist"),
+        "grass_dist": __version__,
     }
 
 

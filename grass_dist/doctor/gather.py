@@ -19,6 +19,7 @@ from grass_dist.doctor.network import Chosen, address_of_name, address_of_route,
 from grass_dist.offload.plan import free_host_memory
 from grass_dist.training.launchers import Place
 from grass_dist.training.seats import own_seat
+from grass_dist.version import __version__
 
 CHUNK = 4 << 20
 _CAP_IPC_LOCK = 14
@@ -84,7 +85,7 @@ def own_device(place: Place) -> torch.device:
 def find_versions() -> dict[str, str]:
     """By the names that a sentence shows."""
     return {
-        "grass-dist": _version("grass-dist"),
+        "grass-dist": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or NONE,

@@ -7,10 +7,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from grass_dist.training.fit import learnt_positions
+from grass_dist.training.hub import loading_options
+
 
 @torch.no_grad()
 def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
-    """The model's greedy continuation of ``prompt_ids``, up to its end-of-sequence token."""
+    """The model's greedy continuation of ``prompt_ids``, up to its end-of-sequence token.
+
+    It ends where the model has no more positions, and is a sentence in parentheses where the prompt fills them all.
+    """
+    positions = learnt_positions(model)
+    if positions is not None:
+        max_new_tokens = min(max_new_tokens, positions - len(prompt_ids))
+    if max_new_tokens < 1:
+        return f"(the prompt has {len(prompt_ids)} tokens, and the model {positions} positions)"
     training = model.training
     ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
     out = model.eval().generate(  # type: ignore[operator]
@@ -19,7 +30,7 @@ def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_n
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=0,  # one prompt has no padding, and transformers warns where no id is given
     )
     model.train(training)
     return tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True).strip()
@@ -39,7 +50,7 @@ def answer_from_folder(
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **loading_options(folder)
     )
     model = model.to(device)
     return greedy_answer(model, tokenizer, prompt_ids, max_new_tokens)

@@ -50,6 +50,11 @@ class Examples:
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
+    def largest(self, key: str) -> int:
+        """The largest of all values of a key, e.g. of the "input_ids"; -1 without examples."""
+        values = self._tokens.get(key)
+        return int(np.frombuffer(values, dtype=np.intc).max()) if values else -1
+
     def digest(self) -> str:
         """SHA-256 of all examples, in their order, as 64 hexadecimal digits."""
         total = hashlib.sha256(self._ends)

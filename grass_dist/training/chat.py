@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from grass_dist.errors import ConfigError
+from grass_dist.errors import ConfigError, shorten
 
 _QUESTION, _ANSWER = "A question 4f7c", "An answer 9b2e"
 """What a template is tried with: nothing that it would write by itself."""
@@ -149,8 +149,8 @@ class Chat:
         """What is wrong with the template in the present form of content, or nothing."""
         try:
             given, both = self._given(_QUESTION), self._both(_QUESTION, _ANSWER)
-        except Exception as error:  # a template may raise anything
-            return f"cannot be used ({' '.join(str(error).split()) or type(error).__name__})"
+        except ConfigError as error:
+            return error.problem.removeprefix(_TEMPLATE)
         if not (_holds(given, _QUESTION) and _holds(both, _QUESTION)):
             return "drops or rewrites the prompt"
         return None if _ANSWER in both else "drops or rewrites the completion"
@@ -168,7 +168,12 @@ class Chat:
         return {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
 
     def _render(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # a template may raise anything, also for one row alone
+            reason = " ".join(str(error).split()) or type(error).__name__
+            named = f"of {self._tokenizer.name_or_path} " if self._tokenizer.name_or_path else ""
+            raise _refused(f"{named}cannot be used ({shorten(reason, 200)})") from error
 
     def _encode(self, text: str) -> list[int]:
         ids: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -194,7 +199,10 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
+_TEMPLATE = "the tokenizer's chat template "
+
+
 def _refused(what: str, answer: str | None = None) -> ConfigError:
-    shown = "" if answer is None else f" {answer if len(answer) <= 40 else answer[:37] + '...'!r}"
+    shown = "" if answer is None else f" {shorten(answer, 40)!r}"
     fix = "set data.chat_template to false, or give the tokenizer a template that writes both as they are"
-    return ConfigError("chat_template", True, f"the tokenizer's chat template {what}{shown}", fix)
+    return ConfigError("chat_template", True, f"{_TEMPLATE}{what}{shown}", fix)

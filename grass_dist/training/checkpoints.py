@@ -26,7 +26,8 @@ from grass_dist.training.world import World
 _FIXED = ("data.", "grass.", "train.global_batch_size", "train.seed")
 _FREE = (
     *("name", "output_dir", "overwrite", "save_model", "sample_prompt", "answer_tokens", "parallel."),
-    *("model.activation_checkpointing", "model.trust_remote_code", "data.on_bad_line", "grass.offload."),
+    *("model.activation_checkpointing", "model.trust_remote_code", "model.allow_missing_weights"),
+    *("data.on_bad_line", "grass.offload."),
     *("train.micro_batch_size", "train.eval_every", "train.timeout_seconds", "train.max_bad_steps", "train.checkpoint"),
 )
 """Settings that a run cannot change when it goes on, and those that do not change what is trained. Of all others it

@@ -27,6 +27,9 @@ class ModelConfig(StrictModel):
     """Recompute each layer's activations in the backward."""
     trust_remote_code: bool = False
     """Allow code that comes with the model to run."""
+    allow_missing_weights: bool = False
+    """Train a model whose files lack some of its weights, such as the head of a bare encoder: those begin at random.
+    Otherwise such a model is refused, with the names of what is missing."""
 
 
 class CheckpointConfig(StrictModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,14 @@ from grass_dist.training.data_config import DataConfig, fill
 from grass_dist.training.json_files import HEAD
 from grass_dist.training.json_lines import Row, Skipped
 from grass_dist.training.rows import Reading, Source, load_rows, sources
+
+
+class Vocabulary(Protocol):
+    """The tokens that a model has weights for (`grass_dist.training.fit.Vocabulary`)."""
+
+    def check(self, example: Example) -> None:
+        """Raises: `ConfigError`, an example has another one."""
+        ...
 
 
 class Stream:
@@ -32,12 +40,15 @@ class Stream:
         self._rows, self._tokenizer, self._config = rows, tokenizer, config
         self._source = sources(config)[0]
         self.unlabelled = self.unanswered = 0
+        self.vocabulary: Vocabulary | None = None
+        """What every example that is made is checked against."""
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
         """The rows, or packed examples, of one pass; the order is a function of (seed, epoch).
 
         Raises:
-            ConfigError: while iterating, a row that cannot be read or used; of a file it names the line.
+            ConfigError: while iterating, a row that cannot be read or used; of a file it names the line. Packed, a row
+                with a token that `vocabulary` has not.
         """
         config, rows = self._config, self._rows
         if config.shuffle_buffer:
@@ -45,14 +56,14 @@ class Stream:
         rows.set_epoch(epoch)
         if not config.packing:
             return self._answered(rows)
-        examples = (tokenise(row, self._tokenizer, config) for row in self._answered(rows))
+        examples = (self._made(row) for row in self._answered(rows))
         return pack((example for example in examples if has_labels(example)), config.max_length)
 
     def example(self, item: Any) -> Example:
-        """The example of an item of `epoch`."""
+        """The example of an item of `epoch`. Raises: `ConfigError`, it has a token that `vocabulary` has not."""
         if self._config.packing:
             return item
-        example = tokenise(item, self._tokenizer, self._config)
+        example = self._made(item)
         self.unlabelled += not has_labels(example)
         return example
 
@@ -63,6 +74,12 @@ class Stream:
         if self.unlabelled:
             what = "examples of the stream have no token of their completion within max_length: no loss on them"
             yield f"of those that this rank has read, {self.unlabelled} {what}"
+
+    def _made(self, row: Row) -> Example:
+        example = tokenise(row, self._tokenizer, self._config)
+        if self.vocabulary is not None:
+            self.vocabulary.check(example)
+        return example
 
     def _answered(self, rows: Iterable[Any]) -> Iterator[Row]:
         count = 0
@@ -190,7 +207,8 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
     """
     if config.text is not None:
         prompt_ids: list[int] = []
-        ids = _with_eos(_encode(tokenizer, fill(config.text, row, "text"), special=True), tokenizer)
+        ids = _first_ids(tokenizer, fill(config.text, row, "text"), config.max_length, special=True)
+        ids = _with_eos(ids, tokenizer)
     else:
         prompt = fill(config.prompt or "", row, "prompt")
         completion = fill(config.completion or "", row, "completion")
@@ -201,7 +219,7 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
             learnt = [False] * len(prompt_ids) + turn.learnt
             labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
             return _cut(ids, labels, config)
-        ids = prompt_ids + _with_eos(_encode(tokenizer, completion), tokenizer)
+        ids = prompt_ids + _with_eos(_first_ids(tokenizer, completion, config.max_length), tokenizer)
     return _cut(ids, [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :], config)
 
 
@@ -229,6 +247,34 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
     if special and bos is not None and ids[:2] == [bos, bos] and len(ids) > len(_encode(tokenizer, text)):
         ids = ids[1:]
     return list(ids)
+
+
+LONG = 64
+"""Characters of a text for each token that is kept of it, beyond which it is not tokenised whole."""
+
+_MARGIN = 64
+"""Tokens at the end of a piece that may be others than in the whole text."""
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int, special: bool = False) -> list[int]:
+    """The ids of a text, all or, of a very long one, at least the first ``count``: the whole may fill the memory.
+
+    Of a long text the beginning is tokenised, and twice as much of it: where both have the same first ids, far enough
+    from the ends, these are taken for those of the whole text. Otherwise pieces grow, up to the whole.
+    """
+    size, before = LONG * (count + _MARGIN), list[int]()
+    while 2 * size < len(text):
+        ids = _encode(tokenizer, _beginning(text, size), special)[:-_MARGIN]
+        if len(before) >= count and ids[:count] == before[:count]:
+            return ids
+        before, size = ids, 2 * size
+    return _encode(tokenizer, text, special)
+
+
+def _beginning(text: str, size: int) -> str:
+    """About the first ``size`` characters, up to white space where there is some in their second half."""
+    end = next((at for at in range(size, size // 2, -1) if text[at].isspace()), size)
+    return text[:end]
 
 
 def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from grass_dist.training.batches import Examples
+from grass_dist.version import __version__
 
 SAMPLE = 256
 """Elements that are read of each parameter, at most."""
@@ -25,8 +26,9 @@ def versions(*, deepspeed: bool = False) -> dict[str, str]:
     Args:
         deepspeed: whether the backend needs it.
     """
-    packages = ["torch", "transformers", "datasets", "numpy", "safetensors", "grass-dist"]
+    packages = ["torch", "transformers", "datasets", "numpy", "safetensors"]
     found = {f"version of {name}": _version(name) for name in [*packages, *(["deepspeed"] if deepspeed else [])]}
+    found["version of grass-dist"] = __version__  # a checkout that was never installed has it too
     return {**found, "version of python": f"{sys.version_info.major}.{sys.version_info.minor}"}
 
 

@@ -11,7 +11,12 @@ from typing import Any
 from grass_dist.errors import GrassError
 
 PORTS = range(20_000, 30_000)
-"""Among which the port of a SLURM job is chosen by its number: the tasks cannot tell each other of a free one."""
+"""Among which the port of a SLURM step is chosen by its number and its job's: the tasks cannot tell each other of a
+free one."""
+
+_BETWEEN_STEPS = 7919
+"""How far apart the ports of two steps of one job are, so that the next job's first step takes another one than either;
+it has no divisor in common with the number of ports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +120,15 @@ def free_port() -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list: ``node[03-07,12],gpu1`` gives ``node03``."""
-    found = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    """The first name of a SLURM node list: ``rack[0-1]n[03-07,12]-ib0,gpu1`` gives ``rack0n03-ib0``.
+
+    Raises:
+        GrassError: the list names no host.
+    """
+    found = re.match(r"(?:[^\s\[\],]|\[\d[\d,-]*\])+(?=,|$)", nodes)
     if found is None:
         raise GrassError(f"SLURM_STEP_NODELIST={nodes!r} names no host; set MASTER_ADDR to that of the first task.")
-    return found[1] + (found[2] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
 
 def _by_variables(environ: Mapping[str, str]) -> Place | None:
@@ -169,7 +178,9 @@ def _by_slurm(environ: Mapping[str, str]) -> Place | None:
     if "MASTER_PORT" in environ:
         port = _number(environ, "MASTER_PORT", "srun")
     else:
-        port = PORTS[_number(environ, "SLURM_JOB_ID", "srun") % len(PORTS)]
+        step = next((name for name in ("SLURM_STEP_ID", "SLURM_STEPID") if name in environ), None)
+        number = 0 if step is None else _number(environ, step, "srun")  # steps of a job run at one time on one host
+        port = PORTS[(_number(environ, "SLURM_JOB_ID", "srun") + _BETWEEN_STEPS * number) % len(PORTS)]
     return Place("srun", rank, local, size, address, port)
 
 

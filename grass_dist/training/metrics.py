@@ -43,6 +43,10 @@ def make_run_folder(config: RunConfig, *, resume: str | None = None, going_on: b
     """
     folder = Path(config.output_dir) / config.name
     try:
+        for part in (folder, *folder.parents):
+            if part.is_symlink() and not part.exists():
+                problem = f"{part} is a link to {part.readlink()}, which does not exist"
+                raise ConfigError("output_dir", config.output_dir, problem, "make that folder, or choose another")
         if not going_on and (folder / "metrics.jsonl").exists():
             if not config.overwrite and resume != "auto":
                 fix = "choose another name, go on with it by --resume auto, or set overwrite=true"

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from grass_dist.config import check_num_layers
 from grass_dist.discovery import find_layers
-from grass_dist.errors import ConfigError
+from grass_dist.errors import ConfigError, shorten
 from grass_dist.training.batches import check_divides
 from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
+from grass_dist.training.hub import hub_problem, loading_options
 from grass_dist.training.packaged_model import resolve_model
 from grass_dist.training.world import World
+
+log = logging.getLogger("grass_dist")
 
 
 def weight_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -26,7 +32,7 @@ def weight_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, with a pad token.
+    """The model's tokenizer; its eos token pads where it names no pad token.
 
     Raises:
         ConfigError: no such model.
@@ -35,10 +41,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     source = resolve_model(config.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code, **loading_options(config.name)
+        )
     except Exception as error:  # whatever transformers makes of a folder that nobody has checked
         raise _no_model(config, error) from error
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -47,21 +55,26 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     """The pretrained causal language model, in host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
 
     Raises:
-        ConfigError: no such model, or settings of ``grass`` that do not fit it.
+        ConfigError: no such model, one whose files lack some of its weights (see `ModelConfig.allow_missing_weights`),
+            or settings of ``grass`` that do not fit it.
         UnsupportedModel: it has no layer stack.
     """
     from transformers import AutoModelForCausalLM
 
     settings = config.model
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(settings.name),
             dtype=weight_dtype(settings, device),
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+            **loading_options(settings.name),
         )
     except Exception as error:  # as above
         raise _no_model(settings, error) from error
+    model, found = loaded
+    _check_complete(settings, found)
     try:
         layers = find_layers(model, config.grass.layers)
         check_num_layers(config.grass, len(layers.layers))
@@ -132,7 +145,39 @@ def learning_rate_factor(train: TrainConfig, update_steps: int) -> Callable[[int
     return factor
 
 
+def _check_complete(config: ModelConfig, found: dict[str, Any]) -> None:
+    """Checks what `from_pretrained` tells of the weights; one that is tied to another that is there is not missing.
+
+    Raises:
+        ConfigError: some are missing or have another shape, and this is not allowed.
+    """
+    missing = sorted({*found["missing_keys"], *(str(each[0]) for each in found["mismatched_keys"])})
+    if not missing:
+        return
+    named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if not config.allow_missing_weights:
+        problem = f"its files lack {named}, which would begin at random"
+        fix = "complete the model's files, or set model.allow_missing_weights=true to train it so"
+        raise ConfigError("model.name", config.name, problem, fix)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        log.warning("the files of %s lack %s: these weights begin at random", config.name, named)
+
+
 def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason if len(reason) < 200 else reason[:197] + "..."
-    return ConfigError("model.name", config.name, f"it cannot be loaded ({reason})", "give a model's name or folder")
+    fix = "give a model's name or folder"
+    if unreachable := hub_problem(config.name):
+        reason = f"there is no such folder, it is not in the cache of the Hub, and {unreachable}"
+        fix = f"{fix}, or load it once where the Hub can be reached"
+    if (home := _unwritable(error)) is not None:
+        fix = f"set HF_HOME to a folder that you can write in; {home} is not one"
+    return ConfigError("model.name", config.name, f"it cannot be loaded ({shorten(reason, 300)})", fix)
+
+
+def _unwritable(error: BaseException | None) -> str | None:
+    """The path that could not be written, where this is why something failed."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return str(error.filename or "the present one")
+        error = error.__cause__ or error.__context__
+    return None

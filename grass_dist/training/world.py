@@ -82,6 +82,12 @@ class World:
         except RuntimeError as error:
             if not of_collective(error):
                 raise
+            if "EADDRINUSE" in str(error):
+                raise GrassError(
+                    f"rank {rank} cannot wait for the others at {place.address}:{place.port} (address already in use): "
+                    "another program listens there; end it, or set MASTER_PORT to a port that is free on that host, "
+                    f"the same for all {size} ranks."
+                ) from error
             raise GrassError(
                 f"rank {rank} and the others did not all join at {place.address}:{place.port} within "
                 f"{timeout.total_seconds():g} s ({_first_line(error)}); start all {size} ranks, on hosts that reach "

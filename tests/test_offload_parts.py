@@ -23,12 +23,14 @@ from grass_dist.backends.base import Ranks
 from grass_dist.discovery import Unit
 from grass_dist.offload import plan
 from grass_dist.offload.layout import Field, Layout
+from grass_dist.offload.moving import IntervalStates
 from grass_dist.offload.plan import Plan, free_host_memory, make_plan
 from grass_dist.offload.slots import SlotPool
 from grass_dist.offload.store import PAGE, LayerStateStore
 from grass_dist.offload.streams import ThreadEvent, ThreadQueue
 from grass_dist.offload.transfer import TransferEngine
 from grass_dist.optimizer import ELEMENTWISE, UnitOptimizer
+from tests.offload_model import Toy
 from tests.tiny import tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -351,6 +353,42 @@ def test_no_room_for_slots_is_one_sentence(monkeypatch):
         "The device has no room for the optimizer states of 3 layers (6,000,000 bytes); use "
         "grass.offload.mode='stream', fewer grass.active_layers, or more ranks."
     )
+
+
+# --- reads that are queued
+
+
+@pytest.mark.parametrize("way", ["leave", "put"])
+def test_what_a_caller_has_queued_on_a_state_is_done_before_its_slot_changes(way):
+    """The compute takes its jobs in their order, and late, as a CUDA stream does."""
+    transfers = TransferEngine(CPU)
+    transfers._compute = ThreadQueue(CPU)
+    toys = [Toy(0), Toy(3)]  # of one size
+    store = LayerStateStore([toy.layout.host_bytes for toy in toys], CPU)
+    pool = SlotPool(1, toys[0].layout.device_bytes, CPU, transfers.allocated)
+    states = IntervalStates(toys, pool, store, transfers, prefetch_steps=0)
+    weight, seen = torch.zeros((), dtype=torch.float64), []
+    for layer, number in ((1, 5.0), (0, 3.0)):
+        states.leave((layer,))
+        states.enter((layer,))
+        states.update(layer, lambda layer=layer, number=number: toys[layer].update(number, weight))
+        states.finish()
+    states.settle()
+    state = toys[0].views[0]
+
+    def read_late() -> None:
+        time.sleep(0.05)
+        seen.append(state.clone())
+
+    transfers._compute.submit(read_late, [])
+    if way == "put":
+        states.put(0, None)
+    states.leave((1,))
+    states.enter((1,))
+    states.settle()  # the other layer's state is in that slot
+    transfers._compute.submit(lambda: None, []).synchronize()
+    assert seen[0].eq(3).all() and toys[1].views[0].eq(5).all()
+    assert toys[1].views[0].data_ptr() == state.data_ptr()
 
 
 # --- queues

@@ -36,7 +36,7 @@ def waits(tree: ast.AST) -> Iterator[tuple[str, ast.AST, int | None]]:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in CALLS:
             yield f"{node.lineno}: {ast.unparse(node)}", node, None
-        if name in ("compute", "to_device", "to_host"):
+        if name in ("compute", "to_device", "to_host", "_read"):
             lists = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "after")]
             for events in lists:
                 for at, event in enumerate(events.elts if isinstance(events, ast.List) else ()):
@@ -77,7 +77,7 @@ def test_the_waits_are_found():
     assert {
         "to_device after slot.free",
         "to_device after place.left",
-        "to_host after place.updated",
+        "_read after place.updated",
         "allocated(flat)",
     } <= {name.split(": ")[1] for _, _, name in WAITS}
 

@@ -24,7 +24,7 @@ class MovingStates(ABC):
        was a slot has ended; and the host's buffer has what the layer's last way out brought, or an older state would
        come.
     2. update: the state has arrived.
-    3. out: the update is done.
+    3. out: the update is done, and what a caller has queued since then that reads the state or writes it.
     4. read on the host: the last way out is done.
 
     Args:
@@ -131,12 +131,6 @@ class MovingStates(ABC):
         elif _ended(place.arrived):
             place.state.bind(place.state.layout.device_views(place.slot.flat), resident=True)
 
-    def touched(self, layer: int) -> None:
-        """A caller has queued reads or writes of a state that has arrived: it may leave after these."""
-        place = self._places[layer]
-        if place.slot is not None:
-            place.updated = self.transfers.compute("GRASS::touched", _nothing, [])
-
     def put(self, layer: int, fill: Callable[[], None] | None) -> None:
         """Replaces a layer's state: binds it to host memory and has ``fill`` write it there; None takes it away.
 
@@ -149,7 +143,7 @@ class MovingStates(ABC):
         else:
             _ended(place.arrived)
             _ended(place.updated)
-            place.slot.free = DONE
+            place.slot.free = self._read([])
             self.pool.give(place.slot)
         self._updates = [event for event in self._updates if event is not place.updated]
         place.slot, place.arrived, place.updated, place.left = None, DONE, DONE, DONE  # failures are past, too
@@ -193,13 +187,17 @@ class MovingStates(ABC):
             place.left = slot.free = self.transfers.to_host(
                 state.name,
                 state.layout.runs(slot.flat, place.host),
-                after=[place.updated, place.arrived],
+                after=[self._read([place.updated]), place.arrived],
                 then=lambda: state.bind(views, resident=False),
             )
         else:
             slot.free = place.arrived
         place.slot = None
         self.pool.give(slot)
+
+    def _read(self, after: Sequence[Event]) -> Event:
+        """The moment from which a slot may change, after ``after``: a caller may have queued reads of it until now."""
+        return self.transfers.compute("GRASS::read", _nothing, after)
 
     def _views_for_update(self, layer: int) -> list[torch.Tensor]:
         place = self._places[layer]

@@ -249,12 +249,9 @@ class ZeroStates:
     def at_hand(self, own: GroupState) -> Iterator[None]:
         """While it lasts, the state of a group can be read and written where it is bound to."""
         layer = self._index.get(own.group.key)
-        if self._moving is None or layer is None:
-            yield
-            return
-        self._moving.arrive(layer)
+        if self._moving is not None and layer is not None:
+            self._moving.arrive(layer)
         yield
-        self._moving.touched(layer)
 
     # --- for checkpoints
 

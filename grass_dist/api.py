@@ -124,6 +124,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._backend.check_before_step()
         self.grass.finish_gradients()
         if self.grass.phase == "train":
             for layer in reversed(self.grass.active_layers):  # the order in which the backward finished them

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from grass_dist import GrassConfig, GrassOptimizer
+from grass_dist import GrassConfig, GrassError, GrassOptimizer
 from tests.tiny import loss_of, tiny
 
 CONFIG = GrassConfig(active_layers=2, probe_steps=2, sampling_interval=3, update_interval=3)
@@ -41,6 +41,12 @@ def through_its_layers(model: nn.Module) -> None:
     x = torch.zeros(1, 2, 8)
     for layer in model.layers:
         x = layer(x)
+
+
+def with_gradients(model: nn.Module) -> None:
+    """A forward that is to have a backward."""
+    with torch.enable_grad():
+        through_the_model(model)
 
 
 def trained(
@@ -76,12 +82,22 @@ def trained(
         (through_the_model, "torch's", None),
         (through_the_model, "ours", False),
         (through_its_layers, "ours", False),
+        (through_its_layers, "torch's", False),
+        (with_gradients, "ours", None),
+        (with_gradients, "ours", False),
     ],
 )
 def test_an_evaluation_between_backward_and_step_changes_nothing(between, clip, reshard):
     expected, seen = trained(None, clip), trained(between, clip, reshard=reshard)
     assert seen[0] == expected[0] and max(expected[0]) > 0.1
     assert all(map(torch.equal, seen[1], expected[1]))
+
+
+@pytest.mark.parametrize("reshard", [None, False])
+@pytest.mark.parametrize("clip", ["torch's", ""])
+def test_a_forward_with_gradients_there_is_refused_where_clipping_may_have_left_parameters_out(clip, reshard):
+    with pytest.raises(GrassError, match=r"^A forward that needs gradients ran .* clip by optimizer\.clip_grad_norm_"):
+        trained(with_gradients, clip, reshard=reshard)
 
 
 def test_an_evaluation_in_a_probe_changes_nothing():
@@ -101,3 +117,9 @@ def test_an_evaluation_in_a_probe_changes_nothing():
 
 def test_weights_in_host_memory_train_as_on_the_device():
     assert all(map(torch.equal, trained(None, policy=CPUOffloadPolicy(pin_memory=False))[1], trained(None)[1]))
+
+
+@pytest.mark.parametrize("roles", [["embeddings", "final_norm", "lm_head"], []])
+def test_a_training_that_keeps_layers_gathered_until_their_backward_is_as_any(roles, monkeypatch):
+    monkeypatch.setitem(globals(), "CONFIG", CONFIG.model_copy(update={"always_active": roles}))
+    assert all(map(torch.equal, trained(None, "torch's", reshard=False)[1], trained(None, "torch's")[1]))

@@ -161,6 +161,10 @@ class Backend(Ranks, ABC):
         """Whether every rank of the group has the whole of ``param``."""
         return True
 
+    def check_before_step(self) -> None:
+        """Raises if gradients may have been clipped in part since the backward; called first in a step."""
+        return
+
     def verify(self) -> None:
         """Raises if what the model would train is no longer what `set_trainable` said; called before each draw."""
         return

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from grass_dist.backends.base import Arrived, GradientSink, HookedBackend
 from grass_dist.discovery import Unit
-from grass_dist.errors import UnsupportedModel
+from grass_dist.errors import GrassError, UnsupportedModel
 
 
 class Fsdp2Backend(HookedBackend):
@@ -62,11 +62,12 @@ class Fsdp2Backend(HookedBackend):
         self._handles += [
             model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe),
             self._first_forward,
-            model.register_forward_hook(self._reshard_between_backward_and_step),
+            *(cast(nn.Module, m).register_forward_hook(self._reshard_after_evaluation) for m in self._sharded_modules),
         ]
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         super().attach(layers, roles, sink, arrived)
+        self._samples = [_place_of(self.model, unit.params[0][0]) for unit in self._units]
         dtype = reduce_dtype(self.model)
         self._wire_bytes = {
             (u.name, i): _reduced_bytes(cast(DTensor, p), dtype or p.dtype)
@@ -117,7 +118,7 @@ class Fsdp2Backend(HookedBackend):
         self._pending = True
         super()._on_gradient(unit, slot, param)
 
-    def _reshard_between_backward_and_step(self, *_: object) -> None:
+    def _reshard_after_evaluation(self, module: nn.Module, *_: object) -> None:
         """After a forward without a backward (an evaluation) between a backward and its step: frees what it gathered.
 
         FSDP2 leaves the root's parameters gathered after a forward, for the backward. Here none follows. Then
@@ -125,11 +126,24 @@ class Fsdp2Backend(HookedBackend):
         takes them as they were before it. Over the wire: the next forward gathers them once more.
         """
         if self._pending and not torch.is_grad_enabled():
-            self._reshard()
+            cast(FSDPModule, module).reshard()
 
     def _reshard(self) -> None:
         for module in self._sharded_modules:
             module.reshard()
+
+    def check_before_step(self) -> None:
+        """
+        Raises:
+            GrassError: a forward that was to have a backward has run since the last one and left parameters gathered,
+                so that torch's own clipping would have left these out.
+        """
+        if self._pending and not all(isinstance(getattr(owner, name), DTensor) for owner, name in self._samples):
+            raise GrassError(
+                "A forward that needs gradients ran between the backward and optimizer.step(), and FSDP2 has left its "
+                "parameters gathered: a clipping of model.parameters() leaves those out. Run such a forward under "
+                "torch.no_grad(), or clip by optimizer.clip_grad_norm_()."
+            )
 
     def _reduce_each_micro_batch_in_probe(self, *_: object) -> None:
         if self._probing and isinstance(self.model, FSDPModule):
@@ -157,6 +171,12 @@ class Fsdp2Backend(HookedBackend):
                     module.reshard()
         for param, flag in zip(params, trainable, strict=True):
             param.requires_grad_(flag)
+
+
+def _place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns a parameter, and its name there."""
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 FIRST_WITH_FINISHED_COPIES = (2, 13)

@@ -106,7 +106,7 @@ class GrassEngine:
 
     @property
     def unused(self) -> dict[int, int]:
-        """By layer, in how many first steps of a probe or round the model left it out of its forward on this rank."""
+        """By layer, in how many first steps of a probe or round the model left it out on this rank."""
         return dict(sorted(self._watch.unused.items()))
 
     @property
@@ -147,8 +147,8 @@ class GrassEngine:
         for layer in self._watch.end(self.step):
             say(
                 self.backend,
-                f"{self.layers[layer].name} is active and took no part in the forward of step {self.step + 1}; such "
-                "steps are counted in `unused`.",
+                f"{self.layers[layer].name} is active and has no gradient in step {self.step + 1}, "
+                "since the model left it out; such steps are counted in `unused`.",
             )
 
     def advance(self) -> None:

@@ -2,7 +2,8 @@
 
 Such a layer is drawn, and does not learn: its importance becomes 0, and weight decay alone moves it. The usual reason
 is reentrant activation checkpointing: it makes a graph of a layer only if the layer's input needs a gradient, which it
-does not above frozen embeddings. A layer that the model leaves out of its forward (stochastic depth) is no mistake.
+does not above frozen embeddings. So such a layer runs without a graph, in a forward that is to have a backward. A layer
+that the model leaves out in a batch (stochastic depth) is no mistake.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ class GradientWatch:
         self._model, self._layers = model, layers
         modules = dict(model.named_modules(remove_duplicate=False))
         self._ways = [_way_to(modules, unit.name) for unit in layers]
+        self._owners = [_owners_of(modules, unit) for unit in layers]
         self._hooks = [_Ran(self, index) for index in range(len(layers))]
         self._watched: tuple[int, ...] | None = None
         self._handles: list[RemovableHandle] = []
         self._seen: set[int | None] = set()  # layers with a gradient; None: a role
-        self._ran: set[int] = set()
+        self._ran: set[int] = set()  # layers that have run with a graph
+        self._without: set[int] = set()  # layers that have run without one
         self._known: set[int] = set()  # layers of which is known whether they ran
         self._within: bool | None = None  # a forward of the model: whether it is to have a backward
         self.unused: Counter[int] = Counter()
@@ -68,8 +71,9 @@ class GradientWatch:
                 self._model.register_forward_hook(self._after_forward, always_call=True),
             ]
         for layer in layers:
-            if not _in_a_graph(way := self._ways[layer]):
-                self._handles.append(way[-1].register_forward_pre_hook(self._hooks[layer]))
+            owners = self._owners[layer]
+            if not _in_a_graph(self._ways[layer]) and not any(map(_is_compiled, owners)):
+                self._handles += [owner.register_forward_pre_hook(self._hooks[layer]) for owner in owners]
                 self._known.add(layer)
 
     def arrived(self, layer: int | None) -> None:
@@ -86,17 +90,17 @@ class GradientWatch:
             step: optimizer steps that were done before, for the sentence.
 
         Returns:
-            The active layers that the model has left out of the forward, and that are counted for the first time.
+            The active layers that the model has left out, and that are counted for the first time.
 
         Raises:
-            GrassError: active layers ran and have no gradient.
+            GrassError: active layers have run without a graph and have no gradient, or none of those that have run has.
         """
-        if self._watched is None or not (self._seen or self._ran):
+        if self._watched is None or not (self._seen or self._ran or self._without):
             return []
-        without = [layer for layer in self._watched if layer not in self._seen]
-        blind = not any(layer in self._seen for layer in self._watched)
-        cut_off = [layer for layer in without if (layer in self._ran if layer in self._known else blind)]
-        left_out = [layer for layer in without if layer in self._known and layer not in self._ran]
+        missing = [layer for layer in self._watched if layer not in self._seen]
+        none = len(missing) == len(self._watched)
+        cut_off = [layer for layer in missing if self._is_cut_off(layer, none=none)]
+        left_out = [layer for layer in missing if layer in self._known and layer not in cut_off]
         self.close()
         if cut_off:
             raise self._error(cut_off, f"have no gradient after the backward of step {step + 1}")
@@ -112,15 +116,23 @@ class GradientWatch:
         self._handles.clear()
         self._seen.clear()
         self._ran.clear()
+        self._without.clear()
         self._known.clear()
 
+    def _is_cut_off(self, layer: int, *, none: bool) -> bool:
+        """Of a layer without a gradient; ``none``: as all that are active."""
+        if layer not in self._known:
+            return none
+        return (none and layer in self._ran) or (layer in self._without and layer not in self._ran)
+
     def note(self, layer: int, module: nn.Module) -> None:
-        """``layer`` runs."""
+        """A module of ``layer`` runs. Reentrant checkpointing runs it without a graph at first."""
         if self._watched is None:
             return
-        # Reentrant checkpointing runs it without a gradient at first, so that the layer alone does not tell.
-        if torch.is_grad_enabled() or (module.training if self._within is None else self._within):
+        if torch.is_grad_enabled():
             self._ran.add(layer)
+        elif module.training if self._within is None else self._within:
+            self._without.add(layer)
 
     def _before_forward(self, *_: object) -> None:
         self._within = torch.is_grad_enabled()
@@ -128,11 +140,13 @@ class GradientWatch:
     def _after_forward(self, model: nn.Module, _: object, output: object) -> None:
         """A backward would raise torch's own error, or DeepSpeed's, if nothing of ``output`` needs a gradient."""
         within, self._within = self._within, None
-        if self._watched is None or output is None or not (within and self._ran and model.training):
+        ran = sorted(self._ran | self._without)
+        if self._watched is None or output is None or not (within and ran):
+            return
+        if not (model.training or self._without - self._ran):
             return
         tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
         if tensors and not any(tensor.requires_grad for tensor in tensors):
-            ran = sorted(self._ran)
             self.close()
             raise self._error(ran, "have run, and nothing that the model returns depends on them")
 
@@ -143,7 +157,7 @@ class GradientWatch:
 
 
 class _Ran:
-    """The hook on a layer; one object for the whole run, so that what depends on the hook itself stays as it is."""
+    """The hook on the modules of a layer: one object for the whole run."""
 
     def __init__(self, watch: GradientWatch, layer: int) -> None:
         self._watch, self._layer = watch, layer
@@ -156,6 +170,13 @@ def _way_to(modules: Mapping[str, nn.Module], name: str) -> list[nn.Module]:
     """The modules from the outermost one to ``name``."""
     parts = name.split(".")
     return [modules[".".join(parts[:count])] for count in range(len(parts) + 1)]
+
+
+def _owners_of(modules: Mapping[str, nn.Module], unit: Unit) -> list[nn.Module]:
+    """The modules that hold the parameters of a layer themselves, which run within what checkpoints it."""
+    return list(
+        {id(module): module for name, _ in unit.params if (module := modules[name.rpartition(".")[0]])}.values()
+    )
 
 
 def _in_a_graph(way: Sequence[nn.Module]) -> bool:

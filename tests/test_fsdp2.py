@@ -121,5 +121,5 @@ def test_weights_in_host_memory_train_as_on_the_device():
 
 @pytest.mark.parametrize("roles", [["embeddings", "final_norm", "lm_head"], []])
 def test_a_training_that_keeps_layers_gathered_until_their_backward_is_as_any(roles, monkeypatch):
-    monkeypatch.setitem(globals(), "CONFIG", CONFIG.model_copy(update={"always_active": roles}))
+    monkeypatch.setitem(globals(), "CONFIG", CONFIG.model_copy(update={"always_active": tuple(roles)}))
     assert all(map(torch.equal, trained(None, "torch's", reshard=False)[1], trained(None, "torch's")[1]))

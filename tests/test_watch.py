@@ -133,11 +133,52 @@ def test_a_layer_that_the_model_leaves_out_is_counted_and_told_once(caplog):
     model.out = (5,)
     take_steps(model, optimizer, range(6))
     assert optimizer.grass.unused == {5: 3}  # once in each round
-    told = [message for message in caplog.messages if "took no part" in message]
-    assert told == ["layers.5 is active and took no part in the forward of step 1; such steps are counted in `unused`."]
+    told = [message for message in caplog.messages if "left it out" in message]
+    assert told == [
+        "layers.5 is active and has no gradient in step 1, since the model left it out; such steps are counted in "
+        "`unused`."
+    ]
     again = optimizer_of(Leaves(), sampler="fixed", fixed_layers=[1, 5])
     again.load_state_dict(optimizer.state_dict())
     assert again.grass.unused == {5: 3}
+
+
+class SkipsItself(nn.Module):
+    """Stochastic depth within a layer: it does not compute, or its result is not used."""
+
+    def __init__(self, block: nn.Module, how: str) -> None:
+        super().__init__()
+        self.block, self.how = block, how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "skips":
+            return x
+        result = self.block(x)
+        return x if self.how == "drops" else result
+
+
+@pytest.mark.parametrize("how", ["skips", "drops"])
+def test_a_layer_that_leaves_itself_out_is_counted(how):
+    model = tiny()
+    model.layers = nn.ModuleList(SkipsItself(layer, how if i == 5 else "") for i, layer in enumerate(model.layers))
+    optimizer = optimizer_of(model, sampler="fixed", fixed_layers=[1, 5])
+    take_steps(model, optimizer, range(2))
+    assert optimizer.grass.unused == {5: 1}
+
+
+def test_a_model_whose_active_layers_all_lead_nowhere_ends_the_run():
+    model = tiny()
+    model.layers = nn.ModuleList(SkipsItself(layer, "drops") for layer in model.layers)
+    optimizer = optimizer_of(model, sampler="uniform", always_active=["lm_head"])
+    with pytest.raises(GrassError, match="have no gradient after the backward of step 1"):
+        take_steps(model, optimizer, range(1))
+
+
+def test_a_model_in_eval_mode_that_is_cut_off_is_told_as_well():
+    model = wrapped(CheckpointImpl.REENTRANT).eval()
+    optimizer_of(model, sampler="uniform", always_active=[])
+    with pytest.raises(GrassError, match=WAYS_OUT):
+        loss_of(model, 0).backward()
 
 
 def test_each_round_is_looked_at():
@@ -185,7 +226,8 @@ def test_hooks_are_on_the_modules_in_the_steps_that_are_looked_at_alone():
     for step in range(8):
         counts.append(hooks_on(model))
         take_steps(model, optimizer, range(step, step + 1))
-    assert counts == [10, 0, 4, 0, 4, 0, 4, 0]  # all layers and the model in the probe, then two layers and the model
+    # Two on the model, and one on each of the three modules of a layer: of all layers in the probe, then of two.
+    assert counts == [2 + 3 * 8, 0, 2 + 3 * 2, 0, 2 + 3 * 2, 0, 2 + 3 * 2, 0]
 
 
 def test_a_copy_of_the_model_has_hooks_that_do_nothing():

@@ -345,6 +345,10 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path, streaming, pa
     else:
         assert data.train.unanswered == 3 and list(data.told()) == [sentence.format("")]
     assert "".join(taught(config)) == ("yes<|im_end|>no" if packing else "yesno")
+    within = config.model_copy(update={"completion": "It is: {a}"})
+    end = "<|im_end|>" if packing else ""
+    assert "".join(taught(within)) == f"It is: yes{end}It is: no", "a template around nothing is no answer"
+    assert len(taught(config.model_copy(update={"completion": "{q} {a}"}))) == (1 if packing else 5)
     held = config.model_copy(update={"name": str(tmp_path / "e.jsonl"), "eval": config.name, "eval_examples": 5})
     (tmp_path / "e.jsonl").write_text('{"q": "?", "a": "b"}')
     data = load_data(held, TOKENIZERS["chatml"], 0)
@@ -358,6 +362,8 @@ def test_a_file_without_any_answer_is_refused(tmp_path, streaming):
     which = "none of the first 1000 rows" if streaming else "no row"
     with pytest.raises(ConfigError, match=rf"^completion='a': {which} of .*d\.jsonl has an answer; name the column"):
         load_data(config, TOKENIZERS["chatml"], 0)
+    with pytest.raises(ConfigError, match=rf"^completion='It is: {{a}}': {which} of .*d\.jsonl has an answer; name"):
+        load_data(config.model_copy(update={"completion": "It is: {a}"}), TOKENIZERS["chatml"], 0)
     text = config.model_copy(update={"prompt": None, "completion": None, "text": "a"})
     with pytest.raises(ConfigError, match=rf"^text='a': {which} of .*d\.jsonl has text; name the column"):
         load_data(text, TOKENIZERS["chatml"], 0)

@@ -16,7 +16,7 @@ import numpy as np
 
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training.batches import permutation
-from grass_dist.training.data_config import GENERATED, SPLIT, DataConfig, fill, is_file
+from grass_dist.training.data_config import GENERATED, SPLIT, DataConfig, fill, is_file, is_filled
 from grass_dist.training.json_files import HEAD, check_columns, files_of, table, text_rows
 from grass_dist.training.json_lines import Row, Skipped
 
@@ -43,9 +43,9 @@ class Source(NamedTuple):
     config: DataConfig
 
     def has_answer(self, row: Row) -> bool:
-        """Whether a row has anything to learn but the end; null and white space are nothing."""
+        """Whether a row has anything of its own to learn: null, white space and a template around them are nothing."""
         part = "text" if self.config.text is not None else "completion"
-        return bool(fill(self.config.parts[part], row, part).strip())
+        return is_filled(self.config.parts[part], row, part)
 
     def no_answers(self) -> ConfigError:
         """The error that no row has an answer."""

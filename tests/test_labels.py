@@ -300,6 +300,34 @@ def test_a_name_is_a_name(tmp_path, monkeypatch, streaming, on_bad_line):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_the_training_file_is_not_held_out_under_another_name(tmp_path, monkeypatch, streaming):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("t.jsonl").write_text('{"q": "?", "a": "yes"}\n{"q": "?", "a": "no"}')
+    Path("linked.jsonl").symlink_to("t.jsonl")
+    Path("hard.jsonl").hardlink_to("t.jsonl")
+    Path("same.jsonl").write_text(Path("t.jsonl").read_text())
+    options = {**QA, "streaming": streaming, "eval_examples": 1}
+    for name in ("t.jsonl", "t*.jsonl"):
+        for other in (
+            "./t.jsonl",
+            "sub/../t.jsonl",
+            str(tmp_path / "t.jsonl"),
+            "linked.jsonl",
+            "hard.jsonl",
+            "l*.jsonl",
+        ):
+            with pytest.raises(ConfigError, match=r"^eval='.*': .* is one of the files of name, 't.*; hold out a file"):
+                load_data(DataConfig(**{**options, "name": name, "eval": other}), TOKENIZERS["chatml"], 0)
+        data = load_data(DataConfig(**{**options, "name": name, "eval": "same.jsonl"}), TOKENIZERS["chatml"], 0)
+        assert len(data.held_out) == 1, "another file may say the same"
+    Path("folder").mkdir()
+    Path("t.jsonl").rename("folder/train.jsonl")
+    with pytest.raises(ConfigError, match=r"^eval='./folder': it is the folder of name, 'folder'; use split:NAME"):
+        load_data(DataConfig(**{**options, "name": "folder", "eval": "./folder"}), TOKENIZERS["chatml"], 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_whose_path_looks_like_a_pattern_is_refused(tmp_path, streaming):
     for name, answer in {"run[1]": "right", "run1": "OTHER"}.items():
         (tmp_path / name).mkdir()

@@ -166,10 +166,13 @@ def _json_files(source: Source, reading: Reading) -> dict[str, list[str]] | None
             raise ConfigError(field, name, "there is no such file", "give the path of a .json or .jsonl file")
         if files != [name]:
             reading.patterns[name] = files
-        if field == "eval" and (both := {*files} & {*files_of(config.name)}) and name != config.name:
-            problem = f"{min(both)} is one of the files of name, {config.name!r}"
+        if field == "eval" and name != config.name and (both := _shared(files, files_of(config.name))):
+            problem = f"{both[0]} is one of the files of name, {config.name!r}"
             raise ConfigError(field, name, problem, "hold out a file that name does not stand for")
         return {"train": files}
+    if field == "eval" and name != config.name and Path(name).is_dir() and _shared([name], [config.name]):
+        problem = f"it is the folder of name, {config.name!r}"
+        raise ConfigError(field, name, problem, "use split:NAME, or another folder")
     if not Path(name).is_dir() or _is_saved(name):
         return None
     if re.search(r"[\[*?]", str(Path(name).resolve())):
@@ -179,6 +182,11 @@ def _json_files(source: Source, reading: Reading) -> dict[str, list[str]] | None
     splits = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
     plain = all(is_file(file) and Path(file).is_file() for files in splits.values() for file in files)
     return splits if splits and plain else None
+
+
+def _shared(paths: list[str], others: list[str]) -> list[str]:
+    """Those of the paths that are, however they are written, the same file or folder as one of the others."""
+    return [path for path in paths if any(Path(other).exists() and Path(path).samefile(other) for other in others)]
 
 
 def _read_files(source: Source, splits: dict[str, list[str]], reading: Reading) -> Rows | None:

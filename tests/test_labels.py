@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import grass_dist.cli
-from grass_dist.errors import ConfigError
+from grass_dist.errors import ConfigError, shorten
 from grass_dist.training.data import Stream, load_data, render_prompt, tokenise
 from grass_dist.training.data_config import DataConfig
 from grass_dist.training.shown import LONGEST, shown
@@ -190,6 +191,54 @@ def test_a_template_that_does_not_write_both_is_refused(tmp_path, problem, templ
     with pytest.raises(ConfigError, match=rf"^chat_template=True: the tokenizer's chat template {problem}; set data"):
         load_data(config_of(tmp_path, [row]), make_tokenizer(template), 0)
     assert learns(make_tokenizer(template), row, chat_template=False) == "so</think>e<|im_end|>"
+
+
+SOME = {
+    # What it spoils, the template's line for a message, a row that it spoils, and one that it writes as it is.
+    "drops short prompts": (
+        "prompt", "{% if m.role == 'assistant' or m.content|length > 12 %}{{ m.content }}{% endif %}",
+        ("Which?", "yes"), ("Which one is it?", "yes"),
+    ),
+    "rewrites short prompts": (
+        "prompt", "{{ 'Hello' if m.role == 'user' and m.content|length < 5 else m.content }}",
+        ("2+2?", "yes"), ("2 + 2?", "yes"),
+    ),
+    "cuts long prompts": (
+        "prompt", "{{ m.content | truncate(40) }}",
+        ("What is the sum of 1 2 3 4 5 6 7 8 9 " * 2, "yes"), ("What is the sum of 1 2 3?", "45"),
+    ),
+    "cuts long answers": (
+        "completion", "{{ m.content[:20] }}",
+        ("Which?", "yes, for many reasons that follow"), ("Which?", "yes"),
+    ),
+    "replaces short answers": (
+        "completion", "{{ 'I cannot say' if m.role == 'assistant' and m.content|length < 3 else m.content }}",
+        ("Which?", "a"), ("Which?", "yes"),
+    ),
+    "replaces one answer": (
+        "completion", "{{ 'I cannot say' if m.content == 'I' else m.content }}",
+        ("Which?", "I"), ("Which?", "I do"),
+    ),
+    "drops an answer that it writes before each": (
+        "completion", "{{ 'No: ' if m.role == 'assistant' else '' }}{{ m.content | replace('No', '') }}",
+        ("Which?", "No"), ("Which?", "no"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "line", "spoilt", "kept"), SOME.values(), ids=list(SOME))
+def test_a_template_that_spoils_some_rows_is_refused_at_the_first_of_them(tmp_path, part, line, spoilt, kept):
+    tokenizer = make_tokenizer(each(TURN.replace("{{ m.content }}", line)) + OPENS)
+    rows = [dict(zip("qa", row, strict=True)) for row in (kept, spoilt)]
+    assert learns(tokenizer, rows[0]).endswith(kept[1] + "<|im_end|>")
+    shown_text = re.escape(repr(shorten(spoilt[part == "completion"], 40)))
+    message = rf"^chat_template=True: the tokenizer's chat template drops or rewrites the {part} {shown_text}; set data"
+    with pytest.raises(ConfigError, match=message):
+        load_data(config_of(tmp_path, rows), tokenizer, 0)
+    if part == "prompt":
+        with pytest.raises(ConfigError, match=message):
+            render_prompt(tokenizer, spoilt[0])
+    assert learns(tokenizer, rows[1], chat_template=False) == spoilt[1] + "<|im_end|>"
 
 
 def test_a_tokenizer_without_offsets_still_learns_the_answer(monkeypatch):

@@ -242,6 +242,7 @@ def spellings(value: Any) -> Iterator[Any]:
     elif isinstance(value, str):
         yield from (np.str_(value), Enum("Text", {"MEMBER": value}, type=str).MEMBER, PurePosixPath(value))
         yield Enum("Nested", {"MEMBER": np.str_(value)}).MEMBER
+        yield from (value.encode(), bytearray(value.encode()), Enum("Bytes", {"MEMBER": value.encode()}).MEMBER)
     elif isinstance(value, dict):
         yield UserDict(value)
 
@@ -299,9 +300,29 @@ def test_no_value_breaks_the_table(value):
         assert refused(value) in (True, False), path
 
 
-@pytest.mark.parametrize("stage", [-1, 4, 2.0, "2", True, None, "auto", [2]])
+@pytest.mark.parametrize(
+    "stage", [-1, 4, 2.5, "2.5", "4", "", "true", float("nan"), float("inf"), b"\xff", True, False, None, "auto", [2]]
+)
 def test_stages_that_do_not_exist(stage):
     assert refusal(plus({"zero_optimization.stage": stage})).field == "zero_optimization.stage"
+
+
+@pytest.mark.parametrize(
+    "stage", [3, 3.0, "3", " 3 ", "3.0", b"3", np.float32(3), np.str_("3"), Enum("S", {"W": "3"}).W]
+)
+def test_stages_as_deepspeeds_own_model_reads_them(stage):
+    setup = split_ds_config(plus({"zero_optimization.stage": stage}))
+    assert setup.stage == 3 and type(setup.stage) is int
+    assert (
+        setup.ds_config["zero_optimization"] == {"stage": 3}
+        and type(setup.ds_config["zero_optimization"]["stage"]) is int
+    )
+    zero = split_ds_config(plus({"zero_optimization.stage": 0.0}))
+    assert zero.stage == 0 and zero.ds_config["zero_optimization"] == {"stage": 1} and len(zero.said) == 1
+
+
+def test_bytes_that_are_no_text_are_left_to_deepspeed():
+    assert load_ds_config({"tensorboard": {"job_name": b"\xff"}}) == {"tensorboard": {"job_name": b"\xff"}}
 
 
 @pytest.mark.parametrize("micro", [{}, {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto"}])

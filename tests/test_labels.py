@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import grass_dist.cli
-from grass_dist.errors import ConfigError
+from grass_dist.errors import ConfigError, shorten
 from grass_dist.training.data import Stream, load_data, render_prompt, tokenise
 from grass_dist.training.data_config import DataConfig
 from grass_dist.training.shown import LONGEST, shown
@@ -192,6 +193,54 @@ def test_a_template_that_does_not_write_both_is_refused(tmp_path, problem, templ
     assert learns(make_tokenizer(template), row, chat_template=False) == "so</think>e<|im_end|>"
 
 
+SOME = {
+    # What it spoils, the template's line for a message, a row that it spoils, and one that it writes as it is.
+    "drops short prompts": (
+        "prompt", "{% if m.role == 'assistant' or m.content|length > 12 %}{{ m.content }}{% endif %}",
+        ("Which?", "yes"), ("Which one is it?", "yes"),
+    ),
+    "rewrites short prompts": (
+        "prompt", "{{ 'Hello' if m.role == 'user' and m.content|length < 5 else m.content }}",
+        ("2+2?", "yes"), ("2 + 2?", "yes"),
+    ),
+    "cuts long prompts": (
+        "prompt", "{{ m.content | truncate(40) }}",
+        ("What is the sum of 1 2 3 4 5 6 7 8 9 " * 2, "yes"), ("What is the sum of 1 2 3?", "45"),
+    ),
+    "cuts long answers": (
+        "completion", "{{ m.content[:20] }}",
+        ("Which?", "yes, for many reasons that follow"), ("Which?", "yes"),
+    ),
+    "replaces short answers": (
+        "completion", "{{ 'I cannot say' if m.role == 'assistant' and m.content|length < 3 else m.content }}",
+        ("Which?", "a"), ("Which?", "yes"),
+    ),
+    "replaces one answer": (
+        "completion", "{{ 'I cannot say' if m.content == 'I' else m.content }}",
+        ("Which?", "I"), ("Which?", "I do"),
+    ),
+    "drops an answer that it writes before each": (
+        "completion", "{{ 'No: ' if m.role == 'assistant' else '' }}{{ m.content | replace('No', '') }}",
+        ("Which?", "No"), ("Which?", "no"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "line", "spoilt", "kept"), SOME.values(), ids=list(SOME))
+def test_a_template_that_spoils_some_rows_is_refused_at_the_first_of_them(tmp_path, part, line, spoilt, kept):
+    tokenizer = make_tokenizer(each(TURN.replace("{{ m.content }}", line)) + OPENS)
+    rows = [dict(zip("qa", row, strict=True)) for row in (kept, spoilt)]
+    assert learns(tokenizer, rows[0]).endswith(kept[1] + "<|im_end|>")
+    shown_text = re.escape(repr(shorten(spoilt[part == "completion"], 40)))
+    message = rf"^chat_template=True: the tokenizer's chat template drops or rewrites the {part} {shown_text}; set data"
+    with pytest.raises(ConfigError, match=message):
+        load_data(config_of(tmp_path, rows), tokenizer, 0)
+    if part == "prompt":
+        with pytest.raises(ConfigError, match=message):
+            render_prompt(tokenizer, spoilt[0])
+    assert learns(tokenizer, rows[1], chat_template=False) == spoilt[1] + "<|im_end|>"
+
+
 def test_a_tokenizer_without_offsets_still_learns_the_answer(monkeypatch):
     tokenizer = make_tokenizer(TEMPLATES["block without the end"])
     apply = tokenizer.apply_chat_template
@@ -300,6 +349,34 @@ def test_a_name_is_a_name(tmp_path, monkeypatch, streaming, on_bad_line):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_the_training_file_is_not_held_out_under_another_name(tmp_path, monkeypatch, streaming):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("t.jsonl").write_text('{"q": "?", "a": "yes"}\n{"q": "?", "a": "no"}')
+    Path("linked.jsonl").symlink_to("t.jsonl")
+    Path("hard.jsonl").hardlink_to("t.jsonl")
+    Path("same.jsonl").write_text(Path("t.jsonl").read_text())
+    options = {**QA, "streaming": streaming, "eval_examples": 1}
+    for name in ("t.jsonl", "t*.jsonl"):
+        for other in (
+            "./t.jsonl",
+            "sub/../t.jsonl",
+            str(tmp_path / "t.jsonl"),
+            "linked.jsonl",
+            "hard.jsonl",
+            "l*.jsonl",
+        ):
+            with pytest.raises(ConfigError, match=r"^eval='.*': .* is one of the files of name, 't.*; hold out a file"):
+                load_data(DataConfig(**{**options, "name": name, "eval": other}), TOKENIZERS["chatml"], 0)
+        data = load_data(DataConfig(**{**options, "name": name, "eval": "same.jsonl"}), TOKENIZERS["chatml"], 0)
+        assert len(data.held_out) == 1, "another file may say the same"
+    Path("folder").mkdir()
+    Path("t.jsonl").rename("folder/train.jsonl")
+    with pytest.raises(ConfigError, match=r"^eval='./folder': it is the folder of name, 'folder'; use split:NAME"):
+        load_data(DataConfig(**{**options, "name": "folder", "eval": "./folder"}), TOKENIZERS["chatml"], 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_whose_path_looks_like_a_pattern_is_refused(tmp_path, streaming):
     for name, answer in {"run[1]": "right", "run1": "OTHER"}.items():
         (tmp_path / name).mkdir()
@@ -345,6 +422,10 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path, streaming, pa
     else:
         assert data.train.unanswered == 3 and list(data.told()) == [sentence.format("")]
     assert "".join(taught(config)) == ("yes<|im_end|>no" if packing else "yesno")
+    within = config.model_copy(update={"completion": "It is: {a}"})
+    end = "<|im_end|>" if packing else ""
+    assert "".join(taught(within)) == f"It is: yes{end}It is: no", "a template around nothing is no answer"
+    assert len(taught(config.model_copy(update={"completion": "{q} {a}"}))) == (1 if packing else 5)
     held = config.model_copy(update={"name": str(tmp_path / "e.jsonl"), "eval": config.name, "eval_examples": 5})
     (tmp_path / "e.jsonl").write_text('{"q": "?", "a": "b"}')
     data = load_data(held, TOKENIZERS["chatml"], 0)
@@ -358,6 +439,8 @@ def test_a_file_without_any_answer_is_refused(tmp_path, streaming):
     which = "none of the first 1000 rows" if streaming else "no row"
     with pytest.raises(ConfigError, match=rf"^completion='a': {which} of .*d\.jsonl has an answer; name the column"):
         load_data(config, TOKENIZERS["chatml"], 0)
+    with pytest.raises(ConfigError, match=rf"^completion='It is: {{a}}': {which} of .*d\.jsonl has an answer; name"):
+        load_data(config.model_copy(update={"completion": "It is: {a}"}), TOKENIZERS["chatml"], 0)
     text = config.model_copy(update={"prompt": None, "completion": None, "text": "a"})
     with pytest.raises(ConfigError, match=rf"^text='a': {which} of .*d\.jsonl has text; name the column"):
         load_data(text, TOKENIZERS["chatml"], 0)

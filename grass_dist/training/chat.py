@@ -49,8 +49,8 @@ class Chat:
         self._marks = _GENERATION.search(str(tokenizer.get_chat_template())) is not None
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids that the model is given."""
-        return self._encode(self._given(prompt))
+        """The ids that the model is given. Raises: `ConfigError`, the rendering does not hold the prompt."""
+        return self._encode(self._asked(prompt))
 
     def turn(self, prompt: str, answer: str) -> Turn:
         """The ids that follow those of `prompt_ids`: the answer, all that the template writes around it, and its end.
@@ -59,11 +59,13 @@ class Chat:
         end-of-turn token is left out, and a template that writes no end of a turn gets the tokenizer's eos token.
 
         Raises:
-            ConfigError: the rendering, or what is learnt of it, does not hold the answer.
+            ConfigError: the rendering does not hold the prompt, or does not end with the answer and what the template
+                writes after every answer, or what is learnt of it does not hold the answer.
         """
-        given, both = self._given(prompt), self._both(prompt, answer)
+        given, both = self._asked(prompt), self._both(prompt, answer)
         rest, held = self._rest(given, both, answer)
-        if not _holds(held.removesuffix(self._after), answer):
+        # At the end: what the template writes by itself before the answer may hold a short one by chance.
+        if not _squeezed(held.removesuffix(self._after)).endswith(_squeezed(answer)):
             raise _refused("drops or rewrites the completion", answer)
         ids, learnt = self._ids(given, both, rest, prompt, answer)
         ends = [index for index, token in enumerate(ids) if token == self._eos]
@@ -155,6 +157,13 @@ class Chat:
             return "drops or rewrites the prompt"
         return None if _ANSWER in both else "drops or rewrites the completion"
 
+    def _asked(self, prompt: str) -> str:
+        """What the model is given, with the prompt in it: a template may cut or replace some prompts only."""
+        given = self._given(prompt)
+        if not _holds(given, prompt):
+            raise _refused("drops or rewrites the prompt", prompt)
+        return given
+
     def _given(self, prompt: str) -> str:
         return self._render([self._message("user", prompt)], add_generation_prompt=True)
 
@@ -202,7 +211,7 @@ def _squeezed(text: str) -> str:
 _TEMPLATE = "the tokenizer's chat template "
 
 
-def _refused(what: str, answer: str | None = None) -> ConfigError:
-    shown = "" if answer is None else f" {shorten(answer, 40)!r}"
+def _refused(what: str, text: str | None = None) -> ConfigError:
+    shown = "" if text is None else f" {shorten(text, 40)!r}"
     fix = "set data.chat_template to false, or give the tokenizer a template that writes both as they are"
     return ConfigError("chat_template", True, f"{_TEMPLATE}{what}{shown}", fix)

@@ -157,6 +157,13 @@ def fill(spec: str, row: Mapping[str, Any], part: str) -> str:
     return "".join(literal + ("" if column is None else _text(row, column, spec, part)) for literal, column in pieces)
 
 
+def is_filled(spec: str, row: Mapping[str, Any], part: str) -> bool:
+    """Whether any column that ``spec``, a column or template, names holds more than white space. Raises: as `fill`."""
+    columns = [spec] if spec in row else columns_of({part: spec})
+    texts = [_text(row, column, spec, part) for column in columns]  # all of them, for what is raised
+    return any(map(str.strip, texts))
+
+
 def _text(row: Mapping[str, Any], column: str, spec: str, part: str) -> str:
     if column not in row:
         raise no_column(column, spec, row, part)

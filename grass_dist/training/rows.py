@@ -16,7 +16,7 @@ import numpy as np
 
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training.batches import permutation
-from grass_dist.training.data_config import GENERATED, SPLIT, DataConfig, fill, is_file
+from grass_dist.training.data_config import GENERATED, SPLIT, DataConfig, fill, is_file, is_filled
 from grass_dist.training.json_files import HEAD, check_columns, files_of, table, text_rows
 from grass_dist.training.json_lines import Row, Skipped
 
@@ -43,9 +43,9 @@ class Source(NamedTuple):
     config: DataConfig
 
     def has_answer(self, row: Row) -> bool:
-        """Whether a row has anything to learn but the end; null and white space are nothing."""
+        """Whether a row has anything of its own to learn: null, white space and a template around them are nothing."""
         part = "text" if self.config.text is not None else "completion"
-        return bool(fill(self.config.parts[part], row, part).strip())
+        return is_filled(self.config.parts[part], row, part)
 
     def no_answers(self) -> ConfigError:
         """The error that no row has an answer."""
@@ -166,10 +166,13 @@ def _json_files(source: Source, reading: Reading) -> dict[str, list[str]] | None
             raise ConfigError(field, name, "there is no such file", "give the path of a .json or .jsonl file")
         if files != [name]:
             reading.patterns[name] = files
-        if field == "eval" and (both := {*files} & {*files_of(config.name)}) and name != config.name:
-            problem = f"{min(both)} is one of the files of name, {config.name!r}"
+        if field == "eval" and name != config.name and (both := _shared(files, files_of(config.name))):
+            problem = f"{both[0]} is one of the files of name, {config.name!r}"
             raise ConfigError(field, name, problem, "hold out a file that name does not stand for")
         return {"train": files}
+    if field == "eval" and name != config.name and Path(name).is_dir() and _shared([name], [config.name]):
+        problem = f"it is the folder of name, {config.name!r}"
+        raise ConfigError(field, name, problem, "use split:NAME, or another folder")
     if not Path(name).is_dir() or _is_saved(name):
         return None
     if re.search(r"[\[*?]", str(Path(name).resolve())):
@@ -179,6 +182,11 @@ def _json_files(source: Source, reading: Reading) -> dict[str, list[str]] | None
     splits = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
     plain = all(is_file(file) and Path(file).is_file() for files in splits.values() for file in files)
     return splits if splits and plain else None
+
+
+def _shared(paths: list[str], others: list[str]) -> list[str]:
+    """Those of the paths that are, however they are written, the same file or folder as one of the others."""
+    return [path for path in paths if any(Path(other).exists() and Path(path).samefile(other) for other in others)]
 
 
 def _read_files(source: Source, splits: dict[str, list[str]], reading: Reading) -> Rows | None:

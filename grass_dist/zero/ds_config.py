@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import difflib
 import os
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
@@ -52,6 +53,9 @@ def _above(limit: float) -> Callable[[Any], bool]:
 
     return above
 
+
+_INTEGER = TypeAdapter(int)
+"""Reads a number as DeepSpeed's models of a section do: "3" and 3.0 are 3, and 2.5 is no integer."""
 
 _OFF = ("false", "0", "0.0", "no", "off", "n", "f", "none", "")
 _off, _on = _is(*_OFF), _is_not(*_OFF)
@@ -209,9 +213,15 @@ def _normalise_zero(config: dict[str, Any], said: list[str]) -> int:
         size = {"allgather_bucket_size": config["allgather_size"]} if zero and "allgather_size" in config else {}
         config["zero_optimization"] = {"stage": int(zero), **size}
     zero = config["zero_optimization"] = _section(config, "zero_optimization")
-    stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage <= 3:
-        raise ConfigError("zero_optimization.stage", stage, "there is no such stage", "use 1, 2 or 3 (0 runs as 1)")
+    written = zero.get("stage", 0)
+    try:
+        stage = -1 if isinstance(written, bool) else _INTEGER.validate_python(written)
+    except ValueError:
+        stage = -1
+    if not 0 <= stage <= 3:
+        raise ConfigError("zero_optimization.stage", written, "there is no such stage", "use 1, 2 or 3 (0 runs as 1)")
+    if "stage" in zero:
+        zero["stage"] = stage
     if stage == 0:
         zero["stage"] = 1
         said.append("ZeRO stage 0 runs as ZeRO-1 under GRASS: same gradients, states sharded rather than replicated.")
@@ -310,7 +320,8 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """A copy of ``value`` as a file would hold it, so that a setting is judged by what DeepSpeed reads in it.
 
-    A configuration that code has made may hold enums, DeepSpeed's own models of a section, numpy's numbers, or paths.
+    A configuration that code has made may hold enums, DeepSpeed's own models of a section, numpy's numbers, paths, or
+    bytes.
     """
     if isinstance(value, BaseModel):
         value = value.model_dump(by_alias=True, exclude_unset=True)
@@ -322,4 +333,9 @@ def _plain(value: Any) -> Any:
         return _plain(value.value)
     if isinstance(value, np.generic):
         return _plain(value.item())
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return _plain(os.fspath(value))
+    if isinstance(value, bytes | bytearray):  # DeepSpeed's models read b"cpu" as "cpu"
+        with contextlib.suppress(UnicodeDecodeError):  # they refuse what is no text
+            return value.decode()
+    return value

@@ -9,13 +9,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "cuda.md"
-WORDS = {"pin_memory", "non_blocking", "record_stream", "set_sync_debug_mode"}
+WORDS = {"pin_memory", "non_blocking", "record_stream", "set_sync_debug_mode", "set_device", "device_ids"}
 
 
 def touches(node: ast.AST) -> bool:
-    """Whether a node is ``torch.cuda`` or a word that only matters on a GPU."""
+    """Whether a node is ``torch.cuda``, a device of that kind, or a word that only matters on a GPU."""
     if isinstance(node, ast.Attribute):
         return node.attr in WORDS or (node.attr == "cuda" and ast.unparse(node.value) == "torch")
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.device":
+        return any(isinstance(given, ast.Constant) and str(given.value).startswith("cuda") for given in node.args)
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").startswith("torch.cuda")
     return isinstance(node, ast.keyword) and node.arg in WORDS
 
 
@@ -27,7 +31,7 @@ def places(tree: ast.AST, inside: str = "") -> Iterator[str]:
         elif isinstance(node, ast.arguments | ast.arg | ast.AnnAssign):
             continue
         elif touches(node):
-            yield inside
+            yield inside or "(imports)"
         else:
             yield from places(node, inside)
 

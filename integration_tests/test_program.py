@@ -44,7 +44,8 @@ def test_a_run_leaves_a_record_a_report_and_a_model(two_ranks, config):
     assert [e["drawn_at"] for e in events(two_ranks, "sample")] == [2, 3, 5, 7, 9]  # T_s = 2 leaves one step for it
     assert [e["step"] for e in events(two_ranks, "refresh")] == [2, 5, 9]
     assert [a["when"] for a in events(two_ranks, "answer")] == ["before", "after"]
-    assert steps[0]["state_bytes"] == 2 * LAYER_STATE < steps[2]["state_bytes"]  # slots; then the roles' states too
+    # Two slots and the one that new layers come into; then the roles' states too.
+    assert steps[0]["state_bytes"] == 3 * LAYER_STATE < steps[2]["state_bytes"]
     for step in steps:
         assert len(step["active_layers"]) == (6 if step["phase"] == "probe" else 2)
     assert (two_ranks / "report.html").stat().st_size > 50_000

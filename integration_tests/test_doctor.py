@@ -94,13 +94,13 @@ def errors() -> list[str]:
 
 
 def test_two_hosts_of_two_ranks_are_measured_and_a_version_that_differs_is_named(hosts, tmp_path):
-    other = tmp_path / "other" / "grass_dist-0.0.9.dist-info"
+    other = tmp_path / "other" / "mpi4py-0.0.9.dist-info"
     other.mkdir(parents=True)
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: grass-dist\nVersion: 0.0.9\n")
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: mpi4py\nVersion: 0.0.9\n")
     ended = torchrun(hosts[:2], 2, "--size", "4MB", variables=[{}, {"PYTHONPATH": str(other.parent)}])
     assert [one.code for one in ended] == [1, 1], ended
     (said,) = errors()
-    assert said.startswith("version of grass-dist differs: ") and "0.0.9 on host grass2" in said
+    assert said.startswith("version of mpi4py differs: ") and "0.0.9 on host grass2" in said
     assert said in ended[0].out and "What looks wrong" not in ended[1].out
     report = found()
     assert [rank["host"] for rank in report["ranks"]] == ["grass1", "grass1", "grass2", "grass2"]

@@ -55,6 +55,8 @@ class MeasuredState(Stored):
 class EngineState(Stored):
     step: int = Field(ge=0, lt=2**53)
     active_layers: Layers
+    numbers: Layers = []
+    """Of the layers that compete, in the model's stack; an older release has not saved them."""
     next: NextState | None
     tracker: TrackerState
     measured: MeasuredState
@@ -232,6 +234,9 @@ def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: in
     chosen = [engine.active_layers, *engine.measured.layers, *([engine.next.active_layers] if engine.next else [])]
     if len(importances) != layers:
         raise CheckpointError(f"{where} is of a model with {len(importances)} layers, and this one has {layers}.")
+    if engine.numbers and engine.numbers != mine["numbers"]:
+        theirs, ours = _listed(engine.numbers), _listed(mine["numbers"])
+        raise CheckpointError(f"{where}: layers {theirs} compete in it, and in this run {ours}; freeze the same ones.")
     if any(m is not None and not 0 <= m < inf for m in importances):
         raise _damaged(where, "an importance is no number from 0 on")
     if any(not 0 <= i < layers or len(set(of)) != len(of) or not of for of in chosen for i in (of or [-1])):
@@ -244,6 +249,10 @@ def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: in
         raise _damaged(where, "the layers that wait are of another step, or have no probabilities")
     if unknown := sorted(set(state.units) - set(units)):
         raise CheckpointError(f"{where} has a state of {unknown[0]!r:.80}, which this run never trains.")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers)) if len(numbers) <= 40 else f"{', '.join(map(str, numbers[:40]))} and others"
 
 
 def _is_draw(waiting: NextState, step: int, layers: int) -> bool:

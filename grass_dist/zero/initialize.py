@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from grass_dist.agreement import agree_at_start, say
-from grass_dist.assembly import check_one_device, choose_units, fingerprint, refuse_second, remember
+from grass_dist.assembly import (
+    check_one_device,
+    choose_units,
+    fingerprint,
+    frozen_layers,
+    refuse_second,
+    remember,
+)
 from grass_dist.backends.base import world
 from grass_dist.backends.zero.backend import ZeroBackend
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
@@ -137,7 +144,9 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
         problem = error
     zero.every = backend.groups_of([*layers, *roles]) if problem is None else []
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
-    agree_at_start(backend, problem, fingerprint(config, found, groups, type(zero.user_optimizer), kwargs))
+    agree_at_start(backend, problem, fingerprint(config, found, layers, groups, type(zero.user_optimizer), kwargs))
+    if found is not None and (told := frozen_layers(found, layers)):
+        say(backend, told)
     zero.states = place_states(zero, backend, config, layers, roles)
     zero.reads = Reads(zero, arguments["dp_process_group"])
     watch = GradientWatch(model, layers)

@@ -150,7 +150,8 @@ def _config_of(checkpoint: Checkpoint, notes: list[str]) -> GrassConfig | None:
     layers = len(checkpoint.state.engine.tracker.importances)
     try:
         config = GrassConfig(**found)
-        if not (numbers := checkpoint.state.engine.numbers):
+        numbers = _numbers(checkpoint.state.engine)
+        if list(numbers) == list(range(layers)):
             check_num_layers(config, layers)
         else:
             check_competing(config, numbers, max(numbers) + 1)

@@ -19,7 +19,7 @@ from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
 from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
 from grass_dist.checkpoint.saving import together
-from grass_dist.errors import CheckpointError
+from grass_dist.errors import CheckpointError, shorten
 from grass_dist.optimizer import HOW
 
 DEEPSPEED_LAYOUT = "deepspeed"
@@ -235,7 +235,7 @@ def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: in
     if len(importances) != layers:
         raise CheckpointError(f"{where} is of a model with {len(importances)} layers, and this one has {layers}.")
     if engine.numbers and engine.numbers != mine["numbers"]:
-        theirs, ours = _listed(engine.numbers), _listed(mine["numbers"])
+        theirs, ours = (shorten(", ".join(map(str, numbers)), 120) for numbers in (engine.numbers, mine["numbers"]))
         raise CheckpointError(f"{where}: layers {theirs} compete in it, and in this run {ours}; freeze the same ones.")
     if any(m is not None and not 0 <= m < inf for m in importances):
         raise _damaged(where, "an importance is no number from 0 on")
@@ -249,10 +249,6 @@ def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: in
         raise _damaged(where, "the layers that wait are of another step, or have no probabilities")
     if unknown := sorted(set(state.units) - set(units)):
         raise CheckpointError(f"{where} has a state of {unknown[0]!r:.80}, which this run never trains.")
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers)) if len(numbers) <= 40 else f"{', '.join(map(str, numbers[:40]))} and others"
 
 
 def _is_draw(waiting: NextState, step: int, layers: int) -> bool:

@@ -19,6 +19,7 @@ from grass_dist.assembly import (
     remember,
 )
 from grass_dist.backends import backend_for
+from grass_dist.backends.base import HookedBackend
 from grass_dist.checkpoint.torch_run import TorchHoldings
 from grass_dist.clipping import clip_grads
 from grass_dist.config import GrassConfig, check_num_layers
@@ -78,7 +79,39 @@ class GrassOptimizer(torch.optim.Optimizer):
         shard_states: bool = True,
     ) -> None:
         kwargs = dict(optimizer_kwargs or {})
+        flags = [(param, param.requires_grad) for param in model.parameters()]
         backend = backend_for(model, gradient_accumulation_steps)
+        try:
+            self._build(
+                model,
+                backend,
+                optimizer_class,
+                kwargs,
+                config,
+                params,
+                gradient_accumulation_steps,
+                observers,
+                shard_states,
+            )
+        except BaseException:
+            backend.detach()  # its hooks would change how the model trains without it
+            for param, flag in flags:
+                param.requires_grad_(flag)
+            raise
+        remember(model)
+
+    def _build(
+        self,
+        model: nn.Module,
+        backend: HookedBackend,
+        optimizer_class: type[torch.optim.Optimizer],
+        kwargs: Mapping[str, Any],
+        config: GrassConfig,
+        params: ParamGroups | None,
+        gradient_accumulation_steps: int,
+        observers: Sequence[Observer],
+        shard_states: bool,
+    ) -> None:
         problem: Exception | None = None
         found: LayerMap | None = None
         layers, roles = (), ()
@@ -109,7 +142,6 @@ class GrassOptimizer(torch.optim.Optimizer):
         # In the model's order, as clip_grad_norm_(model.parameters()) would take them: a sum's last bit depends on it.
         self._trained = [p for p in model.parameters() if id(p) in trained]
         self._model = model
-        remember(model)
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
         self._states = place_states(self._layer_optimizers, self._role_optimizers, self.param_groups, backend, config)
@@ -223,7 +255,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         """Continues from `state_dict`: the same model, groups and number of ranks.
 
         Raises:
-            ValueError: the groups are not those of this optimizer, or the states are not of this rank's shards.
+            ValueError: the groups, or the layers that compete, are not those of this optimizer, or the states are not
+                of this rank's shards. Nothing has been changed.
         """
         saved, mine = state_dict["param_groups"], self.param_groups
         if [len(g["params"]) for g in saved] != [len(g["params"]) for g in mine]:
@@ -239,6 +272,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         ]
         for optimizer, states in zip(self._unit_optimizers, entries, strict=True):
             optimizer.check_parts(states)
+        self.grass.check_layers(state_dict["grass"])
         for group, other in zip(mine, saved, strict=True):
             group.update({k: v for k, v in other.items() if k != "params" and k not in HOW})
         for index, states in enumerate(entries):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from grass_dist.backends import Backend
 from grass_dist.backends.base import sum_of_squares
 from grass_dist.config import GrassConfig, among_competing
 from grass_dist.discovery import Unit
-from grass_dist.errors import GrassError, RanksDisagree
+from grass_dist.errors import GrassError, RanksDisagree, shorten
 from grass_dist.events import Event, Observer, Refreshed, Sampled
 from grass_dist.importance import ImportanceTracker
 from grass_dist.measurement import SquareSums
@@ -23,7 +24,7 @@ from grass_dist.offload.states import LayerStates
 from grass_dist.offload.transfer import Traffic
 from grass_dist.samplers import draw_layers, make_sampler, probe_steps
 from grass_dist.schedule import Phase, Schedule
-from grass_dist.watch import GradientWatch
+from grass_dist.watch import WAYS_OUT, GradientWatch
 
 
 class GrassEngine:
@@ -151,11 +152,17 @@ class GrassEngine:
 
     def check_gradients(self) -> None:
         """The part of `finish_gradients` that raises."""
-        for layer in self._watch.end(self.step):
+        for layer, known in self._watch.end(self.step):
+            why = (
+                "since the model left it out"
+                if known
+                else "and is compiled, so that it may have been left out or cut off"
+            )
+            advice = "" if known else f" {WAYS_OUT}"
             say(
                 self.backend,
-                f"{self.layers[layer].name} is active and has no gradient in step {self.step + 1}, "
-                "since the model left it out; such steps are counted in `unused`.",
+                f"{self.layers[layer].name} is active and has no gradient in step {self.step + 1}, {why}; such steps "
+                f"are counted in `unused`.{advice}",
             )
 
     def advance(self) -> None:
@@ -277,12 +284,27 @@ class GrassEngine:
             "unused": [[layer, times] for layer, times in self.unused.items()],
         }
 
+    def check_layers(self, state: Mapping[str, Any]) -> None:
+        """Checks a state before anything is changed.
+
+        Raises:
+            ValueError: other layers compete in it.
+        """
+        theirs = list(state.get("numbers", range(len(state["tracker"]["importances"]))))
+        if theirs != list(self.numbers):
+            raise ValueError(
+                f"In the saved state layers {shorten(str(theirs), 80)} compete, and here "
+                f"{shorten(str(list(self.numbers)), 80)}; freeze the same ones, in the same model."
+            )
+
     def load_state_dict(self, state: dict) -> None:
         self.step, self.skipped = int(state["step"]), int(state.get("skipped", 0))
         self.active_layers = tuple(state["active_layers"])
         self._tracker.load_state_dict(state["tracker"])
         self._sums.load_state_dict(state["measured"])
         self._trained = set(state.get("trained", ()))
+        if not self._trained and self.step > self.schedule.probe_steps:  # an older release has not noted it
+            self._trained = set(range(len(self.layers)))
         self._watch.unused = Counter(dict(state.get("unused", ())))
         waiting = state.get("next")
         self._next = _sampled(waiting) if waiting else None

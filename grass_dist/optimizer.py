@@ -11,7 +11,17 @@ from torch import nn
 from grass_dist.backends import Backend
 from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
-from grass_dist.offload.fields import Counts, Home, born_in, counts_for, field, kept_for, move_home, placed_count
+from grass_dist.offload.fields import (
+    Counts,
+    Home,
+    born_in,
+    counts_for,
+    field,
+    kept_for,
+    move_home,
+    placed_count,
+    usual_counts,
+)
 from grass_dist.offload.layout import Field, Layout
 
 ELEMENTWISE = frozenset(
@@ -209,9 +219,20 @@ class UnitOptimizer:
                     target.copy_(state["master"])
                 own = {k: v for k, v in state.items() if k not in ("master", "part")}
                 if own:
-                    group, like = self._stand_in(position, groups)
-                    made = counts_for(self._step_once, group, like, elementwise=self._shards)
+                    made = self._counts(position, groups)
                     self.inner.state[target] = {k: self._placed(position, k, v, made) for k, v in own.items()}
+
+    def _counts(self, position: int, groups: Sequence[Mapping[str, Any]]) -> Counts:
+        """Tensors of one element that the class keeps for the parameter at ``position``.
+
+        A class that works on whole parameters, of which this rank holds a part, is not tried: it would take the memory
+        of whole ones.
+        """
+        group, like = self._stand_in(position, groups)
+        view = self._view(self.unit.params[position][1])
+        if not self._shards and self._backend.local(view) is not view:
+            return usual_counts(group, like)
+        return counts_for(self._step_once, group, like, elementwise=self._shards)
 
     def check_parts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Checks a loaded state before anything is changed.

@@ -29,8 +29,8 @@ class GradientWatch:
     """Looks at one step at a time: `begin`, then what the hooks see, then `end`.
 
     Hooks on the modules exist in that step only. They are the same objects each time, and modules that `torch.compile`
-    has compiled get none. Where a layer is compiled, whether it ran is not known, so it is only taken for cut off if no
-    layer has got a gradient.
+    has compiled get none. Where a layer is compiled, whether it ran is not known. It is taken for cut off if no
+    layer has got a gradient in two of these steps, one after the other; else for left out.
 
     Nothing here communicates: layers that are cut off are the same on all ranks, and each of them raises.
 
@@ -54,6 +54,7 @@ class GradientWatch:
         self._ran: set[int] = set()  # layers that have run with a graph
         self._without: set[int] = set()  # layers that have run without one
         self._known: set[int] = set()  # layers of which is known whether they ran
+        self._blind = 0  # steps looked at in which no layer has got a gradient, up to now
         self._within: bool | None = None  # a forward of the model: whether it is to have a backward
         self.unused: Counter[int] = Counter()
 
@@ -81,7 +82,7 @@ class GradientWatch:
         if self._watched is not None:
             self._seen.add(layer)
 
-    def end(self, step: int) -> list[int]:
+    def end(self, step: int) -> list[tuple[int, bool]]:
         """All gradients of the step have arrived.
 
         Does nothing if none is looked at, or if there was no forward and no gradient in it.
@@ -90,7 +91,8 @@ class GradientWatch:
             step: optimizer steps that were done before, for the sentence.
 
         Returns:
-            The active layers that the model has left out, and that are counted for the first time.
+            The active layers that have no gradient and are counted for the first time, each with whether it is known
+            that the model has left it out.
 
         Raises:
             GrassError: active layers have run without a graph and have no gradient, or none of those that have run has.
@@ -99,13 +101,14 @@ class GradientWatch:
             return []
         missing = [layer for layer in self._watched if layer not in self._seen]
         none = len(missing) == len(self._watched)
+        self._blind = self._blind + 1 if none else 0
         cut_off = [layer for layer in missing if self._is_cut_off(layer, none=none)]
-        left_out = [layer for layer in missing if layer in self._known and layer not in cut_off]
+        left_out = [(layer, layer in self._known) for layer in missing if layer not in cut_off]
         self.close()
         if cut_off:
             raise self._error(cut_off, f"have no gradient after the backward of step {step + 1}")
-        new = [layer for layer in left_out if not self.unused[layer]]
-        self.unused.update(left_out)
+        new = [(layer, known) for layer, known in left_out if not self.unused[layer]]
+        self.unused.update(layer for layer, _ in left_out)
         return new
 
     def close(self) -> None:
@@ -122,7 +125,7 @@ class GradientWatch:
     def _is_cut_off(self, layer: int, *, none: bool) -> bool:
         """Of a layer without a gradient; ``none``: as all that are active."""
         if layer not in self._known:
-            return none
+            return none and self._blind > 1
         return (none and layer in self._ran) or (layer in self._without and layer not in self._ran)
 
     def note(self, layer: int, module: nn.Module) -> None:

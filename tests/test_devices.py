@@ -151,8 +151,8 @@ def test_a_registration_that_fails_leaves_no_error_for_the_next_kernel(binding, 
     with pytest.raises(GrassError) as refusal:
         LayerStateStore([4096], OTHER)
     assert str(refusal.value) == (
-        "4,096 bytes of host memory cannot be pinned (CUDA error 2); allow this process to lock that much, or use "
-        "grass.offload.folder, or grass.offload.mode='none'."
+        "4,096 bytes of host memory for a layer's state cannot be pinned (CUDA error 2); allow this process to lock "
+        "that much, or use grass.offload.folder, or grass.offload.mode='none'."
     )
     assert not fake_cuda.pending and fake_cuda.calls[-1] == ("last error" if binding else "launch", 1)
 

@@ -116,7 +116,31 @@ def test_a_checkpoint_goes_on_with_the_same_layers_alone(tmp_path):
     with pytest.raises(GrassError, match="6 layers, and this one has 8"):
         load_checkpoint(tmp_path, begun()[1])
 
+    state = optimizer.state_dict()
+    before = copy.deepcopy(wrong.state_dict())
+    with pytest.raises(ValueError, match=r"layers \[1, 2, 4, 5, 6, 7\] compete, and here \[1, 2, 3, 5, 6, 7\]"):
+        wrong.load_state_dict(state)
+    assert str(wrong.state_dict()) == str(before)
+
     good = describe(open_checkpoint(next(tmp_path.glob("step-*"))), tmp_path)
     assert [layer["layer"] for layer in good["layers"]] == [1, 2, 4, 5, 6, 7]
     assert [layer["name"] for layer in good["layers"]] == [f"layers.{n}" for n in (1, 2, 4, 5, 6, 7)]
     assert set(good["active_layers"]) <= {1, 2, 4, 5, 6, 7}
+
+
+def test_a_refused_optimizer_leaves_the_model_as_it_was():
+    model = frozen_tiny(0)
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ConfigError, match="active_layers=8"):
+        grass(model, active_layers=8)
+    with pytest.raises(ConfigError, match="there is no such sampler"):
+        grass(model, sampler="gras")
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    optimizer = grass(model, **CYCLIC)
+    take_steps(model, optimizer, range(3))
+    with pytest.raises(GrassError, match="has a GrassOptimizer already"):
+        grass(model, **CYCLIC)
+    take_steps(model, optimizer, range(3, 6))  # and that one goes on
+    assert optimizer.grass.step == 6

@@ -96,8 +96,25 @@ def test_an_evaluation_between_backward_and_step_changes_nothing(between, clip, 
 @pytest.mark.parametrize("reshard", [None, False])
 @pytest.mark.parametrize("clip", ["torch's", ""])
 def test_a_forward_with_gradients_there_is_refused_where_clipping_may_have_left_parameters_out(clip, reshard):
-    with pytest.raises(GrassError, match=r"^A forward that needs gradients ran .* clip by optimizer\.clip_grad_norm_"):
+    with pytest.raises(GrassError, match=r"^FSDP2 has parameters gathered .* clip by optimizer\.clip_grad_norm_"):
         trained(with_gradients, clip, reshard=reshard)
+
+
+def test_an_evaluation_lets_go_of_modules_that_are_sharded_together_once(monkeypatch):
+    """As a group, norm and head are gathered before the first of them runs, and are let go of after the last."""
+    model, mesh = tiny(), init_device_mesh("cpu", (1,))
+    for module in (*model.layers, [model.norm, model.head], model):
+        fully_shard(module, mesh=mesh)
+    optimizer = GrassOptimizer(model, torch.optim.AdamW, {"lr": 1e-2}, config=CONFIG)
+    loss_of(model, 0).backward()
+    gathered = []
+    model.head.register_forward_pre_hook(lambda head, _: gathered.append(not isinstance(head.weight, DTensor)))
+    resharded = []
+    monkeypatch.setattr(type(model.norm), "reshard", lambda self: resharded.append(self))
+    with torch.no_grad():
+        loss_of(model, 1)
+    assert gathered == [True] and model.norm not in resharded[:-1] and len(resharded) < 3
+    optimizer.step()
 
 
 def test_an_evaluation_in_a_probe_changes_nothing():

@@ -4,10 +4,10 @@ import inspect
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from grass_dist.backends.fsdp2 import reduce_dtype
+from grass_dist.backends.fsdp2 import _alone, reduce_dtype
 from tests.tiny import loss_of, tiny
 
 
@@ -31,6 +31,17 @@ def test_fsdp2_tells_its_reduce_dtype():
         assert told(reduce_dtype=torch.float32) == torch.float32
         assert told(param_dtype=torch.bfloat16) == torch.bfloat16
         assert told(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) == torch.float32
+
+    in_a_world_of_one(check)
+
+
+def test_fsdp2_tells_which_modules_it_gathers_together():
+    def check():
+        model, mesh = tiny(), dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (*model.layers, [model.norm, model.head], model):
+            fully_shard(module, mesh=mesh)
+        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        assert _alone(sharded, model) == [*model.layers, model] and len(sharded) == 8 + 2 + 1
 
     in_a_world_of_one(check)
 

@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import grass_dist
 from grass_dist import GrassConfig, GrassError, GrassOptimizer
 from tests.tiny import Tiny, loss_of, take_steps, tiny
 
@@ -239,7 +240,7 @@ def test_a_copy_of_the_model_has_hooks_that_do_nothing():
 
 
 @pytest.mark.parametrize("how", ["layers", "model"])
-def test_compiled_layers_get_no_hooks_and_are_cut_off_if_no_layer_has_a_gradient(how):
+def test_compiled_layers_get_no_hooks_and_are_cut_off_if_no_layer_has_a_gradient_twice(how, caplog):
     model = CallsCheckpoint()
     compiled = torch.compile(model, backend="eager") if how == "model" else model
     if how == "layers":
@@ -247,9 +248,47 @@ def test_compiled_layers_get_no_hooks_and_are_cut_off_if_no_layer_has_a_gradient
             layer.compile(backend="eager")
     optimizer = optimizer_of(compiled, sampler="uniform", always_active=["lm_head"])
     assert hooks_on(model) == (0 if how == "model" else 2)
-    loss_of(model, 0).backward()  # what runs compiled is another test's matter
+    take_steps(model, optimizer, range(2))  # what runs compiled is another test's matter
+    told = [message for message in caplog.messages if "left out or cut off" in message]
+    assert len(told) == 2 and all("use_reentrant=False" in message for message in told)
+    loss_of(model, 2).backward()
     with pytest.raises(GrassError, match=WAYS_OUT):
         optimizer.step()
+
+
+def test_compiled_layers_that_the_model_leaves_out_once_do_not_end_the_run():
+    model = Leaves()
+    for layer in model.layers:
+        layer.compile(backend="eager")
+    optimizer = optimizer_of(model, sampler="fixed", fixed_layers=[1, 5])
+    model.out = (1, 5)
+    take_steps(model, optimizer, range(1))
+    model.out = ()
+    take_steps(model, optimizer, range(1, 3))
+    model.out = (1, 5)
+    take_steps(model, optimizer, range(3, 4))
+    assert optimizer.grass.unused == {1: 1, 5: 1}
+
+
+def test_what_was_left_out_is_in_a_checkpoint(tmp_path):
+    model = Leaves()
+    optimizer = optimizer_of(model, sampler="fixed", fixed_layers=[1, 5])
+    model.out = (5,)
+    take_steps(model, optimizer, range(3))
+    grass_dist.save_checkpoint(tmp_path, optimizer, 3)
+    again = optimizer_of(Leaves(), sampler="fixed", fixed_layers=[1, 5])
+    found = grass_dist.load_checkpoint(tmp_path, again)
+    assert found is not None and found[0] == 3 and again.grass.unused == optimizer.grass.unused == {5: 2}
+
+
+def test_an_older_release_has_not_noted_which_layers_have_trained():
+    optimizer = optimizer_of(tiny(), sampler="cyclic", active_layers=3)
+    take_steps(optimizer._model, optimizer, range(4))
+    state = optimizer.state_dict()
+    del state["grass"]["trained"]
+    again = optimizer_of(tiny(), sampler="cyclic", active_layers=3)
+    again.load_state_dict(state)
+    assert again.grass.never_trained == ()
 
 
 def test_layers_that_have_not_trained_are_known():

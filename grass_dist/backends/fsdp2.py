@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -62,7 +63,7 @@ class Fsdp2Backend(HookedBackend):
         self._handles += [
             model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe),
             self._first_forward,
-            *(cast(nn.Module, m).register_forward_hook(self._reshard_after_evaluation) for m in self._sharded_modules),
+            *(m.register_forward_hook(self._reshard_after_evaluation) for m in _alone(self._sharded_modules, model)),
         ]
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
@@ -126,7 +127,10 @@ class Fsdp2Backend(HookedBackend):
         takes them as they were before it. Over the wire: the next forward gathers them once more.
         """
         if self._pending and not torch.is_grad_enabled():
-            cast(FSDPModule, module).reshard()
+            if module is self.model:
+                self._reshard()
+            else:
+                cast(FSDPModule, module).reshard()
 
     def _reshard(self) -> None:
         for module in self._sharded_modules:
@@ -140,9 +144,9 @@ class Fsdp2Backend(HookedBackend):
         """
         if self._pending and not all(isinstance(getattr(owner, name), DTensor) for owner, name in self._samples):
             raise GrassError(
-                "A forward that needs gradients ran between the backward and optimizer.step(), and FSDP2 has left its "
-                "parameters gathered: a clipping of model.parameters() leaves those out. Run such a forward under "
-                "torch.no_grad(), or clip by optimizer.clip_grad_norm_()."
+                "FSDP2 has parameters gathered between the backward and optimizer.step(), after a forward that needs "
+                "gradients, or by set_reshard_after_backward(False): a clipping of model.parameters() leaves those "
+                "out. Run such a forward under torch.no_grad(), or clip by optimizer.clip_grad_norm_()."
             )
 
     def _reduce_each_micro_batch_in_probe(self, *_: object) -> None:
@@ -213,6 +217,20 @@ def reduce_dtype(model: nn.Module) -> torch.dtype | None:
     module = next(m for m in model.modules() if isinstance(m, FSDPModule))
     policy = module._get_fsdp_state()._mp_policy
     return policy.reduce_dtype or policy.param_dtype
+
+
+def _alone(modules: Sequence[FSDPModule], model: nn.Module) -> list[nn.Module]:
+    """``model``, and those of its sharded modules that are gathered and let go by themselves.
+
+    A group, ``fully_shard([norm, head])``, must not be let go of when one of its modules has run: before torch has
+    hooks for each of them it is gathered before the first one only.
+
+    Private: compares ``_get_fsdp_state()``, since FSDP2 has no public way to ask. Checked on torch 2.9 and 2.13;
+    `tests/test_private_interfaces.py` fails when it changes.
+    """
+    sharing = Counter(id(module._get_fsdp_state()) for module in modules)
+    alone = [cast(nn.Module, m) for m in modules if sharing[id(m._get_fsdp_state())] == 1 and m is not model]
+    return [*alone, model]
 
 
 def _reduced_bytes(param: DTensor, dtype: torch.dtype) -> int:

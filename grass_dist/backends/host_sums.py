@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from grass_dist.offload.store import LayerStateStore
+from grass_dist.offload.store import LayerStateStore, Use
+
+_USE = Use("the gradients of a probe", "set gradient_accumulation_steps to 1, or grass.probe_steps to 0")
 
 
 class HostSums:
@@ -27,7 +29,7 @@ class HostSums:
 
     def __init__(self, shapes: Mapping[Any, torch.Size], device: torch.device) -> None:
         numels = [math.prod(shape) for shape in shapes.values()]
-        self._store = LayerStateStore([4 * sum(numels)], device)
+        self._store = LayerStateStore([4 * sum(numels)], device, use=_USE)
         parts = self._store[0].view(torch.float32).split(numels) if numels else ()
         self._sums = {key: part.view(shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
         self._device = device

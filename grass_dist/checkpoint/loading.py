@@ -62,7 +62,7 @@ class EngineState(Stored):
     measured: MeasuredState
     skipped: int = Field(default=0, ge=0)
     trained: Layers = []
-    unused: Annotated[list[tuple[int, int]], FailFast()] = []
+    unused: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], FailFast()] = []
 
 
 def _is_unit(value: Any) -> bool:
@@ -243,6 +243,8 @@ def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: in
         raise _damaged(where, "it trains layers that the model does not have")
     if odd := sorted({len(of) for of in chosen} - {layers, active}):
         raise CheckpointError(f"{where} trains {odd[0]} layers at a time, and this run {active}.")
+    if any(not 0 <= layer < layers or times < 0 for layer, times in engine.unused):
+        raise _damaged(where, "it counts steps without layers that the model does not have")
     if len({len(of) for of in engine.measured.layers}) > 1:
         raise _damaged(where, "it has measured more layers in some steps than in others")
     if engine.next is not None and not _is_draw(engine.next, engine.step, layers):

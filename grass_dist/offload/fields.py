@@ -44,9 +44,14 @@ def counts_for(step: Step, group: Mapping[str, Any], like: torch.Tensor, *, elem
     try:
         made = _stepped(step, group, like, elementwise)
     except Exception:
-        on_device = group.get("capturable") or group.get("fused")
-        return {"step": torch.zeros((), device=like.device if on_device else "cpu")}
+        return usual_counts(group, like)
     return {key: value for key, value in made.items() if torch.is_tensor(value) and value.numel() == 1}
+
+
+def usual_counts(group: Mapping[str, Any], like: torch.Tensor) -> Counts:
+    """What classes of torch keep."""
+    on_device = group.get("capturable") or group.get("fused")
+    return {"step": torch.zeros((), device=like.device if on_device else "cpu")}
 
 
 def placed_count(value: torch.Tensor, key: str, made: Counts) -> torch.Tensor:

@@ -8,13 +8,23 @@ import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from grass_dist.errors import ConfigError, GrassError
 
 PAGE = 4096
+
+
+class Use(NamedTuple):
+    """What host memory is for, and how to do without it: parts of a sentence."""
+
+    what: str
+    else_: str
+
+
+OF_STATES = Use("a layer's state", "use grass.offload.folder, or grass.offload.mode='none'")
 
 
 class LayerStateStore:
@@ -31,22 +41,25 @@ class LayerStateStore:
         sizes: bytes of each layer.
         device: where the states come from.
         folder: for the host tier on disk; None is memory.
+        use: what the memory is for, and the ways out where it cannot be had.
 
     Raises:
         ConfigError: the folder cannot hold the files.
         GrassError: the memory cannot be had.
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device, folder: str | None = None) -> None:
+    def __init__(
+        self, sizes: Sequence[int], device: torch.device, folder: str | None = None, use: Use = OF_STATES
+    ) -> None:
         self.nbytes = sum(sizes)
         self._buffers: list[torch.Tensor] = []
         for layer, size in enumerate(sizes):
             if folder:
                 self._buffers.append(_mapped(size, Path(folder), layer))
                 continue
-            self._buffers.append(_pages(size))
+            self._buffers.append(_pages(size, use))
             if device.type == "cuda":
-                pin(self._buffers[-1], device)
+                pin(self._buffers[-1], device, use)
                 weakref.finalize(self, unpin, self._buffers[-1], device).atexit = False
 
     def __getitem__(self, layer: int) -> torch.Tensor:
@@ -54,16 +67,16 @@ class LayerStateStore:
         return self._buffers[layer]
 
 
-def _pages(size: int) -> torch.Tensor:
+def _pages(size: int, use: Use) -> torch.Tensor:
     """Memory that shares no page with another's, so that each can be registered."""
     try:
         raw = torch.empty(-(-size // PAGE) * PAGE + PAGE, dtype=torch.uint8)
     except (RuntimeError, MemoryError) as error:
-        raise GrassError(f"{size:,} bytes of host memory for a layer's state cannot be had: {error}") from None
+        raise GrassError(f"{size:,} bytes of host memory for {use.what} cannot be had: {error}") from None
     return raw[-raw.data_ptr() % PAGE :][:size]
 
 
-def pin(memory: torch.Tensor, device: torch.device) -> None:
+def pin(memory: torch.Tensor, device: torch.device, use: Use = OF_STATES) -> None:
     """Registers host memory with CUDA until `unpin`, for copies from and to ``device``.
 
     Raises:
@@ -77,8 +90,8 @@ def pin(memory: torch.Tensor, device: torch.device) -> None:
         if status != 0:
             _drain(device)
             raise GrassError(
-                f"{memory.nbytes:,} bytes of host memory cannot be pinned (CUDA error {status}); allow this process to "
-                "lock that much, or use grass.offload.folder, or grass.offload.mode='none'."
+                f"{memory.nbytes:,} bytes of host memory for {use.what} cannot be pinned (CUDA error {status}); allow "
+                f"this process to lock that much, or {use.else_}."
             )
 
 

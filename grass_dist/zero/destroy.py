@@ -41,7 +41,7 @@ def add_destroy(engine: Any, model: nn.Module, flags: Flags) -> None:
         try:
             stock()
         finally:
-            zero.reads.remove()
+            zero.reads.remove(param for param, _ in flags)
             zero.grass.detach()
             for name in ENGINE_HOOKS:
                 if (hook := getattr(engine, name, None)) is not None:

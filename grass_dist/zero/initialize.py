@@ -106,8 +106,17 @@ def _build(
         given["lr_scheduler"] = functools.partial(_scheduler, *setup.scheduler)
     model: nn.Module = given["model"]
     flags = flags_of(model)
-    with _narrowed(functools.partial(_connect, model, setup, tuple(observers))):
-        engine, optimizer, loader, scheduler = stock(**given)
+    made: list[NarrowZero] = []
+    try:
+        with _narrowed(functools.partial(_connect, model, setup, tuple(observers), made)):
+            engine, optimizer, loader, scheduler = stock(**given)
+    except BaseException:
+        for zero in made:  # there is no engine to destroy, and another may be made of the model
+            zero.grass.detach()
+            for param, flag in flags:
+                param.requires_grad_(flag)
+        raise
+    remember(model)
     if "gradient_clipping" not in setup.ds_config:
         say(
             world(),
@@ -121,7 +130,9 @@ def _build(
     return engine, optimizer, loader, scheduler
 
 
-def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], zero: NarrowZero) -> None:
+def _connect(
+    model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], made: list[NarrowZero], zero: NarrowZero
+) -> None:
     """Puts the method on top of a ZeRO optimizer that the engine is making."""
     arguments, config = zero.arguments, setup.grass
     stage = max(setup.stage, 1)
@@ -155,7 +166,7 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
     zero.reads = Reads(zero, arguments["dp_process_group"])
     watch = GradientWatch(model, layers)
     zero.grass = GrassEngine(config, layers, roles, backend, zero.states, watch, observers)
-    remember(model)
+    made.append(zero)
     zero.on_step = lambda applied: zero.grass.advance() if applied else zero.grass.skip_step()
 
 

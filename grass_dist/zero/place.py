@@ -17,7 +17,7 @@ from grass_dist.config import GrassConfig
 from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
 from grass_dist.offload.build import build
-from grass_dist.offload.fields import Counts, Kept, counts_for, kept_for
+from grass_dist.offload.fields import Counts, Kept, Step, counts_for, kept_for
 from grass_dist.offload.moving import MovingStates
 from grass_dist.offload.plan import make_plan
 from grass_dist.optimizer import ELEMENTWISE, hyperparameters, step_over
@@ -44,13 +44,15 @@ def place_states(
     fallback: str | None = None
     kept: dict[int, Kept] = {}
     counts: dict[int, Counts] = {}
+    for group in (*zero.every, *still):
+        if group.user_group not in counts:
+            counts[group.user_group] = _counts(zero.user_optimizer, group, backend.world_size, device)
     try:
         for group in (*zero.every, *still):
             if group.user_group not in kept:
-                told = _kept(zero.user_optimizer, group, backend.world_size, device)
-                kept[group.user_group], counts[group.user_group] = told
+                kept[group.user_group] = _kept(zero.user_optimizer, group, backend.world_size, device)
     except GrassError as error:
-        fallback, kept, counts = str(error), {}, {}
+        fallback, kept = str(error), {}
 
     def state_of(group: Group) -> GroupState:
         in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
@@ -76,8 +78,31 @@ def place_states(
     return ZeroStates(states, staying, moving, device, [state_of(group) for group in still])
 
 
-def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> tuple[Kept, Counts]:
-    """What the user's optimizer keeps for a flat fp32 partition."""
+def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Kept:
+    """What the user's optimizer keeps for a flat fp32 partition.
+
+    Raises:
+        GrassError: it does not say, or keeps it in another shape.
+    """
+    name, (step, own, like, elementwise) = type(user).__name__, _stand_in(user, group, world_size, device)
+    try:
+        kept = kept_for(step, own, like, elementwise=elementwise)
+    except Exception as error:
+        raise GrassError(f"{name} does not say what it keeps: {error}") from error
+    if odd := [key for key, shape, _ in kept if shape != like.shape]:
+        raise GrassError(f"{name} keeps {odd[0]} in another shape than a partition's")
+    return kept
+
+
+def _counts(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Counts:
+    step, own, like, elementwise = _stand_in(user, group, world_size, device)
+    return counts_for(step, own, like, elementwise=elementwise)
+
+
+def _stand_in(
+    user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device
+) -> tuple[Step, dict[str, Any], torch.Tensor, bool]:
+    """What `kept_for` and `counts_for` take to ask the user's optimizer about a flat fp32 partition."""
 
     def step(groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
@@ -85,12 +110,4 @@ def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: to
         return state
 
     like = torch.empty(1, device=device).expand(capacity(group, world_size))
-    name, elementwise = type(user).__name__, type(user) in ELEMENTWISE
-    own = hyperparameters(user.param_groups[group.user_group])
-    try:
-        kept = kept_for(step, own, like, elementwise=elementwise)
-    except Exception as error:
-        raise GrassError(f"{name} does not say what it keeps: {error}") from error
-    if odd := [key for key, shape, _ in kept if shape != like.shape]:
-        raise GrassError(f"{name} keeps {odd[0]} in another shape than a partition's")
-    return kept, counts_for(step, own, like, elementwise=elementwise)
+    return step, hyperparameters(user.param_groups[group.user_group]), like, type(user) in ELEMENTWISE

@@ -85,6 +85,11 @@ def zero_shard(param: nn.Parameter) -> torch.Tensor:
     return param.ds_tensor  # type: ignore[attr-defined]
 
 
+def device_of(param: nn.Parameter) -> torch.device:
+    """Where this rank's entries of a parameter are, and so the master of its group, unless that rests."""
+    return zero_shard(param).device if hasattr(param, "ds_tensor") else param.device
+
+
 def numel_of(param: nn.Parameter) -> int:
     """Elements of the whole parameter, which ZeRO-3 leaves empty."""
     return getattr(param, "ds_numel", param.numel())

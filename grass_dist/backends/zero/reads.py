@@ -8,7 +8,7 @@ device. So every question about a master or a moment is answered here.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,9 +162,13 @@ class Reads:
             for name, answer in zip(LINKED, (_full, _set_full, _full_grad, _set_full_grad), strict=True):
                 setattr(param, name, answer(answers, param))
 
-    def remove(self) -> None:
-        """Takes all that leads to the optimizer off the parameters, which would keep it and its memory."""
-        for param in self._group_of:
+    def remove(self, params: Iterable[nn.Parameter]) -> None:
+        """Takes all that leads to the optimizer off the parameters, which would keep it and its memory.
+
+        Args:
+            params: of the whole model: under ZeRO-3 DeepSpeed links those that never train, too.
+        """
+        for param in params:
             for name in vars(param).keys() & {*LINKED, MAPPING, OPTIMIZER}:
                 delattr(param, name)
 

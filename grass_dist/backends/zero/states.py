@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grass_dist.backends.zero.groups import Group, capacity
+from grass_dist.backends.zero.groups import Group, capacity, device_of
 from grass_dist.errors import GrassError
 from grass_dist.offload.fields import Counts, Home, Kept, born_in, field, move_home, placed_count
 from grass_dist.offload.layout import Layout
@@ -111,7 +111,15 @@ class GroupState:
             elif home is not None and torch.is_tensor(value):
                 self.state[key] = home[:numel]
             else:
-                self.state[key] = placed_count(value, key, self._counts) if torch.is_tensor(value) else value
+                self.state[key] = self._placed(key, value)
+
+    def _placed(self, key: str, value: Any) -> Any:
+        """A copy of a loaded entry that has no home: a step count, or what a class keeps in a shape of its own."""
+        if not torch.is_tensor(value):
+            return value
+        if value.numel() == 1:
+            return placed_count(value, key, self._counts)
+        return value.to(device_of(self.group.params[0]), copy=True)
 
     def exact(self, key: str, value: torch.Tensor) -> torch.Tensor:
         """A moment in the dtype in which it is updated: host memory may round it (`offload.host_dtype`)."""

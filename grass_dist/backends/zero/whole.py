@@ -62,6 +62,9 @@ def with_still(zero: NarrowZero) -> Iterator[None]:
     asks for all that the optimizer has. Loading needs nothing of them: DeepSpeed saves frozen weights besides.
     """
     every, still = zero.every, zero.states.still
+    for own in still:  # ZeRO-3 has nothing in its state of a group but master and moments, so none need be constructed
+        own.numel = own.saved = sum(zero_shard(param).numel() for param in own.group.params)
+        own.noted = True
     zero.every = [*every, *(own.group for own in still)]
     zero.states.of.update({own.group.key: own for own in still})
     try:
@@ -128,7 +131,9 @@ def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
 def _master(own: GroupState) -> torch.Tensor:
     if (master := own.current_master) is not None:
         return _saved(own, master[: own.saved])
-    return torch.cat([zero_shard(param).detach().reshape(-1) for param in own.group.params])
+    # Of weights that are their own masters, or of what never trains: then widened for the file, in host memory.
+    shards = [zero_shard(param).detach().reshape(-1) for param in own.group.params]
+    return torch.cat([s if s.dtype == torch.float32 else s.cpu().float() for s in shards])
 
 
 def _moments(own: GroupState) -> dict[str, Any]:

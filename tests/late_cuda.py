@@ -79,12 +79,14 @@ class LateCuda:
     """Attributes:
     quiet: the host must not wait for the device now.
     pinned: bytes of each registered buffer, by its address.
+    complaints: what went wrong where nobody hears of an error.
     """
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.quiet = False
         self.pinned: dict[int, int] = {}
+        self.complaints: list[str] = []
         self._lock = threading.RLock()
         self._arena = torch.zeros(ARENA, dtype=torch.uint8)
         self._base, self._top = self._arena.data_ptr(), 0
@@ -102,8 +104,8 @@ class LateCuda:
 
     def linger(self) -> None:
         """The device gets something done, or nothing."""
-        while self.rng.random() < 0.4:
-            self._advance()
+        while self.rng.random() < 0.5:
+            self._advance(must=False)
 
     def host_waits(self, until: Callable[[], bool]) -> None:
         assert not self.quiet, "the host waits for the device"
@@ -113,13 +115,15 @@ class LateCuda:
     def idle(self) -> bool:
         return not any(stream.queued for stream in self._streams)
 
-    def _advance(self) -> bool:
-        """Runs one thing, if anything can run."""
+    def _advance(self, *, must: bool = True) -> bool:
+        """Runs one thing that can run; where it need not, a stream may be too slow for it."""
         with self._lock:
             able = [stream for stream in self._streams if stream.queued and stream.queued[0][0]()]
             if not able:
                 return False
             stream = self.rng.choices(able, [stream.readiness for stream in able])[0]
+            if not must and self.rng.random() > stream.readiness:
+                return False
             if self.rng.random() < 0.05:
                 stream.readiness = self.rng.choice(SLOTH)
             _, job = stream.queued.popleft()
@@ -271,8 +275,10 @@ class LateCuda:
         return 0
 
     def unregister(self, address: int) -> int:
-        assert self.idle(), "memory is released while the device works"
-        assert self._standing()["device"] == DEVICE.index, "memory is released for another device"
+        if not self.idle():
+            self.complaints.append("memory is released while the device works")
+        if self._standing()["device"] != DEVICE.index:
+            self.complaints.append("memory is released for another device")
         del self.pinned[address]
         return 0
 

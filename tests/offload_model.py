@@ -86,16 +86,21 @@ def drive(
     known = [(0.0, 0.0)] * LAYERS
     weights = torch.zeros(LAYERS, dtype=torch.float64, device=device)
     layers, told = tuple(sorted(rng.sample(range(LAYERS), active))), None
+    for layer in rng.sample(range(LAYERS), rng.randint(0, 3)):  # as a checkpoint does
+        fill(states, toys, known, weights, layer)
     with on():
         states.leave(layers)
         states.enter(layers)
     for step in range(steps):
         order = rng.sample(layers, active) if shuffled else list(reversed(layers))
-        for layer in order if rng.random() < 0.9 else []:
+        updates = rng.random() < 0.9
+        for layer in order if updates else []:
             number = float(rng.randint(1, 9))
             with on():
                 update(states, layer, toys[layer], number, weights[layer], inline=inline)
             known[layer] = expected(*known[layer], number)
+        if updates:
+            check_places(states, layers, told, slots)
         if rng.random() < 0.1:  # while updates may still be under way
             replace(states, toys, known, weights, rng.randrange(LAYERS), layers, told)
         with on():
@@ -104,7 +109,7 @@ def drive(
             assert weights[layer].item() == b * toys[layer].layout.fields[1].shape[0], f"weight of {layer}"
         assert states.device_bytes == slots * longest
         if step % 3 == 0:
-            following = tuple(sorted(rng.sample(range(LAYERS), active)))
+            following, draws_ahead = tuple(sorted(rng.sample(range(LAYERS), active))), rng.random() < 0.8
         if step % 3 == 2:
             layers = following
             told = None
@@ -113,15 +118,34 @@ def drive(
                 states.enter(layers)
             if inline and cuda is None:
                 check_shown(states, toys, layers, resident=mode == "interval")
-        else:
+        elif draws_ahead:
             told = following, 2 - step % 3
             with on():
                 states.expect(*told)
+            if told[1] <= ahead and not set(following) <= set(layers):
+                assert len(states._on_device()) == active + 1, "no layer has come ahead"
+        under_way = []
         if rng.random() < 0.2:
             read(states, toys, known)
-        if rng.random() < 0.15:
+            if cuda is not None:  # reads that are queued
+                under_way = [(v.clone(), n) for t, own in zip(toys, known, strict=True) for v, n in zip(t.views, own)]
+        if rng.random() < (0.6 if under_way else 0.15):
             replace(states, toys, known, weights, rng.randrange(LAYERS), layers, told)
+        assert all(copy.eq(number).all() for copy, number in under_way if copy.is_cuda), "read too late"
     read(states, toys, known)
+    traffic = states.harvest()
+    assert traffic.seconds > 0 and (cuda is None or traffic.waited > 0)
+    assert len(states._updates) + len(transfers._copied) + len(transfers._computed) < 8 * LAYERS, "events are kept"
+
+
+def check_places(states: Any, layers: Sequence[int], told: tuple[Sequence[int], int] | None, slots: int) -> None:
+    """After the updates of a step: what is needed next has a slot, and begins to come, and nothing else has one."""
+    follow = told[0] if told is not None and told[1] == 1 else None
+    if states.stays:
+        assert follow is None or set(states._on_device()) == set(follow), "a switch has not begun"
+    else:
+        needed = sorted(layers if follow is None else follow, reverse=True)[:slots]
+        assert set(states._on_device()) == set(needed), "what is needed next does not come"
 
 
 def quiet(cuda: LateCuda | None) -> Any:
@@ -165,18 +189,23 @@ def read(states: Any, toys: list[Toy], known: list[tuple[float, float]]) -> None
             assert toy.views[0].eq(a).all() and toy.views[1].eq(b).all(), f"state of {toy.name}"
 
 
-def replace(states, toys, known, weights, layer, layers, following) -> None:
+def fill(states: Any, toys: list[Toy], known: Any, weights: torch.Tensor, layer: int) -> None:
+    """Gives a layer another state."""
     toy = toys[layer]
 
-    def fill() -> None:
+    def write() -> None:
         toy.views[0].fill_(2.0)
         toy.views[1].fill_(3.0)
         toy.born = True
 
-    states.put(layer, fill)
+    states.put(layer, write)
+    known[layer] = (2.0, 3.0)
+    weights[layer] = 3.0 * toy.layout.fields[1].shape[0]
+
+
+def replace(states, toys, known, weights, layer, layers, following) -> None:
+    fill(states, toys, known, weights, layer)
     states.leave(layers)
     states.enter(layers)
     if following is not None:
         states.expect(*following)
-    known[layer] = (2.0, 3.0)
-    weights[layer] = 3.0 * toy.layout.fields[1].shape[0]

@@ -6,6 +6,7 @@ All numbers are small integers, so that every result is exact.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Zero:
     def __init__(self, parts: Any, mode: str, seed: int, cuda: LateCuda | None) -> None:
         rng = random.Random(seed)
         self.rng, self.device = rng, CPU if cuda is None else DEVICE
-        self.on = quiet(cuda)
+        self.on, self.stays = quiet(cuda), mode == "interval"
         units, user = [], [{"params": []}, {"params": []}]
         for i in range(LAYERS + 1):  # the last one is a role
             own = [(f"{i}.{j}", nn.Parameter(torch.full((4 + 5 * (i % 3) + j,), float(i)))) for j in range(1 + i % 2)]
@@ -71,7 +72,7 @@ class Zero:
         for own in self.states.of.values():
             own.param = None
         self.masters, self.base = {}, {}
-        for index in (*layers, LAYERS):
+        for index in self.rng.choice([(*layers, LAYERS), (LAYERS, *layers)]):
             for own in self.units[index].groups:
                 key = own.group.key
                 self.masters[key] = master = nn.Parameter(self.weights[key].clone())
@@ -79,15 +80,19 @@ class Zero:
         for key, master in self.masters.items():
             self.states.of[key].adopt(master, self.base)
         self.states.enter(layers)
+        moving = self.states._moving
+        assert not self.stays or set(moving._on_device()) == set(layers), "not all have come"
+        for own in (own for index in layers for own in self.units[index].groups):
+            assert own.resident == self.stays, "DeepSpeed has another master than it must have"
 
-    def step(self) -> None:
+    def step(self, follow: Sequence[int] | None) -> None:
+        """Updates all that trains; ``follow`` trains from the next step on, if that is known."""
         for key, master in self.masters.items():
             number = float(self.rng.randint(1, 5))
             with self.on(), self.states.updating([master], self.base):
                 state = self.base[master]
-                for name in KEPT:
-                    if name not in state:
-                        state[name] = torch.zeros_like(master)
+                if KEPT[0] not in state:
+                    self.born(self.states.of[key], state, master)
                 state["exp_avg"].neg_().add_(number)
                 state["exp_avg_sq"].add_(state["exp_avg"])
                 master.data.add_(state["exp_avg_sq"])
@@ -99,6 +104,16 @@ class Zero:
             own["weight"] = own["master"] = own["master"] + own["exp_avg_sq"]
         with self.on():
             self.states.end_step()
+        assert follow is None or not self.stays or set(self.states._moving._on_device()) == set(follow)
+
+    def born(self, own: Any, state: dict[str, Any], master: nn.Parameter) -> None:
+        """Optimizer classes make a state in one of two ways, of which one is born where it belongs."""
+        if self.rng.random() < 0.5:
+            state.update({name: torch.zeros(master.shape, device=self.device) for name in KEPT})
+            return
+        state.update({name: torch.zeros_like(master) for name in KEPT})
+        found = [state[name].data_ptr() for name in KEPT]
+        assert not own.homes or found == [own.homes[name].data_ptr() for name in KEPT], "born outside of its memory"
 
     def check(self, key: tuple[str, int]) -> None:
         own, known = self.states.of[key], self.known[key]
@@ -108,16 +123,23 @@ class Zero:
         for name in KEPT:
             if name in own.state:
                 assert bool(own.state[name].eq(known[name]).all()), f"{name} of {key}"
+            else:
+                assert name not in known
 
     def replace(self, name: str) -> None:
         """As `reads.set_full` does: all groups of a unit get states that a caller gives."""
-        made = []
-        for own in (own for own in self.states.of.values() if own.group.unit.name == name):
-            size, key = self.weights[own.group.key].numel(), own.group.key
-            given = {part: torch.full((size,), float(i + 2)) for i, part in enumerate(KEPT)}
-            made.append((own, size, torch.full((size,), 9.0), given))
-            self.known[key] |= {"master": 9.0, **{part: float(i + 2) for i, part in enumerate(KEPT)}}
-        self.states.put(name, made)
+        groups = [own for own in self.states.of.values() if own.group.unit.name == name]
+        self.states.put(name, [(own, *self.given(own.group.key)) for own in groups])
+        for own in groups:
+            rest = [home[own.numel :] for key, home in own.homes.items() if key == "master" or key in own.state]
+            assert rest and all(bool(padding.eq(0).all()) for padding in rest), "padding is not zero"
+
+    def given(self, key: tuple[str, int]) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
+        """A state of a checkpoint, of a group that has been updated or not: (elements, master, moments)."""
+        size, known = self.weights[key].numel(), self.known[key]
+        moments = {part: float(i + 2) for i, part in enumerate(KEPT)} if self.rng.random() < 0.5 else {}
+        self.known[key] = {"weight": known["weight"], "master": 9.0, **moments}
+        return size, torch.full((size,), 9.0), {part: torch.full((size,), n) for part, n in moments.items()}
 
 
 def drive_zero(parts: Any, mode: str, seed: int, *, cuda: LateCuda | None = None, steps: int = 18) -> None:
@@ -128,36 +150,38 @@ def drive_zero(parts: Any, mode: str, seed: int, *, cuda: LateCuda | None = None
     """
     zero = Zero(parts, mode, seed, cuda)
     rng, states = zero.rng, zero.states
-    layers = tuple(sorted(rng.sample(range(LAYERS), zero.count)))
+    layers, told = tuple(sorted(rng.sample(range(LAYERS), zero.count))), False
+    if rng.random() < 0.3:
+        states.replace({key: zero.given(key) for key in states.of})
     zero.switch(layers)
     for step in range(steps):
-        zero.step()
+        zero.step(following if told and step % 3 == 2 else None)
         if step % 3 == 2:
             layers = following
             zero.switch(layers)
         elif step % 3 == 0:
-            following = tuple(sorted(rng.sample(range(LAYERS), zero.count)))
-        if step % 3 != 2:
+            following, told = tuple(sorted(rng.sample(range(LAYERS), zero.count))), rng.random() < 0.8
+        if told and step % 3 != 2:
             with zero.on():
                 states.expect(following, 2 - step % 3)
         draw = rng.random()
-        if draw < 0.2:
+        if draw < 0.3:
             own = rng.choice(list(states.of.values()))
             with states.at_hand(own):
                 zero.check(own.group.key)
-        elif draw < 0.4:
+        elif draw < 0.45:
             states.settle()
             for key in states.of:
                 zero.check(key)
-        elif draw < 0.5:
+        elif draw < 0.6:
             zero.replace(rng.choice(zero.units).name)
             zero.switch(layers)
-            if step % 3 != 2:
+            if told and step % 3 != 2:
                 states.expect(following, 2 - step % 3)
     states.settle()
     for key in states.of:
         zero.check(key)
-    states.harvest()
+    assert len(states._moving.transfers._copied) < 8 * LAYERS, "events are kept"
     if rng.random() < 0.3:
         states.forget()
         states.settle()
@@ -171,6 +195,7 @@ def drive_sums(parts: Any, seed: int, cuda: LateCuda) -> None:
     sums = parts.host_sums.HostSums(shapes, DEVICE)
     compute, reduces = torch.cuda.current_stream(DEVICE), torch.cuda.Stream(DEVICE)
     expected: dict[str, float] = {}
+    on = quiet(cuda)
     for _ in range(5):
         fires = {key: rng.choice([0, 2, 3, 3, 3]) for key in shapes}
         expected.clear()
@@ -185,7 +210,8 @@ def drive_sums(parts: Any, seed: int, cuda: LateCuda) -> None:
                     number = float(rng.randint(1, 9))
                     expected[key] = expected.get(key, 0.0) + number
                     grad = torch.full(shape, number, device=DEVICE, dtype=rng.choice([torch.float32, torch.bfloat16]))
-                    whole = sums.add(key, grad, last=micro == 2)
+                    with on():
+                        whole = sums.add(key, grad, last=micro == 2)
                     assert (whole is None) == (micro < 2)
                     if whole is not None:
                         found = whole.clone()
@@ -195,7 +221,8 @@ def drive_sums(parts: Any, seed: int, cuda: LateCuda) -> None:
                 ends.record(reduces)
             compute.wait_event(ends)
         for key in sums.pending():
-            found = sums.take(key)
+            with on():
+                found = sums.take(key)
             assert found.is_cuda and bool(found.eq(expected[key]).all()), f"sum so far of {key}"
             del found
         if rng.random() < 0.3:

@@ -112,6 +112,7 @@ def in_the_other_way(node: ast.Call, waits: bool) -> None:
         node.keywords.append(ast.keyword("non_blocking", ast.Constant(True)))
 
 
+@cache
 def source(name: str) -> ast.Module:
     file = importlib.import_module(CHAIN[name]).__file__
     assert file is not None
@@ -128,7 +129,7 @@ ALL = [(module, name) for module in MUTATED for name, _ in mutations(source(modu
 
 def without(module: str, name: str) -> SimpleNamespace:
     """The modules of `CHAIN` by their short names: ``module`` as a mutant, and all that import it over it."""
-    tree = source(module)
+    tree = copy.deepcopy(source(module))
     dict(mutations(tree))[name]()
     code = compile(ast.fix_missing_locations(tree), "mutant", "exec")
     parts: dict[str, types.ModuleType] = {}

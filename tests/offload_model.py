@@ -77,6 +77,10 @@ def drive(
     device, chaos = (CPU, seed) if cuda is None else (DEVICE, None)
     store = parts.store.LayerStateStore([toy.layout.host_bytes for toy in toys], device, folder)
     transfers = parts.transfer.TransferEngine(device, mapped=folder is not None, chaos=chaos, inline=inline)
+    if cuda is not None:
+        busy = torch.zeros(8, device=device)
+        for _ in range(40):
+            busy.add_(1)  # the compute has much to do before what follows
     pool = parts.slots.SlotPool(slots, longest, device, transfers.allocated)
     if mode == "interval":
         states = parts.moving.IntervalStates(toys, pool, store, transfers, prefetch_steps=ahead)

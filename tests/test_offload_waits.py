@@ -46,8 +46,11 @@ def on_late_cuda(job: Callable[..., None], parts: Any, seed: int) -> None:
             job(parts, seed=seed, cuda=cuda)
         except Exception as error:
             failed = error
-            traceback.clear_frames(error.__traceback__)
-        if cuda.pinned:
+            because: BaseException | None = error
+            while because is not None:  # their frames hold what must go while the device is there
+                traceback.clear_frames(because.__traceback__)
+                because = because.__context__
+        if failed is not None or cuda.pinned:
             gc.collect()
         if failed is not None:
             raise failed

@@ -4,8 +4,8 @@
 
 A run is started, and after a time drawn uniformly over that of a whole run something of it is killed by SIGKILL: the
 agent, one rank, or all ranks. Then it goes on, by the agent's own restart or, without an agent, by another start, and
-that is the next victim, until it ends before its time has come. Then it must have the weights, checkpoints and record of
-an undisturbed run of its setting, and left nothing behind. Settings take turns: dcp's format and DeepSpeed's.
+that is the next victim, until it ends before its time has come. Then it must have the weights, checkpoints and record
+of an undisturbed run of its setting, and left nothing behind. Settings take turns: dcp's format and DeepSpeed's.
 
 Agent and ranks are forked from this process, which has imported all that they need: so a run of 40 steps takes seconds,
 most of which are steps and saves.
@@ -42,6 +42,7 @@ KINDS = ("agent", "rank", "all ranks")
 MOST = 12
 """Kills of one run."""
 FORK = get_context("fork")
+PR_SET_PDEATHSIG = 1
 
 
 def zero(stage: int, dtype: str, every: int, mode: str, accumulation: int, *more: str) -> Setting:
@@ -148,6 +149,7 @@ def _runs(pid: int) -> bool:
 def _agent(arguments: list[str], out: Path) -> None:
     os.setsid()
     _speak(out / "agent.log")
+    own = os.getpid()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -159,11 +161,11 @@ def _agent(arguments: list[str], out: Path) -> None:
         max_restarts=1000,
         start_method="fork",
     )
-    elastic_launch(config, _rank)(arguments, out)
+    elastic_launch(config, _rank)(arguments, out, own)
 
 
-def _rank(arguments: list[str], out: Path) -> None:
-    ctypes.CDLL(None).prctl(1, 0)  # PR_SET_PDEATHSIG: torch sets it for functions, and not for programs
+def _rank(arguments: list[str], out: Path, agent: int) -> None:
+    _with_the_agent_dies(0)  # torch has functions die, and not programs
     os.setsid()
     _speak(out / f"{os.environ['RANK']}.log")
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
@@ -174,8 +176,13 @@ def _rank(arguments: list[str], out: Path) -> None:
     sys.argv[1:] = arguments
     code = run()
     sys.stdout.flush()
-    if code != 0:
+    _with_the_agent_dies(signal.SIGKILL)  # a function waits for the agent in the end, and a program does not
+    if code != 0 or os.getppid() != agent:
         os._exit(code)
+
+
+def _with_the_agent_dies(number: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _speak(file: Path) -> None:

@@ -128,11 +128,12 @@ def drive(
                 states.expect(*told)
             if told[1] <= ahead and not set(following) <= set(layers):
                 assert len(states._on_device()) == active + 1, "no layer has come ahead"
-        under_way = []
+        under_way: list[tuple[torch.Tensor, float]] = []
         if rng.random() < 0.2:
             read(states, toys, known)
             if cuda is not None:  # reads that are queued
-                under_way = [(v.clone(), n) for t, own in zip(toys, known, strict=True) for v, n in zip(t.views, own)]
+                for toy, numbers in zip(toys, known, strict=True):
+                    under_way += [(v.clone(), n) for v, n in zip(toy.views, numbers, strict=False)]
         if rng.random() < (0.6 if under_way else 0.15):
             replace(states, toys, known, weights, rng.randrange(LAYERS), layers, told)
         assert all(copy.eq(number).all() for copy, number in under_way if copy.is_cuda), "read too late"

@@ -52,9 +52,7 @@ class Zero:
         )
         store = parts.store.LayerStateStore(sizes, self.device)
         if mode == "interval":
-            moving = parts.moving.IntervalStates(
-                layers, pool, store, transfers, last_first=False, prefetch_steps=ahead
-            )
+            moving = parts.moving.IntervalStates(layers, pool, store, transfers, last_first=False, prefetch_steps=ahead)
         else:
             moving = parts.moving.StreamedStates(layers, pool, store, transfers, last_first=False)
         self.states = parts.states.ZeroStates(layers, roles, moving, self.device)
@@ -150,7 +148,7 @@ def drive_zero(parts: Any, mode: str, seed: int, *, cuda: LateCuda | None = None
     """
     zero = Zero(parts, mode, seed, cuda)
     rng, states = zero.rng, zero.states
-    layers, told = tuple(sorted(rng.sample(range(LAYERS), zero.count))), False
+    layers, following, told = tuple(sorted(rng.sample(range(LAYERS), zero.count))), (), False
     if rng.random() < 0.3:
         states.replace({key: zero.given(key) for key in states.of})
     zero.switch(layers)

@@ -59,7 +59,7 @@ class Zero:
         self.count, self.units = active, all_units
         numbers = {key: own.group.params[0].numel() for key, own in self.states.of.items()}
         self.weights = {key: torch.full((n,), 1.0, device=self.device) for key, n in numbers.items()}
-        self.known = {key: dict.fromkeys(("weight", "master"), 1.0) for key in numbers}
+        self.known: dict[Any, dict[str, float]] = {key: {"weight": 1.0, "master": 1.0} for key in numbers}
         self.masters: dict[Any, nn.Parameter] = {}
         self.base: dict[Any, dict[str, Any]] = {}
 

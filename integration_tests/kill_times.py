@@ -39,6 +39,8 @@ from integration_tests.ranks import free_port
 
 STEPS = 40
 KINDS = ("agent", "rank", "all ranks")
+TIMEOUT = 12
+"""Seconds, `train.timeout_seconds`: ranks in a collective wait as long for an agent that is dead."""
 MOST = 12
 """Kills of one run."""
 FORK = get_context("fork")
@@ -201,6 +203,10 @@ class TimedRuns(Runs):
         for stage in (1, 2, 3):
             own = {**AUTO, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
             (folder / f"zero{stage}.json").write_text(json.dumps(own))
+
+    def arguments(self, setting: Setting, name: str) -> list[str]:
+        whole = super().arguments(setting, name)
+        return [f"train.timeout_seconds={TIMEOUT}" if "timeout_seconds" in given else given for given in whole]
 
     def undisturbed(self, setting: Setting) -> Path:
         if setting not in self._undisturbed:

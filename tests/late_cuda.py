@@ -64,7 +64,7 @@ class Event:
 class Stream:
     def __init__(self, cuda: LateCuda, device: torch.device) -> None:
         self._cuda, self.device = cuda, device
-        self.queued: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+        self.queued: deque[tuple[Callable[[], bool], Callable[[], object]]] = deque()
         self.readiness = cuda.rng.choice(SLOTH)
 
     def wait_event(self, event: Event) -> None:
@@ -97,7 +97,7 @@ class LateCuda:
 
     # --- when things run
 
-    def push(self, stream: Stream, job: Callable[[], None], ready: Callable[[], bool] = lambda: True) -> None:
+    def push(self, stream: Stream, job: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> None:
         with self._lock:
             stream.queued.append((ready, job))
         self.linger()

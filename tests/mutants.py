@@ -81,8 +81,9 @@ def of_call(node: ast.Call, *, answered: bool) -> Iterator[tuple[str, Change]]:
     if name == "_then":
         yield f"{ast.unparse(node.args[0])} alone, not {text}", lambda: first_alone(node)
     for given in [*node.args, *(k.value for k in node.keywords if k.arg == "after")] if name in QUEUES else []:
-        for at, event in enumerate(given.elts if isinstance(given, ast.List) else ()):
-            yield f"{name} not after {ast.unparse(event)}", lambda given=given, at=at: given.elts.__delitem__(at)
+        events = given.elts if isinstance(given, ast.List) else []
+        for at, event in enumerate(events):
+            yield f"{name} not after {ast.unparse(event)}", lambda events=events, at=at: events.__delitem__(at)
     if name in ("copy_", "to"):
         waits = not any(keyword.arg == "non_blocking" for keyword in node.keywords)
         yield f"{'no wait' if waits else 'a wait'} in {text}", lambda: in_the_other_way(node, waits)

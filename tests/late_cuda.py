@@ -158,7 +158,8 @@ class LateCuda:
         else:
             start, self._top = self._top, self._top + nbytes
             assert self._top <= ARENA
-        block = type("Block", (ctypes.c_ubyte * nbytes,), {}).from_address(self._base + start)
+        kind: Any = type("Block", (ctypes.c_ubyte * nbytes,), {})  # of its own: it can be told when it goes
+        block = kind.from_address(self._base + start)
         weakref.finalize(block, free.append, start)
         raw = torch.frombuffer(block, dtype=torch.uint8)
         self.push(stream, lambda: self._arena[start : start + nbytes].fill_(0xFF))

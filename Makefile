@@ -65,7 +65,8 @@ long: setup
 
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.soak_offload --minutes 20
-	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.kills --kills 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.kills --at moments --kills 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.kills --kills 200
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.step_time

@@ -1,7 +1,8 @@
 """Fine-tunes that are killed at a moment drawn at random, and go on: each to the bit as one that nobody disturbed.
 
-    python -m integration_tests.kills --kills 30 [--seed 0]        # or: make soak
-    python -m integration_tests.kills --kills 1 --first 17         # that one again, with --keep its files
+    python -m integration_tests.kills --at moments --kills 30 [--seed 0]    # or: make soak
+    python -m integration_tests.kills --at moments --kills 1 --first 17     # that one again, with --keep its files
+    python -m integration_tests.kills --kills 200 [--seed 0]                # at random times: see kill_times.py
 
 Two ranks run `integration_tests.mortal`, and one of them dies by SIGKILL in the middle of something. The other must
 end by itself, with one sentence that names the dead. Then the run goes on, started again, which some do not survive
@@ -246,12 +247,12 @@ def _odd_tensors(folder: Path, wanted: Path) -> str:
             return f"{name} is in one of them"
         ours, theirs = load_file(folder / name), load_file(wanted / name)
         odd += ours.keys() ^ theirs.keys()
-        odd += [key for key in ours.keys() & theirs.keys() if _bits(ours[key]) != _bits(theirs[key])]
+        odd += [key for key in ours.keys() & theirs.keys() if bits(ours[key]) != bits(theirs[key])]
     return f"{len(odd)} tensors, {min(odd)} for one" if odd else ""
 
 
-def _bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def _odd_record(run: Path, wanted: Path) -> list[str]:
@@ -276,6 +277,7 @@ def read_record(run: Path) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--at", choices=["times", "moments"], default="times", help="times: see kill_times.py")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--seed", type=int, default=0)
@@ -284,7 +286,12 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without the ends of what has been started
     wrong, began = 0, time.monotonic()
     with contextlib.ExitStack() as stack:
-        runs = Runs(args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills"))))
+        folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills")))
+        if args.at == "times":
+            from integration_tests.kill_times import soak
+
+            return 1 if soak(folder, args.kills, args.seed, args.first).wrong else 0
+        runs = Runs(folder)
         for number in range(args.first, args.first + args.kills):
             case, started = drawn(runs, args.seed, number), time.monotonic()
             found = play(runs, case)

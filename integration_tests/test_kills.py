@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, play
+from integration_tests.program import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -35,3 +39,12 @@ def test_a_run_that_is_killed_goes_on_to_the_bit(
     passages = runs.passages(setting, moment, rank)
     death = Death(moment, max(1, round(share * passages)), rank)
     assert play(runs, Case(moment.replace(": ", "-").replace(" ", "-"), setting, death, elastic)) == []
+
+
+@pytest.mark.long
+def test_runs_that_are_killed_at_random_times_go_on_to_the_bit(tmp_path):
+    """Torchrun's agent, a rank or all of them; in dcp's format and in DeepSpeed's."""
+    command = [sys.executable, "-m", "integration_tests.kills", "--kills", "4", "--seed", "3", "--first", "2"]
+    done = subprocess.run([*command, "--keep", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "4 kills (" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert "4 resumed to the bit; 0 runs with something wrong" in done.stdout

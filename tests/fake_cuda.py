@@ -20,14 +20,14 @@ class FakeCuda:
     """Attributes:
     current: index of the current device.
     calls: (what, index of the device that it was about) in their order.
-    register_status: what the next registration of host memory answers; 0 is success.
+    register_status, unregister_status: what the next call with host memory answers; 0 is success.
     pending: an error that CUDA keeps until somebody asks for it.
     """
 
     def __init__(self) -> None:
         self.current = 0
         self.calls: list[tuple[str, int]] = []
-        self.register_status = 0
+        self.register_status = self.unregister_status = 0
         self.pending = False
         self._streams: dict[int, Any] = {}
         self.cudart = SimpleNamespace(
@@ -113,7 +113,8 @@ class FakeCuda:
 
     def _unregister(self, address: int) -> int:
         self.note("unregister", self.current)
-        return 0
+        self.pending = self.pending or self.unregister_status != 0
+        return self.unregister_status
 
     def _last_error(self) -> int:
         self.note("last error", self.current)
@@ -129,9 +130,8 @@ class FakeCuda:
         return torch.empty(0)
 
 
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """In the place of `torch.cuda`; device 0 is current."""
+def install(patch: pytest.MonkeyPatch) -> FakeCuda:
+    """Puts one in the place of `torch.cuda`; device 0 is current."""
     cuda = FakeCuda()
     replaced = {
         "Stream": cuda.stream_of,
@@ -145,5 +145,10 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         "is_available": lambda: True,
     }
     for name, value in replaced.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.cuda, name, value)
     return cuda
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return install(monkeypatch)

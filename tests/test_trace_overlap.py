@@ -105,7 +105,7 @@ def test_steps_and_updates_are_found():
         event("GRASS step 40", 0, 50, cat="user_annotation"),
         event("GRASS step 40", 0, 50, cat="gpu_user_annotation"),
         event("GRASS::update (model.layers.3)", 10, 20, cat="user_annotation"),
-        event("GRASS::updated", 30, 40, cat="user_annotation"),
+        event("GRASS::read", 30, 40, cat="user_annotation"),
         {"ph": "M", "name": "process_name"},
     ]
     lanes = read_lanes(events)

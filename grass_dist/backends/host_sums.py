@@ -62,4 +62,4 @@ class HostSums:
     def take(self, key: Hashable) -> torch.Tensor:
         """The sum so far, on the gradient's device; begins anew."""
         self._begun.pop(key)
-        return self._sums[key].to(self._device)
+        return self._sums[key].to(self._device, non_blocking=True)

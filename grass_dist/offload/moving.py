@@ -90,8 +90,7 @@ class MovingStates(ABC):
         place.state.bind(views, resident=True)
 
     def used(self, layer: int) -> None:
-        """The caller of `ready` has queued its update, and the state may go."""
-        self._places[layer].updated = self.transfers.compute("GRASS::updated", _nothing, [])
+        """The caller of `ready` has queued its update, and the state may go: its way out is after what is queued."""
         self._after_update(layer)
 
     def lends(self, layer: int) -> bool:

@@ -145,31 +145,22 @@ def _then(first: Job, second: Job) -> Job:
 
 
 class CudaEvent:
-    """An event on a CUDA stream; keeps what the job uses alive until it has come."""
+    """The end of a job on a CUDA stream."""
 
     def __init__(
-        self,
-        device: torch.device,
-        called: torch.cuda.Event,
-        start: torch.cuda.Event,
-        end: torch.cuda.Event,
-        keep: Any,
+        self, device: torch.device, called: torch.cuda.Event, start: torch.cuda.Event, end: torch.cuda.Event
     ) -> None:
         self._device = device
-        self._called, self._start, self._end, self._keep = called, start, end, keep
+        self._called, self._start, self._end = called, start, end
 
     def wait(self) -> None:
         torch.cuda.current_stream(self._device).wait_event(self._end)
 
     def synchronize(self) -> None:
         self._end.synchronize()
-        self._keep = None
 
     def done(self) -> bool:
-        if self._end.query():
-            self._keep = None
-            return True
-        return False
+        return self._end.query()
 
     @property
     def seconds(self) -> float:
@@ -182,6 +173,9 @@ class CudaEvent:
 
 class CudaQueue:
     """A CUDA stream of ``device``, which need not be the current device.
+
+    What a job uses on another stream than the compute must outlive it: slots and host buffers do, which are there for
+    the whole run, and host memory is released when the device has come to rest.
 
     Args:
         stream: None is the stream that is current on the device when a job is submitted, which is the compute.
@@ -200,4 +194,4 @@ class CudaQueue:
             start.record(stream)
             job()
             end.record(stream)
-        return CudaEvent(self._device, called, start, end, job)
+        return CudaEvent(self._device, called, start, end)

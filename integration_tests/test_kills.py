@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
-from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, play
+from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, odd_tensors, play
+from integration_tests.mortal import MODEL_IS_WRITTEN, start
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -35,3 +38,12 @@ def test_a_run_that_is_killed_goes_on_to_the_bit(
     passages = runs.passages(setting, moment, rank)
     death = Death(moment, max(1, round(share * passages)), rank)
     assert play(runs, Case(moment.replace(": ", "-").replace(" ", "-"), setting, death, elastic)) == []
+
+
+def test_a_signal_while_the_model_is_written_is_obeyed_when_it_is(runs: Runs):
+    wanted, run = runs.undisturbed(INTERVAL), runs.run_folder("asked")
+    asked = Death(MODEL_IS_WRITTEN, 1, 0).environment(runs.folder / "asked.signal") | {"MORTAL_SIGNAL": "15"}
+    ended = start(runs.arguments(INTERVAL, "asked"), asked, runs.folder / "asked.out")
+    assert [rank.code for rank in ended] == [128 + signal.SIGTERM] * 2, ended[0].err
+    assert (runs.folder / "asked.signal").exists() and "leaving because of SIGTERM: the run has ended" in ended[0].out
+    assert odd_tensors(run / "model", wanted / "model") == "" and not list(run.glob(".model*"))

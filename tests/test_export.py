@@ -22,7 +22,7 @@ from grass_dist.checkpoint import export as module
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.export import Weight, export, split, weights_of
-from grass_dist.checkpoint.folders import checkpoints_in
+from grass_dist.checkpoint.folders import checkpoints_in, prune
 from grass_dist.checkpoint.inspect import inspect_run
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
@@ -291,6 +291,8 @@ def test_a_run_whose_folder_and_checkpoints_are_links_to_another_disk_is_exporte
     run.folder.rename(tmp_path / "run elsewhere")
     run.folder.symlink_to(tmp_path / "run elsewhere")
     assert export(run.folder, tmp_path / "out").step == newest
+    prune(run.checkpoints, 1)  # which nobody reads any more
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{newest:06d}"]
     assert {row["health"] for row in inspect_run(run.folder)["checkpoints"]} == {"good"}
 
 

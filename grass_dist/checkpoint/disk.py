@@ -145,5 +145,5 @@ def put_in_place(new: Path, place: Path, old: Path | None) -> None:
             replaces.rename(place)
         raise
     sync(place.parent)
-    if replaces is not None:
-        remove(replaces)
+    if old is not None:
+        remove(old)

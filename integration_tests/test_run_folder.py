@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
 from integration_tests.program import check_refused, events, run_program
@@ -17,9 +20,15 @@ def test_a_second_start_of_a_run_is_refused_while_it_trains_and_after_its_end(co
     def watch(rank, line, pids):
         if line.startswith("step 3/10") and not second:
             second.append(pids[0])
-            check_refused(
-                run_program(argv), rf"runs/once is in use by process {pids[0]} on host .*, since .*; wait for"
-            )
+            for pid in pids:  # or it might end meanwhile
+                os.kill(pid, signal.SIGSTOP)
+            try:
+                check_refused(
+                    run_program(argv), rf"runs/once is in use by process {pids[0]} on host .*, since .*; wait"
+                )
+            finally:
+                for pid in pids:
+                    os.kill(pid, signal.SIGCONT)
 
     ended = run_program(argv, watch=watch, timeout=150)
     assert [rank.code for rank in ended] == [0, 0] and second, ended[0].err

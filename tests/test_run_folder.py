@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from grass_dist.checkpoint import disk, folders
 from grass_dist.errors import CheckpointError, ConfigError
+from grass_dist.training import run_folder
 from grass_dist.training.config_file import load_config
 from grass_dist.training.run_folder import LOCK, RunFolder
 from grass_dist.training.world import World
@@ -72,6 +74,7 @@ def tree(folder: Path) -> dict[str, Any]:
 
 RECORD, MODEL, STEP = "metrics.jsonl", "model/config.json", "checkpoints/step-000003/checkpoint.json"
 END = "\n".join(json.dumps({"event": event, "step": 9}) for event in ("step", "end", "answer"))
+SAVED = "\n".join(json.dumps({"event": "checkpoint", "step": 9, "error": error}) for error in (None, "full"))
 REFUSED = {
     "an earlier run": (None, [RECORD], "x", r"name='demo': .* holds an earlier run; choose another name"),
     "a model alone": (None, [MODEL], "x", "holds an earlier run"),
@@ -82,8 +85,9 @@ REFUSED = {
         "auto",
         [RECORD],
         END,
-        r"has ended \(metrics.jsonl has its last step\), and",
+        r"has ended \(metrics.jsonl says so\), and",
     ),
+    "a save, by auto": ("auto", [RECORD], SAVED, r"was saved \(metrics.jsonl says so\), and --resume auto finds no"),
     "a file in the place of the model": (None, ["model"], "x", "demo/model is a file, and the model is to be written"),
 }
 
@@ -107,7 +111,10 @@ def test_a_file_in_the_place_of_the_run_is_refused(open_folder, run):
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew_by_auto(open_folder, run):
-    write(run, RECORD, "plots/loss.png")
+    write(run, "plots/loss.png")
+    write(
+        run, RECORD, text=json.dumps({"event": "checkpoint", "step": 3, "error": "the disk was full"}) + '\n{"event": '
+    )
     begin(open_folder("auto"))
     assert sorted(path.name for path in run.iterdir()) == [LOCK, "config.yaml"]
 
@@ -184,6 +191,22 @@ def test_the_lock_of_a_host_that_is_gone_can_be_removed(open_folder, run):
         gone.begin(None, 0)
         (run / LOCK).unlink()
         begin(open_folder())
+
+
+def test_a_process_of_another_host_is_waited_for_since_that_host_may_be_gone(open_folder, run, monkeypatch, caplog):
+    first = open_folder()
+    first.__enter__()
+    (run / LOCK).write_text("process 7 on host far, since yesterday\n")
+    monkeypatch.setattr(run_folder, "OUTLIVES_ITS_HOST", 0.1)
+    with pytest.raises(ConfigError, match="in use by process 7 on host far, since yesterday; wait"):
+        begin(open_folder("auto"))
+    assert caplog.messages == [
+        f"{run} is in use by process 7 on host far, since yesterday: waiting up to 0.1 s, since that may be gone."
+    ]
+    monkeypatch.setattr(run_folder, "OUTLIVES_ITS_HOST", 100.0)
+    threading.Timer(1, first.__exit__).start()
+    begin(open_folder("auto"))
+    assert (run / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from grass_dist.training.config_file import dump_config
 from grass_dist.training.world import World
 
 LOCK, MODEL, RECORD = ".lock", "model", "metrics.jsonl"
+OUTLIVES_ITS_HOST = 120.0
+"""Seconds for which a server of files may keep the lock of a host that has lost its power (NFS: 90)."""
+_LONGEST_LINE = 2**24
 _OF_A_RUN = (
     *(folders.CHECKPOINTS, MODEL, f".{MODEL}.writing", f".{MODEL}.replaced"),
     *("plots", "tensorboard", "logs", "run.json", "report.html", RECORD),
@@ -47,7 +51,7 @@ class RunFolder:
         self._lock = _Lock(self.path / LOCK, config.name)
 
     def __enter__(self) -> RunFolder:
-        self._world.together(lambda: self._lock.take() if self._world.is_main and self.path.is_dir() else None)
+        self._world.together(lambda: self._take() if self._world.is_main and self.path.is_dir() else None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -82,10 +86,13 @@ class RunFolder:
         check_shared(self._config, self.path, self._world)
         self._world.together(lambda: self._clear(going_on) if main else None)
 
+    def _take(self) -> None:
+        self._lock.take(OUTLIVES_ITS_HOST if self._resume == "auto" else 0.0)
+
     def _make(self, going_on: bool, step: int) -> None:
         with self._told():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.take()
+            self._take()
         self._check(going_on)  # another start may have had it while this one loaded its model
         if going_on:
             folders.check_sweep(self.path / folders.CHECKPOINTS, step)
@@ -115,9 +122,9 @@ class RunFolder:
         if self._resume != "auto":
             fix = "choose another name, go on with it by --resume auto, or set overwrite=true"
             raise ConfigError("name", config.name, f"{self.path} holds an earlier run", fix)
-        if ended := _how_it_ended(self.path):
-            problem = f"the run in {self.path} has ended ({ended}), and --resume auto has no checkpoint to go on from"
-            fix = "choose another name, or set overwrite=true to throw that run away"
+        if why := _why_kept(self.path):
+            problem = f"the run in {self.path} {why}, and --resume auto finds no checkpoint to go on from"
+            fix = "bring the checkpoints back, choose another name, or set overwrite=true to throw that run away"
             raise ConfigError("name", config.name, problem, fix)
 
     @contextlib.contextmanager
@@ -137,12 +144,16 @@ class _Lock:
         self._descriptor: int | None = None
         self._made = False
 
-    def take(self) -> None:
+    def take(self, patience: float = 0.0) -> None:
         """
+        Args:
+            patience: seconds for which a process of another host is waited for, which may be gone with its host.
+
         Raises:
             ConfigError: another process has it, which is named.
             OSError: the file cannot be made.
         """
+        until = time.monotonic() + patience
         while self._descriptor is None:
             self._made = not self._file.exists()
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -150,6 +161,10 @@ class _Lock:
                 holder = printable(os.pread(descriptor, 200, 0).decode(errors="replace")) or "another process"
                 os.close(descriptor)
                 problem = f"{self._file.parent} is in use by {holder}"
+                if f" on host {socket.gethostname()}," not in holder and time.monotonic() < until:
+                    disk.tell_once(self._file, f"{problem}: waiting up to {patience:g} s, since that may be gone.")
+                    time.sleep(0.5)
+                    continue
                 fix = f"wait for that to end, or choose another name; if its host is gone, remove {self._file}"
                 raise ConfigError("name", self._name, problem, fix)
             if disk.is_at(descriptor, self._file):
@@ -186,18 +201,23 @@ def _has_model(folder: Path) -> bool:
     return model.is_dir() and any(model.iterdir())
 
 
-def _how_it_ended(folder: Path) -> str | None:
-    """What says that a run has come to its end; None if nothing does."""
+def _why_kept(folder: Path) -> str | None:
+    """What a run has that is not to be made anew; None if it was stopped before there was anything."""
     if _has_model(folder):
-        return f"its model is in {folder / MODEL}"
+        return f"has ended (its model is in {folder / MODEL})"
+    why = None
     with contextlib.suppress(OSError), open_regular(folder / RECORD) as record:
-        record.seek(max(0, os.fstat(record.fileno()).st_size - 2**20))  # one event follows the end
-        for line in record.read(2**20).splitlines():
+        while line := record.readline(_LONGEST_LINE):
+            if b'"end"' not in line and b'"checkpoint"' not in line:
+                continue
             with contextlib.suppress(ValueError, RecursionError):
                 event = json.loads(line)
-                if isinstance(event, dict) and event.get("event") == "end":
-                    return f"{RECORD} has its last step"
-    return None
+                kind = event.get("event") if isinstance(event, dict) else None
+                if kind == "end":
+                    return f"has ended ({RECORD} says so)"
+                if kind == "checkpoint" and event.get("error") is None:
+                    why = f"was saved ({RECORD} says so)"
+    return why
 
 
 def _remove(path: Path) -> None:

@@ -103,6 +103,21 @@ def test_a_checkpoint_that_is_being_removed_is_not_begun_to_be_read(tmp_path):
     assert folders.hold(second) is None and folders.put_away(second)
 
 
+def test_a_checkpoint_that_was_put_away_before_it_was_held_is_not_read(tmp_path, monkeypatch):
+    [first, _] = make_checkpoints(tmp_path, 1, 2)
+    lock = disk.lock
+
+    def lock_late(descriptor: int, how: int) -> bool:
+        monkeypatch.setattr(disk, "lock", lock)
+        folders.prune(tmp_path, 1)
+        return lock(descriptor, how)
+
+    monkeypatch.setattr(disk, "lock", lock_late)
+    with pytest.raises(CheckpointError, match="step-000001 is being removed"):
+        folders.hold(first)
+    assert names(tmp_path) == ["step-000002"]
+
+
 def test_a_folder_that_is_written_beside_takes_the_place_when_it_is_whole(tmp_path):
     place = tmp_path / "scratch"
     (tmp_path / "model").symlink_to(place)
@@ -116,6 +131,17 @@ def test_a_folder_that_is_written_beside_takes_the_place_when_it_is_whole(tmp_pa
     with pytest.raises(IsADirectoryError), disk.written_beside(tmp_path / "model") as writing:
         writing.write_text("3")
     assert (tmp_path / "model" / "weights").read_text() == "2" and names(tmp_path) == ["model", "scratch"]
+
+
+def test_a_folder_whose_replacement_fails_stays(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+    with pytest.raises(FileNotFoundError):
+        disk.put_in_place(tmp_path / "is not there", tmp_path / "model", tmp_path / "old")
+    (tmp_path / "new").mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        disk.put_in_place(tmp_path / "new", tmp_path / "model", None)
+    assert (tmp_path / "model" / "weights").read_text() == "1" and names(tmp_path) == ["model", "new"]
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["the first", "in the place of another"])

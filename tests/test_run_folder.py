@@ -193,6 +193,21 @@ def test_the_lock_of_a_host_that_is_gone_can_be_removed(open_folder, run):
         begin(open_folder())
 
 
+def test_a_lock_on_a_file_that_was_removed_before_it_came_does_not_count(open_folder, run, monkeypatch):
+    lock, late = disk.lock, []
+
+    def lock_late(descriptor: int, how: int) -> bool:
+        if not late:
+            late.append(descriptor)
+            (run / LOCK).unlink()
+        return lock(descriptor, how)
+
+    monkeypatch.setattr(disk, "lock", lock_late)
+    with open_folder(), pytest.raises(ConfigError, match="in use by"), open_folder():
+        pass
+    assert late
+
+
 def test_a_process_of_another_host_is_waited_for_since_that_host_may_be_gone(open_folder, run, monkeypatch, caplog):
     first = open_folder()
     first.__enter__()

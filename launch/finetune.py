@@ -195,7 +195,9 @@ def _train(loop: Loop, start: Position, tokenizer: Any, answer: dict[str, Any] |
             reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
             return asked
     seconds = time.perf_counter() - began
-    if untrained := too_short_for(run.grass.never_trained, len(run.grass.layers), config.grass.sampler):
+    if untrained := too_short_for(
+        [run.grass.numbers[i] for i in run.grass.never_trained], len(run.grass.layers), config.grass.sampler
+    ):
         reporter.say(untrained)
     if config.save_model:
         with world.during("the writing of the model"):

@@ -92,18 +92,18 @@ def convert(
         if trust_remote_code and model is None:
             problem = "it allows the code of the model that --model names, and none is named"
             raise ConfigError("--trust-remote-code", True, problem, "add --model, or leave it out")
-        source = find_checkpoint(run, None, _warn).folder
-        if ds_config is None:
-            from grass_dist.checkpoint.convert import to_dcp
+        with find_checkpoint(run, None, _warn) as checkpoint:
+            if ds_config is None:
+                from grass_dist.checkpoint.convert import to_dcp
 
-            made = to_dcp(source, out / "checkpoints")
-        else:
-            from grass_dist.training.rewrite import to_deepspeed
+                made = to_dcp(checkpoint.folder, out / "checkpoints")
+            else:
+                from grass_dist.training.rewrite import to_deepspeed
 
-            if trust_remote_code:
-                _warn(f"The code that comes with {model} may run: --trust-remote-code is given.")
-            named = {"model": model, "trust_remote_code": trust_remote_code}
-            made = to_deepspeed(source, out, ranks=ranks, ds_config=ds_config, **named)
+                if trust_remote_code:
+                    _warn(f"The code that comes with {model} may run: --trust-remote-code is given.")
+                named = {"model": model, "trust_remote_code": trust_remote_code}
+                made = to_deepspeed(checkpoint.folder, out, ranks=ranks, ds_config=ds_config, **named)
         typer.echo(f"{made}: go on with it by --resume {out}")
 
 

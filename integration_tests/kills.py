@@ -33,6 +33,7 @@ from grass_dist.checkpoint import files
 from grass_dist.checkpoint.folders import checkpoints_in, step_of
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.errors import CheckpointError
+from grass_dist.training.run_folder import LOCK
 from integration_tests.mortal import RANKS, Ended, start, start_elastic
 from integration_tests.program import make_config, make_data, make_model
 
@@ -222,7 +223,7 @@ def differences(run: Path, wanted: Path) -> list[str]:
     """In what a run that went on differs from the undisturbed one."""
     if not (run / "model" / "model.safetensors").exists():
         return ["there is no model"]
-    found = [f"the weights differ: {odd}" for odd in [_odd_tensors(run / "model", wanted / "model")] if odd]
+    found = [f"the weights differ: {odd}" for odd in [odd_tensors(run / "model", wanted / "model")] if odd]
     saved, expected = ([p.name for p in checkpoints_in(at / "checkpoints")] for at in (run, wanted))
     if saved != expected:
         found.append(f"its checkpoints are {saved} and not {expected}")
@@ -231,14 +232,14 @@ def differences(run: Path, wanted: Path) -> list[str]:
             open_checkpoint(run / "checkpoints" / name)
         except CheckpointError as error:
             found.append(str(error))
-        if odd := _odd_tensors(*(at / "checkpoints" / name / files.TENSORS for at in (run, wanted))):
+        if odd := odd_tensors(*(at / "checkpoints" / name / files.TENSORS for at in (run, wanted))):
             found.append(f"{name} differs: {odd}")
-    if left := [path.name for path in (run / "checkpoints").glob(".*")]:
+    if left := [path.name for at in (run / "checkpoints", run) for path in at.glob(".*") if path.name != LOCK]:
         found.append(f"left behind: {left}")
     return found + _odd_record(run, wanted)
 
 
-def _odd_tensors(folder: Path, wanted: Path) -> str:
+def odd_tensors(folder: Path, wanted: Path) -> str:
     """What differs between the safetensors files of two folders, to the bit."""
     names = {file.name for at in (folder, wanted) for file in at.glob("*.safetensors")}
     odd = []

@@ -5,7 +5,8 @@
 
 It dies once: never where the marker lies, a file that it leaves, nor after torchrun has restarted the ranks. Moments
 are passages through functions of the package, which are wrapped from outside before the program takes them by their
-names. With MORTAL_COUNTS, a folder, each rank that lives to the end writes how often it has passed each moment.
+names. MORTAL_SIGNAL is another signal than SIGKILL, which it may live through. With MORTAL_COUNTS, a folder, each rank
+that lives to the end writes how often it has passed each moment.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from grass_dist import engine
 from grass_dist.backends.base import HookedBackend, Ranks
 from grass_dist.backends.ddp import DdpBackend
-from grass_dist.checkpoint import files, folders, saving
+from grass_dist.checkpoint import disk, files, saving
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.pieces import Piece
 from grass_dist.offload.moving import IntervalStates
@@ -42,10 +43,12 @@ from grass_dist.offload.transfer import TransferEngine
 from grass_dist.optimizer import UnitOptimizer
 from grass_dist.training import metrics, run_torch, steps, world
 from grass_dist.training.loop import Loop
+from grass_dist.training.run_folder import MODEL, RunFolder
 from integration_tests.program import ROOT
 from integration_tests.ranks import SERVER, free_port
 
 RANKS = 2
+MODEL_IS_WRITTEN = "the end: the model is written and has no name yet"
 START, NOTICES, ELASTIC = 240, 40, 400
 """Seconds that are given to a start, to the other rank after a death, and to torchrun with its restarts."""
 
@@ -60,6 +63,7 @@ class Fate:
         first = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and not self._marker.exists()
         self._moment = environment["MORTAL_MOMENT"] if mine and first else None
         self._count = int(environment.get("MORTAL_COUNT", 0))
+        self._signal = int(environment.get("MORTAL_SIGNAL", signal.SIGKILL))
 
     def now(self, moment: str) -> bool:
         """Counts a passage; whether it is the one to die at."""
@@ -72,7 +76,7 @@ class Fate:
 
     def die(self) -> None:
         self._marker.write_text(f"{self._moment}\n")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), self._signal)
 
     def die_in(self, stream: Any, content: bytes) -> None:
         """Writes no more than the first half."""
@@ -162,12 +166,12 @@ def _in_commits(fate: Fate) -> None:
             fate.die()
         shutil.rmtree(path, **options)
 
-    folders.shutil = SimpleNamespace(rmtree=remove)
+    disk.shutil = SimpleNamespace(rmtree=remove)
 
 
 def _around_the_steps(fate: Fate) -> None:
     fate.after("the start: the model is loaded", run_torch, "load_model")
-    fate.after("the start: the folder is made", metrics, "make_run_folder")
+    fate.after("the start: the folder is made", RunFolder, "begin")
     fate.before("the start: before the first step", Loop, "train")
     fate.before("between steps", Loop, "_evaluate")
     fate.after("evaluation", steps, "summed_loss")
@@ -183,15 +187,16 @@ def _around_the_steps(fate: Fate) -> None:
 
 def _at_the_end(fate: Fate) -> None:
     fate.before("the end: before the weights are gathered", run_torch, "gather_torch")
-    save = run_torch.save_pretrained
+    sync_tree = disk.sync_tree
 
-    def half_a_model(model: Any, whole: Any, tokenizer: Any, folder: Path, ranks: Any) -> None:
-        save(model, whole, tokenizer, folder, ranks)
-        if ranks.is_main and fate.now("the end: the model half written"):
+    def half_a_model(folder: Path) -> None:
+        if folder.name == f".{MODEL}.writing" and fate.now("the end: the model half written"):
             os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
             fate.die()
+        sync_tree(folder)
 
-    run_torch.save_pretrained = half_a_model
+    disk.sync_tree = half_a_model
+    fate.before(MODEL_IS_WRITTEN, disk, "put_in_place")
     report = SimpleNamespace(build_report=lambda folder: folder / "report.html")
     sys.modules["grass_dist.report"] = report  # type: ignore[assignment]  # its plots take longer than the steps
     fate.before("the end: the report", report, "build_report")

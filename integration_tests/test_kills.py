@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, play
+from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, odd_tensors, play
+from integration_tests.mortal import MODEL_IS_WRITTEN, start
 from integration_tests.program import ROOT
 
 pytestmark = pytest.mark.timeout(300)
@@ -48,3 +50,12 @@ def test_runs_that_are_killed_at_random_times_go_on_to_the_bit(tmp_path):
     done = subprocess.run([*command, "--keep", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "4 kills (" in done.stdout, done.stdout + done.stderr[-2000:]
     assert "4 resumed to the bit; 0 runs with something wrong" in done.stdout
+
+
+def test_a_signal_while_the_model_is_written_is_obeyed_when_it_is(runs: Runs):
+    wanted, run = runs.undisturbed(INTERVAL), runs.run_folder("asked")
+    asked = Death(MODEL_IS_WRITTEN, 1, 0).environment(runs.folder / "asked.signal") | {"MORTAL_SIGNAL": "15"}
+    ended = start(runs.arguments(INTERVAL, "asked"), asked, runs.folder / "asked.out")
+    assert [rank.code for rank in ended] == [128 + signal.SIGTERM] * 2, ended[0].err
+    assert (runs.folder / "asked.signal").exists() and "leaving because of SIGTERM: the run has ended" in ended[0].out
+    assert odd_tensors(run / "model", wanted / "model") == "" and not list(run.glob(".model*"))

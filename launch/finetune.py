@@ -37,7 +37,6 @@ from grass_dist.training.checkpoints import (
     Checkpoints,
     Position,
     check_settings,
-    check_shared,
     find_checkpoint,
     position_of,
     record_of,
@@ -51,13 +50,14 @@ from grass_dist.training.export import write_model_files
 from grass_dist.training.fit import check_fit, vocabulary_of
 from grass_dist.training.identity import data_identity, model_identity, versions
 from grass_dist.training.loop import Loop
-from grass_dist.training.metrics import MetricsLog, describe_run, make_run_folder
+from grass_dist.training.metrics import Later, MetricsLog, describe_run
 from grass_dist.training.output import Output
 from grass_dist.training.parallel import Parallelism, choose_parallelism
 from grass_dist.training.peers import lost_peer
 from grass_dist.training.progress import Reporter
+from grass_dist.training.run_folder import MODEL, RunFolder
 from grass_dist.training.shown import shown
-from grass_dist.training.signals import exit_code
+from grass_dist.training.signals import LeaveSignals, exit_code
 from grass_dist.training.world import World
 
 RESUME = "the run can go on with --resume auto"
@@ -126,71 +126,90 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     say = print if world.is_main else lambda *_: None
     if config.model.trust_remote_code:
         say(f"the code that comes with {config.model.name} may run: model.trust_remote_code is true")
-    checkpoint = find_checkpoint(config, resume, world, say)
-    tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
-    data = world.together(lambda: _load_data(config, tokenizer))
-    data_is = world.together(lambda: data_identity(data.train))
-    model = world.together(parallel.load)
-    padding = world.together(partial(check_fit, config, model, tokenizer, data))
-    world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
-    start = world.together(lambda: _start(config, checkpoint, data_is, say))
-    layers = find_layers(model, config.grass.layers)
-    folder = Path(config.output_dir) / config.name
-    going_on = checkpoint is not None and folder.resolve() in checkpoint.folder.resolve().parents
-    # All input is good: now may files go.
-    world.together(lambda: make_run_folder(config, resume=resume, going_on=going_on) if world.is_main else None)
-    check_shared(config, folder, world)
-    world.together(lambda: output.to_file(folder))
-    example = shown(data.first, tokenizer)
-    about = {**describe_run(config, world, parallel.name, layers, data, model), "example": example}
-    record, answer = record_of(checkpoint) if checkpoint else (0, None)
-    keep = record if going_on else 0
-    log = world.together(lambda: MetricsLog(folder, about, keep=keep, step=start.step) if world.is_main else None)
-    if checkpoint is None:
-        answer = world.together(partial(_answer_before, config, parallel, model, data, tokenizer, world))
+    with RunFolder(config, world, resume) as folder:
+        checkpoint = find_checkpoint(config, resume, world, say)
+        folder.check(checkpoint)
+        tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
+        data = world.together(lambda: _load_data(config, tokenizer))
+        data_is = world.together(lambda: data_identity(data.train))
+        model = world.together(parallel.load)
+        padding = world.together(partial(check_fit, config, model, tokenizer, data))
+        world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
+        start = world.together(lambda: _start(config, checkpoint, data_is, say))
+        layers = find_layers(model, config.grass.layers)
+        about = {
+            **describe_run(config, world, parallel.name, layers, data, model),
+            "example": shown(data.first, tokenizer),
+        }
+        record, answer = record_of(checkpoint) if checkpoint else (0, None)
+        if checkpoint is None:
+            answer = world.together(partial(_answer_before, config, parallel, model, data, tokenizer, world))
 
-    torch.manual_seed(config.train.seed + 1 + world.rank)  # dropout differs on the ranks
-    reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
-    if log and answer and checkpoint is None:
-        log.write("answer", 0, when="before", **answer)
-    for sentence in [*data.told(), *([padding.told] if padding.told else [])]:
-        reporter.say(sentence)
-    run = parallel.start(model, layers, [reporter.observe, *([log.observe] if log else [])])
-    settings = model.config
-    del model, layers  # the run has what it needs of them
-    if checkpoint:
-        exact = resume_run(checkpoint, run, config.train.seed, world)
-        reporter.resumed(start.step, str(checkpoint.folder), exact)
+        torch.manual_seed(config.train.seed + 1 + world.rank)  # dropout differs on the ranks
+        reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
+        for sentence in [*data.told(), *([padding.told] if padding.told else [])]:
+            reporter.say(sentence)
+        run = parallel.start(model, layers, [later := Later()])
+        settings = model.config
+        del model, layers  # the run has what it needs of them
+        exact = resume_run(checkpoint, run, config.train.seed, world) if checkpoint else True
+        # All input is good: now may files go.
+        folder.begin(checkpoint, start.step)
+        world.together(lambda: output.to_file(folder.path))
+        keep = record if folder.goes_on(checkpoint) else 0
+        log = world.together(
+            lambda: MetricsLog(folder.path, about, keep=keep, step=start.step) if world.is_main else None
+        )
+        if checkpoint:
+            checkpoint.close()
+            reporter.resumed(start.step, str(checkpoint.folder), exact)
+        elif log and answer:
+            log.write("answer", 0, when="before", **answer)
+        later.begin([reporter.observe, *([log.observe] if log else [])], going_on=checkpoint is not None)
 
-    def state() -> dict[str, Any]:
-        record = log.nbytes if log else 0
-        return {"config": config.model_dump(mode="json"), "data": data_is, "answer": answer, "record": record}
+        def state() -> dict[str, Any]:
+            record = log.nbytes if log else 0
+            return {"config": config.model_dump(mode="json"), "data": data_is, "answer": answer, "record": record}
 
-    def tell(saved: Saved) -> None:
-        reporter.saved(saved)
-        if log:
-            log.saved(saved)
+        def tell(saved: Saved) -> None:
+            reporter.saved(saved)
+            if log:
+                log.saved(saved)
 
-    add_model = partial(write_model_files, settings, tokenizer)
-    checkpoints = Checkpoints(config, world, run, folder, add_model, tell, start.step)
-    loop = Loop(config, world, run, data, padding.id, reporter, log, checkpoints, state)
+        add_model = partial(write_model_files, settings, tokenizer)
+        checkpoints = Checkpoints(config, world, run, folder.path, add_model, tell, start.step)
+        with LeaveSignals() as signals:
+            loop = Loop(config, world, run, data, padding.id, reporter, log, checkpoints, signals, state)
+            return _train(loop, start, tokenizer, answer, folder.path)
+
+
+def _train(loop: Loop, start: Position, tokenizer: Any, answer: dict[str, Any] | None, folder: Path) -> int | None:
+    """All steps after ``start``, then the model, then the report; the signal by which it left before that."""
+    config, world, run, reporter, log = loop.config, loop.world, loop.run, loop.reporter, loop.log
     began = time.perf_counter()
     with reporter:
         asked = loop.train(start)
-        for sentence in data.train.told() if isinstance(data.train, Stream) else ():
+        for sentence in loop.data.train.told() if isinstance(loop.data.train, Stream) else ():
             reporter.say(sentence)
         if asked is not None:
             reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
             return asked
+    seconds = time.perf_counter() - began
     if untrained := too_short_for(
         [run.grass.numbers[i] for i in run.grass.never_trained], len(run.grass.layers), config.grass.sampler
     ):
         reporter.say(untrained)
-    if log:
-        log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)
     if config.save_model:
         with world.during("the writing of the model"):
-            world.together(partial(run.save, tokenizer, folder / "model"))
+            world.together(partial(run.save, tokenizer, folder / MODEL))
+    if log:
+        log.write("end", config.train.max_steps, seconds=seconds)
+    with world.during("the end of the training"):
+        asked = loop.signals.agreed(world.sum(*loop.signals.flags()))
+    if asked is not None:
+        left = f"leaving because of {signal.Signals(asked).name}: the run has ended"
+        reporter.say(f"{left}, and grass-dist report {folder} makes its report")
+        return asked
     run.close()  # its memory is free for the model that answers
     world.together(lambda: _conclude(config, world, tokenizer, answer, reporter, log) if log else None)
     return None
@@ -239,7 +258,7 @@ def _conclude(
     if config.save_model and before:
         try:
             text = answer_from_folder(
-                str(log.folder / "model"),
+                str(log.folder / MODEL),
                 tokenizer,
                 render_prompt(tokenizer, before["prompt"], config.data.chat_template),
                 config.answer_tokens,

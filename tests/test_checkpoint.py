@@ -15,7 +15,7 @@ from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import saving
 from grass_dist.checkpoint.files import read_manifest
 from grass_dist.checkpoint.folders import checkpoints_in
-from grass_dist.checkpoint.loading import newest_good
+from grass_dist.checkpoint.loading import newest_good, open_checkpoint
 from grass_dist.checkpoint.saving import write_snapshot
 from tests.offload_runs import make, outcome, same, train
 
@@ -72,6 +72,24 @@ def test_the_newest_stay_and_what_an_unfinished_save_left_goes(tmp_path):
         save_checkpoint(tmp_path, optimizer, step + 1, keep=2)
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-000005", "step-000004"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_a_checkpoint_stays_while_it_is_read_and_goes_with_the_next_save(tmp_path):
+    model, optimizer = make({})
+    train(model, optimizer, range(3))
+    save_checkpoint(tmp_path, optimizer, 3)
+    assert load_checkpoint(tmp_path, optimizer) == (3, {})  # and lets go of it
+    with open_checkpoint(tmp_path / "step-000003") as read:
+        train(model, optimizer, range(3, 4))
+        save_checkpoint(tmp_path, optimizer, 4, keep=1)
+        with pytest.raises(
+            CheckpointError, match="step-000003 is being read by another process, so it is not replaced"
+        ):
+            save_checkpoint(tmp_path, optimizer, 3)
+        assert [path.name for path in checkpoints_in(tmp_path)] == ["step-000004", "step-000003"]
+        assert read.tensors().tensors and open_checkpoint(read.folder).step == 3
+    save_checkpoint(tmp_path, optimizer, 4, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
 
 
 def test_layers_that_never_trained_take_no_space(tmp_path):

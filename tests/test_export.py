@@ -22,6 +22,8 @@ from grass_dist.checkpoint import export as module
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.export import Weight, export, split, weights_of
+from grass_dist.checkpoint.folders import checkpoints_in, prune
+from grass_dist.checkpoint.inspect import inspect_run
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.cli import _parse_size, app
@@ -279,9 +281,19 @@ def test_links_are_not_followed(run: Trained, tmp_path: Path) -> None:
         export(run.folder, tmp_path / "out", step=6)
     run.checkpoints.rename(tmp_path / "elsewhere")
     run.checkpoints.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="checkpoints is a link"):
-        export(run.folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_folder_and_checkpoints_are_links_to_another_disk_is_exported(run: Trained, tmp_path: Path) -> None:
+    newest = open_checkpoint(checkpoints_in(run.checkpoints)[0]).step
+    run.checkpoints.rename(tmp_path / "elsewhere")
+    run.checkpoints.symlink_to(tmp_path / "elsewhere")
+    run.folder.rename(tmp_path / "run elsewhere")
+    run.folder.symlink_to(tmp_path / "run elsewhere")
+    assert export(run.folder, tmp_path / "out").step == newest
+    prune(run.checkpoints, 1)  # which nobody reads any more
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{newest:06d}"]
+    assert {row["health"] for row in inspect_run(run.folder)["checkpoints"]} == {"good"}
 
 
 def test_a_checkpoint_of_the_library_alone_has_no_model(run: Trained, tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def load_checkpoint(folder: str | Path, optimizer: Any) -> tuple[int, dict[str, 
         found = newest_good(path, ranks, lambda problem: say(ranks, problem))
     if found is None:
         return None
-    load(found, holdings)
+    with found:
+        load(found, holdings)
     return found.step, found.state.run
 
 

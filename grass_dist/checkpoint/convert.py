@@ -30,9 +30,13 @@ def to_dcp(source: Path, out: Path) -> Path:
         CheckpointError: the source is damaged or of kind "dcp", there is such a checkpoint already, or writing fails;
             then nothing is left.
     """
-    checkpoint = open_checkpoint(source)
+    with open_checkpoint(source) as checkpoint:
+        return _rewrite(checkpoint, out)
+
+
+def _rewrite(checkpoint: Checkpoint, out: Path) -> Path:
     if checkpoint.manifest.kind == "dcp":
-        raise CheckpointError(f"{source} is in that format already.")
+        raise CheckpointError(f"{checkpoint.folder} is in that format already.")
     final = out / folder_name(checkpoint.step)
     if final.exists():
         raise CheckpointError(f"{final} exists already; give another folder.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from grass_dist.checkpoint import files
+from grass_dist.checkpoint import disk, files
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.folders import CHECKPOINTS, checkpoints_in, step_of
 from grass_dist.checkpoint.loading import Checkpoint, newest_good, open_checkpoint
@@ -53,8 +52,10 @@ class Exported:
 def folders_of(run: Path) -> list[Path]:
     """Folders of the checkpoints of a run, the newest first; of a checkpoint's folder, it alone.
 
+    The run's folder and ``checkpoints`` may be links, to another disk say.
+
     Raises:
-        CheckpointError: there is none, or a link leads out of the run.
+        CheckpointError: there is none, or one of them is a link.
     """
     parent = run / CHECKPOINTS
     if not parent.is_dir():
@@ -62,7 +63,7 @@ def folders_of(run: Path) -> list[Path]:
             raise CheckpointError(f"{run} has no folder {CHECKPOINTS} and is no checkpoint: there is nothing to read.")
         return [run]
     found = checkpoints_in(parent)
-    if link := next((path for path in (parent, *found) if path.is_symlink()), None):
+    if link := next((path for path in found if path.is_symlink()), None):
         raise CheckpointError(f"{link} is a link, and a run's are not followed; give the checkpoint's own folder.")
     if not found:
         raise CheckpointError(f"{parent} holds no checkpoint.")
@@ -119,22 +120,28 @@ def export(
     try:
         out = out.resolve()
         _check_out(out, overwrite)
-        checkpoint = find_checkpoint(run, step, tell)
-        if checkpoint.folder.resolve().is_relative_to(out):
-            raise GrassError(f"{out} holds the checkpoint {checkpoint.folder}; choose another folder.")
-        reader = checkpoint.tensors()
-        shards = split(weights_of(checkpoint, reader), max_shard_bytes)
-        _check_space(out, checkpoint, shards)
-        _write(checkpoint, reader, shards, out, overwrite)
-        if code := [name for name in _model_files(checkpoint) if name.endswith(".py")]:
-            tell(
-                f"{out} has code that came with the checkpoint ({', '.join(code):.200}): it was copied and not run. "
-                "It runs where the model is loaded with trust_remote_code=True, so read it before."
-            )
+        with find_checkpoint(run, step, tell) as checkpoint:
+            return _export(checkpoint, out, max_shard_bytes, overwrite, tell)
     except GrassError:
         raise
     except Exception as error:  # a full disk, or whatever else: a sentence, as everywhere
         raise GrassError(f"{out} was not written: {sentence(error).rstrip('.')}.") from error
+
+
+def _export(
+    checkpoint: Checkpoint, out: Path, max_shard_bytes: int, overwrite: bool, tell: Callable[[str], None]
+) -> Exported:
+    if checkpoint.folder.resolve().is_relative_to(out):
+        raise GrassError(f"{out} holds the checkpoint {checkpoint.folder}; choose another folder.")
+    reader = checkpoint.tensors()
+    shards = split(weights_of(checkpoint, reader), max_shard_bytes)
+    _check_space(out, checkpoint, shards)
+    _write(checkpoint, reader, shards, out, overwrite)
+    if code := [name for name in _model_files(checkpoint) if name.endswith(".py")]:
+        tell(
+            f"{out} has code that came with the checkpoint ({', '.join(code):.200}): it was copied and not run. "
+            "It runs where the model is loaded with trust_remote_code=True, so read it before."
+        )
     return Exported(out, checkpoint.step, len(shards), sum(map(_nbytes, shards)))
 
 
@@ -204,8 +211,8 @@ def _write(
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(map(_nbytes, shards))}, "weight_map": weight_map}
             _write_json(temporary / "model.safetensors.index.json", index)
-        files.sync_folder(temporary)
-        _put(temporary, out, overwrite)
+        disk.sync(temporary)
+        disk.put_in_place(temporary, out, temporary.with_suffix(".replaced") if overwrite else None)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
@@ -220,7 +227,7 @@ def _write_shard(reader: TensorReader, shard: Sequence[Weight], file: Path) -> N
     flat = {weight.key: torch.empty(weight.numel, dtype=weight.dtype) for weight in shard}
     reader.read_all([(key, 0, tensor) for key, tensor in flat.items() if tensor.numel()])
     save_file({w.key: flat[w.key].view(w.shape) for w in shard}, file, metadata={"format": "pt"})
-    _sync(file)
+    disk.sync(file)
 
 
 def _write_model(checkpoint: Checkpoint, weights: Sequence[Weight], folder: Path) -> None:
@@ -239,7 +246,7 @@ def _write_model(checkpoint: Checkpoint, weights: Sequence[Weight], folder: Path
         shutil.copyfile(checkpoint.folder / name, target)
         if files.digest(target) != checkpoint.manifest.files[name]:
             raise CheckpointError(f"{checkpoint.folder / name} has changed while it was read.")
-        _sync(target)
+        disk.sync(target)
 
 
 def _model_files(checkpoint: Checkpoint) -> list[str]:
@@ -279,26 +286,6 @@ def _check_space(out: Path, checkpoint: Checkpoint, shards: Sequence[Sequence[We
         )
 
 
-def _put(temporary: Path, out: Path, overwrite: bool) -> None:
-    """Gives the folder its name, in the place of what was there before."""
-    old = temporary.with_suffix(".replaced")
-    if overwrite and out.exists():
-        out.rename(old)
-    try:
-        temporary.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    files.sync_folder(out.parent)
-
-
 def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(file)
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
+    disk.sync(file)

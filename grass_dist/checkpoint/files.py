@@ -18,13 +18,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from grass_dist.checkpoint import folders
+from grass_dist.checkpoint import disk, folders
+from grass_dist.checkpoint.folders import MANIFEST
 from grass_dist.config import StrictModel
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.regular_files import open_regular
 
 FORMAT, VERSION = "grass_dist checkpoint", 1
-MANIFEST, STATE, TENSORS, DEEPSPEED, MODEL = "checkpoint.json", "state.json", "tensors", "deepspeed", "model"
+STATE, TENSORS, DEEPSPEED, MODEL = "state.json", "tensors", "deepspeed", "model"
 LARGEST_JSON = 64 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
@@ -159,15 +160,6 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:250]
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder last; the content of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def files_in(folder: Path) -> list[str]:
     """Paths of all files and links in a folder but the manifest, sorted."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -179,16 +171,18 @@ def commit(writing: Path, manifest: Manifest) -> Path:
     """Lists what is in ``writing`` in its manifest, and gives the folder its name: from then on it is a checkpoint.
 
     An earlier one of the same step makes room.
+
+    Raises:
+        CheckpointError: another process reads that one.
     """
     body = manifest.model_dump(mode="json")
     write_json(writing / MANIFEST, {**body, "digest": _digest_of(body)})
-    for path in (*writing.rglob("*"), writing):  # files that others have written, too
-        sync_folder(path)
+    disk.sync_tree(writing)  # files that others have written, too
     final = writing.with_name(folders.folder_name(manifest.step))
-    if final.exists():
-        folders.put_away(final)
+    if final.exists() and not folders.put_away(final):
+        raise CheckpointError(f"{final} is being read by another process, so it is not replaced.")
     writing.rename(final)
-    sync_folder(final.parent)
+    disk.sync(final.parent)
     folders.clear(final.parent)
     return final
 

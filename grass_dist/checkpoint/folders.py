@@ -1,16 +1,25 @@
-"""The folders of a run's checkpoints: their names, which is the newest, and how old ones go.
+"""The folders of a run's checkpoints: their names, which is the newest, how old ones go, and how one is kept.
 
 A folder with the name of a checkpoint is complete, so none is changed or removed under that name: it is renamed first.
+Who reads one holds it, by a shared lock on its manifest, and who renames one needs that lock alone.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from grass_dist.checkpoint import disk
+from grass_dist.errors import CheckpointError
+from grass_dist.regular_files import open_regular
 
 CHECKPOINTS = "checkpoints"
 """Folder of all checkpoints, in that of a run."""
+MANIFEST = "checkpoint.json"
 
 _FOLDER = re.compile(r"step-(\d{6,12})")
 
@@ -33,24 +42,77 @@ def checkpoints_in(parent: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def hold(folder: Path) -> int | None:
+    """Keeps a checkpoint from being removed until the descriptor that is returned is closed.
+
+    Returns:
+        None if there is no manifest to hold it by: it is no whole checkpoint.
+
+    Raises:
+        CheckpointError: it is being removed.
+    """
+    try:
+        with open_regular(folder / MANIFEST) as stream:
+            descriptor = os.dup(stream.fileno())
+    except OSError:
+        return None
+    if disk.lock(descriptor, fcntl.LOCK_SH) and disk.is_at(descriptor, folder / MANIFEST):
+        return descriptor
+    os.close(descriptor)
+    raise CheckpointError(f"{folder} is being removed, or written anew, by the run that it belongs to.")
+
+
+@contextmanager
+def unread(folder: Path) -> Iterator[bool]:
+    """Whether nobody holds a checkpoint, and so nobody can begin to while this lasts."""
+    try:
+        descriptor = os.open(folder / MANIFEST, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # damaged: nobody reads it
+        yield True
+        return
+    try:
+        yield disk.lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
+
+
 def prune(parent: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, the oldest first."""
+    """Removes all but the newest ``keep`` checkpoints, the oldest first. One that is being read goes the next time."""
     for path in reversed(checkpoints_in(parent)[keep:]):
-        put_away(path)
-        clear(parent)
+        if put_away(path):
+            clear(parent)
 
 
-def put_away(path: Path) -> None:
-    """Takes a checkpoint its name; `clear` removes it."""
-    gone = path.with_name(f".{path.name}.removing")
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
+def put_away(path: Path) -> bool:
+    """Takes a checkpoint its name, unless somebody reads it; `clear` removes it.
+
+    Returns:
+        Whether it was done.
+    """
+    with unread(path) as free:
+        if free:
+            path.rename(_unused(path, "removing"))
+    return free
 
 
 def clear(parent: Path, unfinished: str = "removing") -> None:
     """Removes what was put away; with "writing" what saves have left that did not come to their end."""
     for path in parent.glob(f".step-*.{unfinished}"):
-        shutil.rmtree(path, ignore_errors=True)
+        disk.remove(path)
+
+
+def check_sweep(parent: Path, start_step: int) -> None:
+    """
+    Raises:
+        CheckpointError: somebody reads a checkpoint that `sweep` has to set aside.
+    """
+    for path in _later(parent, start_step):
+        with unread(path) as free:
+            if not free:
+                raise CheckpointError(
+                    f"{path} is being read by another process, and has to be set aside because the run goes on from "
+                    f"step {start_step}: start again when that has ended."
+                )
 
 
 def sweep(parent: Path, start_step: int) -> None:
@@ -59,10 +121,19 @@ def sweep(parent: Path, start_step: int) -> None:
     Checkpoints of later steps than the run begins with are those of another course, or damaged: left in their place
     they would be taken for the newest. They are set aside under another name.
     """
-    for path in checkpoints_in(parent):
-        if (step_of(path) or 0) > start_step:
-            aside = path.with_name(f"left-at-{start_step}.{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+    for path in _later(parent, start_step):
+        aside = path.with_name(f"left-at-{start_step}.{path.name}")
+        disk.remove(aside)
+        path.rename(aside)
     clear(parent)
     clear(parent, "writing")
+
+
+def _later(parent: Path, start_step: int) -> list[Path]:
+    return [path for path in checkpoints_in(parent) if (step_of(path) or 0) > start_step]
+
+
+def _unused(path: Path, ending: str) -> Path:
+    """A hidden name for it, also where an earlier one could not be removed."""
+    names = (f".{path.name}{more}.{ending}" for more in ("", *(f".{n}" for n in range(1, 1000))))
+    return next(free for name in names if not os.path.lexists(free := path.with_name(name)))

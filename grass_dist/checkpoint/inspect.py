@@ -16,7 +16,7 @@ from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.export import folders_of, numel_of
 from grass_dist.checkpoint.folders import step_of
-from grass_dist.checkpoint.loading import Checkpoint, EngineState, open_checkpoint, read_state
+from grass_dist.checkpoint.loading import Checkpoint, EngineState, look_at, open_checkpoint
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import Entries, decode
 from grass_dist.checkpoint.saving import together
@@ -57,6 +57,8 @@ def inspect_run(run: Path, *, fast: bool = False) -> dict[str, Any]:
         rows.append(row)
         best = best or checkpoint
     good = best and together(Ranks(), lambda: describe(best, run))
+    if best is not None:
+        best.close()
     return {"run": str(run), "checksums": not fast, "checkpoints": rows, "newest_good": good}
 
 
@@ -68,15 +70,12 @@ def _look(folder: Path, fast: bool) -> tuple[dict[str, Any], Checkpoint | None]:
         row |= {"step": manifest.step, "saved": manifest.saved, "ranks": manifest.world_size}
         row |= {"backend": manifest.backend, "format": manifest.kind}
         row["bytes"] = min(files.total_bytes(manifest), _LARGEST)
-        found = together(Ranks(), lambda: _open_fast(folder, manifest)) if fast else open_checkpoint(folder)
+        # Names and sizes of all files, the content of none.
+        fast_part = (len(manifest.files), 1)
+        found = together(Ranks(), lambda: look_at(folder, fast_part)) if fast else open_checkpoint(folder)
     except CheckpointError as error:
         return {**row, "health": str(error)}, None
     return {**row, "health": "good"}, found
-
-
-def _open_fast(folder: Path, manifest: files.Manifest) -> Checkpoint:
-    files.verify(folder, manifest, (len(manifest.files), 1))  # names and sizes of all files, the content of none
-    return Checkpoint(folder, manifest, read_state(folder, manifest))
 
 
 def describe(checkpoint: Checkpoint, run: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isfinite
 from pathlib import Path
@@ -12,10 +14,9 @@ import torch
 from pydantic import FailFast, Field
 
 from grass_dist.backends.base import Ranks
-from grass_dist.checkpoint import files
+from grass_dist.checkpoint import files, folders
 from grass_dist.checkpoint.dcp import TensorReader, open_tensors
 from grass_dist.checkpoint.files import Stored, up_to_a_wrong_one
-from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
 from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
 from grass_dist.checkpoint.saving import together
@@ -83,10 +84,26 @@ class State(Stored):
 
 
 class Checkpoint:
-    """One that has been checked: `open_checkpoint` makes it."""
+    """One that has been checked: `open_checkpoint` makes it. It is not removed before it is closed; a context manager.
 
-    def __init__(self, folder: Path, manifest: files.Manifest, state: State) -> None:
+    Args:
+        hold: of `folders.hold`.
+    """
+
+    def __init__(self, folder: Path, manifest: files.Manifest, state: State, hold: int | None = None) -> None:
         self.folder, self.manifest, self.state = folder, manifest, state
+        self._release = None if hold is None else weakref.finalize(self, os.close, hold)
+
+    def close(self) -> None:
+        """Nothing is read of it any more: its run may remove it."""
+        if self._release is not None:
+            self._release()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def step(self) -> int:
@@ -108,13 +125,24 @@ def open_checkpoint(folder: Path, ranks: Ranks | None = None) -> Checkpoint:
         CheckpointError: on every rank, the first thing that is wrong with it.
     """
     ranks = ranks or Ranks()
+    return together(ranks, lambda: look_at(folder, (ranks.rank, ranks.world_size)))
 
-    def check() -> Checkpoint:
+
+def look_at(folder: Path, part: tuple[int, int] = (0, 1)) -> Checkpoint:
+    """A checkpoint, of whose files a part is read, see `files.verify`.
+
+    Raises:
+        CheckpointError: the first thing that is wrong with it.
+    """
+    hold = folders.hold(folder)
+    try:
         manifest = files.read_manifest(folder)
-        files.verify(folder, manifest, (ranks.rank, ranks.world_size))
-        return Checkpoint(folder, manifest, read_state(folder, manifest))
-
-    return together(ranks, check)
+        files.verify(folder, manifest, part)
+        return Checkpoint(folder, manifest, read_state(folder, manifest), hold)
+    except BaseException:
+        if hold is not None:
+            os.close(hold)
+        raise
 
 
 def read_state(folder: Path, manifest: files.Manifest) -> State:
@@ -132,8 +160,8 @@ def newest_good(
         tell: called with what is wrong with each newer one.
     """
     ranks = ranks or Ranks()
-    folders = together(ranks, lambda: checkpoints_in(parent) if ranks.rank == 0 else None)
-    for folder in ranks.gather_objects(folders)[0] or []:  # type: ignore[attr-defined]
+    found = together(ranks, lambda: folders.checkpoints_in(parent) if ranks.rank == 0 else None)
+    for folder in ranks.gather_objects(found)[0] or []:  # type: ignore[attr-defined]
         try:
             return open_checkpoint(folder, ranks)
         except CheckpointError as error:

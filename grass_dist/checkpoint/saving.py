@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from grass_dist.backends.base import Ranks
-from grass_dist.checkpoint import files, folders
+from grass_dist.checkpoint import disk, files, folders
 from grass_dist.checkpoint.dcp import file_numbers, write
 from grass_dist.checkpoint.per_rank import per_rank_pieces
 from grass_dist.checkpoint.pieces import Holdings, Piece, dtype_name
@@ -138,7 +137,7 @@ def write_snapshot(
         final = together(ranks, lambda: files.commit(writing, _manifest(snapshot, ranks, entries)) if main else None)
     except CheckpointError as error:
         if main:
-            shutil.rmtree(writing, ignore_errors=True)
+            disk.remove(writing)
         raise CheckpointError(f"The checkpoint of step {snapshot.step} was not written: {error}") from error
     try:
         together(ranks, lambda: folders.prune(parent, keep) if main else None)

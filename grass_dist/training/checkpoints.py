@@ -202,6 +202,7 @@ class Checkpoints:
     ) -> None:
         settings = config.train.checkpoint
         self._settings, self._world, self._tell = settings, world, tell
+        self._last_step = config.train.max_steps
         self._saver: Saver | None = None
         if settings is None:
             return
@@ -217,8 +218,9 @@ class Checkpoints:
         )
 
     def due(self, step: int) -> bool:
-        """Whether the end of ``step`` is to be saved."""
-        return bool(self._settings and self._settings.every and step % self._settings.every == 0)
+        """Whether the end of ``step`` is to be saved; that of the last one always is."""
+        every = self._settings.every if self._settings else 0
+        return self._settings is not None and (step == self._last_step or bool(every and step % every == 0))
 
     def flag(self) -> float:
         """1 if this rank knows how the save under way went: to be summed over the ranks, and given to `poll`."""

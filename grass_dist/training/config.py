@@ -38,7 +38,7 @@ class CheckpointConfig(StrictModel):
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     every: int = Field(default=200, ge=0)
-    """Steps between two saves; 0 saves only when a signal asks the run to leave."""
+    """Steps between two saves; 0 saves only when a signal asks the run to leave. The last step is always saved."""
     keep: int = Field(default=3, ge=1)
     """Checkpoints of a run that stay; older ones are removed when a new one is complete."""
     background: bool = Field(default=True, alias="async")

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from grass_dist.checkpoint import disk
+from grass_dist.checkpoint.saving import sentence
+from grass_dist.errors import GrassError
 from grass_dist.training.world import World
 
 
@@ -37,13 +40,27 @@ def gather_zero(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
 
 
 def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: Path, world: World) -> None:
-    """On the main rank: writes ``whole``, the gathered weights, with config and tokenizer."""
+    """On the main rank: writes ``whole``, the gathered weights, with config and tokenizer.
+
+    ``folder`` is there when all of it is on the disk, in the place of an earlier one.
+
+    Raises:
+        GrassError: it cannot be written; nothing is left of it, and an earlier one stays.
+    """
     if not world.is_main:
         return
     model.config.use_cache = True
-    model.save_pretrained(folder, state_dict=whole)
-    model.config.use_cache = False
-    tokenizer.save_pretrained(folder)
+    try:
+        with disk.written_beside(folder) as writing:
+            model.save_pretrained(writing, state_dict=whole)
+            tokenizer.save_pretrained(writing)
+    except Exception as error:  # a full disk comes as an error of whichever library writes
+        raise GrassError(
+            f"{folder} was not written ({sentence(error).rstrip('.')}), and nothing of it is left: mend that, and go "
+            "on from the last checkpoint, if there is one, by --resume auto."
+        ) from error
+    finally:
+        model.config.use_cache = False
 
 
 def write_model_files(config: Any, tokenizer: Any, folder: Path) -> None:

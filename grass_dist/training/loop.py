@@ -27,6 +27,7 @@ class Loop:
 
     Args:
         log: on the main rank.
+        signals: that ask it to leave; whoever has made them keeps them until the model is written.
         state: for a checkpoint, what the program has besides the position.
     """
 
@@ -38,6 +39,7 @@ class Loop:
     reporter: Reporter
     log: MetricsLog | None
     checkpoints: Checkpoints
+    signals: LeaveSignals
     state: Callable[[], dict[str, Any]]
 
     def train(self, start: Position) -> int | None:
@@ -52,20 +54,19 @@ class Loop:
         settings, at = self.config.train, start
         scheduler = self._scheduler(start)
         batches, costs = self._batches(start.step), StepCosts(self.run)
-        with LeaveSignals() as signals:
-            while True:
-                self._evaluate(at.step)
-                if at.step >= settings.max_steps:
-                    break
-                result, asked = self._step(at, batches, scheduler, costs, signals)
-                at = Position(at.step + 1, scheduler.last_epoch, at.bad_steps + 1 if result.bad else 0)
-                check_bad_steps(at.bad_steps, self.config, at.step)
-                if asked is not None:
-                    self._save(at, leaving=True)
-                    return asked
-                if self.checkpoints.due(at.step):
-                    self._save(at)
-            self.checkpoints.wait()
+        while True:
+            self._evaluate(at.step)
+            if at.step >= settings.max_steps:
+                break
+            result, asked = self._step(at, batches, scheduler, costs)
+            at = Position(at.step + 1, scheduler.last_epoch, at.bad_steps + 1 if result.bad else 0)
+            check_bad_steps(at.bad_steps, self.config, at.step)
+            if asked is not None:
+                self._save(at, leaving=True)
+                return asked
+            if self.checkpoints.due(at.step):
+                self._save(at)
+        self.checkpoints.wait()
         return None
 
     def _step(
@@ -74,7 +75,6 @@ class Loop:
         batches: Iterator[list[list[Example]]],
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         costs: StepCosts,
-        signals: LeaveSignals,
     ) -> tuple[StepResult, int | None]:
         step = at.step + 1
         # A row of a stream is read by one rank alone, and may be one that cannot be used.
@@ -90,7 +90,7 @@ class Loop:
                 self.pad_token_id,
                 self.world,
                 step,
-                lambda: [self.checkpoints.flag(), *signals.flags()],
+                lambda: [self.checkpoints.flag(), *self.signals.flags()],
             )
             if phase == "train" and result.applied:
                 scheduler.step()
@@ -114,7 +114,7 @@ class Loop:
             )
         saved, *asked = result.flags
         self.checkpoints.poll(saved)
-        return result, signals.agreed(asked)
+        return result, self.signals.agreed(asked)
 
     def _evaluate(self, step: int) -> None:
         settings = self.config.train

@@ -7,10 +7,9 @@ import datetime
 import json
 import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +20,12 @@ import grass_dist
 from grass_dist.assembly import always_active_roles
 from grass_dist.checkpoint.saving import Saved
 from grass_dist.discovery import LayerMap
-from grass_dist.errors import ConfigError
-from grass_dist.events import Event, Refreshed
+from grass_dist.events import Event, Observer, Refreshed
 from grass_dist.importance import entropy
 from grass_dist.training.config import RunConfig
-from grass_dist.training.config_file import dump_config
 from grass_dist.training.data import Data
 from grass_dist.training.parallel import Run
 from grass_dist.training.world import World
-
-
-def make_run_folder(config: RunConfig, *, resume: str | None = None, going_on: bool = False) -> Path:
-    """Makes ``output_dir/name``, empty of an earlier run unless this one goes on with that.
-
-    Args:
-        resume: ``--resume``; with "auto" a run that was stopped before its first checkpoint makes room.
-        going_on: whether the folder is of the run that goes on.
-
-    Raises:
-        ConfigError: an earlier run lies there and ``overwrite`` is off, or the folder cannot be made.
-    """
-    folder = Path(config.output_dir) / config.name
-    try:
-        for part in (folder, *folder.parents):
-            if part.is_symlink() and not part.exists():
-                problem = f"{part} is a link to {part.readlink()}, which does not exist"
-                raise ConfigError("output_dir", config.output_dir, problem, "make that folder, or choose another")
-        if not going_on and (folder / "metrics.jsonl").exists():
-            if not config.overwrite and resume != "auto":
-                fix = "choose another name, go on with it by --resume auto, or set overwrite=true"
-                raise ConfigError("name", config.name, f"{folder} holds an earlier run", fix)
-            for part in ("plots", "tensorboard", "model", "checkpoints", "logs"):
-                shutil.rmtree(folder / part, ignore_errors=True)
-            for part in ("metrics.jsonl", "run.json", "report.html"):
-                (folder / part).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError("output_dir", config.output_dir, f"{folder}: {error.strerror}", "choose another") from None
-    return folder
 
 
 def describe_run(
@@ -108,11 +74,9 @@ class MetricsLog:
         self.folder = folder
         (folder / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         file = folder / "metrics.jsonl"
-        if keep and file.exists():
+        if file.exists():
             os.truncate(file, min(keep, file.stat().st_size))
-            self._file = file.open("a", encoding="utf-8", buffering=1)
-        else:
-            self._file = file.open("w", encoding="utf-8", buffering=1)
+        self._file = file.open("a", encoding="utf-8", buffering=1)  # whoever else writes there, each line is whole
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     @property
@@ -167,6 +131,28 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+class Later:
+    """An observer of the method that keeps its events until there is somebody to tell: a run is made before its record
+    is begun."""
+
+    def __init__(self) -> None:
+        self._kept: list[Event] = []
+        self._observers: Sequence[Observer] | None = None
+
+    def __call__(self, event: Event) -> None:
+        if self._observers is None:
+            self._kept.append(event)
+        for observer in self._observers or ():
+            observer(event)
+
+    def begin(self, observers: Sequence[Observer], *, going_on: bool) -> None:
+        """Tells ``observers`` from now on, and what it has kept unless the run goes on from a later step."""
+        self._observers = observers
+        for event in () if going_on else self._kept:
+            self(event)
+        self._kept = []
 
 
 @contextlib.contextmanager

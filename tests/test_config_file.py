@@ -36,7 +36,9 @@ def test_a_setting_in_a_section_and_with_dots_is_refused(tmp_path):
         load_config(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "10", "0.5", "1e-5", "0x10", "1_000", "'010'", "2024-01-02", "a:b", "0o10"])
+@pytest.mark.parametrize(
+    "text", ["0", "-3", "10", "0.5", "1e-5", "0x10", "1_000", "'010'", "2024-01-02", "a:b", "0o10"]
+)
 def test_other_values_are_read_as_ever(text):
     with pytest.raises(ConfigError) as error:
         load_config(DEMO, [f"nothing={text}"])

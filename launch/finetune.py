@@ -42,6 +42,7 @@ from grass_dist.training.checkpoints import (
     position_of,
     record_of,
     resume_run,
+    was_rewritten,
 )
 from grass_dist.training.config import RunConfig
 from grass_dist.training.config_file import flat_settings, load_config
@@ -58,6 +59,7 @@ from grass_dist.training.peers import lost_peer
 from grass_dist.training.progress import Reporter
 from grass_dist.training.shown import shown
 from grass_dist.training.signals import exit_code
+from grass_dist.training.stream_identity import written_at
 from grass_dist.training.world import World
 
 RESUME = "the run can go on with --resume auto"
@@ -129,11 +131,11 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
     checkpoint = find_checkpoint(config, resume, world, say)
     tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
     data = world.together(lambda: _load_data(config, tokenizer))
-    data_is = world.together(lambda: data_identity(data.train))
+    data_is, written = world.together(lambda: (data_identity(data.train), written_at(config.data)))
     model = world.together(parallel.load)
     padding = world.together(partial(check_fit, config, model, tokenizer, data))
     world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
-    start = world.together(lambda: _start(config, checkpoint, data_is, say))
+    start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
     layers = find_layers(model, config.grass.layers)
     folder = Path(config.output_dir) / config.name
     going_on = checkpoint is not None and folder.resolve() in checkpoint.folder.resolve().parents
@@ -164,7 +166,8 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
 
     def state() -> dict[str, Any]:
         record = log.nbytes if log else 0
-        return {"config": config.model_dump(mode="json"), "data": data_is, "answer": answer, "record": record}
+        about = {"config": config.model_dump(mode="json"), "data": data_is, "data_written": written}
+        return {**about, "answer": answer, "record": record}
 
     def tell(saved: Saved) -> None:
         reporter.saved(saved)
@@ -195,13 +198,22 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
 
 
 def _start(
-    config: RunConfig, checkpoint: Checkpoint | None, data_is: dict[str, str], say: Callable[..., None]
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    data_is: dict[str, str],
+    written: str,
+    say: Callable[..., None],
 ) -> Position:
     """Where the run begins, after what has changed since the checkpoint was looked at."""
     if checkpoint is None:
         return Position()
     for sentence in check_settings(config, checkpoint, data_is):
         say(f"warning: {sentence}; the run will not be the one that it would have been")
+    if was_rewritten(checkpoint, written):
+        say(
+            f"warning: files of {config.data.name} have been written to since the run was saved; their names, sizes, "
+            "first rows and a sample of the content are as they were, and no more of a stream is compared"
+        )
     return position_of(checkpoint)
 
 

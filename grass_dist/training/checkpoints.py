@@ -131,19 +131,28 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
             fix = f"set it to {_shown(old)}, or begin a new run from the exported model"
             raise ConfigError(name, new, f"the run that it goes on with has {_shown(old)}", fix)
         changed.append(f"{name} is {_shown(new)}, and was {_shown(old)} when the run was saved")
-    if run.get("data") and dict(data) != run["data"]:
+    if (known := run.get("data")) and dict(data) != known:
+        names = [name for name in data if not isinstance(known, dict) or known.get(name) != data[name]]
+        differ = f" ({', '.join(names)} differ{'s' * (len(names) == 1)})" if names else ""
         raise CheckpointError(
-            f"{checkpoint.folder} was trained on other examples than {config.data.name} has now: a run goes on with "
-            "its own data only."
+            f"{checkpoint.folder} was trained on other examples than {config.data.name} has now{differ}: a run goes on "
+            "with its own data only."
         )
     return changed
+
+
+def was_rewritten(checkpoint: Checkpoint, written: str) -> bool:
+    """Whether the files of a stream have been written to since, by what `written_at` gave then and gives now."""
+    before = checkpoint.state.run.get("data_written")
+    return bool(before) and before != written
 
 
 def _shown(value: Any) -> str:
     """As one writes it into the file; what a checkpoint holds may be of any size and depth."""
     if isinstance(value, list | dict):
         return f"{brief(value):.100}"
-    return shorten(as_yaml(shorten(value, 100) if isinstance(value, str) else value), 100)
+    text = shorten(as_yaml(shorten(value, 100) if isinstance(value, str) else value), 100)
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _is_flat(settings: Mapping[str, Any], depth: int = 6) -> bool:

@@ -17,6 +17,7 @@ from grass_dist.training.data_config import DataConfig, fill
 from grass_dist.training.json_files import HEAD
 from grass_dist.training.json_lines import Row, Skipped
 from grass_dist.training.rows import Reading, Source, load_rows, sources
+from grass_dist.training.stream_identity import stream_identity
 
 
 class Vocabulary(Protocol):
@@ -66,6 +67,13 @@ class Stream:
         example = self._made(item)
         self.unlabelled += not has_labels(example)
         return example
+
+    def identity(self) -> dict[str, str]:
+        """See `stream_identity`. Raises: `ConfigError`, a row or a file cannot be read."""
+        try:
+            return stream_identity(self._config, self._source.watch(self._rows))
+        except ConfigError as error:
+            raise error if error.field.startswith("data.") else error.under("data") from error.__cause__
 
     def told(self) -> Iterator[str]:
         """Sentences about what has been left out up to now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -144,6 +145,18 @@ def load_rows(config: DataConfig, seed: int, reading: Reading | None = None) -> 
         asked = {row.get("question") for row in held_out}  # a generator may repeat itself
         rows = rows.select([index for index, question in enumerate(rows["question"]) if question not in asked])
     return rows, held_out
+
+
+def files_to_train_on(config: DataConfig) -> dict[str, Path]:
+    """The files on this machine that the rows to train on are read from, by name; of a dataset of the Hub none.
+
+    Of a folder all that are in it, a hundred thousand at most.
+    """
+    if is_file(config.name):
+        return {Path(file).name: Path(file) for file in files_of(config.name)}
+    folder = Path(config.name)
+    found = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
+    return {str(file.relative_to(folder)): file for file in islice(found, 100_000) if file.is_file()}
 
 
 def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:

@@ -22,6 +22,7 @@ from grass_dist.checkpoint.loading import Checkpoint, newest_good, open_checkpoi
 from grass_dist.checkpoint.pieces import dtype_name
 from grass_dist.checkpoint.saving import sentence
 from grass_dist.errors import CheckpointError, GrassError
+from grass_dist.regular_files import give_usual_modes
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -204,6 +205,7 @@ def _write(
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(map(_nbytes, shards))}, "weight_map": weight_map}
             _write_json(temporary / "model.safetensors.index.json", index)
+        give_usual_modes(temporary)
         files.sync_folder(temporary)
         _put(temporary, out, overwrite)
     except BaseException:

@@ -49,6 +49,7 @@ from grass_dist.training.config_file import flat_settings, load_config
 from grass_dist.training.data import Data, Stream, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
 from grass_dist.training.export import write_model_files
+from grass_dist.training.first_ids import LONG
 from grass_dist.training.fit import check_fit, vocabulary_of
 from grass_dist.training.identity import data_identity, model_identity, versions
 from grass_dist.training.loop import Loop
@@ -285,8 +286,12 @@ def _question(config: RunConfig, data: Data) -> dict[str, Any] | None:
     if prompt is None:
         if config.data.prompt is None or config.data.completion is None or not data.held_out_rows:
             return None
-        row = data.held_out_rows[0]
-        prompt, expected = fill(config.data.prompt, row, "prompt"), fill(config.data.completion, row, "completion")
+        filled = ((fill(config.data.prompt, row, "prompt"), row) for row in data.held_out_rows)
+        longest = LONG * config.data.max_length
+        prompt, row = next(((prompt, row) for prompt, row in filled if len(prompt) <= longest), (None, None))
+        if prompt is None or row is None:
+            return None
+        expected = fill(config.data.completion, row, "completion")
     return {"prompt": prompt, "expected": expected}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,6 +124,24 @@ def _leaves_by(family: int, away: str) -> str | None:
 
 def _has_ipv4() -> bool:
     return _leaves_by(socket.AF_INET, "127.0.0.1") is not None
+
+
+def let_gloo_find_this_host(environ: MutableMapping[str, str]) -> None:
+    """Names gloo's interface on a host without IPv4 whose name does not resolve: gloo takes 127.0.0.1 there, and fails.
+
+    What the user has set stays.
+    """
+    if environ.get("GLOO_SOCKET_IFNAME") or _has_ipv4():
+        return
+    try:
+        socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        from grass_dist.doctor.network import find_interfaces
+
+        here = own_address()
+        named = [name for name, address in find_interfaces().items() if address == here]
+        if named:
+            environ["GLOO_SOCKET_IFNAME"] = named[0]
 
 
 def free_port() -> int:

@@ -186,7 +186,9 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
         if asked is not None:
             reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
             return asked
-    if untrained := too_short_for(run.grass.never_trained, len(run.grass.layers), config.grass.sampler):
+    if untrained := too_short_for(
+        [run.grass.numbers[i] for i in run.grass.never_trained], len(run.grass.layers), config.grass.sampler
+    ):
         reporter.say(untrained)
     if log:
         log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)

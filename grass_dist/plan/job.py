@@ -52,7 +52,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for option in ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "sampling_interval"):
-            check_whole(f"--{option.replace('_', '-')}", getattr(self, option), LARGEST.get(option, 2**31))
+            check_whole(f"--{option.replace('_', '-')}", getattr(self, option), LARGEST.get(option) or 2**31)
         for option, known in (("backend", BACKENDS), ("offload", OFFLOADS), ("dtype", tuple(WEIGHT_BYTES))):
             if (value := getattr(self, option)) not in known:
                 raise ConfigError(f"--{option}", value, "it is not known", f"use one of {', '.join(known)}")

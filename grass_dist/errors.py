@@ -34,7 +34,7 @@ class ConfigError(GrassError, ValueError):
     def __init__(self, field: str, value: Any, problem: str, fix: str) -> None:
         self.field, self.value, self.problem, self.fix = field, value, problem, fix
         sentence = f"{shorten(field, 80)}={shorten(repr(value), 80)}: {problem}; {fix}."
-        super().__init__(" ".join(sentence.split()))
+        super().__init__("".join(c if c.isprintable() else "?" for c in " ".join(sentence.split())))
 
     def under(self, prefix: str) -> ConfigError:
         """The same error, with its field below ``prefix``."""

@@ -8,6 +8,7 @@ Here transformers' own class is taken, by ``model_type`` and sizes alone.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _NAMES_CODE |= {"_name_or_path", "name_or_path", "attn_implementation", "_attn_i
 _NAMES_CODE |= {"_attn_implementation_internal", "_attn_implementation_autoset", "experts_implementation"}
 _NAMES_CODE |= {"_experts_implementation", "_experts_implementation_internal"}
 """What is left out at any depth. The implementation and the dtype are the caller's to choose."""
+_COUNTS_LAYERS = re.compile(r"(?:layers?|blocks|depth)$")
 
 
 class ForeignModel(GrassError, ValueError):
@@ -65,6 +67,8 @@ def plain_config(settings: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         also = ", and the code that comes with the model is not run" if CODE in settings else ""
         raise ForeignModel(f"transformers {transformers.__version__} has no model_type {kind!r:.60}{also}")
+    if (deep := too_deep(settings)) is not None:
+        raise ForeignModel(deep)
     if named := _elsewhere(settings):
         raise ForeignModel(f"it takes a part of the model from elsewhere, {named[0]} = {named[1]!r:.60}")
     try:
@@ -75,6 +79,20 @@ def plain_config(settings: Mapping[str, Any]) -> Any:
     if depth is not None and (not isinstance(depth, int) or not 0 < depth <= MOST_LAYERS):
         raise ForeignModel(f"it has {depth!r:.40} layers")
     return config
+
+
+def too_deep(settings: Mapping[str, Any]) -> str | None:
+    """Why a model of so many layers is not made, in a few words; to make one of a billion has no end.
+
+    Before transformers makes its configuration of them, which may have a list entry for each.
+    """
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            if (deep := too_deep(value)) is not None:
+                return deep
+        elif isinstance(value, int) and value > MOST_LAYERS and _COUNTS_LAYERS.search(name):
+            return f"it has {value!r:.40} layers by its {name:.40}"
+    return None
 
 
 def build(config: Any, dtype: torch.dtype, device: str | torch.device, attention: str | None = None) -> nn.Module:

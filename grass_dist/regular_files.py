@@ -64,6 +64,21 @@ def make_folder(path: Path) -> None:
         raise OSError(errno.ENOTDIR, f"it is {kind}; remove it", os.fspath(path))
 
 
+def give_usual_modes(folder: Path) -> None:
+    """Lets every file of a folder be read by whom the umask lets: safetensors keeps its files to their owner.
+
+    Raises:
+        OSError: the folder cannot be written into.
+    """
+    probe = folder / f".{secrets.token_hex(4)}.mode"
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    mode = stat.S_IMODE(probe.stat().st_mode)  # the umask itself can be read by changing it alone, for all threads
+    probe.unlink()
+    for entry in os.scandir(folder):
+        if entry.is_file(follow_symlinks=False):
+            os.chmod(entry.path, mode)
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a new file and gives it the name ``path``: what had that name is replaced, and a link is not followed.
 

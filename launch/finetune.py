@@ -41,12 +41,14 @@ from grass_dist.training.checkpoints import (
     position_of,
     record_of,
     resume_run,
+    was_rewritten,
 )
 from grass_dist.training.config import RunConfig
 from grass_dist.training.config_file import flat_settings, load_config
 from grass_dist.training.data import Data, Stream, load_data, render_prompt
 from grass_dist.training.data_config import check_packing, fill
 from grass_dist.training.export import write_model_files
+from grass_dist.training.first_ids import LONG
 from grass_dist.training.fit import check_fit, vocabulary_of
 from grass_dist.training.identity import data_identity, model_identity, versions
 from grass_dist.training.loop import Loop
@@ -58,6 +60,7 @@ from grass_dist.training.progress import Reporter
 from grass_dist.training.run_folder import MODEL, RunFolder
 from grass_dist.training.shown import shown
 from grass_dist.training.signals import LeaveSignals, exit_code
+from grass_dist.training.stream_identity import written_at
 from grass_dist.training.world import World
 
 RESUME = "the run can go on with --resume auto"
@@ -131,11 +134,11 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
         folder.check(checkpoint)
         tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
         data = world.together(lambda: _load_data(config, tokenizer))
-        data_is = world.together(lambda: data_identity(data.train))
+        data_is, written = world.together(lambda: (data_identity(data.train), written_at(config.data)))
         model = world.together(parallel.load)
         padding = world.together(partial(check_fit, config, model, tokenizer, data))
         world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
-        start = world.together(lambda: _start(config, checkpoint, data_is, say))
+        start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
         layers = find_layers(model, config.grass.layers)
         about = {
             **describe_run(config, world, parallel.name, layers, data, model),
@@ -169,7 +172,8 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
 
         def state() -> dict[str, Any]:
             record = log.nbytes if log else 0
-            return {"config": config.model_dump(mode="json"), "data": data_is, "answer": answer, "record": record}
+            about = {"config": config.model_dump(mode="json"), "data": data_is, "data_written": written}
+            return {**about, "answer": answer, "record": record}
 
         def tell(saved: Saved) -> None:
             reporter.saved(saved)
@@ -216,13 +220,22 @@ def _train(loop: Loop, start: Position, tokenizer: Any, answer: dict[str, Any] |
 
 
 def _start(
-    config: RunConfig, checkpoint: Checkpoint | None, data_is: dict[str, str], say: Callable[..., None]
+    config: RunConfig,
+    checkpoint: Checkpoint | None,
+    data_is: dict[str, str],
+    written: str,
+    say: Callable[..., None],
 ) -> Position:
     """Where the run begins, after what has changed since the checkpoint was looked at."""
     if checkpoint is None:
         return Position()
     for sentence in check_settings(config, checkpoint, data_is):
         say(f"warning: {sentence}; the run will not be the one that it would have been")
+    if was_rewritten(checkpoint, written):
+        say(
+            f"warning: files of {config.data.name} have been written to since the run was saved; their names, sizes, "
+            "first rows and a sample of the content are as they were, and no more of a stream is compared"
+        )
     return position_of(checkpoint)
 
 
@@ -294,8 +307,12 @@ def _question(config: RunConfig, data: Data) -> dict[str, Any] | None:
     if prompt is None:
         if config.data.prompt is None or config.data.completion is None or not data.held_out_rows:
             return None
-        row = data.held_out_rows[0]
-        prompt, expected = fill(config.data.prompt, row, "prompt"), fill(config.data.completion, row, "completion")
+        filled = ((fill(config.data.prompt, row, "prompt"), row) for row in data.held_out_rows)
+        longest = LONG * config.data.max_length
+        prompt, row = next(((prompt, row) for prompt, row in filled if len(prompt) <= longest), (None, None))
+        if prompt is None or row is None:
+            return None
+        expected = fill(config.data.completion, row, "completion")
     return {"prompt": prompt, "expected": expected}
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training import packaged_model
 from grass_dist.training.batches import collate, make_batches, pack
+from grass_dist.training.chat import Chat
 from grass_dist.training.data import Examples, Stream, load_data, load_rows, render_prompt, tokenise
 from grass_dist.training.data_config import DataConfig, check_packing, fill
 
@@ -142,6 +143,11 @@ class Counting:
         self.characters += len(text)
         return self._inner(text, **options)
 
+    def apply_chat_template(self, messages, tokenize, **options):
+        if tokenize:
+            self.characters += sum(len(message["content"]) for message in messages)
+        return self._inner.apply_chat_template(messages, tokenize=tokenize, **options)
+
     def __getattr__(self, name):
         return getattr(self._inner, name)
 
@@ -159,6 +165,63 @@ def test_of_a_very_long_text_the_beginning_is_tokenised(text, config):
     whole = byte_pairs()("a b" if "prompt" in config else "", add_special_tokens=False)["input_ids"]
     whole = (whole + byte_pairs()(text, add_special_tokens=False)["input_ids"])[:100]
     assert example["input_ids"] == whole
+
+
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}the {% generation %}{{ m['content'] + '</s>' }}"
+    "{% endgeneration %}{% else %}{{ m['content'] + ' fox ' }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {
+    "plain": "{% for m in messages %}{{ 'the ' + m['role'] + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'the assistant' }}{% endif %}",
+    "trimmed": "{% for m in messages %}{{ 'dog ' + m['content'] | trim + ' quick\n' }}{% endfor %}",
+    "opened": "{% for m in messages %}{{ 'the ' + m['role'] + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'the assistant<think>' }}{% endif %}",
+    "marked": MARKED,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("a b", "the quick brown fox and the dog " * 8000),
+        ("a b", "thequickfox" * 20_000),
+        ("the quick brown fox and the dog " * 8000, "a b"),
+        ("the quick brown fox and the dog " * 8000, "x" * 10**6),
+        ("é", "é\n" * 100_000),
+    ],
+    ids=range(5),
+)
+def test_of_a_very_long_turn_the_beginning_is_tokenised(template, prompt, answer):
+    """What is taught is what was taught when it was tokenised whole."""
+    counting, whole = Counting(byte_pairs()), byte_pairs()
+    counting._inner.chat_template = whole.chat_template = TEMPLATES[template]
+    example = tokenise({"q": prompt, "a": answer}, cast(Any, counting), DataConfig(**QA, max_length=100))
+    assert counting.characters < 200_000 < len(prompt + answer)
+    chat = Chat(whole)
+    prompt_ids, turn = chat.prompt_ids(prompt), chat.turn(prompt, answer)
+    learnt = [False] * len(prompt_ids) + turn.learnt
+    ids = prompt_ids + turn.ids
+    assert example["input_ids"] == ids[:100]
+    assert example["labels"] == [-100, *(i if is_ else -100 for i, is_ in zip(ids[1:100], learnt[1:], strict=False))]
+
+
+def test_of_a_very_long_prompt_without_a_template_the_beginning_is_tokenised():
+    tokenizer: Any = Counting(byte_pairs())
+    row = {"q": "the quick brown fox and the dog " * 8000, "a": "a"}
+    example = tokenise(row, tokenizer, DataConfig(**QA, max_length=100))
+    assert tokenizer.characters < 60_000
+    assert example["input_ids"] == byte_pairs()(row["q"])["input_ids"][:100] and set(example["labels"]) == {-100}
+
+
+def test_a_very_long_answer_that_the_template_rewrites_is_refused_as_ever():
+    """Also where its beginning alone would be written as it is."""
+    tokenizer = byte_pairs()
+    tokenizer.chat_template = TEMPLATES["plain"].replace("m['content']", "m['content'].split('END')[-1]")
+    row = {"q": "a", "a": "the quick fox " * 20_000 + "END the dog"}
+    with pytest.raises(ConfigError, match="drops or rewrites the completion"):
+        tokenise(row, tokenizer, DataConfig(**QA, max_length=100))
 
 
 def test_a_long_text_of_few_tokens_is_tokenised_whole():

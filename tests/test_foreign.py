@@ -244,7 +244,7 @@ def test_a_fine_tune_that_goes_on_loads_what_its_own_configuration_names(
     ended = run_guarded(there, [sys.executable, *argv])
     assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
     assert f"the code that comes with {trained.folder.parents[1] / 'source'} may run: model.trust" in ended.stdout
-    assert "error: data.chat_template=True: the run that it goes on with has None" in ended.stderr
+    assert "error: data.chat_template=True: the run that it goes on with has null" in ended.stderr
     assert not (there / "trap").exists(), (there / "trap").read_text()
 
 

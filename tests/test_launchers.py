@@ -72,6 +72,10 @@ def test_the_place_that_a_launcher_tells(environ, place):
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' is no number; unset it, or start all processes by one launcher."),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK=1 is set without LOCAL_RANK; set it to the process's number on its"),
         ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, "RANK=1 is set without MASTER_ADDR; set it to rank 0's"),
+        ({**DEEPSPEED, "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port; set it to one from 1 to 65535, for all"),
+        ({**DEEPSPEED, "MASTER_PORT": "-1"}, "MASTER_PORT=-1 is no port; "),
+        ({**OPEN_MPI, "MASTER_ADDR": "a", "MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port; "),
+        ({**SRUN, "MASTER_PORT": "9" * 50}, "MASTER_PORT=9999"),
         ({**DEEPSPEED, "MASTER_PORT": ""}, "RANK=5 is set without MASTER_PORT; "),
         (
             {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},

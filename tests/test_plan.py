@@ -20,6 +20,7 @@ from grass_dist.plan.scale import parse_scale, scale
 from grass_dist.plan.shape import parse_count, shape_of_config, shape_of_model, shape_of_params
 from grass_dist.plan.simulate import _PART_OF_KIND, _fake_world, can_simulate, simulate, track
 from grass_dist.plan.write import write_config
+from grass_dist.report.wire import sent
 
 ALL = ("embeddings", "final_norm", "lm_head")
 
@@ -492,6 +493,21 @@ BAD = [
     ({"layers": 0}, "--layers=0"),
     ({"hidden": -4}, "--hidden=-4"),
     ({"heads": 7}, "--heads=7"),
+    ({"hidden": 7}, "--hidden=7: with 1 heads each is 7 wide, and rotary positions turn pairs; use a multiple"),
+    ({"hidden": 7, "heads": 7}, "--hidden=7: with 7 heads each is 1 wide"),
+    ({"hidden": 2.5}, "--hidden=2.5: it is no whole number"),
+    ({"hidden": 10**12}, "--hidden=1000000000000: it is above"),
+    ({"layers": 10**9}, "--layers=1000000000: it is above 10000"),
+    ({"intermediate": 0}, "--intermediate=0: it is below 1"),
+    ({"vocab": 10**12}, "--vocab=1000000000000: it is above"),
+    ({"gpus": 10**9}, "--gpus=1000000000: it is above 1048576; use a smaller number"),
+    ({"gpus": 10**18, "backend": "hsdp"}, "--gpus=1000000000000000000: it is above 1048576"),
+    ({"gpus": 8.5}, "--gpus=8.5: it is no whole number; use one from 1 to 1048576"),
+    ({"gpus": True}, "--gpus=True: it is no whole number"),
+    ({"seq_len": None}, "--seq-len=None: it is no whole number"),
+    ({"micro_batch": "x"}, "--micro-batch='x': it is no whole number"),
+    ({"accumulation": 10**18}, "--accumulation=1000000000000000000: it is above"),
+    ({"sampling_interval": 10**18}, "--sampling-interval=1000000000000000000: it is above"),
     ({"kv_heads": 3}, "--kv-heads=3"),
     ({"scale": "8"}, "--scale='8'"),
     ({"plot": "x.png"}, "--plot"),
@@ -508,6 +524,27 @@ def test_bad_input_is_one_sentence(changes, said, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=said) as caught:
         run(Options(**given), lambda sentence: None)
     assert str(caught.value).count("\n") == 0 and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(("gpus", "per_host", "replicas"), [(8, 8, 1), (24, 8, 3), (30, 8, 3), (7, 2, 1), (12, 1, 12)])
+def test_the_bytes_of_rings_are_those_of_a_list_of_hosts(seven, gpus, per_host, replicas):
+    """What is counted by arithmetic is what goes through the ranks one by one."""
+    backend = "hsdp" if replicas > 1 else "fsdp2"
+    job = Job(gpus=gpus, gpus_per_host=per_host, gpu_bytes=80e9, seq_len=64, backend=backend, replicate=replicas)
+    counted = cost._links(gpus, per_host, replicas)
+    hosts = [str(rank // per_host) for rank in range(gpus)]
+    group = gpus // replicas
+    walked = sent(1.0, hosts, replicate=replicas, whole=False)
+    over_each, over_replicas = (group - 1) / group, 2 / group * (replicas - 1) / replicas
+    found = [counted[0][place] * over_each + counted[1][place] * over_replicas for place in (0, 1)]
+    assert found == pytest.approx([walked.within, walked.across])
+    traffic = cost.traffic_of(seven, job, Method("full", seven.num_layers))
+    assert traffic.within + traffic.across > 0
+
+
+def test_a_million_gpus_are_planned(seven):
+    job = Job(gpus=2**20, gpus_per_host=8, gpu_bytes=80e9, seq_len=64)
+    assert cost.traffic_of(seven, job, Method("full", seven.num_layers)).across > 0
 
 
 def test_an_unknown_model_is_one_sentence(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from grass_dist.checkpoint.loading import Checkpoint, newest_good, open_checkpoi
 from grass_dist.checkpoint.pieces import dtype_name
 from grass_dist.checkpoint.saving import sentence
 from grass_dist.errors import CheckpointError, GrassError
+from grass_dist.regular_files import give_usual_modes
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -206,11 +207,11 @@ def _write(
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             _write_shard(reader, shard, temporary / name)
-            shutil.copymode(temporary / "config.json", temporary / name)  # safetensors lets nobody else read its files
             weight_map |= {weight.key: name for weight in shard}
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(map(_nbytes, shards))}, "weight_map": weight_map}
             _write_json(temporary / "model.safetensors.index.json", index)
+        give_usual_modes(temporary)
         disk.sync(temporary)
         disk.put_in_place(temporary, out, temporary.with_suffix(".replaced") if overwrite else None)
     except BaseException:

@@ -8,12 +8,14 @@ output head, and the forward once more under activation checkpointing. Communica
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from grass_dist.plan.job import SLOTS, Job, Method, head_trains, lora_elements, trained_roles, traversed
 from grass_dist.plan.memory import states_of
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
-from grass_dist.report.wire import sent
 
 UPDATE_BYTES = 30
 """Of the GPU's memory that AdamW reads and writes for each entry: master and moments both ways, gradient, weight."""
@@ -106,16 +108,29 @@ def traffic_of(shape: ModelShape, job: Job, method: Method) -> Traffic:
     """Bytes on PCIe and on the wire in a step."""
     if job.gpus == 1:
         return Traffic(_pcie_bytes(shape, job, method), 0.0, 0.0)
-    wire, hosts, m = _wire(shape, job, method), job.hosts, job.accumulation
+    wire, m = _wire(shape, job, method), job.accumulation
     reduces = m if job.backend in ("zero2", "zero3") else 1
     reduced = reduces * (wire.reduce_layers + wire.reduce_last)
     gathered = m * (wire.gather_forward + wire.gather_backward) + wire.gather_end
     whole = job.backend in ("ddp", "zero1", "zero2")
-    sums = sent(reduced, hosts, replicate=job.replicate, whole=whole)
-    groups = [hosts[first : first + job.gpus // job.replicate] for first in range(0, job.gpus, _group(job))]
-    gathers = [sent(gathered, group, replicate=1, whole=False) for group in groups]
-    within, across = sum(g.within for g in gathers), sum(g.across for g in gathers)
-    return Traffic(_pcie_bytes(shape, job, method), sums.within + within, sums.across + across)
+    group, replicas = _group(job), job.replicate
+    over_each = ((2 if whole else 1) * reduced + gathered) * (group - 1) / group
+    over_replicas = 2 * reduced / group * (replicas - 1) / replicas
+    (in_group, from_group), (in_replicas, from_replicas) = _links(job.gpus, job.gpus_per_host, replicas)
+    within = in_group * over_each + in_replicas * over_replicas
+    across = from_group * over_each + from_replicas * over_replicas
+    return Traffic(_pcie_bytes(shape, job, method), within, across)
+
+
+@lru_cache(maxsize=64)
+def _links(gpus: int, per_host: int, replicas: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Links within hosts, and between them, of all rings as in `grass_dist.report.wire.sent`: those of the shard groups
+    and those of the replicas."""
+    ranks, group = np.arange(gpus), gpus // replicas
+    following = (ranks // group * group + (ranks + 1) % group, (ranks + group) % gpus)
+    same = [ranks // per_host == others // per_host for others in following]
+    (in_group, from_group), (in_replicas, from_replicas) = ((int(s.sum()), int((~s).sum())) for s in same)
+    return (in_group, from_group), (in_replicas, from_replicas)
 
 
 def _group(job: Job) -> int:
@@ -168,11 +183,10 @@ def _network(
     end = _ring(wire.gather_end, method.active_layers + 1, 1, job, speeds)
     first = in_forward / (layers + 1)
     total = hidden = 0.0
-    for micro in range(m):
-        reduces = every or micro == m - 1
+    for reduces, times in ((True, m if every else 1), (False, 0 if every else m - 1)):
         beside = in_backward + (reduce if reduces else 0.0)
-        total += in_forward + beside + (last if reduces else 0.0)
-        hidden += min(in_forward - first, forward) + min(beside, backward)
+        total += times * (in_forward + beside + (last if reduces else 0.0))
+        hidden += times * (min(in_forward - first, forward) + min(beside, backward))
     return total + end, hidden
 
 

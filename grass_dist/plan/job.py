@@ -7,13 +7,15 @@ from typing import Literal, get_args
 
 from grass_dist.config import ROLES, Role
 from grass_dist.errors import ConfigError
-from grass_dist.plan.shape import ModelShape, numel
+from grass_dist.plan.shape import ModelShape, check_whole, numel
 
 BackendName = Literal["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["interval", "stream", "none"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
+LARGEST = {"gpus": 2**20, "accumulation": 2**16}
+"""Above which nobody plans; what is computed goes through all of them."""
 SLOTS = 3
 """Of ``offload.mode=stream``, as `OffloadConfig.slots`."""
 LORA_RANK = 16
@@ -50,8 +52,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for option in ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "sampling_interval"):
-            if (value := getattr(self, option)) < 1:
-                raise ConfigError(f"--{option.replace('_', '-')}", value, "it is below 1", "use a whole number above 0")
+            check_whole(f"--{option.replace('_', '-')}", getattr(self, option), LARGEST.get(option) or 2**31)
         for option, known in (("backend", BACKENDS), ("offload", OFFLOADS), ("dtype", tuple(WEIGHT_BYTES))):
             if (value := getattr(self, option)) not in known:
                 raise ConfigError(f"--{option}", value, "it is not known", f"use one of {', '.join(known)}")
@@ -106,11 +107,6 @@ class Job:
     @property
     def ranks_per_host(self) -> int:
         return min(self.gpus, self.gpus_per_host)
-
-    @property
-    def hosts(self) -> list[str]:
-        """The host of each rank."""
-        return [str(rank // self.gpus_per_host) for rank in range(self.gpus)]
 
     @property
     def num_hosts(self) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.errors import ConfigError, UnsupportedModel
-from grass_dist.foreign_model import CODE, build, plain_config, read_settings
+from grass_dist.foreign_model import CODE, MOST_LAYERS, build, plain_config, read_settings
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -116,9 +116,10 @@ def shape_of_params(
     """
     from transformers import LlamaConfig
 
-    for option, value in (("--layers", layers), ("--hidden", hidden), ("--heads", heads), ("--kv-heads", kv_heads)):
-        if value is not None and value < 1:
-            raise ConfigError(option, value, "it is below 1", "use a whole number above 0")
+    given = {"--layers": layers, "--hidden": hidden, "--intermediate": intermediate, "--heads": heads}
+    for option, value in {**given, "--kv-heads": kv_heads, "--vocab": vocab}.items():
+        if value is not None:
+            check_whole(option, value, MOST_LAYERS if option == "--layers" else 2**24)
     near = min(TYPICAL, key=lambda entry: abs(math.log(entry[0] / params)))
     layers, hidden = layers or near[1], hidden or near[2]
     heads = heads or max(1, hidden // (128 if hidden % 128 == 0 else 64))
@@ -135,6 +136,9 @@ def shape_of_params(
             fix = "use fewer --layers or a smaller --hidden, or more parameters"
             problem = f"{layers} layers of width {hidden} with a vocabulary of {vocab} have more"
             raise ConfigError("--params", f"{params:.4g}", problem, fix)
+    if hidden // heads % 2:
+        problem = f"with {heads} heads each is {hidden // heads} wide, and rotary positions turn pairs"
+        raise ConfigError("--hidden", hidden, problem, "use a multiple of twice the --heads")
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -145,6 +149,16 @@ def shape_of_params(
         tie_word_embeddings=tied,
     )
     return shape_of_config(f"Llama of {params / 1e9:.3g}B", config)
+
+
+def check_whole(option: str, value: int, largest: int) -> None:
+    """Raises: `ConfigError`, ``value`` is no whole number from 1 to ``largest``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(option, value, "it is no whole number", f"use one from 1 to {largest}")
+    if value < 1:
+        raise ConfigError(option, value, "it is below 1", "use a whole number above 0")
+    if value > largest:
+        raise ConfigError(option, value, f"it is above {largest}", "use a smaller number")
 
 
 def parse_count(option: str, text: str) -> float:

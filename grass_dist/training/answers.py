@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grass_dist.errors import shorten
 from grass_dist.training.fit import learnt_positions
 from grass_dist.training.hub import loading_options
 
@@ -15,7 +16,8 @@ from grass_dist.training.hub import loading_options
 def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
     """The model's greedy continuation of ``prompt_ids``, up to its end-of-sequence token.
 
-    It ends where the model has no more positions, and is a sentence in parentheses where the prompt fills them all.
+    It ends where the model has no more positions, and is a sentence in parentheses where the prompt fills them all, or
+    where the model's generation_config.json holds something that cannot be used.
     """
     positions = learnt_positions(model)
     if positions is not None:
@@ -24,15 +26,20 @@ def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_n
         return f"(the prompt has {len(prompt_ids)} tokens, and the model {positions} positions)"
     training = model.training
     ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
-    out = model.eval().generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=0,  # one prompt has no padding, and transformers warns where no id is given
-    )
-    model.train(training)
+    try:
+        out: Any = model.eval().generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=False,
+            pad_token_id=0,  # one prompt has no padding, and transformers warns where no id is given
+        )
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # nobody has checked that file
+        return f"(no answer: {shorten(' '.join(str(error).split()), 200)})"
+    finally:
+        model.train(training)
     return tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True).strip()
 
 

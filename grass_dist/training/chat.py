@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from grass_dist.errors import ConfigError, shorten
+from grass_dist.training.first_ids import MARGIN, beginnings, first_ids
 
 _QUESTION, _ANSWER = "A question 4f7c", "An answer 9b2e"
 """What a template is tried with: nothing that it would write by itself."""
@@ -48,9 +49,40 @@ class Chat:
         self._opening, self._other_opening = given[shared:], before[shared:]
         self._marks = _GENERATION.search(str(tokenizer.get_chat_template())) is not None
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids that the model is given. Raises: `ConfigError`, the rendering does not hold the prompt."""
-        return self._encode(self._asked(prompt))
+    def prompt_ids(self, prompt: str, most: int | None = None) -> list[int]:
+        """The ids that the model is given; of a very long prompt at least the first ``most``.
+
+        Raises:
+            ConfigError: the rendering does not hold the prompt.
+        """
+        given = self._asked(prompt)
+        return self._encode(given) if most is None else first_ids(self._encode, given, most)
+
+    def first_of_turn(self, prompt: str, answer: str, prompt_ids: list[int], most: int) -> Turn:
+        """The same as `turn`, but of a very long row no more than, with the prompt's ids, the first ``most``.
+
+        The rendering is checked as a whole; only tokenised is no more of it than is needed.
+
+        Args:
+            prompt_ids: of `prompt_ids` with the same ``most``.
+
+        Raises: as `turn`.
+        """
+        count = most - len(prompt_ids)
+        pieces = beginnings(answer, max(count, 1))
+        if (piece := next(pieces, None)) is None and (count > 0 or next(beginnings(prompt, most), None) is None):
+            return self.turn(prompt, answer)
+        both = self._checked(prompt, answer)[1]
+        if count <= 0:
+            return Turn([], [])
+        before, margin = Turn([], []), MARGIN + len(self._encode(self._after))
+        while piece is not None and both.startswith(self._both(prompt, piece).removesuffix(self._after)):
+            ids, learnt = self.turn(prompt, piece)
+            here = Turn(ids[:-margin], learnt[:-margin])
+            if len(before.ids) >= count and [part[:count] for part in here] == [part[:count] for part in before]:
+                return here
+            before, piece = here, next(pieces, None)
+        return self.turn(prompt, answer)
 
     def turn(self, prompt: str, answer: str) -> Turn:
         """The ids that follow those of `prompt_ids`: the answer, all that the template writes around it, and its end.
@@ -62,11 +94,7 @@ class Chat:
             ConfigError: the rendering does not hold the prompt, or does not end with the answer and what the template
                 writes after every answer, or what is learnt of it does not hold the answer.
         """
-        given, both = self._asked(prompt), self._both(prompt, answer)
-        rest, held = self._rest(given, both, answer)
-        # At the end: what the template writes by itself before the answer may hold a short one by chance.
-        if not _squeezed(held.removesuffix(self._after)).endswith(_squeezed(answer)):
-            raise _refused("drops or rewrites the completion", answer)
+        given, both, rest, held = self._checked(prompt, answer)
         ids, learnt = self._ids(given, both, rest, prompt, answer)
         ends = [index for index, token in enumerate(ids) if token == self._eos]
         if ends and str(self._tokenizer.eos_token) in self._after:
@@ -75,6 +103,17 @@ class Chat:
             ids, learnt = [*ids, self._eos], [*learnt, True]
         self._check(ids, learnt, answer, opened=held != rest)
         return Turn(ids, learnt)
+
+    def _checked(self, prompt: str, answer: str) -> tuple[str, str, str, str]:
+        """What the model is given, the rendering of both, and what `_rest` gives of them, with the answer in it."""
+        given, both = self._asked(prompt), self._both(prompt, answer)
+        rest, held = self._rest(given, both, answer)
+        # At the end: what the template writes by itself before the answer may hold a short one by chance.
+        body = held.removesuffix(self._after)
+        exact = body.rstrip().endswith(answer.strip())  # else a copy in single words, which is many times as large
+        if not exact and not _squeezed(body).endswith(_squeezed(answer)):
+            raise _refused("drops or rewrites the completion", answer)
+        return given, both, rest, held
 
     def _rest(self, given: str, both: str, answer: str) -> tuple[str, str]:
         """What follows in the rendering of both after what the model is given, and the part that must hold the answer.
@@ -201,7 +240,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, _template: str) -> Chat:
 
 def _holds(text: str, part: str) -> bool:
     """Whether a text holds another one; a template may strip or add white space."""
-    return part in text or _squeezed(part) in _squeezed(text)
+    return part.strip() in text or _squeezed(part) in _squeezed(text)
 
 
 def _squeezed(text: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from reprlib import repr as shown
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files, folders
 from grass_dist.checkpoint.loading import Checkpoint, load, newest_good, open_checkpoint
 from grass_dist.checkpoint.saving import Saved, Saver
-from grass_dist.errors import CheckpointError, ConfigError, GrassError
+from grass_dist.errors import CheckpointError, ConfigError, GrassError, shorten
 from grass_dist.training.config import RunConfig
-from grass_dist.training.config_file import flatten
+from grass_dist.training.config_file import as_yaml, flatten
 from grass_dist.training.parallel import Run
 from grass_dist.training.peers import of_collective
 from grass_dist.training.world import World
@@ -32,6 +32,8 @@ _FREE = (
 )
 """Settings that a run cannot change when it goes on, and those that do not change what is trained. Of all others it
 says that they have changed."""
+_SAID = ("data.name", "grass.offload.host_dtype")
+"""Exceptions from both, of which it says so too."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,34 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
     changed = []
     for name in sorted(set(before) | set(now)):
         old, new = before.get(name), now.get(name)
-        if old == new or name.startswith(_FREE):
+        if old == new or (name.startswith(_FREE) and name not in _SAID):
             continue
-        if name.startswith(_FIXED) and name != "data.name":
-            fix = f"set it to {shown(old):.100}, or begin a new run from the exported model"
-            raise ConfigError(name, new, f"the run that it goes on with has {shown(old):.100}", fix)
-        changed.append(f"{name} is {shown(new):.100}, and was {shown(old):.100} when the run was saved")
-    if run.get("data") and dict(data) != run["data"]:
+        if name.startswith(_FIXED) and name not in _SAID:
+            fix = f"set it to {_shown(old)}, or begin a new run from the exported model"
+            raise ConfigError(name, new, f"the run that it goes on with has {_shown(old)}", fix)
+        changed.append(f"{name} is {_shown(new)}, and was {_shown(old)} when the run was saved")
+    if (known := run.get("data")) and dict(data) != known:
+        names = [name for name in data if not isinstance(known, dict) or known.get(name) != data[name]]
+        differ = f" ({', '.join(names)} differ{'s' * (len(names) == 1)})" if names else ""
         raise CheckpointError(
-            f"{checkpoint.folder} was trained on other examples than {config.data.name} has now: a run goes on with "
-            "its own data only."
+            f"{checkpoint.folder} was trained on other examples than {config.data.name} has now{differ}: a run goes on "
+            "with its own data only."
         )
     return changed
+
+
+def was_rewritten(checkpoint: Checkpoint, written: str) -> bool:
+    """Whether the files of a stream have been written to since, by what `written_at` gave then and gives now."""
+    before = checkpoint.state.run.get("data_written")
+    return bool(before) and before != written
+
+
+def _shown(value: Any) -> str:
+    """As one writes it into the file; what a checkpoint holds may be of any size and depth."""
+    if isinstance(value, list | dict):
+        return f"{brief(value):.100}"
+    text = shorten(as_yaml(shorten(value, 100) if isinstance(value, str) else value), 100)
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _is_flat(settings: Mapping[str, Any], depth: int = 6) -> bool:

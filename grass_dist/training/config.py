@@ -76,8 +76,8 @@ class TrainConfig(StrictModel):
     """Steps between evaluations on the held-out examples; 0 evaluates at the start and the end only."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the order of the data and of dropout. The order depends on it and on the global batch size alone."""
-    timeout_seconds: int = Field(default=600, ge=1)
-    """After which a collective that a rank does not join ends the run."""
+    timeout_seconds: int = Field(default=600, ge=1, le=31_536_000)
+    """After which a collective that a rank does not join ends the run; a year at most."""
     max_bad_steps: int = Field(default=10, ge=1)
     """So many steps in a row whose loss or gradient is not finite end the run. Such a step updates nothing."""
     checkpoint: CheckpointConfig | None = CheckpointConfig()

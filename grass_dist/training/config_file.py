@@ -41,6 +41,9 @@ def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
     if not isinstance(data, dict):
         raise ConfigError("--config", str(path), "it holds no settings", "see configs/ for examples")
     for key in [key for key in data if "." in key]:
+        if _is_set(data, key):
+            problem = f"the file sets it twice, as {key} and within a section"
+            raise ConfigError(key, data[key], problem, "keep one of them")
         _put(data, key, data.pop(key))
     for override in overrides:
         _override(data, override)
@@ -56,6 +59,8 @@ def _parsed(text: str, field: str, value: str, fix: str) -> Any:
         return _with_text_keys(yaml.load(text, _Loader))
     except RecursionError:
         raise ConfigError(field, value, "it is nested too deeply", fix) from None
+    except _Ambiguous as error:
+        raise ConfigError(field, value, str(error), error.fix) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(field, value, f"it is not YAML: {error}", fix) from None
     except (AttributeError, LookupError, OverflowError, TypeError):  # of PyYAML's constructors, after a tag like !!int
@@ -69,12 +74,25 @@ def _with_text_keys(value: Any) -> Any:
 
 
 def _check_names(settings: dict[str, Any], above: str = "") -> None:
-    """Keeps out the one name that Python cannot give a model."""
+    """Keeps out the one name that Python cannot give a model, and texts that no file and no terminal takes."""
     for key, value in settings.items():
         if key == "self":
             raise ConfigError(f"{above}{key}", value, "there is no such setting", "leave it out")
         if isinstance(value, dict):
             _check_names(value, f"{above}{key}.")
+        if isinstance(value, str) and (problem := _unwritable(value)):
+            raise ConfigError(f"{above}{key}", value, problem, "leave that character out")
+
+
+def _unwritable(text: str) -> str:
+    """Why a text can be neither a file's name nor written, or nothing."""
+    if "\0" in text:
+        return "it has a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "it has half a surrogate pair"
+    return ""
 
 
 def _in_one_line(error: ConfigError) -> ConfigError:
@@ -108,6 +126,11 @@ def flatten(settings: dict[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
+def as_yaml(value: Any) -> str:
+    """A value as the file writes it, in one line: null, not None."""
+    return " ".join(yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("...\n").split())
+
+
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_config` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -134,10 +157,19 @@ def _text_of(path: Path) -> str:
     return text
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose 1e-5 is a number (YAML 1.2), where PyYAML's 1.1 wants 1.0e-5; without aliases.
+class _Ambiguous(yaml.YAMLError):
+    """What two readers of YAML would read differently."""
 
-    A few lines of aliases can stand for a structure that fills any memory.
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.fix = fix
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose 1e-5 is a number (YAML 1.2), where PyYAML's 1.1 wants 1.0e-5; without aliases and without traps.
+
+    A few lines of aliases can stand for a structure that fills any memory. Of a name that stands twice PyYAML takes the
+    last value without a word, 010 is 8 for YAML 1.1 and 10 for 1.2, and 1:30 is 90 for 1.1 and a text for 1.2.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -149,9 +181,22 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_scalar_node(anchor)
         if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
             raise yaml.YAMLError(f"it has a number of {len(node.value)} characters")
+        if node.tag in _NUMBERS and _OLD_NUMBER.fullmatch(node.value):
+            problem = f"line {node.start_mark.line + 1} has the number {node.value}, which not all read alike"
+            raise _Ambiguous(problem, "write it as a decimal number, or quote it if it is a text")
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for name, line in ((str(key.value), key.start_mark.line + 1) for key, _ in node.value):
+            if name in lines:
+                raise _Ambiguous(f"it sets {name} twice, in lines {lines[name]} and {line}", "keep one of them")
+            lines[name] = line
         return node
 
 
+_OLD_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|.*:.*")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -163,6 +208,16 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not all(key.split(".")):
         raise ConfigError("override", override, "it is not of the form section.field=value", "write it like that")
     _put(data, key, _parsed(text, key, text, "quote it") if text else None)
+
+
+def _is_set(data: dict[str, Any], key: str) -> bool:
+    """Whether a dotted name has a value in the sections of ``data``."""
+    at: Any = data
+    for part in key.split("."):
+        if not isinstance(at, dict) or part not in at:
+            return False
+        at = at[part]
+    return True
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -14,9 +15,11 @@ from grass_dist.errors import ConfigError
 from grass_dist.training.batches import IGNORED, Example, Examples, has_labels, pack
 from grass_dist.training.chat import chat_of
 from grass_dist.training.data_config import DataConfig, fill
+from grass_dist.training.first_ids import first_ids
 from grass_dist.training.json_files import HEAD
 from grass_dist.training.json_lines import Row, Skipped
 from grass_dist.training.rows import Reading, Source, load_rows, sources
+from grass_dist.training.stream_identity import stream_identity
 
 
 class Vocabulary(Protocol):
@@ -66,6 +69,13 @@ class Stream:
         example = self._made(item)
         self.unlabelled += not has_labels(example)
         return example
+
+    def identity(self) -> dict[str, str]:
+        """See `stream_identity`. Raises: `ConfigError`, a row or a file cannot be read."""
+        try:
+            return stream_identity(self._config, self._source.watch(self._rows))
+        except ConfigError as error:
+            raise error if error.field.startswith("data.") else error.under("data") from error.__cause__
 
     def told(self) -> Iterator[str]:
         """Sentences about what has been left out up to now."""
@@ -212,9 +222,9 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
     else:
         prompt = fill(config.prompt or "", row, "prompt")
         completion = fill(config.completion or "", row, "completion")
-        prompt_ids = render_prompt(tokenizer, prompt, config.chat_template)
+        prompt_ids = render_prompt(tokenizer, prompt, config.chat_template, config.max_length)
         if config.chat_template and tokenizer.chat_template:
-            turn = chat_of(tokenizer).turn(prompt, completion)
+            turn = chat_of(tokenizer).first_of_turn(prompt, completion, prompt_ids, config.max_length)
             ids = prompt_ids + turn.ids
             learnt = [False] * len(prompt_ids) + turn.learnt
             labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
@@ -228,15 +238,19 @@ def _cut(ids: list[int], labels: list[int], config: DataConfig) -> Example:
     return {"input_ids": ids[:size], "labels": [IGNORED, *labels[1:size]] if ids else []}
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True) -> list[int]:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True, most: int | None = None
+) -> list[int]:
     """The token ids that a completion follows, as in training.
 
     Args:
         chat_template: write the prompt as a user's turn, if the tokenizer has a chat template.
+        most: as many ids are enough, at least; None: all.
     """
     if chat_template and tokenizer.chat_template:
-        return chat_of(tokenizer).prompt_ids(prompt)
-    ids = _encode(tokenizer, prompt, special=True)
+        return chat_of(tokenizer).prompt_ids(prompt, most)
+    special = partial(_encode, tokenizer, special=True)
+    ids = special(prompt) if most is None else first_ids(special, prompt, most)
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -249,32 +263,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False
     return list(ids)
 
 
-LONG = 64
-"""Characters of a text for each token that is kept of it, beyond which it is not tokenised whole."""
-
-_MARGIN = 64
-"""Tokens at the end of a piece that may be others than in the whole text."""
-
-
 def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int, special: bool = False) -> list[int]:
-    """The ids of a text, all or, of a very long one, at least the first ``count``: the whole may fill the memory.
-
-    Of a long text the beginning is tokenised, and twice as much of it: where both have the same first ids, far enough
-    from the ends, these are taken for those of the whole text. Otherwise pieces grow, up to the whole.
-    """
-    size, before = LONG * (count + _MARGIN), list[int]()
-    while 2 * size < len(text):
-        ids = _encode(tokenizer, _beginning(text, size), special)[:-_MARGIN]
-        if len(before) >= count and ids[:count] == before[:count]:
-            return ids
-        before, size = ids, 2 * size
-    return _encode(tokenizer, text, special)
-
-
-def _beginning(text: str, size: int) -> str:
-    """About the first ``size`` characters, up to white space where there is some in their second half."""
-    end = next((at for at in range(size, size // 2, -1) if text[at].isspace()), size)
-    return text[:end]
+    return first_ids(partial(_encode, tokenizer, special=special), text, count)
 
 
 def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -26,9 +26,10 @@ class DataConfig(StrictModel):
     """
 
     name: str = Field(min_length=1)
-    """A dataset of the Hub, a local folder, a .json or .jsonl file (a JSON list of objects, or one object a
-    line), or ``"reasoning-gym:<task>"`` for generated examples, e.g. ``"reasoning-gym:gsm_symbolic"``. A ``*`` in the
-    name of a file stands for anything where no file has exactly that name."""
+    """A dataset of the Hub, a local folder, a file (.json: a list of objects; .jsonl or .ndjson: one object a line;
+    .csv or .tsv: with the columns' names in the first line; all of these also with .gz; .parquet), or
+    ``"reasoning-gym:<task>"`` for generated examples, e.g. ``"reasoning-gym:gsm_symbolic"``. A ``*`` in the name of a
+    file stands for anything where no file has exactly that name."""
 
     config_name: str | None = None
     """Configuration (subset) of a Hub dataset."""
@@ -37,7 +38,7 @@ class DataConfig(StrictModel):
     """Split to train on; for a Hub dataset or a file also a slice such as ``"train[:10%]"``."""
 
     on_bad_line: Literal["stop", "skip"] = "stop"
-    """What to do about a line of a .json or .jsonl file (an element of a JSON list) that cannot be read, or does not
+    """What to do about a line of a file (an element of a JSON list, a row of .parquet) that cannot be read, or does not
     fill `prompt`, `completion` or `text`: "stop" with an error that names the first one, or "skip" all such lines, on
     every rank alike, in `eval` too, and say how many."""
 
@@ -116,13 +117,25 @@ class DataConfig(StrictModel):
             raise ConfigError("eval", self.eval, "is the training set itself", fix)
         names = [self.name, self.eval or SPLIT]
         if self.on_bad_line == "skip" and (others := [n for n in names if not is_file(n) and not n.startswith(SPLIT)]):
-            problem = f"{others[0]} is no local .json or .jsonl file, and nothing else has lines"
+            problem = f"{others[0]} is no local {', '.join(KINDS[:-1])} or {KINDS[-1]} file, and nothing else has lines"
             raise ConfigError("on_bad_line", "skip", problem, "leave on_bad_line out")
 
 
+JSON_KINDS = (".json", ".jsonl", ".ndjson")
+KINDS = (*JSON_KINDS, ".csv", ".tsv", ".parquet")
+"""Of files that are read by their path."""
+
+
+def kind_of(name: str) -> str:
+    """The one of `KINDS` that a file's name ends with, in letters of any size, with or without .gz; "" for no file."""
+    name = name.lower()
+    kind = next((kind for kind in KINDS if name.removesuffix(".gz").endswith(kind)), "")
+    return "" if kind == ".parquet" and name.endswith(".gz") else kind
+
+
 def is_file(name: str) -> bool:
-    """Whether a dataset's name is that of a JSON file."""
-    return name.endswith((".json", ".jsonl"))
+    """Whether a dataset's name is that of a file."""
+    return kind_of(name) != ""
 
 
 def fields_of(spec: str, part: str) -> list[tuple[str, str | None]]:

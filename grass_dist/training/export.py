@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.checkpoint import disk
 from grass_dist.checkpoint.saving import sentence
 from grass_dist.errors import GrassError
+from grass_dist.regular_files import give_usual_modes
 from grass_dist.training.world import World
 
 
@@ -20,7 +22,15 @@ def gather_torch(model: nn.Module) -> dict[str, Any]:
 
     Over the wire: one all-gather of each parameter.
     """
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    # FSDP2 gathers a tied weight once for each of its names, and two copies would be written.
+    first: dict[int, str] = {}
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    for name, parameter in inner.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name and known in whole and name in whole:
+            whole[name] = whole[known]
+    return whole
 
 
 def gather_zero(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
@@ -54,6 +64,7 @@ def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: P
         with disk.written_beside(folder) as writing:
             model.save_pretrained(writing, state_dict=whole)
             tokenizer.save_pretrained(writing)
+            give_usual_modes(writing)
     except Exception as error:  # a full disk comes as an error of whichever library writes
         raise GrassError(
             f"{folder} was not written ({sentence(error).rstrip('.')}), and nothing of it is left: mend that, and go "

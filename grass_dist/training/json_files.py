@@ -1,4 +1,4 @@
-"""The rows of local JSON files, as text: what fills the templates, exactly as the files write it."""
+"""The rows of local files, as text: what fills the templates, exactly as the files write it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import datasets
 
 from grass_dist.errors import ConfigError
 from grass_dist.training.data_config import columns_of, fill, no_column
-from grass_dist.training.json_lines import KINDS, Entry, Row, Skipped, Unfit, entries
+from grass_dist.training.json_lines import KINDS, Entry, Row, Skipped, Unfit
+from grass_dist.training.table_files import rows_of
 
 TextRow = dict[str, str | None]
 """The columns that the templates use; None where the file has null or no such column."""
@@ -54,7 +55,7 @@ def text_rows(
     """
     columns, kinds = columns_of(parts), dict[str, tuple[str, str]]()
     for file in files:
-        for entry in entries(field, file, strict=on_bad_line == "skip"):
+        for entry in rows_of(field, file, strict=on_bad_line == "skip", columns=columns):
             if on_bad_line == "skip":
                 problem = entry.problem if entry.row is None else unfilled(entry.row, parts)
                 if problem and skipped is not None:
@@ -88,7 +89,12 @@ def check_columns(field: str, files: Iterable[str], parts: Mapping[str, str], he
         ConfigError: a column is in none of them. Nothing is said if there are no rows.
     """
     missing, columns = dict.fromkeys(columns_of(parts)), dict[str, None]()
-    found = (entry.row for file in files for entry in entries(field, file, strict=False) if entry.row is not None)
+    found = (
+        entry.row
+        for file in files
+        for entry in rows_of(field, file, strict=False, columns=columns_of(parts))
+        if entry.row is not None
+    )
     for row in islice(found, head):
         columns.update(dict.fromkeys(row))
         missing = {column: None for column in missing if column not in row}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -9,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from types import NoneType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from grass_dist.errors import ConfigError
+from grass_dist.training.data_config import kind_of
 
 Row = dict[str, Any]
 
@@ -105,8 +107,8 @@ def entries(setting: str, file: str, *, strict: bool = True) -> Iterator[Entry]:
         ConfigError: the elements cannot be told apart; it is about ``setting``.
         OSError: the file cannot be read.
     """
-    with open(file, "rb") as opened:
-        is_list = file.endswith(".json") and opened.read(4096).removeprefix(_BOM).lstrip(_SPACE).startswith(b"[")
+    with cast(BinaryIO, gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb")) as opened:
+        is_list = kind_of(file) == ".json" and opened.read(4096).removeprefix(_BOM).lstrip(_SPACE).startswith(b"[")
         opened.seek(0)
         unit, found = ("element", _elements(setting, file, opened.read())) if is_list else ("line", _lines(opened))
         for number, raw in found:

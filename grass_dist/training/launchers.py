@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grass_dist.errors import GrassError
+from grass_dist.errors import GrassError, shorten
 
 PORTS = range(20_000, 30_000)
 """Among which the port of a SLURM step is chosen by its number and its job's: the tasks cannot tell each other of a
@@ -99,22 +99,53 @@ def meet_by_mpi(place: Place) -> Place:
 
 def own_address() -> str:
     """An address of this host by which others reach it: that of its name, else the one packets leave by."""
-    name = socket.gethostname()
     try:
-        if not (address := socket.gethostbyname(name)).startswith("127."):
-            return address
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
     except OSError:
-        pass
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("203.0.113.1", 9))  # of a block that nobody has; nothing is sent
-            return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
+        found = []
+    named = [address for address in found if not address.startswith(("127.", "::1", "fe80:"))]
+    # Of blocks that nobody has; nothing is sent.
+    ways = ((socket.AF_INET, "203.0.113.1"), (socket.AF_INET6, "2001:db8::1"))
+    routed = [address for family, away in ways if (address := _leaves_by(family, away))]
+    alone = "127.0.0.1" if _has_ipv4() else "::1"
+    # Of IPv6 only where there is no other, and what the name says before what the routes do.
+    return min([*named, *routed], key=lambda address: ":" in address, default=alone)
+
+
+def _leaves_by(family: int, away: str) -> str | None:
+    """The address of this host that packets leave by; None where there is no way."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((away, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def _has_ipv4() -> bool:
+    return _leaves_by(socket.AF_INET, "127.0.0.1") is not None
+
+
+def let_gloo_find_this_host(environ: MutableMapping[str, str]) -> None:
+    """Names gloo's interface on a host without IPv4 whose name does not resolve: gloo takes 127.0.0.1 there, and fails.
+
+    What the user has set stays.
+    """
+    if environ.get("GLOO_SOCKET_IFNAME") or _has_ipv4():
+        return
+    try:
+        socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+    except OSError:
+        from grass_dist.doctor.network import find_interfaces
+
+        here = own_address()
+        named = [name for name, address in find_interfaces().items() if address == here]
+        if named:
+            environ["GLOO_SOCKET_IFNAME"] = named[0]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET if _has_ipv4() else socket.AF_INET6) as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
@@ -214,6 +245,10 @@ def _number(environ: Mapping[str, str], name: str, launcher: str) -> int:
     if text is None:
         raise GrassError(f"{launcher} has not set {name}; start all processes by one launcher.")
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise GrassError(f"{name}={text!r} is no number; unset it, or start all processes by one launcher.") from None
+        shown = shorten(repr(text), 80)
+        raise GrassError(f"{name}={shown} is no number; unset it, or start all processes by one launcher.") from None
+    if name == "MASTER_PORT" and not 0 <= number < 2**16:
+        raise GrassError(f"MASTER_PORT={number!r:.40} is no port; set it to one from 1 to 65535, for all processes.")
+    return number

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grass_dist.errors import ConfigError, GrassError
+from grass_dist.regular_files import give_usual_modes
 
 PREFIX = "packaged:"
 NAME = "smollm2-135m"
@@ -99,3 +100,4 @@ def _convert(source: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    give_usual_modes(folder)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,17 @@ import numpy as np
 
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.training.batches import permutation
-from grass_dist.training.data_config import GENERATED, SPLIT, DataConfig, fill, is_file, is_filled
+from grass_dist.training.data_config import (
+    GENERATED,
+    JSON_KINDS,
+    KINDS,
+    SPLIT,
+    DataConfig,
+    fill,
+    is_file,
+    is_filled,
+    kind_of,
+)
 from grass_dist.training.json_files import HEAD, check_columns, files_of, table, text_rows
 from grass_dist.training.json_lines import Row, Skipped
 
@@ -89,7 +100,7 @@ class Source(NamedTuple):
         reason = str(cause).strip().partition("\n")[0].rstrip(".")
         reason = reason or ("it is empty" if isinstance(cause, StopIteration) else type(cause).__name__)
         problem = f"split {self.split!r} cannot be loaded ({reason})"
-        fix = "give the name of a Hub dataset, a folder or a .json(l) file, and a split that it has"
+        fix = f"give the name of a Hub dataset, a folder or a {', '.join(KINDS)} file, and a split that it has"
         return ConfigError(self.field, self.name, problem, fix)
 
 
@@ -136,6 +147,18 @@ def load_rows(config: DataConfig, seed: int, reading: Reading | None = None) -> 
     return rows, held_out
 
 
+def files_to_train_on(config: DataConfig) -> dict[str, Path]:
+    """The files on this machine that the rows to train on are read from, by name; of a dataset of the Hub none.
+
+    Of a folder all that are in it, a hundred thousand at most.
+    """
+    if is_file(config.name):
+        return {Path(file).name: Path(file) for file in files_of(config.name)}
+    folder = Path(config.name)
+    found = (Path(at, name) for at, _, names in os.walk(folder) for name in names)
+    return {str(file.relative_to(folder)): file for file in islice(found, 100_000) if file.is_file()}
+
+
 def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
     """The rows of one dataset, at least one."""
     field, name, split, config = source
@@ -143,7 +166,7 @@ def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
         size = config.size if field == "name" else config.eval_examples
         return _generate(field, name, size, seed, offset)
     try:
-        files = _json_files(source, reading)
+        files = _text_files(source, reading)
         rows = _read_typed(source) if files is None else _read_files(source, files, reading)
         first = None if rows is None else next(iter(rows), None)
     except GrassError:
@@ -157,19 +180,19 @@ def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
     return rows
 
 
-def _json_files(source: Source, reading: Reading) -> dict[str, list[str]] | None:
-    """The JSON files of each split; None of a dataset that is none of a file or a folder with nothing else in it."""
+def _text_files(source: Source, reading: Reading) -> dict[str, list[str]] | None:
+    """The files of each split of a dataset that is a file, or a folder of JSON files alone; None of any other."""
     field, name, _, config = source
     if is_file(name):
         files = files_of(name)
         if not files:
-            raise ConfigError(field, name, "there is no such file", "give the path of a .json or .jsonl file")
+            raise ConfigError(field, name, "there is no such file", "give the path of a file")
         if files != [name]:
             reading.patterns[name] = files
-        if field == "eval" and name != config.name and (both := _shared(files, files_of(config.name))):
-            problem = f"{both[0]} is one of the files of name, {config.name!r}"
-            raise ConfigError(field, name, problem, "hold out a file that name does not stand for")
+        _check_apart(source, {"train": files})
         return {"train": files}
+    if Path(name).is_file():
+        raise ConfigError(field, name, f"it is no {', '.join(KINDS)} file", "write it as one, or rename it")
     if field == "eval" and name != config.name and Path(name).is_dir() and _shared([name], [config.name]):
         problem = f"it is the folder of name, {config.name!r}"
         raise ConfigError(field, name, problem, "use split:NAME, or another folder")
@@ -177,27 +200,62 @@ def _json_files(source: Source, reading: Reading) -> dict[str, list[str]] | None
         return None
     if re.search(r"[\[*?]", str(Path(name).resolve())):
         problem = f"its path, {Path(name).resolve()}, has a [, * or ?, which `datasets` takes for a pattern"
-        raise ConfigError(field, name, problem, "rename the folder, or give the path of a .json or .jsonl file")
-    builder = datasets.load_dataset_builder(name, config.config_name if name == config.name else None)
-    splits = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
-    plain = all(is_file(file) and Path(file).is_file() for files in splits.values() for file in files)
+        raise ConfigError(field, name, problem, "rename the folder, or give the path of a file")
+    splits = _files_by_split(name, config)
+    _check_apart(source, splits)
+    plain = all(kind_of(f) in JSON_KINDS and Path(f).is_file() for files in splits.values() for f in files)
     return splits if splits and plain else None
+
+
+def _files_by_split(name: str, config: DataConfig) -> dict[str, list[str]]:
+    """The files of a dataset that is one file or several, or a folder; nothing of any other."""
+    if is_file(name):
+        return {"train": files_of(name)}
+    if not Path(name).is_dir() or _is_saved(name):
+        return {}
+    builder = datasets.load_dataset_builder(name, config.config_name if name == config.name else None)
+    return {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+
+
+def _used(splits: Mapping[str, list[str]], split: str) -> dict[str, list[str]]:
+    """Those that a split, or a slice of one, is read from."""
+    return {name: files for name, files in splits.items() if re.search(rf"\b{re.escape(name)}\b", split)}
+
+
+def _check_apart(source: Source, splits: Mapping[str, list[str]]) -> None:
+    """Checks that no file of another dataset, whose rows are to be held out, is one to train on.
+
+    Raises:
+        ConfigError: one is.
+    """
+    field, name, split, config = source
+    if field != "eval" or name == config.name:
+        return
+    held_out, trained = (
+        [file for files in _used(each, its).values() for file in files]
+        for each, its in ((splits, split), (_files_by_split(config.name, config), config.split))
+    )
+    if both := _shared(held_out, trained):
+        problem = f"{both[0]} is one of the files of name, {config.name!r}"
+        raise ConfigError(field, name, problem, "hold out a file that name does not stand for")
 
 
 def _shared(paths: list[str], others: list[str]) -> list[str]:
     """Those of the paths that are, however they are written, the same file or folder as one of the others."""
-    return [path for path in paths if any(Path(other).exists() and Path(path).samefile(other) for other in others)]
+    known = {(found.st_dev, found.st_ino) for found in (Path(other).stat() for other in others if Path(other).exists())}
+    found = ((path, Path(path).stat()) for path in paths if Path(path).exists())
+    return [path for path, its in found if (its.st_dev, its.st_ino) in known]
 
 
 def _read_files(source: Source, splits: dict[str, list[str]], reading: Reading) -> Rows | None:
-    """The rows of JSON files, or None if there are none."""
+    """The rows of files, or None if there are none."""
     split, config = source.split, source.config
     if config.streaming and split not in splits:
         names = " or ".join(map(repr, splits))
         raise ValueError(f"a stream of a file has the split {names}, and no slices of it")
     wanted = datasets.ReadInstruction.from_spec(split)
     wanted.to_absolute(dict.fromkeys(splits, 2**62))  # a split that there is not: say so before a file is read
-    used = {name: files for name, files in splits.items() if re.search(rf"\b{re.escape(name)}\b", split)}
+    used = _used(splits, split)
     found = dict[str, datasets.Dataset]()
     for name, files in used.items():
         rows = _rows_of(source, tuple(files), reading, whole=split not in splits)
@@ -226,7 +284,7 @@ def _rows_of(source: Source, files: tuple[str, ...], reading: Reading, *, whole:
     rows = islice(text_rows(**options, skipped=reading.skipped), None if whole else needed)
     if not config.streaming:
         return table(rows)
-    if skip or any(file.endswith(".json") for file in files):  # which is in memory as a whole anyway
+    if skip or any(kind_of(file) == ".json" for file in files):  # which is in memory as a whole anyway
         deque(rows, maxlen=0)  # to count, and to fail now
     return datasets.IterableDataset.from_generator(text_rows, gen_kwargs=options)
 

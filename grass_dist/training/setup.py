@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from grass_dist.config import check_num_layers
 from grass_dist.discovery import find_layers
 from grass_dist.errors import ConfigError, shorten
+from grass_dist.foreign_model import too_deep
 from grass_dist.training.batches import check_divides
 from grass_dist.training.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.training.hub import hub_problem, loading_options
@@ -41,9 +42,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
     source = resolve_model(config.name)
     try:
+        _check_depth(source, config)
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **loading_options(config.name)
         )
+        tokenizer("A text.")  # what is of a wrong type may be found now alone
+    except ConfigError:
+        raise
     except Exception as error:  # whatever transformers makes of a folder that nobody has checked
         raise _no_model(config, error) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -63,6 +68,7 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
 
     settings = config.model
     try:
+        _check_depth(resolve_model(settings.name), settings)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_model(settings.name),
             dtype=weight_dtype(settings, device),
@@ -71,10 +77,13 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
             output_loading_info=True,
             **loading_options(settings.name),
         )
+    except ConfigError:
+        raise
     except Exception as error:  # as above
         raise _no_model(settings, error) from error
     model, found = loaded
     _check_complete(settings, found)
+    _check_dropout(settings, model.config.to_dict())
     try:
         layers = find_layers(model, config.grass.layers)
         check_num_layers(config.grass, len(layers.layers))
@@ -145,6 +154,36 @@ def learning_rate_factor(train: TrainConfig, update_steps: int) -> Callable[[int
     return factor
 
 
+def _check_depth(source: str, config: ModelConfig) -> None:
+    """Raises: `ConfigError`, the model has more layers than can be made."""
+    from transformers import PreTrainedConfig
+
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(source, **loading_options(config.name))
+        deep = too_deep(found)
+    except Exception:  # whoever loads it says why
+        return
+    if deep is not None:
+        raise ConfigError("model.name", config.name, deep, "repair its config.json")
+
+
+def _check_dropout(config: ModelConfig, settings: Mapping[str, Any]) -> None:
+    """Checks what would fail in the first forward alone.
+
+    Raises:
+        ConfigError: a rate of dropout is none.
+    """
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            _check_dropout(config, value)
+        elif "drop" in str(name) and isinstance(value, int | float) and not 0 <= value <= 1:
+            problem = f"its config.json has {name}={value!r:.40}, which is no rate"
+            raise ConfigError("model.name", config.name, problem, "write a number from 0 to 1 there")
+        elif name == "attention_dropout" and value is None:
+            problem = "its config.json has no number for attention_dropout"
+            raise ConfigError("model.name", config.name, problem, "write one from 0 to 1 there")
+
+
 def _check_complete(config: ModelConfig, found: dict[str, Any]) -> None:
     """Checks what `from_pretrained` tells of the weights; one that is tied to another that is there is not missing.
 
@@ -166,6 +205,8 @@ def _check_complete(config: ModelConfig, found: dict[str, Any]) -> None:
 def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split()) or type(error).__name__
     fix = "give a model's name or folder"
+    if "ignore_mismatched_sizes" in reason:  # transformers prints a table of them
+        reason, fix = "its weights have other shapes than its config.json says", "give it the one it was saved with"
     if unreachable := hub_problem(config.name):
         reason = f"there is no such folder, it is not in the cache of the Hub, and {unreachable}"
         fix = f"{fix}, or load it once where the Hub can be reached"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from grass_dist.agreement import raise_if_ranks_differ
 from grass_dist.errors import GrassError
-from grass_dist.training.launchers import Place, find_place, meet_by_mpi
+from grass_dist.training.launchers import Place, find_place, let_gloo_find_this_host, meet_by_mpi
 from grass_dist.training.peers import ANSWERS_WITHIN, Peers, of_collective
 from grass_dist.training.seats import Seat, own_seat, problem_of
 
@@ -66,6 +66,7 @@ class World:
         # Where torch and DeepSpeed look for it; DeepSpeed takes the device of that number.
         shown = place if device.index is None else replace(place, local_rank=device.index)
         os.environ.update(shown.variables())
+        let_gloo_find_this_host(os.environ)
         # transformers imports DeepSpeed where that is installed, which else guesses the accelerator and says so.
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         # Objects and small sums travel by gloo on CPU memory, gradients by NCCL.

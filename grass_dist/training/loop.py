@@ -38,6 +38,7 @@ class Loop:
     reporter: Reporter
     log: MetricsLog | None
     checkpoints: Checkpoints
+    signals: LeaveSignals
     state: Callable[[], dict[str, Any]]
 
     def train(self, start: Position) -> int | None:
@@ -52,20 +53,25 @@ class Loop:
         settings, at = self.config.train, start
         scheduler = self._scheduler(start)
         batches, costs = self._batches(start.step), StepCosts(self.run)
-        with LeaveSignals() as signals:
-            while True:
-                self._evaluate(at.step)
+        self.signals.hold()
+        saved = 0
+        while True:
+            asked = self._evaluate(at.step)
+            if asked is None:
                 if at.step >= settings.max_steps:
                     break
-                result, asked = self._step(at, batches, scheduler, costs, signals)
+                result, asked = self._step(at, batches, scheduler, costs)
                 at = Position(at.step + 1, scheduler.last_epoch, at.bad_steps + 1 if result.bad else 0)
                 check_bad_steps(at.bad_steps, self.config, at.step)
-                if asked is not None:
+            if asked is not None:
+                if at.step != saved:  # after an evaluation it may be
                     self._save(at, leaving=True)
-                    return asked
-                if self.checkpoints.due(at.step):
-                    self._save(at)
-            self.checkpoints.wait()
+                self.checkpoints.wait()
+                return asked
+            if self.checkpoints.due(at.step):
+                self._save(at)
+                saved = at.step
+        self.checkpoints.wait()
         return None
 
     def _step(
@@ -74,7 +80,6 @@ class Loop:
         batches: Iterator[list[list[Example]]],
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         costs: StepCosts,
-        signals: LeaveSignals,
     ) -> tuple[StepResult, int | None]:
         step = at.step + 1
         # A row of a stream is read by one rank alone, and may be one that cannot be used.
@@ -90,7 +95,7 @@ class Loop:
                 self.pad_token_id,
                 self.world,
                 step,
-                lambda: [self.checkpoints.flag(), *signals.flags()],
+                lambda: [self.checkpoints.flag(), *self.signals.flags()],
             )
             if phase == "train" and result.applied:
                 scheduler.step()
@@ -114,21 +119,37 @@ class Loop:
             )
         saved, *asked = result.flags
         self.checkpoints.poll(saved)
-        return result, signals.agreed(asked)
+        return result, self.signals.agreed(asked)
 
-    def _evaluate(self, step: int) -> None:
+    def _asked(self) -> int | None:
+        """The signal that some rank has got, the same on all."""
+        return self.signals.agreed(self.world.sum(*self.signals.flags()))
+
+    def _evaluate(self, step: int) -> int | None:
+        """
+        Returns:
+            The signal that came meanwhile and has ended it.
+        """
         settings = self.config.train
         last = step == settings.max_steps
         if not len(self.data.held_out):
-            return
+            return None
         if step == 0 or last or (settings.eval_every and step % settings.eval_every == 0):
             with self.world.during(f"the evaluation after step {step}"):
                 loss = evaluate(
-                    self.run.model, self.data.held_out, settings.micro_batch_size, self.pad_token_id, self.world
+                    self.run.model,
+                    self.data.held_out,
+                    settings.micro_batch_size,
+                    self.pad_token_id,
+                    self.world,
+                    lambda: self._asked() is not None,
                 )
+                if loss is None:
+                    return self._asked()
             self.reporter.held_out(step, loss)
             if self.log:
                 self.log.write("eval", step, loss=loss)
+        return None
 
     def _save(self, at: Position, *, leaving: bool = False) -> None:
         with self.world.during(f"the checkpoint of step {at.step}"):

@@ -8,8 +8,9 @@ import os
 import socket
 import sys
 import time
+import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -76,9 +77,8 @@ class World:
             return cls(rank, local_rank, size, device, *groups, store, Peers(hosts=[socket.gethostname()]))
         try:
             store, line = _meet(place, timeout)
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
-            groups = _gloo_groups(timeout)
-            seats = _seats(place, device, groups[1])
+            with _destroyed_on_error():
+                groups, seats = _enter(backend, timeout, store, place, device)
         except RuntimeError as error:
             if not of_collective(error):
                 raise
@@ -93,10 +93,6 @@ class World:
                 f"{timeout.total_seconds():g} s ({_first_line(error)}); start all {size} ranks, on hosts that reach "
                 "that address."
             ) from error
-        if said := problem_of(seats):
-            wrong = GrassError(said)
-            wrong.on_every_rank = True
-            raise wrong
         peers = _acquaint(rank, [seat.host for seat in seats], line, timeout)
         return cls(rank, local_rank, size, device, *groups, store, peers)
 
@@ -171,6 +167,22 @@ class World:
         os._exit(code)
 
 
+@contextlib.contextmanager
+def _destroyed_on_error() -> Iterator[None]:
+    """Ends the process group that an error leaves behind: whoever catches the error has no World to close.
+
+    The frames of the error hold the groups' threads, and one of these may hold a tensor still, for which it needs the
+    interpreter's lock: an interpreter that ends meanwhile aborts the process.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+
+
 def _take_device(place: Place) -> torch.device:
     """A GPU of this rank's own where there are any.
 
@@ -236,6 +248,24 @@ def _agree_on_start(store: dist.Store, rank: int, size: int, timeout: datetime.t
                 missing.remove(other)
         time.sleep(0.01)
     return mine
+
+
+def _enter(
+    backend: str, timeout: datetime.timedelta, store: dist.Store, place: Place, device: torch.device
+) -> tuple[tuple[dist.ProcessGroup, dist.ProcessGroup], list[Seat]]:
+    """Initialises the process group: `_gloo_groups`, and where the ranks sit.
+
+    Raises:
+        GrassError: on every rank, two ranks sit in one seat.
+    """
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
+    groups = _gloo_groups(timeout)
+    seats = _seats(place, device, groups[1])
+    if said := problem_of(seats):
+        wrong = GrassError(said)
+        wrong.on_every_rank = True
+        raise wrong
+    return groups, seats
 
 
 def _gloo_groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

@@ -210,7 +210,7 @@ def finetune(
             world.together(partial(run.save, tokenizer, folder / "model"))
     run.close()  # its memory is free for the model that answers
     if log:
-        with guard.around("the answer of the model and the report", f"and grass-dist report {folder} makes the report"):
+        with guard.around("the answer of the model and the report", f"grass-dist report {folder} makes the report"):
             _conclude(config, world, tokenizer, answer, reporter, log)
     return None
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from grass_dist.errors import shorten
@@ -31,30 +32,32 @@ class Guard:
         self._told: set[str] = set()
 
     @contextlib.contextmanager
-    def around(self, what: str, lost: str) -> Iterator[None]:
+    def around(self, what: str, then: str) -> Iterator[None]:
         """Ends the block at its first error. Threads that were begun in it are ``what``'s: so are their errors.
 
         Args:
             what: a name, e.g. "TensorBoard".
-            lost: what is not there for it, without a full stop, e.g. "its curves have gaps".
+            then: what comes of it, without a full stop, e.g. "the run goes on, and its curves have gaps".
         """
-        there = set(threading.enumerate())
+        block = _Block(set(threading.enumerate()), lambda error: self.note(what, then, error))
+        threading.excepthook = _on_thread_error
+        _BLOCKS.append(block)
         try:
             yield
         # SystemExit: how libraries that expect to be the program leave, rich at a broken pipe for one.
         except (Exception, SystemExit) as error:
-            self.note(what, lost, error)
-        for thread in set(threading.enumerate()) - there:
-            _OWNERS[thread] = lambda error: self.note(what, lost, error)
-            threading.excepthook = _on_thread_error
+            block.note(error)
+        finally:
+            _OWNERS.update(dict.fromkeys(set(threading.enumerate()) - block.before, block))
+            _BLOCKS.remove(block)
 
-    def note(self, what: str, lost: str, error: BaseException) -> None:
+    def note(self, what: str, then: str, error: BaseException) -> None:
         """Tells an error, the first of ``what``."""
         if what not in self._told:
             self._told.add(what)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            reason = " ".join(reason.split()) or type(error).__name__
-            self._tell(f"{what}: {shorten(reason, 200)}; the run goes on, {lost}.")
+            reason = " ".join(reason.split()).rstrip(".") or type(error).__name__
+            self._tell(f"{what}: {shorten(reason, 200)}; {then}.")
 
 
 def steady_streams() -> None:
@@ -76,7 +79,7 @@ def steady_streams() -> None:
         elif isinstance(stream, io.TextIOWrapper) and _number_of(stream) == descriptor:
             with contextlib.suppress(OSError):
                 stream.flush()
-            steady = steady_text(descriptor, stream.encoding, line_buffering=stream.line_buffering or descriptor == 2)
+            steady = steady_text(descriptor, stream.encoding)
         else:
             continue
         if descriptor == 1:
@@ -85,10 +88,10 @@ def steady_streams() -> None:
             sys.stderr = steady
 
 
-def steady_text(descriptor: int, encoding: str | None = None, *, line_buffering: bool = True) -> io.TextIOWrapper:
-    """A stream over ``descriptor`` that fails as those of `steady_streams`, and leaves it open at its own end."""
+def steady_text(descriptor: int, encoding: str | None = None) -> io.TextIOWrapper:
+    """A stream of lines over ``descriptor`` like those of `steady_streams`, which leaves it open at its own end."""
     file = io.BufferedWriter(_SteadyFile(descriptor, "w", closefd=False))
-    return io.TextIOWrapper(file, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
+    return io.TextIOWrapper(file, encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
 class _SteadyFile(io.FileIO):
@@ -115,16 +118,29 @@ class _SteadyFile(io.FileIO):
         return len(data)
 
 
-_OWNERS: weakref.WeakKeyDictionary[threading.Thread, Callable[[BaseException], None]] = weakref.WeakKeyDictionary()
-"""Who is told of the error that ends a thread."""
+@dataclass(eq=False, slots=True)
+class _Block:
+    """What runs under a guard."""
+
+    before: set[threading.Thread]
+    """Threads that were there before it."""
+    note: Callable[[BaseException], None]
+
+
+_BLOCKS: list[_Block] = []
+"""Those that run now."""
+_OWNERS: weakref.WeakKeyDictionary[threading.Thread, _Block] = weakref.WeakKeyDictionary()
+"""In which a thread was begun, of those that live on."""
 
 
 def _on_thread_error(args: threading.ExceptHookArgs) -> None:
-    owner = _OWNERS.get(args.thread) if args.thread else None
+    thread = args.thread
+    owner = _OWNERS.get(thread) if thread else None
+    owner = owner or next((block for block in reversed(_BLOCKS) if thread not in block.before), None)
     if owner is None or args.exc_value is None:
         threading.__excepthook__(args)
     else:
-        owner(args.exc_value)
+        owner.note(args.exc_value)
 
 
 def _number_of(stream: TextIO) -> int | None:

@@ -157,7 +157,7 @@ class MetricsLog:
                 writer.close()
 
     def _guarded(self, name: str, step: int = 0) -> contextlib.AbstractContextManager[None]:
-        return self._guard.around(name, f"and not all of it is recorded there from step {step} on")
+        return self._guard.around(name, f"the run goes on, and not all of it is recorded there from step {step} on")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ class Output:
         """From now on a rank that is not the main one writes to ``run/logs/rank_N.log``, and so do its libraries."""
         if not self._world.is_main:
             file = run / "logs" / f"rank_{self._world.rank}.log"
-            with self._guard.around(str(file), "and this rank writes on the terminal"):
+            with self._guard.around(str(file), "the run goes on, and this rank writes on the terminal"):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 self._move(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644))
                 self._file = file
@@ -58,6 +58,8 @@ class Output:
         """Tells an error that every rank has."""
         if self._world.is_main:
             self._tell(str(error))
+        else:
+            record_for_launcher(str(error))
 
     def lost(self, error: GrassError) -> None:
         """Tells that a rank is lost, which others notice too: one of them tells it on the terminal."""
@@ -80,5 +82,5 @@ def record_for_launcher(text: str) -> None:
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         told = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
-        with Guard().around(file, "and torchrun's report does not say why this rank ended"):
+        with Guard().around(file, "torchrun's report does not say why this rank ended"):
             Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")

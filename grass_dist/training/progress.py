@@ -98,7 +98,7 @@ class Reporter:
             self.say(f"step {step}/{self._max_steps}  {phase}  loss {loss:.4f}  {seconds:.2f} s a step")
 
     def _guarded(self) -> AbstractContextManager[None]:
-        return self._guard.around("the display", "and not all is shown")
+        return self._guard.around("the display", "the run goes on, and not all is shown")
 
 
 def _can_show(encoding: str, text: str) -> bool:

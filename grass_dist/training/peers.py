@@ -160,6 +160,11 @@ class Peers:
         # Where a rank keeps the store, the first of a host may be the lost one.
         return self.hosts[: self.rank].count(self.hosts[self.rank]) < (1 if self._launched else 2)
 
+    @property
+    def launcher_silence(self) -> float | None:
+        """Seconds for which the launcher has not been heard of, if it keeps the store."""
+        return time.monotonic() - self._store_heard if self._launched else None
+
     def stop(self) -> None:
         """Ends the threads: before the process that keeps the store ends, and before the interpreter does.
 

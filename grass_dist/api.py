@@ -9,8 +9,15 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from grass_dist.agreement import agree_at_start
-from grass_dist.assembly import check_one_device, choose_units, fingerprint, refuse_second, remember
+from grass_dist.agreement import agree_at_start, say
+from grass_dist.assembly import (
+    check_one_device,
+    choose_units,
+    fingerprint,
+    frozen_layers,
+    refuse_second,
+    remember,
+)
 from grass_dist.backends import backend_for
 from grass_dist.checkpoint.torch_run import TorchHoldings
 from grass_dist.clipping import clip_grads
@@ -74,6 +81,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         backend = backend_for(model, gradient_accumulation_steps)
         problem: Exception | None = None
         found: LayerMap | None = None
+        layers, roles = (), ()
         groups: list[dict[str, Any]] = []
         try:
             if gradient_accumulation_steps < 1:
@@ -91,8 +99,10 @@ class GrassOptimizer(torch.optim.Optimizer):
                 backend.divide_states([*layers, *roles])
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
-        agreed = fingerprint(config, found, groups, optimizer_class, kwargs, shard_states=shard_states)
+        agreed = fingerprint(config, found, layers, groups, optimizer_class, kwargs, shard_states=shard_states)
         agree_at_start(backend, problem, agreed)
+        if found is not None and (told := frozen_layers(found, layers)):
+            say(backend, told)
         super().__init__(groups, defaults)
         self._backend = backend
         trained = {id(p) for unit in (*layers, *roles) for _, p in unit.params}

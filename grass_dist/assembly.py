@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grass_dist.backends import Backend
-from grass_dist.config import GrassConfig
+from grass_dist.config import GrassConfig, check_competing
 from grass_dist.discovery import LayerMap, Unit
 from grass_dist.errors import UnsupportedModel
 
@@ -54,27 +54,46 @@ def always_active_roles(found: LayerMap, config: GrassConfig) -> tuple[Unit, ...
 def choose_units(
     model: nn.Module, found: LayerMap, config: GrassConfig, groups: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
-    """The layers and the always-active roles, each with those of its parameters that the groups train.
+    """The layers that compete and the always-active roles, each with those of its parameters that the groups train.
 
+    A layer of which the user has frozen or left out every parameter does not compete; the others keep their numbers.
     Every other parameter of the model is frozen for good.
+
+    Raises:
+        UnsupportedModel: no layer has a parameter to train.
+        ConfigError: fewer layers compete than are to train at a time, or a fixed layer does not.
     """
     trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
 
     def narrowed(unit: Unit) -> Unit:
         return dataclasses.replace(unit, params=tuple((n, p) for n, p in unit.params if id(p) in trained))
 
-    layers = tuple(narrowed(unit) for unit in found.layers)
-    if empty := [unit.name for unit in layers if not unit.params]:
+    competing = [unit for unit in map(narrowed, found.layers) if unit.params]
+    if not competing:
         raise UnsupportedModel(
-            f"{len(empty)} of {len(layers)} layers have no parameter to train ({empty[0]}, ...); "
-            "every layer of the stack competes for sampling, so leave their requires_grad on and pass them in params."
+            f"None of the {len(found.layers)} layers of {found.stack or 'the model'} has a parameter to train; leave "
+            "requires_grad on for those that are to compete for sampling, and pass them to the optimizer."
         )
+    check_competing(config, [unit.index for unit in competing if unit.index is not None], len(found.layers))
+    layers = tuple(dataclasses.replace(unit, index=position) for position, unit in enumerate(competing))
     roles = tuple(unit for unit in map(narrowed, always_active_roles(found, config)) if unit.params)
     trains = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
     for param in model.parameters():
         if id(param) not in trains:
             param.requires_grad_(False)
     return layers, roles
+
+
+def frozen_layers(found: LayerMap, layers: Sequence[Unit]) -> str | None:
+    """A sentence on the layers that do not compete, if there are any."""
+    compete = {unit.name for unit in layers}
+    if not (frozen := [unit.name for unit in found.layers if unit.name not in compete]):
+        return None
+    shown = ", ".join(frozen) if len(frozen) <= 8 else f"{frozen[0]}, {frozen[1]}, ... {frozen[-1]}"
+    return (
+        f"{len(frozen)} of {len(found.layers)} layers stay frozen, since none of their parameters has requires_grad "
+        f"and is in the optimizer: {shown}; the other {len(layers)} compete."
+    )
 
 
 def check_one_device(units: Sequence[Unit], backend: Backend) -> None:
@@ -98,6 +117,7 @@ def check_one_device(units: Sequence[Unit], backend: Backend) -> None:
 def fingerprint(
     config: GrassConfig,
     found: LayerMap | None,
+    competing: Sequence[Unit],
     groups: Sequence[Mapping[str, Any]],
     optimizer_class: type,
     kwargs: Mapping[str, Any],
@@ -108,6 +128,7 @@ def fingerprint(
     return {
         **{f"grass.{name}": value for name, value in config.model_dump().items()},
         "model layers": layers,
+        "layers that compete": [unit.name for unit in competing],
         "optimizer": (optimizer_class.__name__, sorted(kwargs.items(), key=repr)),
         "parameter groups": [len(group["params"]) for group in groups],
         "torch version": torch.__version__,

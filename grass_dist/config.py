@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -183,6 +184,37 @@ class GrassConfig(StrictModel):
                 "set sampler='fixed' or leave fixed_layers out",
             )
         return self
+
+
+def check_competing(config: GrassConfig, numbers: Sequence[int], num_layers: int) -> None:
+    """Checks what can only be known with the layers that compete at hand.
+
+    Args:
+        numbers: of these, in the stack of ``num_layers`` layers.
+
+    Raises:
+        ConfigError: γ is larger than their number, or a fixed layer is not among them.
+    """
+    if config.active_layers > len(numbers):
+        raise ConfigError(
+            "active_layers",
+            config.active_layers,
+            f"{len(numbers)} of the model's {num_layers} layers compete, and the others are frozen",
+            f"use 1 to {len(numbers)}, or leave requires_grad on in more layers and pass them to the optimizer",
+        )
+    if frozen := [i for i in config.fixed_layers if i not in numbers]:
+        raise ConfigError(
+            "fixed_layers",
+            frozen,
+            "these layers are frozen, or not in the optimizer",
+            f"list layers that train: {', '.join(map(str, numbers))}",
+        )
+
+
+def among_competing(config: GrassConfig, numbers: Sequence[int]) -> GrassConfig:
+    """``config`` with the fixed layers by their positions in ``numbers``, after `check_competing`."""
+    fixed = tuple(numbers.index(i) for i in config.fixed_layers)
+    return config.model_copy(update={"fixed_layers": fixed})
 
 
 def check_num_layers(config: GrassConfig, num_layers: int) -> None:

@@ -31,8 +31,9 @@ class Unit:
     """What trains or freezes as one: a decoder layer, or the always-active parameters of one role."""
 
     name: str  # FQN of the layer, e.g. "model.layers.7", or the role
-    index: int | None  # index among the layers, None for a role
+    index: int | None  # index among the layers, of a `GrassEngine` among those that compete; None for a role
     params: tuple[NamedParameter, ...] = field(repr=False)  # with FQNs in the model, in the order of named_parameters()
+    number: int | None = None  # of a layer in the model's stack, where layers that do not compete are counted too
 
     @property
     def numel(self) -> int:
@@ -92,7 +93,7 @@ def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
             )
     return LayerMap(
         stack=stack,
-        layers=tuple(Unit(name, index, tuple(params[index])) for index, name in enumerate(blocks)),
+        layers=tuple(Unit(name, index, tuple(params[index]), index) for index, name in enumerate(blocks)),
         roles=tuple(Unit(role, None, tuple(params[role])) for role in ROLES if params[role]),
         other=tuple(params[None]),
     )

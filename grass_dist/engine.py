@@ -13,7 +13,7 @@ import torch
 from grass_dist.agreement import agree_at_start, say
 from grass_dist.backends import Backend
 from grass_dist.backends.base import sum_of_squares
-from grass_dist.config import GrassConfig
+from grass_dist.config import GrassConfig, among_competing
 from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError, RanksDisagree
 from grass_dist.events import Event, Observer, Refreshed, Sampled
@@ -38,7 +38,8 @@ class GrassEngine:
     Attributes:
         step: optimizer steps completed, those of the probe included.
         skipped: steps that were not applied, on all ranks alike, because a loss or gradient was not finite.
-        active_layers: indices of the layers that train in the next step; all of them in the probe.
+        layers: those that compete, of which a `Unit.number` is the place in the model's stack.
+        active_layers: indices in `layers` of those that train in the next step; all of them in the probe.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class GrassEngine:
     ) -> None:
         self.config, self.layers, self.roles = config, layers, roles
         self.backend, self.states, self._watch = backend, states, watch
-        self._sampler = make_sampler(config, len(layers))
+        self._drawn_by = among_competing(config, self.numbers)
+        self._sampler = make_sampler(self._drawn_by, len(layers))
         probing = probe_steps(config, self._sampler)
         self.schedule = Schedule(probing, config.update_interval, config.sampling_interval, config.lead)
         self._tracker = ImportanceTracker([unit.numel for unit in layers], config.ema_alpha)
@@ -82,6 +84,11 @@ class GrassEngine:
     def round(self) -> int:
         """Number of the draw whose layers are active, from 0; -1 in the probe."""
         return self.schedule.round(self.step)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of `layers` in the model's stack: 0 to L - 1, unless the user has frozen some."""
+        return tuple(unit.number for unit in self.layers if unit.number is not None)
 
     @property
     def importances(self) -> tuple[float, ...]:
@@ -205,7 +212,7 @@ class GrassEngine:
         chosen, problem = (), None
         try:
             self.backend.verify()
-            chosen = draw_layers(self._sampler, self._tracker.importances, self.config, drawn)
+            chosen = draw_layers(self._sampler, self._tracker.importances, self._drawn_by, drawn)
         except Exception as error:  # a user's sampler may raise anything, on one rank only: the others must not wait
             problem = error
         self._agree_on(drawn, chosen, problem)
@@ -262,6 +269,7 @@ class GrassEngine:
             "step": self.step,
             "active_layers": list(self.active_layers),
             "next": None if self._next is None else dataclasses.asdict(self._next),
+            "numbers": list(self.numbers),
             "tracker": self._tracker.state_dict(),
             "measured": self._sums.state_dict(),
             "skipped": self.skipped,

@@ -65,6 +65,8 @@ def plain_config(settings: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         also = ", and the code that comes with the model is not run" if CODE in settings else ""
         raise ForeignModel(f"transformers {transformers.__version__} has no model_type {kind!r:.60}{also}")
+    if named := _elsewhere(settings):
+        raise ForeignModel(f"it takes a part of the model from elsewhere, {named[0]} = {named[1]!r:.60}")
     try:
         config = CONFIG_MAPPING[kind].from_dict(_plain(settings))
         depth = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -93,6 +95,16 @@ def _plain(value: Any) -> Any:
         kept = {key: _plain(entry) for key, entry in value.items() if key not in _NAMES_CODE}
         return {key: False if key == "use_pretrained_backbone" else entry for key, entry in kept.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _elsewhere(value: Any) -> tuple[str, str] | None:
+    """Where settings name a model whose configuration transformers, or timm, would ask the Hub for."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            if isinstance(entry, str) and (key == "backbone" or (key == "architecture" and ":" in entry)):
+                return key, entry
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((found for entry in entries if (found := _elsewhere(entry))), None)
 
 
 def _as_reason(error: object) -> str:

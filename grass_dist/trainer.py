@@ -161,7 +161,8 @@ def _train(stock: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -
     finally:
         _TRAINING.pop()
     if (engine := _engine_of(trainer)) is not None:
-        told = too_short_for(engine.never_trained, len(engine.layers), engine.config.sampler)
+        layers = [engine.numbers[layer] for layer in engine.never_trained]
+        told = too_short_for(layers, len(engine.layers), engine.config.sampler)
         if told:
             say(engine.backend, told)
     return result
@@ -301,9 +302,10 @@ def _numbers(engine: GrassEngine) -> dict[str, float]:
         "grass/entropy": entropy(engine.probabilities),
     }
     if engine.phase == "train":
-        numbers |= {f"grass/active_{i}": float(layer) for i, layer in enumerate(engine.active_layers)}
+        numbers |= {f"grass/active_{i}": float(engine.numbers[layer]) for i, layer in enumerate(engine.active_layers)}
     importances = engine.importances
     if _LOGGED.get(engine) != repr(importances):
         _LOGGED[engine] = repr(importances)
-        numbers |= {f"grass/importance_{i:02d}": m for i, m in enumerate(importances) if not math.isnan(m)}
+        measured = zip(engine.numbers, importances, strict=True)
+        numbers |= {f"grass/importance_{layer:02d}": m for layer, m in measured if not math.isnan(m)}
     return numbers

@@ -14,6 +14,7 @@ from grass_dist.optimizer import ELEMENTWISE
 from integration_tests.model import (
     ADAMW,
     CLIP,
+    FROZEN,
     GLOBAL_BATCH,
     decay_groups,
     global_batch,
@@ -44,6 +45,8 @@ def on_two_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "fsdp2": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS),
         "fsdp2 no sync": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, sync_every_micro_batch=False),
         "ddp": train_grass(rank, world_size, "ddp", SETTINGS, STEPS),
+        "fsdp2 frozen layers": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, frozen=FROZEN),
+        "ddp frozen layers": train_grass(rank, world_size, "ddp", SETTINGS, STEPS, frozen=FROZEN),
         "ddp no sync": train_grass(rank, world_size, "ddp", RESIDENT, STEPS, sync_every_micro_batch=False),
         "fsdp2 bf16": train_grass(rank, world_size, "fsdp2", SETTINGS, STEPS, dtype=torch.bfloat16),
         "fsdp2 bf16 no sync": train_grass(

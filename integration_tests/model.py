@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,7 +16,11 @@ ADAMW = {"lr": 1e-3, "eps": 1e-6}
 CLIP = 0.5
 
 
-def small_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+FROZEN = (0, 3)
+"""Layers that a user has frozen, in the runs in which some are."""
+
+
+def small_llama(dtype: torch.dtype = torch.float32, frozen: Sequence[int] = ()) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -28,7 +34,10 @@ def small_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         tie_word_embeddings=False,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config).to(dtype)
+    for layer in frozen:
+        model.model.layers[layer].requires_grad_(False)
+    return model
 
 
 def global_batch(step: int, size: int = GLOBAL_BATCH) -> torch.Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from integration_tests.model import ADAMW, CLIP, LAYERS, global_batch, schedule, small_llama
+from integration_tests.model import ADAMW, CLIP, global_batch, schedule, small_llama
 
 
 def draw(p: list[float], count: int, seed: int, round: int) -> tuple[int, ...]:
@@ -22,11 +23,11 @@ def probabilities(m: list[float], temperature: float) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32) -> dict:
-    model = small_llama(dtype)
-    units = [list(layer.parameters()) for layer in model.model.layers]
+def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32, frozen: Sequence[int] = ()) -> dict:
+    model = small_llama(dtype, frozen)
+    units = [list(layer.parameters()) for i, layer in enumerate(model.model.layers) if i not in frozen]
     names = {id(p): n for n, p in model.named_parameters()}
-    in_layers = {id(p) for unit in units for p in unit}
+    in_layers = {id(p) for p in model.model.layers.parameters()}
     roles = [p for p in model.parameters() if id(p) not in in_layers]
     sizes = [sum(p.numel() for p in unit) for unit in units]
     master = {id(p): p.detach().clone().float().requires_grad_() for p in model.parameters()}
@@ -45,9 +46,9 @@ def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32
     if ahead is None:
         ahead = min(2, interval - 1, update - 1)
     alpha, tau, gamma, seed = (settings[k] for k in ("ema_alpha", "temperature", "active_layers", "seed"))
-    m = [math.nan] * LAYERS
-    measured: list[list[float]] = [[] for _ in range(LAYERS)]
-    active = drawn = tuple(range(LAYERS))
+    m = [math.nan] * len(units)
+    measured: list[list[float]] = [[] for _ in units]
+    active = drawn = tuple(range(len(units)))
     log = {"active": [], "importances": [], "losses": [], "norms": []}
     for step in range(steps):
         trained = step - probe
@@ -56,7 +57,7 @@ def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32
                 if values:
                     new = sum(values) / len(values)
                     m[i] = new if math.isnan(m[i]) else alpha * new + (1 - alpha) * m[i]
-            measured = [[] for _ in range(LAYERS)]
+            measured = [[] for _ in units]
         if trained == 0:
             drawn = draw(probabilities(m, tau), gamma, seed, 0)
         elif trained > 0 and (trained + ahead) % interval == 0:

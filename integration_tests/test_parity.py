@@ -9,6 +9,7 @@ import torch
 
 from grass_dist.optimizer import ELEMENTWISE
 from integration_tests.checks import SETTINGS, STEPS, on_four_ranks, on_two_ranks
+from integration_tests.model import FROZEN, LAYERS
 from integration_tests.parity import check_parity
 from integration_tests.ranks import run_ranks
 from integration_tests.reference import run_reference
@@ -58,6 +59,13 @@ def test_one_process_without_accumulation(reference):
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2 no sync", "fsdp2 one micro-batch", "ddp", "ddp no sync"])
 def test_two_ranks(two, reference, name):
+    check_parity([run[name] for run in two], reference)
+
+
+@pytest.mark.parametrize("name", ["fsdp2 frozen layers", "ddp frozen layers"])
+def test_layers_that_the_user_has_frozen_do_not_compete(two, name):
+    reference = run_reference(SETTINGS, STEPS, frozen=FROZEN)
+    assert max(map(max, reference["active"])) == LAYERS - len(FROZEN) - 1
     check_parity([run[name] for run in two], reference)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from integration_tests.model import LAYERS
+from integration_tests.model import FROZEN, LAYERS
 from integration_tests.parity import check_parity
 from integration_tests.ranks import run_ranks
 from integration_tests.reference import run_reference
@@ -54,6 +54,12 @@ def test_parity_without_accumulation(sharded, reference):
     run = sharded[1]["one micro-batch"]
     assert run["active"] == reference["active"]
     assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) <= 5e-6
+
+
+def test_layers_that_the_user_has_frozen_do_not_compete(ranks, sharded):
+    reference = run_reference(SETTINGS, STEPS, frozen=FROZEN)
+    assert max(map(max, reference["active"])) == LAYERS - len(FROZEN) - 1
+    check_parity([rank["frozen layers"] for rank in ranks[1]], reference)
 
 
 @pytest.mark.integration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -38,9 +39,10 @@ def train_grass(
     accumulation: int = 2,
     dtype: torch.dtype = torch.float32,
     sync_every_micro_batch: bool = True,
+    frozen: Sequence[int] = (),
 ) -> dict:
     reduce_dtype = torch.float32 if dtype != torch.float32 else None
-    model = wrapped(small_llama(dtype), backend, world_size, reduce_dtype)
+    model = wrapped(small_llama(dtype, frozen), backend, world_size, reduce_dtype)
     optimizer = grass_dist.GrassOptimizer(
         model,
         torch.optim.AdamW,

@@ -67,8 +67,11 @@ def train_step(engine, step: int, rank: int, world_size: int, accumulation: int)
     return total
 
 
-def train_zero(rank, world_size, stage, settings, steps, accumulation=2, dtype=torch.float32, zero=None) -> dict:
-    engine = make_engine(ds_config(stage, settings, accumulation, dtype, zero), dtype)
+def train_zero(
+    rank, world_size, stage, settings, steps, accumulation=2, dtype=torch.float32, zero=None, frozen=()
+) -> dict:
+    config = ds_config(stage, settings, accumulation, dtype, zero)
+    engine = make_engine(config, dtype, small_llama(dtype, frozen))
     log = {"active": [], "importances": [], "losses": [], "norms": [], "frozen_moved": 0, "frozen_grads": 0}
     grass = engine.grass
     units = [[p for _, p in unit.params] for unit in grass.layers]

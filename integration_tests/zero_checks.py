@@ -10,7 +10,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from grass_dist.backends.zero.private import PARAMETER
-from integration_tests.model import LAYERS, small_llama
+from integration_tests.model import FROZEN, LAYERS, small_llama
 from integration_tests.training import train_grass
 from integration_tests.wire import Wire
 from integration_tests.zero import ds_config, full, make_engine, train_step, train_zero
@@ -59,6 +59,7 @@ def everything(rank: int, world_size: int, stage: int, folder: str) -> dict:
     for options in OPTIONS[stage]:
         told["runs"][str(options)] = train_zero(rank, world_size, stage, SETTINGS, STEPS, zero=options)
     told["one micro-batch"] = train_zero(rank, world_size, stage, SETTINGS, STEPS, accumulation=1)
+    told["frozen layers"] = train_zero(rank, world_size, stage, SETTINGS, STEPS, frozen=FROZEN)
     told["bf16"] = grass_and_chain(rank, world_size, stage, bf16)
     told["fp16"] = grass_and_chain(rank, world_size, stage, fp16, accumulation=1)
     told["wire"] = wire_bytes(rank, world_size, stage)

@@ -28,7 +28,7 @@ from grass_dist.backends.zero.groups import partition_numel
 from grass_dist.zero.initialize import initialize
 from integration_tests.model import ADAMW, LAYERS, small_llama
 from integration_tests.ranks import refused
-from integration_tests.zero import ds_config, full, make_engine, micro_batch, train_step
+from integration_tests.zero import ds_config, full, local, make_engine, micro_batch, train_step
 
 ALL = {"active_layers": LAYERS, "probe_steps": 0, "sampler": "uniform", "draw_ahead": 0}
 ONE = {"active_layers": 1, "probe_steps": 0, "sampler": "cyclic", "sampling_interval": 2, "draw_ahead": 0}
@@ -187,20 +187,39 @@ def exports(rank: int, world_size: int, stage: int, folder: str) -> dict[str, li
 
 
 def universal(rank: int, world_size: int, stage: int, folder: str) -> None:
-    """DeepSpeed's converter takes a checkpoint in which most layers have not trained yet, and finds all that train."""
-    engine = make_engine(ds_config(stage, ONE, 1, torch.bfloat16), torch.bfloat16)
+    """DeepSpeed's converter finds every parameter of the user's in a checkpoint in which most have not trained.
+
+    Some never train, as always_active has it; such a checkpoint is as good as any other to go on from.
+    """
+    config = ds_config(stage, {**ONE, "always_active": ["final_norm"]}, 1, torch.bfloat16)
+    engine = make_engine(config, torch.bfloat16)
     for step in range(3):
         train_step(engine, step, rank, world_size, 1)
+    kept = set(engine.optimizer.states.of)
     engine.save_checkpoint(folder, tag="early")
-    dist.barrier()
+    assert set(engine.optimizer.states.of) == kept
+    saved = weights_of(engine)
     if rank == 0:
         folders = ("--input_folder", f"{folder}/early", "--output_folder", f"{folder}/universal")
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         found = {path.name for path in Path(folder, "universal", "zero").iterdir() if (path / "exp_avg.pt").exists()}
-        assert found >= {name for unit in (*engine.grass.layers, *engine.grass.roles) for name, _ in unit.params}
+        assert found >= saved.keys()
+        merged = get_fp32_state_dict_from_zero_checkpoint(folder, "early")
+        assert all(torch.equal(merged[name].bfloat16().float(), value) for name, value in saved.items())
     dist.barrier()
+    train_step(engine, 3, rank, world_size, 1)
+    ends = weights_of(engine)
     engine.destroy()
+    again = make_engine(config, torch.bfloat16)
+    with torch.no_grad():
+        for param in again.module.parameters():
+            local(param).zero_()
+    again.load_checkpoint(folder, tag="early")
+    assert all(torch.equal(value, saved[name]) for name, value in weights_of(again).items())
+    train_step(again, 3, rank, world_size, 1)
+    assert all(torch.equal(value, ends[name]) for name, value in weights_of(again).items())
+    again.destroy()
 
 
 def offloaded(rank: int, world_size: int, stage: int) -> str:

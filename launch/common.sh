@@ -28,6 +28,9 @@ whole_number() { local name; for name; do matches "$name" '[0-9]{1,6}' 'write a 
 # Prints the names that are passed on and set, one a line.
 passed_names() {
   local name
+  if [[ ${HF_ENDPOINT-} == *@* ]]; then
+    refuse "HF_ENDPOINT has a user or a password in it, which would be read in the list of processes; leave them out."
+  fi
   for name in ${PASS:-}; do
     [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || refuse "PASS=$(printf '%q' "$PASS"): write names of variables."
     if [[ ${name^^} =~ TOKEN|KEY|SECRET|PASSW|CREDENTIAL ]]; then

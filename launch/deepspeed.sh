@@ -52,7 +52,8 @@ if [ -n "$HOSTFILE" ]; then
   if [ "$LAUNCHER" = no_ssh ]; then
     WHERE+=(--no_ssh --node_rank "$NODE_RANK")
   else
-    say_tokens
+    # The others pass the whole environment on by themselves, and not on a command line.
+    if [[ $LAUNCHER == pdsh || $LAUNCHER == openmpi ]]; then say_tokens; fi
     WHERE+=(--launcher "$LAUNCHER" --force_multi)
     # DeepSpeed passes on all variables that begin with one of these: only those of the list stay.
     for name in $(compgen -e | grep -E '^(NCCL|MLFLOW|PYTHON|MV2|UCX)' || true); do

@@ -201,7 +201,9 @@ def finetune(
             reporter.say(left)
             record_for_launcher(left)
             return asked
-    if untrained := too_short_for(run.grass.never_trained, len(run.grass.layers), config.grass.sampler):
+    if untrained := too_short_for(
+        [run.grass.numbers[i] for i in run.grass.never_trained], len(run.grass.layers), config.grass.sampler
+    ):
         reporter.say(untrained)
     if log:
         log.write("end", config.train.max_steps, seconds=time.perf_counter() - began)

@@ -88,6 +88,7 @@ def in_deepspeeds_files(folder: Path) -> None:
 RUNS: dict[str, Callable[[Path], None]] = {
     "known": poison,
     "strange": lambda folder: poison(folder, model_type="trap"),
+    "backbone": lambda folder: poison(folder, model_type="dpt", backbone=HUB, use_timm_backbone=False),
     "sampler": other_sampler,
     "deepspeed": in_deepspeeds_files,
 }
@@ -146,7 +147,7 @@ def commands(at: Path) -> dict[str, list[list[str]]]:
         "inspect": [["inspect", str(run)] for run in of] + [["inspect", "--json", "--fast", str(run)] for run in of],
         "export": [["export", str(run), str(at / "out" / run.name)] for run in of],
         "convert": [["convert", str(run), str(at / "dcp" / run.name)] for run in of]
-        + [["convert", str(run), str(at / "ds" / run.name), *zero] for run in of[:3]],
+        + [["convert", str(run), str(at / "ds" / run.name), *zero] for run in of[:4]],
         "plan": [[*PLAN, "--model", model] for model in models]
         + [[*PLAN, "--model", f"{models[0]}/config.json"], [*PLAN, "--model", str(at / "pipe")]]
         + [[*PLAN, "--params", "7B", "--from", str(at / name)] for name in ("doctor.json", "pipe")],
@@ -214,6 +215,8 @@ SENTENCES = {
     ("export", "deepspeed"): "and is not read, since that could execute anything",
     ("export", "known"): "has code that came with the checkpoint (model/trap.py): it was copied and not run",
     ("plan", "strange"): "has no model_type 'trap', and the code that comes with the model is not run",
+    ("plan", "backbone"): "it takes a part of the model from elsewhere, backbone = ",
+    ("convert", "backbone", "zero2.json"): "it takes a part of the model from elsewhere, backbone = ",
     ("plan", "known"): "comes with code of its own, which is not run",
     ("plan", "pipe"): "it is not a file",
     ("plan", "doctor.json"): "--from.ranks[0].device_bytes",

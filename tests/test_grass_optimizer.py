@@ -539,8 +539,12 @@ def test_what_cannot_work_is_one_sentence():
     with pytest.raises(ConfigError, match=r"params=\[\]: there is no parameter to train"):
         grass(tiny(), params=[])
     model = tiny()
-    with pytest.raises(UnsupportedModel, match=r"7 of 8 layers have no parameter to train \(layers.0"):
+    with pytest.raises(
+        ConfigError, match="active_layers=2: 1 of the model's 8 layers compete, and the others are frozen"
+    ):
         grass(model, params=list(model.layers[7].parameters()))
+    with pytest.raises(UnsupportedModel, match="None of the 8 layers of layers has a parameter to train"):
+        grass(tiny().requires_grad_(False), params=[torch.nn.Parameter(torch.zeros(1))])
     with pytest.raises(GrassError, match="cannot take another parameter group"):
         grass(model).add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
     with pytest.raises(UnsupportedModel, match="has a GrassOptimizer already"):

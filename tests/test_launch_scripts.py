@@ -159,6 +159,7 @@ def test_the_file_of_variables_is_its_owners_alone_and_goes(tmp_path: Path) -> N
         ({"NCCL_DEBUG": " INFO"}, "error: NCCL_DEBUG has a line break or spaces at an end"),
         ({"PASS": "HF_TOKEN", "HF_TOKEN": "x"}, "error: PASS names HF_TOKEN, which would be read"),
         ({"PASS": "my_api_key"}, "error: PASS names my_api_key"),
+        ({"HF_ENDPOINT": "https://me:secret@mirror"}, "error: HF_ENDPOINT has a user or a password in it"),
         ({"PASS": "a$(touch x)"}, "error: PASS="),
         ({"LAUNCHER": "mpich", "NCCL_DEBUG": "a b"}, r"error: NCCL_DEBUG=a\ b: mpich would get it with quotes"),
     ],
@@ -186,6 +187,16 @@ def test_mpirun_gets_names_and_no_values(tmp_path: Path, script: str) -> None:
     line = " ".join(call["argv"])
     assert "-x HF_HOME" in line and "-x MINE" in line and "/odd place" not in line and "value" not in line
     assert not any(name in line for name in SECRETS) and "HF_TOKEN is not passed" in ended.stderr
+
+
+def test_slurm_passes_the_environment_on_by_itself(tmp_path: Path) -> None:
+    at = programs(tmp_path, "deepspeed")
+    (tmp_path / "hosts").write_text("node1 slots=2\n")
+    where = {"HOSTFILE": str(tmp_path / "hosts"), "DEEPSPEED": str(at / "deepspeed"), "LAUNCHER": "slurm"}
+    ended = run("deepspeed.sh", **where, HF_TOKEN="secret")
+    assert ended.returncode == 0 and "HF_TOKEN" not in ended.stderr
+    [call] = calls(tmp_path, "deepspeed")
+    assert "secret" not in json.dumps(call["argv"]) and call["environ"]["HF_TOKEN"] == "secret"
 
 
 def test_no_name_of_a_secret_is_listed() -> None:

@@ -20,7 +20,7 @@ from grass_dist.checkpoint.loading import Checkpoint, EngineState, open_checkpoi
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import Entries, decode
 from grass_dist.checkpoint.saving import together
-from grass_dist.config import ROLES, GrassConfig, check_num_layers
+from grass_dist.config import ROLES, GrassConfig, among_competing, check_competing, check_num_layers
 from grass_dist.errors import CheckpointError, ConfigError
 from grass_dist.regular_files import open_regular
 from grass_dist.samplers import make_sampler, probe_steps
@@ -90,6 +90,7 @@ def describe(checkpoint: Checkpoint, run: Path) -> dict[str, Any]:
     """
     engine, notes = checkpoint.state.engine, []
     _check(checkpoint)
+    numbers = _numbers(engine)
     config, draws = _config_of(checkpoint, notes), _draws_until(engine, run)
     units = {fqn(name): _unit(checkpoint, name, entries) for name, entries in checkpoint.state.units.items()}
     phase, round = _position(engine, config, draws, bool(units))
@@ -104,8 +105,9 @@ def describe(checkpoint: Checkpoint, run: Path) -> dict[str, Any]:
         "round": round,
         "skipped": engine.skipped,
         "dropped": engine.tracker.dropped,
-        "active_layers": engine.active_layers,
-        "next": engine.next and {"layers": engine.next.active_layers, "from_step": engine.next.step},
+        "active_layers": [numbers[i] for i in engine.active_layers],
+        "next": engine.next
+        and {"layers": [numbers[i] for i in engine.next.active_layers], "from_step": engine.next.step},
         "times_trained_by": (METRICS if draws else files.STATE) if counted else None,
         "layers": layers,
         "roles": [unit for name, unit in units.items() if name in ROLES],
@@ -122,6 +124,14 @@ def _check(checkpoint: Checkpoint) -> None:
     for layers in (engine.active_layers, *([engine.next.active_layers] if engine.next else [])):
         if len(set(layers)) != len(layers) or any(not 0 <= i < len(importances) for i in layers):
             raise _damaged(checkpoint, "it trains layers that the model does not have")
+    numbers = _numbers(engine)
+    if len(numbers) != len(importances) or any(b <= a for a, b in pairwise([-1, *numbers])):
+        raise _damaged(checkpoint, "the numbers of its layers are not in order, or not as many as the importances")
+
+
+def _numbers(engine: EngineState) -> Sequence[int]:
+    """Of the layers, in the model's stack."""
+    return engine.numbers or range(len(engine.tracker.importances))
 
 
 def _damaged(checkpoint: Checkpoint, problem: str) -> CheckpointError:
@@ -140,7 +150,12 @@ def _config_of(checkpoint: Checkpoint, notes: list[str]) -> GrassConfig | None:
     layers = len(checkpoint.state.engine.tracker.importances)
     try:
         config = GrassConfig(**found)
-        check_num_layers(config, layers)
+        numbers = _numbers(checkpoint.state.engine)
+        if list(numbers) == list(range(layers)):
+            check_num_layers(config, layers)
+        else:
+            check_competing(config, numbers, max(numbers) + 1)
+            config = among_competing(config, numbers)
         make_sampler(config, layers)
     except (ConfigError, TypeError) as error:  # of another release, or with a sampler that is registered elsewhere
         notes.append(f"The run's configuration does not work here, so that probabilities are left out: {error}")
@@ -212,7 +227,10 @@ def _layers(
     unknown = {"name": None, "times_trained": None, "state_bytes": None}
     rows = []
     for i, (importance, p) in enumerate(zip(importances, probabilities, strict=True)):
-        row = {"layer": i, **({**units.get(names[i], unborn), "name": names[i]} if names else unknown)}
+        row = {
+            "layer": _numbers(engine)[i],
+            **({**units.get(names[i], unborn), "name": names[i]} if names else unknown),
+        }
         row |= {"importance": importance, "probability": p, "now": i in engine.active_layers}
         rows.append({**row, "next": i in engine.next.active_layers if engine.next else None})
     for row, times in zip(rows, _times(draws, engine.step, len(rows)), strict=True) if draws else ():
@@ -221,7 +239,7 @@ def _layers(
 
 
 def layer_names(checkpoint: Checkpoint, units: Sequence[str]) -> list[str] | None:
-    """FQNs of the layers: the largest list of as many numbered blocks, to which all of ``units`` belong."""
+    """FQNs of the layers that compete: in the largest list of numbered blocks which has them and all of ``units``."""
     stacks: dict[str, dict[str, int]] = {}
     for key, entry in checkpoint.manifest.weights.items():
         parts = key.split(".", 12)
@@ -231,8 +249,20 @@ def layer_names(checkpoint: Checkpoint, units: Sequence[str]) -> list[str] | Non
                 name = ".".join(parts[: at + 1])
                 sizes[name] = sizes.get(name, 0) + numel_of(checkpoint.folder, key, entry)
     layers = len(checkpoint.state.engine.tracker.importances)
-    fitting = [sizes for sizes in stacks.values() if len(sizes) == layers and set(units) <= set(sizes)]
-    return list(max(fitting, key=lambda sizes: sum(sizes.values()))) if fitting else None
+    numbers = checkpoint.state.engine.numbers
+    fitting = [
+        sizes
+        for sizes in stacks.values()
+        if set(units) <= set(sizes) and (len(sizes) == layers if not numbers else _has(len(sizes), numbers))
+    ]
+    if not fitting:
+        return None
+    names = list(max(fitting, key=lambda sizes: sum(sizes.values())))
+    return names if not numbers else [names[number] for number in numbers]
+
+
+def _has(blocks: int, numbers: Sequence[int]) -> bool:
+    return all(0 <= number < blocks for number in numbers)
 
 
 def _draws_until(engine: EngineState, run: Path) -> list[Draw]:

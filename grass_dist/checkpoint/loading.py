@@ -19,7 +19,7 @@ from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
 from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
 from grass_dist.checkpoint.saving import together
-from grass_dist.errors import CheckpointError
+from grass_dist.errors import CheckpointError, shorten
 from grass_dist.optimizer import HOW
 
 DEEPSPEED_LAYOUT = "deepspeed"
@@ -55,6 +55,8 @@ class MeasuredState(Stored):
 class EngineState(Stored):
     step: int = Field(ge=0, lt=2**53)
     active_layers: Layers
+    numbers: Layers = []
+    """Of the layers that compete, in the model's stack; an older release has not saved them."""
     next: NextState | None
     tracker: TrackerState
     measured: MeasuredState
@@ -232,6 +234,9 @@ def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: in
     chosen = [engine.active_layers, *engine.measured.layers, *([engine.next.active_layers] if engine.next else [])]
     if len(importances) != layers:
         raise CheckpointError(f"{where} is of a model with {len(importances)} layers, and this one has {layers}.")
+    if engine.numbers and engine.numbers != mine["numbers"]:
+        theirs, ours = (shorten(", ".join(map(str, numbers)), 120) for numbers in (engine.numbers, mine["numbers"]))
+        raise CheckpointError(f"{where}: layers {theirs} compete in it, and in this run {ours}; freeze the same ones.")
     if any(m is not None and not 0 <= m < inf for m in importances):
         raise _damaged(where, "an importance is no number from 0 on")
     if any(not 0 <= i < layers or len(set(of)) != len(of) or not of for of in chosen for i in (of or [-1])):

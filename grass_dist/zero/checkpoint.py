@@ -17,7 +17,7 @@ from grass_dist.backends.base import world
 from grass_dist.backends.zero.groups import groups_of
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS
-from grass_dist.backends.zero.whole import complete, resume, trainable, whole
+from grass_dist.backends.zero.whole import complete, resume, trainable, whole, with_still
 from grass_dist.errors import GrassError
 
 
@@ -56,10 +56,11 @@ def _saving(engine: Any, stock: Any) -> Any:
                 "call it after an engine.step() that ends an accumulation, since gradients are not saved."
             )
         zero: NarrowZero = engine.optimizer
-        complete(zero)
-        _finish_copies()
-        with whole(zero):
-            return stock(*args, **kwargs)
+        with with_still(zero):
+            complete(zero)
+            _finish_copies()
+            with whole(zero):
+                return stock(*args, **kwargs)
 
     return save_checkpoint
 

@@ -13,14 +13,21 @@ import torch
 from torch import nn
 
 from grass_dist.agreement import agree_at_start, say
-from grass_dist.assembly import check_one_device, choose_units, fingerprint, refuse_second, remember
+from grass_dist.assembly import (
+    check_one_device,
+    choose_units,
+    fingerprint,
+    frozen_layers,
+    refuse_second,
+    remember,
+)
 from grass_dist.backends.base import world
 from grass_dist.backends.zero.backend import ZeroBackend
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
 from grass_dist.backends.zero.private import check_classes, deepspeed_version
 from grass_dist.backends.zero.reads import Reads
 from grass_dist.config import check_num_layers
-from grass_dist.discovery import find_layers
+from grass_dist.discovery import Unit, find_layers
 from grass_dist.engine import GrassEngine
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
@@ -122,14 +129,16 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
     wire = torch.empty(0, dtype=arguments["communication_data_type"]).element_size()
     backend = ZeroBackend(zero, arguments["dp_process_group"], arguments["gradient_accumulation_steps"], stage, wire)
     problem: Exception | None = None
-    found, layers, roles = None, (), ()
+    found, layers, roles, still = None, (), (), ()
     try:
         refuse_second(model)
         check_optimizer(zero.user_optimizer, setup)
         found = find_layers(model, config.layers)
         check_num_layers(config, len(found.layers))
         make_sampler(config, len(found.layers))
+        given = {p for group in groups for p in group["params"] if p.requires_grad}
         layers, roles = choose_units(model, found, config, groups)
+        still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
         check_one_device([*layers, *roles], backend)
     except ConfigError as error:
         problem = error if error.field == "optimizer" else error.under("grass")
@@ -137,8 +146,12 @@ def _connect(model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], 
         problem = error
     zero.every = backend.groups_of([*layers, *roles]) if problem is None else []
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
-    agree_at_start(backend, problem, fingerprint(config, found, groups, type(zero.user_optimizer), kwargs))
-    zero.states = place_states(zero, backend, config, layers, roles)
+    agree_at_start(backend, problem, fingerprint(config, found, layers, groups, type(zero.user_optimizer), kwargs))
+    if found is not None and (told := frozen_layers(found, layers)):
+        say(backend, told)
+    # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
+    never = backend.groups_of([Unit("never trained", None, still)]) if still and stage == 3 else []
+    zero.states = place_states(zero, backend, config, layers, roles, never)
     zero.reads = Reads(zero, arguments["dp_process_group"])
     watch = GradientWatch(model, layers)
     zero.grass = GrassEngine(config, layers, roles, backend, zero.states, watch, observers)

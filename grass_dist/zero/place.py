@@ -24,9 +24,17 @@ from grass_dist.optimizer import ELEMENTWISE, hyperparameters, step_over
 
 
 def place_states(
-    zero: NarrowZero, backend: ZeroBackend, config: GrassConfig, layers: Sequence[Unit], roles: Sequence[Unit]
+    zero: NarrowZero,
+    backend: ZeroBackend,
+    config: GrassConfig,
+    layers: Sequence[Unit],
+    roles: Sequence[Unit],
+    still: Sequence[Group],
 ) -> ZeroStates:
     """Chooses the mode and takes the memory for it; on all ranks alike.
+
+    Args:
+        still: what never trains, and has a state in a checkpoint only.
 
     Raises:
         ConfigError, GrassError: the states cannot be where the configuration wants them.
@@ -37,17 +45,21 @@ def place_states(
     kept: dict[int, Kept] = {}
     counts: dict[int, Counts] = {}
     try:
-        for group in zero.every:
+        for group in (*zero.every, *still):
             if group.user_group not in kept:
                 told = _kept(zero.user_optimizer, group, backend.world_size, device)
                 kept[group.user_group], counts[group.user_group] = told
     except GrassError as error:
         fallback, kept, counts = str(error), {}, {}
-    made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
-    for group in zero.every:
+
+    def state_of(group: Group) -> GroupState:
         in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
         own, of = kept.get(group.user_group, []), counts.get(group.user_group, {})
-        made[group.unit.name].append(GroupState(group, own, of, backend.world_size, has_master=not in_place))
+        return GroupState(group, own, of, backend.world_size, has_master=not in_place)
+
+    made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
+    for group in zero.every:
+        made[group.unit.name].append(state_of(group))
     states = [UnitState(unit.name, made[unit.name], dtype) for unit in layers]
     staying = [UnitState(unit.name, made[unit.name], None) for unit in roles]
     sizes = [(state.layout.device_bytes, state.layout.host_bytes) for state in states]
@@ -61,7 +73,7 @@ def place_states(
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
         agree_at_start(backend, problem, {})
-    return ZeroStates(states, staying, moving, device)
+    return ZeroStates(states, staying, moving, device, [state_of(group) for group in still])
 
 
 def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> tuple[Kept, Counts]:

@@ -164,6 +164,7 @@ class ZeroStates:
         layers, roles: states of all groups.
         moving: moves those of the layers; None leaves them on the device, where they were born.
         device: that trains.
+        still: of groups that never train, for `whole.with_still`.
     """
 
     def __init__(
@@ -172,8 +173,10 @@ class ZeroStates:
         roles: Sequence[UnitState],
         moving: MovingStates | None,
         device: torch.device,
+        still: Sequence[GroupState] = (),
     ) -> None:
         self._units = [*layers, *roles]
+        self.still = list(still)
         self._layers, self._moving, self._device = list(layers), moving, device
         self.streams = moving is not None and not moving.stays
         self.of = {group.group.key: group for unit in self._units for group in unit.groups}

@@ -26,10 +26,14 @@ been updated: the others have zeros for moments, for DeepSpeed's tools."""
 
 @contextmanager
 def whole(zero: NarrowZero) -> Iterator[None]:
-    """For DeepSpeed's checkpoint code: every group is trainable and in its place, and the state is of all of them."""
+    """For DeepSpeed's checkpoint code: every group is in its place, and trainable if it ever trains.
+
+    The state is of all groups.
+    """
     narrow = {name: getattr(zero, name) for name in zero.names.shapes}
     every = {name: [zero.saved_order(group) for group in zero.every] for name in zero.names.shapes}
-    with trainable([p for group in zero.every for p in group.params]):
+    still = {own.group.key for own in zero.states.still}
+    with trainable([p for group in zero.every if group.key not in still for p in group.params]):
         zero.__dict__.update(every)
         zero.hidden = narrow
         try:
@@ -48,6 +52,25 @@ def narrow_again(zero: NarrowZero) -> Iterator[None]:
         yield
     finally:
         zero.__dict__.update(shown)
+
+
+@contextmanager
+def with_still(zero: NarrowZero) -> Iterator[None]:
+    """While it lasts, what the user's optimizer has and never trains is groups like the others.
+
+    Under ZeRO-3 DeepSpeed's tools find in a checkpoint what is in groups, and a full fine-tune that goes on from it
+    asks for all that the optimizer has. Loading needs nothing of them: DeepSpeed saves frozen weights besides.
+    """
+    every, still = zero.every, zero.states.still
+    zero.every = [*every, *(own.group for own in still)]
+    zero.states.of.update({own.group.key: own for own in still})
+    try:
+        yield
+    finally:
+        zero.every = every
+        for own in still:
+            del zero.states.of[own.group.key]
+            own.forget()
 
 
 def complete(zero: NarrowZero) -> None:
@@ -91,7 +114,9 @@ def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
             for i, g in enumerate(zero.every)
         ],
     }
-    keys, sizes = [group.key for group in zero.every], [own.numel for own in order]
+    still = {own.group.key for own in zero.states.still}
+    order = [own for own in order if own.group.key not in still]
+    keys, sizes = [own.group.key for own in order], [own.numel for own in order]
     ours = {
         **{GROUPS_KEY: keys, SIZES_KEY: sizes, GRASS_KEY: zero.grass.state_dict()},
         CHANGED_KEY: [own.changed for own in order],
@@ -144,10 +169,11 @@ def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
             f"where {odd[1]} is expected; load it with the model, parameter groups and grass.always_active of that run."
         )
     zero.loss_scaler, zero.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
+    groups = len(saved[zero.names.masters_key])  # with those of `with_still`, at the end
     lists = {
         k: v
         for k, v in saved.items()
-        if isinstance(v, list) and len(v) == len(keys) and k not in (GROUPS_KEY, SIZES_KEY, CHANGED_KEY, UPDATED_KEY)
+        if isinstance(v, list) and len(v) == groups and k not in (GROUPS_KEY, SIZES_KEY, CHANGED_KEY, UPDATED_KEY)
     }
     masters = lists.pop(zero.names.masters_key)
     states = saved[zero.names.optimizer_key]["state"]

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -127,7 +128,8 @@ def test_a_signal_in_an_evaluation_is_obeyed_there(config, folder):
     more = [f"data.name={data}", "data.eval_examples=1500", "train.eval_every=5", "overwrite=true"]
 
     def watch(rank, line, pids):
-        if line.startswith("step 5/10"):  # the signals of step 5 have been summed
+        if line.startswith("step 5/10"):  # the signals of step 5 have been summed; now some forwards
+            time.sleep(0.3)
             os.kill(pids[1], signal.SIGTERM)
 
     ended = run_program([["--config", str(config), "name=evaluation", *more]] * 2, watch=watch)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from grass_dist.training.batches import IGNORED, Example, collate
@@ -119,6 +120,8 @@ def evaluate(
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     model.train(training)
     if ended:
+        if isinstance(model, FSDPModule):  # a forward leaves the root's weights whole, and they are saved now
+            model.reshard()
         return None
     loss, tokens = world.sum(loss, tokens)
     return loss / max(tokens, 1)

@@ -41,7 +41,7 @@ from grass_dist.checkpoint.pieces import Piece
 from grass_dist.offload.moving import IntervalStates
 from grass_dist.offload.transfer import TransferEngine
 from grass_dist.optimizer import UnitOptimizer
-from grass_dist.training import metrics, run_torch, steps, world
+from grass_dist.training import run_torch, steps, world, writers
 from grass_dist.training.loop import Loop
 from grass_dist.training.run_folder import MODEL, RunFolder
 from integration_tests.program import ROOT
@@ -175,14 +175,14 @@ def _around_the_steps(fate: Fate) -> None:
     fate.before("the start: before the first step", Loop, "train")
     fate.before("between steps", Loop, "_evaluate")
     fate.after("evaluation", steps, "summed_loss")
-    write = metrics.MetricsLog.write
+    write = writers.JsonLines.write
 
-    def half_a_line(self: Any, event: str, step: int, **values: Any) -> None:
+    def half_a_line(self: Any, event: str, step: int, values: Mapping[str, Any]) -> None:
         if event == "step" and fate.now("metrics line half written"):
-            fate.die_in(self._file.buffer, json.dumps({"event": event, "step": step, **values}).encode())
-        write(self, event, step, **values)
+            fate.die_in(self._file, json.dumps({"event": event, "step": step, **values}).encode())
+        write(self, event, step, values)
 
-    metrics.MetricsLog.write = half_a_line
+    writers.JsonLines.write = half_a_line
 
 
 def _at_the_end(fate: Fate) -> None:

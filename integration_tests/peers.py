@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -41,6 +42,10 @@ class Scene:
     """They reduce where nothing has a timeout."""
     held: bool = False
     """All wait before the reduction until the folder holds a file `GO`."""
+    wakes_after: float = 0
+    """Seconds after which a victim that is stopped goes on."""
+    next_victim: int = -1
+    """Rank that is killed in a third step."""
 
 
 @dataclass(frozen=True)
@@ -163,15 +168,20 @@ def _rank(rank: int, address: str, port: int, scene: Scene, folder: Path) -> Non
 
 def steps(world: World, scene: Scene, folder: Path) -> None:
     gradient = torch.ones(100_000)
-    for step in (1, 2):
+    for step in (1, 2) if scene.next_victim < 0 else (1, 2, 3):
         with world.during(f"step {step}"):
             with world.during(f"reading the data of step {step}"):
                 if step == 2:
                     (folder / f"{world.rank}.time").write_text(str(time.monotonic()))
                     if world.rank == scene.victim:
+                        if scene.wakes_after:
+                            wake = f"sleep {scene.wakes_after}; kill -CONT {os.getpid()}"
+                            subprocess.Popen(["sh", "-c", wake])
                         _fall(scene.blow)
                     while scene.held and not (folder / GO).exists():
                         time.sleep(0.02)
+                if step == 3 and world.rank == scene.next_victim:
+                    _fall(signal.SIGKILL)
             with world.during(f"the gradient reduction of step {step}"):
                 dist.all_reduce(gradient, group=world.patient if scene.patient else None)
     assert (gradient == scene.size**2).all()

@@ -73,7 +73,9 @@ def test_a_rank_that_is_stopped_is_named_where_nothing_has_a_timeout(tmp_path, v
     keeps = "" if victim else ", which keeps the store of all ranks,"
     said = rf"rank {victim} \(on host {HOST}\){keeps} does not answer\. {ADVICE}"
     for rank in {0, 1, 2} - {victim}:
-        check_said(ended[rank], rf"{REDUCTION} waited 5 s in vain: {said}", within=30)
+        check_said(ended[rank], rf"{REDUCTION} waited (\d+) s in vain: {said}", within=30)
+        told = re.search(r"waited (\d+) s", ended[rank].said[0])
+        assert told is not None and 5 <= int(told[1]) <= ended[rank].seconds + 1  # the true time
 
 
 @pytest.mark.long
@@ -90,6 +92,16 @@ def test_a_rank_that_is_stuck_elsewhere_is_named_with_what_it_does(tmp_path):
     said = rf"rank 1 \(on host {HOST}\) was still at reading the data of step 2\. {ADVICE}"
     for rank in (0, 2):
         check_said(ended[rank], rf"{REDUCTION} did not end within 5 s: {said}", within=20)
+
+
+@pytest.mark.integration
+def test_a_rank_that_was_stopped_and_came_back_is_no_alarm_and_the_next_that_is_lost_is_named(tmp_path):
+    stopped = {"victim": 1, "blow": signal.SIGSTOP, "wakes_after": 8, "patient": True, "answers_within": 10}
+    ended = play(Scene(3, next_victim=2, **stopped), tmp_path, within=90)
+    assert ended[2].code == -signal.SIGKILL
+    for rank in (0, 1):
+        third = REDUCTION.replace("step 2", "step 3")
+        check_said(ended[rank], rf"{third} failed: rank 2 \(on host {HOST}\) does not answer\. {ADVICE}", within=60)
 
 
 def test_torchrun_restarts_the_ranks_after_one_is_killed(tmp_path):
@@ -191,6 +203,30 @@ def test_the_rank_whose_error_came_first_is_named_if_all_answer():
     assert first.startswith("The forward of step 3 failed: all ranks are there, and the error was: [/pytorch/")
     second = sentence(1, ranks[1], ERRORS["reset"])
     assert second == "A collective failed: rank 0 (on host a) failed before, in the forward of step 3. Look at its log."
+
+
+def test_a_roll_that_all_answer_is_no_end_of_the_watch():
+    store = dist.HashStore()
+    ranks = [Peers(rank, ["a", "b", "c"], store, answers_within=3) for rank in range(3)]
+    for caller in (1, 0):
+        ranks[caller].ask()
+        assert ranks[caller].all_here(within=30)
+    ranks[2].stop()
+    said = "A collective failed: rank 2 (on host c) does not answer. Look at its log."
+    assert sentence(0, ranks[0], ERRORS["network"]) == said
+    assert sentence(1, ranks[1], ERRORS["reset"]) == said
+
+
+def test_a_rank_that_the_others_gave_up_says_so_when_it_comes_back():
+    store = dist.HashStore()
+    early = Peers(0, ["a", "b"], store, answers_within=0.2)
+    assert sentence(0, early, ERRORS["network"]) == (
+        "A collective failed: rank 1 (on host b) does not answer. Look at its log."
+    )
+    late = Peers(1, ["a", "b"], store, answers_within=0.2)
+    assert sentence(1, late, ERRORS["reset"]) == (
+        "A collective failed: rank 0 (on host a) called the roll, and this rank answered too late. Look at its log."
+    )
 
 
 def test_an_error_that_is_none_of_a_collective_is_left_alone():

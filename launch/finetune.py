@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,10 +51,11 @@ from grass_dist.training.data_config import check_packing, fill
 from grass_dist.training.export import write_model_files
 from grass_dist.training.first_ids import LONG
 from grass_dist.training.fit import check_fit, vocabulary_of
+from grass_dist.training.guard import Guard, steady_streams
 from grass_dist.training.identity import data_identity, model_identity, versions
 from grass_dist.training.loop import Loop
 from grass_dist.training.metrics import Later, MetricsLog, describe_run
-from grass_dist.training.output import Output
+from grass_dist.training.output import Output, record_for_launcher
 from grass_dist.training.parallel import Parallelism, choose_parallelism
 from grass_dist.training.peers import lost_peer
 from grass_dist.training.progress import Reporter
@@ -76,26 +78,36 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that replace the file's")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it, and LOCAL_RANK too
     args = parser.parse_intermixed_args()
+    steady_streams()
+    with LeaveSignals() as signals:
+        return join(args, signals)
+
+
+def join(args: argparse.Namespace, signals: LeaveSignals) -> int:
+    """Joins the other ranks for one fine-tune; the exit code. However it ends, it says why and waits for nobody."""
     config, problem = read_config(args.config, args.overrides)
     try:
         world = World.join(datetime.timedelta(seconds=config.train.timeout_seconds if config else 60))
     except GrassError as error:
+        record_for_launcher(str(error))
         if not error.on_every_rank or os.environ.get("RANK") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    output = Output(world)
+    guard = Guard()
+    output = Output(world, guard)
 
     def give_up(lost: GrassError) -> None:
         output.lost(lost)
         world.abandon(1)  # the others may be inside a collective, which a teardown would wait for
 
     world.peers.guard(give_up, RESUME)
+    signals.meet(world.peers)
     code = 1
     try:
         config = world.together(lambda: config or _raise(problem))
         same = {"--resume": args.resume, **versions(deepspeed=config.parallel.backend == "deepspeed")}
         world.together(lambda: None, **flat_settings(config), **same)
-        asked = finetune(config, world, output, args.resume)
+        asked = finetune(config, world, output, args.resume, signals, guard)
         code = exit_code(asked) if asked else 0
         with world.during("the end of the run"):
             world.leave()
@@ -105,10 +117,11 @@ def main() -> int:
             world.abandon(code)
         output.shared_error(error)
         world.close()
-    except Exception as error:
+    except BaseException as error:
         if (lost := lost_peer(world, error, RESUME)) is None:
             output.own_error(error)
-            raise
+            traceback.print_exc()
+            world.abandon(1)
         give_up(lost)
     return code
 
@@ -121,7 +134,9 @@ def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, Con
         return None, problem
 
 
-def finetune(config: RunConfig, world: World, output: Output, resume: str | None) -> int | None:
+def finetune(
+    config: RunConfig, world: World, output: Output, resume: str | None, signals: LeaveSignals, guard: Guard
+) -> int | None:
     """One fine-tune, from its configuration to its report; the signal by which it left before that, if it did."""
     torch.manual_seed(config.train.seed)
     transformers.logging.disable_progress_bar()
@@ -149,7 +164,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
             answer = world.together(partial(_answer_before, config, parallel, model, data, tokenizer, world))
 
         torch.manual_seed(config.train.seed + 1 + world.rank)  # dropout differs on the ranks
-        reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main)
+        reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main, guard=guard)
         for sentence in [*data.told(), *([padding.told] if padding.told else [])]:
             reporter.say(sentence)
         run = parallel.start(model, layers, [later := Later()])
@@ -161,7 +176,7 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
         world.together(lambda: output.to_file(folder.path))
         keep = record if folder.goes_on(checkpoint) else 0
         log = world.together(
-            lambda: MetricsLog(folder.path, about, keep=keep, step=start.step) if world.is_main else None
+            lambda: MetricsLog(folder.path, about, keep=keep, step=start.step, guard=guard) if world.is_main else None
         )
         if checkpoint:
             checkpoint.close()
@@ -182,12 +197,13 @@ def finetune(config: RunConfig, world: World, output: Output, resume: str | None
 
         add_model = partial(write_model_files, settings, tokenizer)
         checkpoints = Checkpoints(config, world, run, folder.path, add_model, tell, start.step)
-        with LeaveSignals() as signals:
-            loop = Loop(config, world, run, data, padding.id, reporter, log, checkpoints, signals, state)
-            return _train(loop, start, tokenizer, answer, folder.path)
+        loop = Loop(config, world, run, data, padding.id, reporter, log, checkpoints, signals, state)
+        return _train(loop, start, tokenizer, answer, folder.path, guard)
 
 
-def _train(loop: Loop, start: Position, tokenizer: Any, answer: dict[str, Any] | None, folder: Path) -> int | None:
+def _train(
+    loop: Loop, start: Position, tokenizer: Any, answer: dict[str, Any] | None, folder: Path, guard: Guard
+) -> int | None:
     """All steps after ``start``, then the model, then the report; the signal by which it left before that."""
     config, world, run, reporter, log = loop.config, loop.world, loop.run, loop.reporter, loop.log
     began = time.perf_counter()
@@ -196,7 +212,9 @@ def _train(loop: Loop, start: Position, tokenizer: Any, answer: dict[str, Any] |
         for sentence in loop.data.train.told() if isinstance(loop.data.train, Stream) else ():
             reporter.say(sentence)
         if asked is not None:
-            reporter.say(f"leaving because of {signal.Signals(asked).name}; --resume auto goes on")
+            left = f"leaving because of {signal.Signals(asked).name}; --resume auto goes on"
+            reporter.say(left)
+            record_for_launcher(left)
             return asked
     seconds = time.perf_counter() - began
     if untrained := too_short_for(
@@ -213,9 +231,12 @@ def _train(loop: Loop, start: Position, tokenizer: Any, answer: dict[str, Any] |
     if asked is not None:
         left = f"leaving because of {signal.Signals(asked).name}: the run has ended"
         reporter.say(f"{left}, and grass-dist report {folder} makes its report")
+        record_for_launcher(left)
         return asked
     run.close()  # its memory is free for the model that answers
-    world.together(lambda: _conclude(config, world, tokenizer, answer, reporter, log) if log else None)
+    if log:
+        with guard.around("the answer of the model and the report", f"grass-dist report {folder} makes the report"):
+            _conclude(config, world, tokenizer, answer, reporter, log)
     return None
 
 

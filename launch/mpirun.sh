@@ -34,7 +34,24 @@ if [ -n "$HOSTS" ]; then
   WHERE=(--host "$HOSTS")
   nodes=$(tr ',' '\n' <<< "$HOSTS" | grep -c .)
 fi
+# Open MPI kills its ranks half a second after a Ctrl-C, SIGTERM or SIGHUP, but it hands SIGUSR1 on: the first of them
+# becomes that, and the ranks save; one that comes two seconds later or more ends them. So that a terminal's signals
+# come here alone, mpirun gets a session of its own.
+asked=
+pass_on() {
+  woken=1
+  if [ -z "$asked" ]; then
+    asked=$SECONDS
+    kill -USR1 "$started"
+  elif (( SECONDS - asked >= 2 )); then
+    kill -TERM "$started"
+  fi
+}
 # ppr: so many on each host, rank by rank; MPI itself carries only the address where the ranks meet.
 # shellcheck disable=SC2086
-exec "$MPIRUN" -n $(( nodes * RANKS )) "${WHERE[@]}" --map-by "ppr:$RANKS:node:OVERSUBSCRIBE" --bind-to none $MPI_ARGS \
-  "${EXPORTS[@]}" "$PYTHON" launch/finetune.py --config "$CONFIG" ${RESUME:+--resume "$RESUME"} "$@"
+setsid "$MPIRUN" -n $(( nodes * RANKS )) "${WHERE[@]}" --map-by "ppr:$RANKS:node:OVERSUBSCRIBE" --bind-to none $MPI_ARGS \
+  "${EXPORTS[@]}" "$PYTHON" launch/finetune.py --config "$CONFIG" ${RESUME:+--resume "$RESUME"} "$@" < /dev/null &
+started=$!
+trap pass_on INT TERM HUP USR1
+until woken=; code=0; wait "$started" || code=$?; [ -z "$woken" ]; do :; done  # a signal ends the wait
+exit "$code"

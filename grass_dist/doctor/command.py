@@ -76,6 +76,7 @@ def diagnose(options: Options) -> int:
     if options.interface is not None:
         os.environ.update(GLOO_SOCKET_IFNAME=options.interface, NCCL_SOCKET_IFNAME=options.interface)
     signal.alarm(int(16 * (options.timeout + ROLL_SECONDS)))  # ends the process also where torch's code hangs
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # so does Ctrl-C: a teardown would wait for the others
     try:
         place = find_place(os.environ) or Place("nobody", 0, 0, 1)
         if place.size == 1:
@@ -88,6 +89,7 @@ def diagnose(options: Options) -> int:
         except GrassError as error:
             raise GrassError(f"rank {place.rank} (on host {socket.gethostname()}): {error}") from None
     finally:
+        signal.signal(signal.SIGINT, interrupt)
         signal.alarm(0)
 
 

@@ -22,6 +22,11 @@ class Known(Protocol):
         """Who keeps the store, as a sentence names it."""
         ...
 
+    @property
+    def launcher_silence(self) -> float | None:
+        """Seconds for which the launcher has not been heard of, if it keeps the store."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -40,13 +45,18 @@ class Roll:
     """The rank whose error came first."""
     answers: dict[int, Answer]
     """By rank; those who are missing did not answer in time."""
+    waited: float = 0.0
+    """Seconds for which nobody had heard of those who are missing."""
 
 
 def blame(peers: Known, roll: Roll | None, doing: str, *, timed_out: bool) -> str | None:
     """Who is to blame, and what for; None if nobody is."""
     if roll is None:
-        return f"{peers.keeper}, which keeps the store of all ranks, does not answer" if peers.keeper else None
+        silence = "" if peers.launcher_silence is None else f" (for {peers.launcher_silence:.0f} s)"
+        return f"{peers.keeper}, which keeps the store of all ranks, does not answer{silence}" if peers.keeper else None
     silent = [rank for rank in range(len(peers.hosts)) if rank not in roll.answers]
+    if peers.rank in silent:
+        return f"{_names(peers, [roll.caller])} called the roll, and this rank answered too late"
     if silent:
         return f"{_names(peers, silent)} {'does' if len(silent) == 1 else 'do'} not answer"
     elsewhere = [rank for rank, answer in roll.answers.items() if not answer.failed and answer.doing != doing]

@@ -54,18 +54,24 @@ class Loop:
         settings, at = self.config.train, start
         scheduler = self._scheduler(start)
         batches, costs = self._batches(start.step), StepCosts(self.run)
+        self.signals.hold()
+        saved = start.step
         while True:
-            self._evaluate(at.step)
-            if at.step >= settings.max_steps:
-                break
-            result, asked = self._step(at, batches, scheduler, costs)
-            at = Position(at.step + 1, scheduler.last_epoch, at.bad_steps + 1 if result.bad else 0)
-            check_bad_steps(at.bad_steps, self.config, at.step)
+            asked = self._evaluate(at.step)
+            if asked is None:
+                if at.step >= settings.max_steps:
+                    break
+                result, asked = self._step(at, batches, scheduler, costs)
+                at = Position(at.step + 1, scheduler.last_epoch, at.bad_steps + 1 if result.bad else 0)
+                check_bad_steps(at.bad_steps, self.config, at.step)
             if asked is not None:
-                self._save(at, leaving=True)
+                if at.step != saved:  # after an evaluation it may be
+                    self._save(at, leaving=True)
+                self.checkpoints.wait()
                 return asked
             if self.checkpoints.due(at.step):
                 self._save(at)
+                saved = at.step
         self.checkpoints.wait()
         return None
 
@@ -116,19 +122,35 @@ class Loop:
         self.checkpoints.poll(saved)
         return result, self.signals.agreed(asked)
 
-    def _evaluate(self, step: int) -> None:
+    def _asked(self) -> int | None:
+        """The signal that some rank has got, the same on all."""
+        return self.signals.agreed(self.world.sum(*self.signals.flags()))
+
+    def _evaluate(self, step: int) -> int | None:
+        """
+        Returns:
+            The signal that came meanwhile and has ended it.
+        """
         settings = self.config.train
         last = step == settings.max_steps
         if not len(self.data.held_out):
-            return
+            return None
         if step == 0 or last or (settings.eval_every and step % settings.eval_every == 0):
             with self.world.during(f"the evaluation after step {step}"):
                 loss = evaluate(
-                    self.run.model, self.data.held_out, settings.micro_batch_size, self.pad_token_id, self.world
+                    self.run.model,
+                    self.data.held_out,
+                    settings.micro_batch_size,
+                    self.pad_token_id,
+                    self.world,
+                    lambda: self._asked() is not None,
                 )
+                if loss is None:
+                    return self._asked()
             self.reporter.held_out(step, loss)
             if self.log:
                 self.log.write("eval", step, loss=loss)
+        return None
 
     def _save(self, at: Position, *, leaving: bool = False) -> None:
         with self.world.during(f"the checkpoint of step {at.step}"):

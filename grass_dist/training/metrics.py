@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,8 +21,10 @@ from grass_dist.events import Event, Observer, Refreshed
 from grass_dist.importance import entropy
 from grass_dist.training.config import RunConfig
 from grass_dist.training.data import Data
+from grass_dist.training.guard import Guard
 from grass_dist.training.parallel import Run
 from grass_dist.training.world import World
+from grass_dist.training.writers import JsonLines, TensorBoard, Writer
 
 
 def describe_run(
@@ -61,41 +60,34 @@ def describe_run(
 
 
 class MetricsLog:
-    """Writes a line of metrics.jsonl for each event, at once, and TensorBoard scalars. On the main rank only.
+    """Hands each event to its writers, metrics.jsonl and TensorBoard, under one guard. On the main rank only.
 
     Args:
         keep: bytes of an earlier record that it goes on after: what came after a checkpoint happens again.
         step: that the run begins with.
+        guard: a writer's error is told by it, and costs the run nothing.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], *, keep: int = 0, step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
+    def __init__(
+        self, folder: Path, about: dict[str, Any], *, keep: int = 0, step: int = 0, guard: Guard | None = None
+    ) -> None:
+        self.folder, self._guard = folder, guard or Guard()
         (folder / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        file = folder / "metrics.jsonl"
-        if file.exists():
-            os.truncate(file, min(keep, file.stat().st_size))
-        self._file = file.open("a", encoding="utf-8", buffering=1)  # whoever else writes there, each line is whole
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._lines = JsonLines(folder / "metrics.jsonl", keep)
+        self._writers: dict[str, Writer] = {str(folder / "metrics.jsonl"): self._lines}
+        with self._guarded("TensorBoard"):
+            self._writers["TensorBoard"] = TensorBoard(folder / "tensorboard", step)
 
     @property
     def nbytes(self) -> int:
-        """Of the record up to now, which is on the disk then: what goes on from a checkpoint begins there."""
-        with contextlib.suppress(OSError):  # as in `write`
-            os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        """Of metrics.jsonl up to now, which is on the disk then."""
+        return self._lines.nbytes
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """One event; floats that are not finite become null."""
-        line = {"event": event, "step": step, **{name: _plain(value) for name, value in values.items()}}
-        try:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:  # a full disk must not end training on this rank while the others wait for it
-            print(f"warning: {self._file.name}: {error.strerror}; step {step} is not recorded.", file=sys.stderr)
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                self._board.add_scalar(f"{event}/{name}", value, step)
+        """One event."""
+        for name, writer in self._writers.items():
+            with self._guarded(name, step):
+                writer.write(event, step, values)
 
     def observe(self, event: Event) -> None:
         """An observer of the method: refreshes, and the draws as they begin to train."""
@@ -109,9 +101,6 @@ class MetricsLog:
                 dropped=event.dropped,
                 entropy=entropy(p),
             )
-            for layer, (m, x) in enumerate(zip(event.importances, p, strict=True)):
-                self._board.add_scalar(f"importance/layer_{layer:02d}", m, event.step)
-                self._board.add_scalar(f"probability/layer_{layer:02d}", x, event.step)
         else:
             self.write(
                 "sample",
@@ -129,8 +118,12 @@ class MetricsLog:
         self.write("checkpoint", saved.step, error=error, **costs)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        for name, writer in self._writers.items():
+            with self._guarded(name):
+                writer.close()
+
+    def _guarded(self, name: str, step: int = 0) -> contextlib.AbstractContextManager[None]:
+        return self._guard.around(name, f"the run goes on, and not all of it is recorded there from step {step} on")
 
 
 class Later:
@@ -192,11 +185,3 @@ class StepCosts:
             "transfer_seconds": traffic.seconds,
             "wait_seconds": traffic.waited,
         }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

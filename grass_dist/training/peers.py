@@ -50,6 +50,7 @@ class Peers:
             None for ranks that cannot ask each other.
         keeper: who keeps the store, as a sentence names it.
         keeps: whether that is this process.
+        launched: whether the launcher keeps it, and no rank.
         answers_within: seconds.
         lost_after: seconds of silence after which a rank is lost.
     """
@@ -62,19 +63,24 @@ class Peers:
         *,
         keeper: str = "",
         keeps: bool = False,
+        launched: bool = False,
         answers_within: float = ANSWERS_WITHIN,
         lost_after: float = math.inf,
     ) -> None:
         self.rank, self.hosts, self.keeper = rank, tuple(hosts), keeper
         self.doing = ""
         """What the main thread does, see `during`."""
-        self._keeps, self._answers_within, self._lost_after = keeps, answers_within, lost_after
+        self._keeps, self._launched = keeps, launched
+        self._answers_within, self._lost_after = answers_within, lost_after
         self._store_heard = self._next_heard = self._beaten = time.monotonic()
         self._next_beat = b""
         self._failed_in: str | None = None
+        self._asked = self._stopped = False
         self._roll: Roll | None = None
-        self._wake, self._over = threading.Event(), threading.Event()
-        self._stopped = False
+        self._all_here = threading.Event()
+        """A roll found all ranks there, and the watch goes on."""
+        self._wake, self._over, self._known = threading.Event(), threading.Event(), threading.Event()
+        """The watch is to look now; it has ended; the main thread knows by itself that a rank is lost, or leaves."""
         self._thread: threading.Thread | None = None
         self._guards: list[threading.Thread] = []
         if line is not None:
@@ -105,14 +111,29 @@ class Peers:
         """Asks who is still there, or takes the roll that another has called before.
 
         Returns:
-            None if the store does not answer: after 15 s or so, never later.
+            None if the store does not answer: after 15 s or so, and 10 s more where a roll was under way.
         """
         if self._thread is None:
             return None
         self._failed_in = doing
+        self._known.set()
         self._wake.set()
-        self._over.wait(LOOKS_EVERY + self._answers_within + (LINGERS if self._keeps else 0) + 1)
+        self._over.wait(LOOKS_EVERY + 2 * self._answers_within + (LINGERS if self._keeps else 0) + 1)
         return self._roll
+
+    def ask(self) -> None:
+        """Has the watch call the roll, without waiting: if a rank is missing, `guard` tells it.
+
+        For a signal: a launcher that ends all ranks may do so because one has died, and a collective with NCCL does
+        not fail for that.
+        """
+        self._asked = True
+        self._all_here.clear()
+        self._wake.set()
+
+    def all_here(self, within: float) -> bool:
+        """Whether the roll that `ask` has called finds all ranks there; waits up to ``within`` seconds for that."""
+        return self._thread is None or self._all_here.wait(within)
 
     def guard(self, end: Callable[[GrassError], None], then: str = "") -> None:
         """Calls ``end`` once a rank or the store has been silent for ``lost_after``, from a thread, if this one waits.
@@ -136,7 +157,13 @@ class Peers:
         if self._roll is not None:
             caller = self._roll.caller
             return caller == self.rank or (self.rank == 0 and self.hosts[caller] != self.hosts[0])
-        return self.hosts[: self.rank].count(self.hosts[self.rank]) < 2  # the first may be the lost one
+        # Where a rank keeps the store, the first of a host may be the lost one.
+        return self.hosts[: self.rank].count(self.hosts[self.rank]) < (1 if self._launched else 2)
+
+    @property
+    def launcher_silence(self) -> float | None:
+        """Seconds for which the launcher has not been heard of, if it keeps the store."""
+        return time.monotonic() - self._store_heard if self._launched else None
 
     def stop(self) -> None:
         """Ends the threads: before the process that keeps the store ends, and before the interpreter does.
@@ -144,20 +171,30 @@ class Peers:
         One that lets go of a process group while the interpreter ends aborts the process.
         """
         self._stopped = True
+        self._known.set()
         self._wake.set()
         for thread in [*self._guards, *([self._thread] if self._thread is not None else [])]:
             thread.join(2 * LOOKS_EVERY)  # it hangs where the store's host is gone
 
     def _watch(self, line: dist.Store) -> None:
+        """Looks after the others until one is lost. After a false alarm, to which all have answered, it begins anew."""
+        number = 0
         try:
-            while not self._wake.wait(LOOKS_EVERY) and not line.check([_CALLER]) and self._next_lives(line):
-                self._store_heard = time.monotonic()
-            if not self._stopped:
-                self._hold_roll(line)
+            while True:
+                self._look(line, number)
+                if self._stopped or self._hold_roll(line, number):
+                    break
+                number += 1
         except RuntimeError:  # the store is gone: there is no roll
             pass
         finally:
             self._over.set()
+
+    def _look(self, line: dist.Store, number: int) -> None:
+        """Waits for a reason to call roll ``number``, or for another to have called it."""
+        self._next_heard = time.monotonic()
+        while not self._wake.wait(LOOKS_EVERY) and not line.check([f"{number}/{_CALLER}"]) and self._next_lives(line):
+            self._store_heard = time.monotonic()
 
     def _next_lives(self, line: dist.Store) -> bool:
         """Gives a sign of life now and then, and looks for that of the next rank: in a ring each is looked after."""
@@ -173,27 +210,65 @@ class Peers:
         return now - self._next_heard < self._lost_after
 
     def _guard(self, end: Callable[[GrassError], None], then: str) -> None:
-        while not self._over.wait(LOOKS_EVERY) and not self._stopped:
-            if time.monotonic() - self._store_heard > self._lost_after:
-                break
-        if self._wake.wait(FINDS_OUT_WITHIN):
-            return
-        if self._roll is None or len(self._roll.answers) < len(self.hosts):
-            doing = self.doing or "a wait for the others"
-            blamed = blame(self, self._roll, doing, timed_out=False)
-            end(sentence(doing, f"waited {self._lost_after:g} s in vain", blamed or "", then))
+        while not self._stopped:
+            if not self._over.wait(LOOKS_EVERY) and time.monotonic() - self._store_heard < self._lost_after:
+                continue
+            if self._known.wait(FINDS_OUT_WITHIN):
+                return
+            if self._over.is_set() or time.monotonic() - self._store_heard > self._lost_after:
+                break  # else this process itself was stopped, and the store is there
+        if self._stopped or (self._roll is not None and len(self._roll.answers) == len(self.hosts)):
+            return  # of all that are there one has failed, and the main thread will hear of it
+        doing = self.doing or "a wait for the others"
+        waited = time.monotonic() - self._store_heard if self._roll is None else self._roll.waited
+        blamed = blame(self, self._roll, doing, timed_out=False)
+        end(sentence(doing, f"waited {waited:.0f} s in vain", blamed or "", then))
 
-    def _hold_roll(self, line: dist.Store) -> None:
-        caller = int(line.compare_set(_CALLER, "", str(self.rank)))
+    def _hold_roll(self, line: dist.Store, number: int) -> bool:
+        """Calls roll ``number``, or answers it; all ranks come to one outcome, that of the first who knows.
+
+        Returns:
+            Whether a rank is lost or has failed; else it was a false alarm.
+        """
+        self._asked = False
+        began = time.monotonic()
+        silence = began - self._next_heard
+        mine = json.dumps([self.rank, silence if silence >= self._lost_after else 0.0])
+        told = line.compare_set(f"{number}/{_CALLER}", "", mine)
+        caller, silence = json.loads(told)
         doing = self.doing if self._failed_in is None else self._failed_in
-        line.set(f"answer/{self.rank}", json.dumps(asdict(Answer(doing, self._failed_in is not None))))
-        silent = _wait_for(line, "answer", range(len(self.hosts)), self._answers_within)
-        present = [rank for rank in range(len(self.hosts)) if rank not in silent]
-        answers = {rank: Answer(**json.loads(line.get(f"answer/{rank}"))) for rank in present}
-        line.set(f"read/{self.rank}", "1")
-        self._roll = Roll(caller, answers)
+        line.set(f"{number}/answer/{self.rank}", json.dumps(asdict(Answer(doing, self._failed_in is not None))))
+        ranks = range(len(self.hosts))
+        silent = self._wait_for(line, f"{number}/answer", ranks, self._answers_within)
+        if self._stopped:
+            return True
+        found = json.dumps([rank for rank in ranks if rank not in silent])
+        present = json.loads(line.compare_set(f"{number}/present", "", found))
+        answers = {rank: Answer(**json.loads(line.get(f"{number}/answer/{rank}"))) for rank in present}
+        line.set(f"{number}/read/{self.rank}", "1")
+        if len(present) == len(ranks) and not any(answer.failed for answer in answers.values()):
+            self._begin_anew()
+            return False
+        self._roll = Roll(caller, answers, silence + time.monotonic() - began)
         if self._keeps:
-            _wait_for(line, "read", present, LINGERS)
+            self._wait_for(line, f"{number}/read", present, LINGERS)
+        return True
+
+    def _begin_anew(self) -> None:
+        self._store_heard = time.monotonic()
+        self._wake.clear()
+        self._all_here.set()
+        if self._asked or self._stopped or self._failed_in is not None:  # since then
+            self._wake.set()
+
+    def _wait_for(self, line: dist.Store, key: str, ranks: Sequence[int], seconds: float) -> set[int]:
+        """Waits for ``key/<rank>`` of all ranks, unless this one leaves; those whose is not there in time."""
+        missing, deadline = set(ranks), time.monotonic() + seconds
+        while True:
+            missing = {rank for rank in missing if not line.check([f"{key}/{rank}"])}
+            if not missing or self._stopped or time.monotonic() > deadline:
+                return missing
+            time.sleep(0.05)
 
 
 def lost_peer(world: World, error: BaseException, then: str = "") -> GrassError | None:
@@ -224,16 +299,6 @@ def lost_peer(world: World, error: BaseException, then: str = "") -> GrassError 
 def of_collective(error: BaseException) -> bool:
     """Whether an error comes from a collective or the store that failed, whoever has wrapped it."""
     return _is_of_collective(_origin(error))
-
-
-def _wait_for(line: dist.Store, key: str, ranks: Sequence[int], seconds: float) -> set[int]:
-    """Waits for ``key/<rank>`` of all ranks; those whose is not there in time."""
-    missing, deadline = set(ranks), time.monotonic() + seconds
-    while True:
-        missing = {rank for rank in missing if not line.check([f"{key}/{rank}"])}
-        if not missing or time.monotonic() > deadline:
-            return missing
-        time.sleep(0.05)
 
 
 def _is_of_collective(error: BaseException) -> bool:

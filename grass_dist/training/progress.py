@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 from rich.console import Console
@@ -10,12 +11,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grass_dist.checkpoint.saving import Saved
 from grass_dist.events import Event, Refreshed
+from grass_dist.training.guard import Guard
 
 
 class Reporter:
-    """Shows steps and, as they change, the active layers. Use as a context manager."""
+    """Shows steps and, as they change, the active layers. Use as a context manager.
 
-    def __init__(self, max_steps: int, num_layers: int, *, speaks: bool) -> None:
+    Args:
+        guard: an error of the display is told by it, and costs the run nothing.
+    """
+
+    def __init__(self, max_steps: int, num_layers: int, *, speaks: bool, guard: Guard | None = None) -> None:
+        self._guard = guard or Guard()
         # mpirun gives its ranks a terminal for stdout alone, whatever it writes that to.
         self._terminal = speaks and sys.stdout.isatty() and sys.stderr.isatty()
         self._console = Console(
@@ -23,6 +30,7 @@ class Reporter:
         )
         self._max_steps, self._num_layers = max_steps, num_layers
         self._held_out: float | None = None
+        self._marks = "█·" if _can_show(self._console.encoding, "█·") else "#."
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -36,14 +44,17 @@ class Reporter:
         self._task = self._bar.add_task("start", total=max_steps, numbers="")
 
     def __enter__(self) -> Reporter:
-        self._bar.start()
+        with self._guarded():
+            self._bar.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
+        with self._guarded():
+            self._bar.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        with self._guarded():
+            self._console.print(text, markup=False)
 
     def observe(self, event: Event) -> None:
         """An observer of the method."""
@@ -53,7 +64,7 @@ class Reporter:
             self.say(f"step {event.step}: new importances; likeliest layers {shown}")
         else:
             active = set(event.active_layers)
-            strip = "".join("█" if i in active else "·" for i in range(self._num_layers))
+            strip = "".join(self._marks[i not in active] for i in range(self._num_layers))
             chosen = " ".join(map(str, event.active_layers))
             self.say(f"step {event.step}: round {event.round:<3} {strip}  layers {chosen} train")
 
@@ -81,6 +92,18 @@ class Reporter:
     def step(self, step: int, phase: str, loss: float, seconds: float) -> None:
         """``step`` steps are done; the last one was of ``phase`` and took ``seconds``."""
         numbers = f"loss {loss:.3f}" + (f"  held out {self._held_out:.3f}" if self._held_out is not None else "")
-        self._bar.update(self._task, completed=step, description=phase, numbers=numbers)
+        with self._guarded():
+            self._bar.update(self._task, completed=step, description=phase, numbers=numbers)
         if not self._terminal and (step % max(1, self._max_steps // 20) == 0 or step == self._max_steps):
             self.say(f"step {step}/{self._max_steps}  {phase}  loss {loss:.4f}  {seconds:.2f} s a step")
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        return self._guard.around("the display", "the run goes on, and not all is shown")
+
+
+def _can_show(encoding: str, text: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from grass_dist.training.batches import IGNORED, Example, collate
@@ -86,15 +87,30 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, examples: Iterable[Example], micro_batch_size: int, pad_token_id: int, world: World
-) -> float:
-    """Mean loss over the target tokens of ``examples``, shared among the ranks."""
+    model: nn.Module,
+    examples: Iterable[Example],
+    micro_batch_size: int,
+    pad_token_id: int,
+    world: World,
+    leaves: Callable[[], bool],
+) -> float | None:
+    """Mean loss over the target tokens of ``examples``, shared among the ranks.
+
+    Args:
+        leaves: asked on every rank before each micro-batch whether it ends here: the same on all.
+
+    Returns:
+        None if it has ended before its end.
+    """
     examples = list(examples)
     micro = [examples[at : at + micro_batch_size] for at in range(0, len(examples), micro_batch_size)]
     loss = tokens = 0.0
     training = model.training
     model.eval()
+    ended = False
     for start in range(0, len(micro), world.size):  # all ranks run as many forwards, which gather weights
+        if ended := leaves():
+            break
         mine = start + world.rank
         batch = collate(micro[mine if mine < len(micro) else 0], pad_token_id)
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
@@ -103,5 +119,9 @@ def evaluate(
             loss += value
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     model.train(training)
+    if ended:
+        if isinstance(model, FSDPModule):  # a forward leaves the root's weights whole, and they are saved now
+            model.reshard()
+        return None
     loss, tokens = world.sum(loss, tokens)
     return loss / max(tokens, 1)

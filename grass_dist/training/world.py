@@ -293,6 +293,7 @@ def _acquaint(rank: int, hosts: list[str], line: dist.Store, timeout: datetime.t
         dist.PrefixStore("peers", line),
         keeper=keeper,
         keeps=rank == 0 and not by_launcher,
+        launched=by_launcher,
         answers_within=min(ANSWERS_WITHIN, timeout.total_seconds()),
         lost_after=timeout.total_seconds(),
     )

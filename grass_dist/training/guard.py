@@ -1,0 +1,154 @@
+"""What only watches a run must not end it: its errors are told once, and the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from grass_dist.errors import shorten
+
+READER_SECONDS = 1.0
+"""That a terminal which takes nothing for the moment is waited for."""
+
+
+class Guard:
+    """Stands around writers and displays: whatever one of them raises is told once, in its name, and dropped.
+
+    Args:
+        tell: takes a sentence; by default it goes to stderr as a warning.
+    """
+
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
+        self._tell = tell or _warn
+        self._told: set[str] = set()
+
+    @contextlib.contextmanager
+    def around(self, what: str, then: str) -> Iterator[None]:
+        """Ends the block at its first error. Threads that were begun in it are ``what``'s: so are their errors.
+
+        Args:
+            what: a name, e.g. "TensorBoard".
+            then: what comes of it, without a full stop, e.g. "the run goes on, and its curves have gaps".
+        """
+        block = _Block(set(threading.enumerate()), lambda error: self.note(what, then, error))
+        threading.excepthook = _on_thread_error
+        _BLOCKS.append(block)
+        try:
+            yield
+        # SystemExit: how libraries that expect to be the program leave, rich at a broken pipe for one.
+        except (Exception, SystemExit) as error:
+            block.note(error)
+        finally:
+            _OWNERS.update(dict.fromkeys(set(threading.enumerate()) - block.before, block))
+            _BLOCKS.remove(block)
+
+    def note(self, what: str, then: str, error: BaseException) -> None:
+        """Tells an error, the first of ``what``."""
+        if what not in self._told:
+            self._told.add(what)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            reason = " ".join(reason.split()).rstrip(".") or type(error).__name__
+            self._tell(f"{what}: {shorten(reason, 200)}; {then}.")
+
+
+def steady_streams() -> None:
+    """Lets stdout and stderr of this process fail: full, closed, of a terminal that is gone, without some characters.
+
+    The first failure of one is told on the other; each later text is tried again, for a disk may have room by then. In
+    their place come streams of the same encoding, over the same descriptors. A descriptor that was closed is opened
+    for nothing: else the next file or connection would get its number, and what is printed.
+    """
+    streams = {1: sys.stdout, 2: sys.stderr}
+    for descriptor in (0, 1, 2):
+        with contextlib.suppress(OSError):
+            os.fstat(descriptor)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest number
+    for descriptor, stream in streams.items():
+        if stream is None:
+            steady: TextIO = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and _number_of(stream) == descriptor:
+            with contextlib.suppress(OSError):
+                stream.flush()
+            steady = steady_text(descriptor, stream.encoding)
+        else:
+            continue
+        if descriptor == 1:
+            sys.stdout = steady
+        else:
+            sys.stderr = steady
+
+
+def steady_text(descriptor: int, encoding: str | None = None) -> io.TextIOWrapper:
+    """A stream of lines over ``descriptor`` like those of `steady_streams`, which leaves it open at its own end."""
+    file = io.BufferedWriter(_SteadyFile(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(file, encoding=encoding, errors="backslashreplace", line_buffering=True)
+
+
+class _SteadyFile(io.FileIO):
+    """A descriptor to which all can be written, whether it arrives or not."""
+
+    _told = False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            written = super().write(data)
+            if written is None:  # a terminal that does not block
+                select.select([], [self], [], READER_SECONDS)
+                written = super().write(data)
+            if written is not None:
+                return written
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                name = {1: "stdout", 2: "stderr"}.get(self.fileno(), "the terminal")
+                text = f"warning: {name} cannot be written ({error.strerror}); the run goes on.\n"
+                with contextlib.suppress(OSError):  # it is maybe the same
+                    os.write(1 if self.fileno() == 2 else 2, text.encode())
+        return len(data)
+
+
+@dataclass(eq=False, slots=True)
+class _Block:
+    """What runs under a guard."""
+
+    before: set[threading.Thread]
+    """Threads that were there before it."""
+    note: Callable[[BaseException], None]
+
+
+_BLOCKS: list[_Block] = []
+"""Those that run now."""
+_OWNERS: weakref.WeakKeyDictionary[threading.Thread, _Block] = weakref.WeakKeyDictionary()
+"""In which a thread was begun, of those that live on."""
+
+
+def _on_thread_error(args: threading.ExceptHookArgs) -> None:
+    thread = args.thread
+    owner = _OWNERS.get(thread) if thread else None
+    owner = owner or next((block for block in reversed(_BLOCKS) if thread not in block.before), None)
+    if owner is None or args.exc_value is None:
+        threading.__excepthook__(args)
+    else:
+        owner.note(args.exc_value)
+
+
+def _number_of(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

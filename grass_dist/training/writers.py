@@ -1,0 +1,88 @@
+"""Writers of a run's record: each takes down every event in its own way."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Writer(Protocol):
+    """Takes down events. `MetricsLog` guards it: what it raises is told once, and costs the run nothing."""
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """One event after ``step`` steps."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """A line of metrics.jsonl for each event, at once; floats that are not finite become null.
+
+    A line that does not fit on the disk is left out as a whole, and the next one is tried again.
+
+    Args:
+        keep: bytes of an earlier record that it goes on after.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(keep := min(keep, os.fstat(self._file.fileno()).st_size))
+        self._nbytes = keep
+
+    @property
+    def nbytes(self) -> int:
+        """Of the record up to now, which is on the disk then: what goes on from a checkpoint begins there."""
+        with contextlib.suppress(OSError):  # as in `write`
+            os.fsync(self._file.fileno())
+        return self._nbytes
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        line = {"event": event, "step": step, **{name: _plain(value) for name, value in values.items()}}
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        if self._file.write(data) != len(data):
+            self._file.truncate(self._nbytes)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._nbytes += len(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars of each event in TensorBoard's files, and the importance and probability of each layer.
+
+    Args:
+        step: that the run begins with: what an earlier one has of later steps is not shown.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                self._board.add_scalar(f"{event}/{name}", value, step)
+        if event == "refresh":
+            for layer, (m, x) in enumerate(zip(values["importances"], values["probabilities"], strict=True)):
+                self._board.add_scalar(f"importance/layer_{layer:02d}", m, step)
+                self._board.add_scalar(f"probability/layer_{layer:02d}", x, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

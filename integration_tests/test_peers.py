@@ -136,6 +136,18 @@ def test_ranks_that_take_each_others_seat_are_refused_on_each():
         assert said in rank.communicate(timeout=60)[1] and rank.returncode == 1
 
 
+def test_a_rank_does_not_wait_for_ever_for_a_store_that_takes_connections_and_never_answers():
+    join = "import datetime; from grass_dist.training import world; world._GRACE = 1; "
+    join += "world.World.join(datetime.timedelta(seconds=1))"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1]), "WORLD_SIZE": "2"}
+        environ = {**os.environ, **where, "LOCAL_RANK": "1", "RANK": "1"}
+        ended = subprocess.run(
+            [sys.executable, "-c", join], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60
+        )
+    assert ended.returncode == 1 and ended.stderr.startswith("Timeout (0:00:03)!") and "_meet" in ended.stderr
+
+
 def agreed(store: dist.Store, size: int) -> set[str]:
     names: list[str] = []
     threads = [

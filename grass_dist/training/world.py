@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import os
 import socket
 import sys
@@ -24,6 +25,8 @@ from grass_dist.training.peers import ANSWERS_WITHIN, Peers, of_collective
 from grass_dist.training.seats import Seat, own_seat, problem_of
 
 T = TypeVar("T")
+_GRACE = 10.0
+"""Seconds beyond a timeout, until a process that hangs is ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +212,27 @@ def _meet(place: Place, timeout: datetime.timedelta) -> tuple[dist.Store, dist.S
     After a restart of the ranks torchrun's store is the same as before, and full of the addresses of dead ranks.
     """
     assert place.address is not None and place.port is not None
-    store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
-    # Now, while it answers: making a connection to a process that hangs holds the interpreter's lock.
-    line = dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False)
+    with _bounded(timeout):
+        store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+        # Now, while it answers.
+        line = dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False)
     if not _launcher_keeps_store():
         return store, line
     start = _agree_on_start(dist.PrefixStore("starts", store), place.rank, place.size, timeout)
     return dist.PrefixStore(start, store), dist.PrefixStore(start, line)
+
+
+@contextlib.contextmanager
+def _bounded(timeout: datetime.timedelta) -> Iterator[None]:
+    """Ends the process if what is done takes far longer than ``timeout``: with the place where it stands, on stderr.
+
+    A connection to a process that hangs holds the interpreter's lock beyond any timeout of torch's.
+    """
+    faulthandler.dump_traceback_later(2 * timeout.total_seconds() + _GRACE, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _launcher_keeps_store() -> bool:

@@ -64,13 +64,27 @@ TEMPLATES = {
     + OPENS.replace("assistant\n", "assistant\n<think>\n"),
     "closes think": assistant(TURN, "<|im_start|>assistant\n<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n")
     + OPENS.replace("assistant\n", "assistant\n<think>\n"),
+    "an empty think": assistant(TURN, "<|im_start|>assistant\n<think></think>{{ m.content }}<|im_end|>\n")
+    + OPENS.replace("assistant\n", "assistant\n<think>\n"),
+    "reasons": assistant(
+        TURN,
+        "{% if '</think>' in m.content %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n"
+        "{% else %}<|im_start|>assistant\n<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n{% endif %}",
+    )
+    + OPENS.replace("assistant\n", "assistant\n<think>\n"),
     "llama 3": "<s>"
     + each("<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>")
     + OPENS.replace("assistant\n", "assistant{{ '\n\n' }}"),
     "no end": "<s>" + each("{{ m.role }}: {{ m.content }}\n") + "{% if add_generation_prompt %}assistant: {% endif %}",
     "changes the prompt": each("{% if m.role == 'user' and loop.last %}[last]{% endif %}" + TURN) + OPENS,
 }
-BEFORE = {"closes think": "\n</think>\n\n", "no generation prompt": "<|im_start|>assistant\n"}
+CLOSES = "\n</think>\n\n"
+BEFORE = {
+    "closes think": CLOSES,
+    "an empty think": "</think>",
+    "reasons": CLOSES,
+    "no generation prompt": "<|im_start|>assistant\n",
+}
 """What the model learns to write before its answer."""
 
 
@@ -139,6 +153,11 @@ def test_an_answer_that_writes_the_opening_itself_does_not_get_it_twice(answer):
     example = tokenise({"q": "?", "a": answer}, tokenizer, DataConfig(**QA))
     text = str(tokenizer.decode(example["input_ids"]))
     assert text.endswith("assistant\n<think>\nso</think>e<|im_end|>") and text.count("<think>") == 1
+
+
+def test_an_answer_with_reasoning_is_learnt_without_the_tag_that_the_model_is_given():
+    answer = "<think>\nI add.\n</think>\n\nIt is 4."
+    assert learns(TOKENIZERS["reasons"], {"q": "2+2?", "a": answer}) == answer.removeprefix("<think>\n") + "<|im_end|>"
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])

@@ -14,6 +14,7 @@ from grass_dist.training.first_ids import MARGIN, beginnings, first_ids
 _QUESTION, _ANSWER = "A question 4f7c", "An answer 9b2e"
 """What a template is tried with: nothing that it would write by itself."""
 
+_TAG = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -94,41 +95,44 @@ class Chat:
             ConfigError: the rendering does not hold the prompt, or does not end with the answer and what the template
                 writes after every answer, or what is learnt of it does not hold the answer.
         """
-        given, both, rest, held = self._checked(prompt, answer)
+        given, both, rest = self._checked(prompt, answer)
         ids, learnt = self._ids(given, both, rest, prompt, answer)
         ends = [index for index, token in enumerate(ids) if token == self._eos]
         if ends and str(self._tokenizer.eos_token) in self._after:
             ids, learnt = ids[: ends[-1] + 1], learnt[: ends[-1] + 1]
         elif self._eos is not None and not self._after.strip() and ids[-1:] != [self._eos]:
             ids, learnt = [*ids, self._eos], [*learnt, True]
-        self._check(ids, learnt, answer, opened=held != rest)
+        self._check(ids, learnt, answer, given)
         return Turn(ids, learnt)
 
-    def _checked(self, prompt: str, answer: str) -> tuple[str, str, str, str]:
+    def _checked(self, prompt: str, answer: str) -> tuple[str, str, str]:
         """What the model is given, the rendering of both, and what `_rest` gives of them, with the answer in it."""
         given, both = self._asked(prompt), self._both(prompt, answer)
-        rest, held = self._rest(given, both, answer)
+        rest, to_come = self._rest(given, both, answer), _to_come(answer, given)
         # At the end: what the template writes by itself before the answer may hold a short one by chance.
-        body = held.removesuffix(self._after)
-        exact = body.rstrip().endswith(answer.strip())  # else a copy in single words, which is many times as large
-        if not exact and not _squeezed(body).endswith(_squeezed(answer)):
+        body = rest.removesuffix(self._after)
+        exact = body.rstrip().endswith(to_come)  # else a copy in single words, which is many times as large
+        if not exact and not _squeezed(body).endswith(_squeezed(to_come)):
             raise _refused("drops or rewrites the completion", answer)
-        return given, both, rest, held
+        return given, both, rest
 
-    def _rest(self, given: str, both: str, answer: str) -> tuple[str, str]:
-        """What follows in the rendering of both after what the model is given, and the part that must hold the answer.
+    def _rest(self, given: str, both: str, answer: str) -> str:
+        """What follows in the rendering of both after what the model is given.
 
-        The second is longer where an answer begins with the opening that the model is given already.
+        That may end with an opening of its own, of which an answer, or the template, need not be given the beginning
+        twice.
         """
         start = len(given) - len(self._opening)
         if both.startswith(given):
-            return both[len(given) :], both[start:]
+            return both[len(given) :]
         if both.startswith(given[:start]) and given.endswith(self._opening):
-            rest = both[start:].removeprefix(self._other_opening)
-            return rest.removeprefix(self._opening.strip()), rest
+            rest = both[start:]
+            if not self._other_opening.strip():  # else the model has to write it: a tag that closes the opening
+                rest = rest.removeprefix(self._other_opening)
+            return rest.removeprefix(self._opening.strip())
         for body in (answer, answer.strip()):  # the user's turn is another one when an answer follows
             if body and both.endswith(body + self._after):
-                return body + self._after, body + self._after
+                return body + self._after
         raise _refused("writes the prompt in another way when a completion follows", answer)
 
     def _ids(self, given: str, both: str, rest: str, prompt: str, answer: str) -> Turn:
@@ -175,12 +179,10 @@ class Chat:
                 return within
         return alone
 
-    def _check(self, ids: list[int], learnt: list[bool], answer: str, *, opened: bool) -> None:
+    def _check(self, ids: list[int], learnt: list[bool], answer: str, given: str) -> None:
         """That what is learnt, read back, holds the answer: the last word on all of the above."""
         text = self._tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
-        wanted = answer.strip()
-        if opened and wanted.startswith(self._opening.strip()):
-            wanted = wanted.removeprefix(self._opening.strip())
+        wanted = _to_come(answer, given)
         # A tokenizer that loses something (capitals, unknown characters) loses it here too.
         if not _holds(str(text), wanted) and not _holds(str(text), str(self._tokenizer.decode(self._encode(wanted)))):
             what = "marks, with its {% generation %} blocks, only a part of" if self._marks else "does not keep"
@@ -236,6 +238,15 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
 @lru_cache(maxsize=4)
 def _chat(tokenizer: PreTrainedTokenizerBase, _template: str) -> Chat:
     return Chat(tokenizer)
+
+
+def _to_come(answer: str, given: str) -> str:
+    """An answer without the tag (``<think>``) that it begins with, where the model is given that already."""
+    wanted = answer.strip()
+    tag = _TAG.match(wanted)
+    if tag is None or not given.rstrip().endswith(tag[0]):
+        return wanted
+    return wanted[tag.end() :].strip() or wanted
 
 
 def _holds(text: str, part: str) -> bool:

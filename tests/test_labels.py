@@ -455,7 +455,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path, streaming, pa
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_file_without_any_answer_is_refused(tmp_path, streaming):
     config = config_of(tmp_path, [{"q": "?", "a": None}, {"q": "?", "a": " "}], streaming=streaming)
-    which = "none of the first 1000 rows" if streaming else "no row"
+    which = "none of the first 2 rows" if streaming else "none of the 2 rows"
     with pytest.raises(ConfigError, match=rf"^completion='a': {which} of .*d\.jsonl has an answer; name the column"):
         load_data(config, TOKENIZERS["chatml"], 0)
     with pytest.raises(ConfigError, match=rf"^completion='It is: {{a}}': {which} of .*d\.jsonl has an answer; name"):
@@ -463,6 +463,21 @@ def test_a_file_without_any_answer_is_refused(tmp_path, streaming):
     text = config.model_copy(update={"prompt": None, "completion": None, "text": "a"})
     with pytest.raises(ConfigError, match=rf"^text='a': {which} of .*d\.jsonl has text; name the column"):
         load_data(text, TOKENIZERS["chatml"], 0)
+
+
+def test_held_out_rows_of_which_none_can_be_used_are_told_as_such(tmp_path):
+    rows = [{"q": "?", "a": "b"}] * 4
+    held = config_of(tmp_path, rows).model_copy(update={"eval": str(tmp_path / "e.jsonl"), "eval_examples": 2})
+    (tmp_path / "e.jsonl").write_text('{"q": "?", "a": null}\n{"q": "?", "a": ""}\n')
+    with pytest.raises(
+        ConfigError, match=r"none of the 2 rows of .*e\.jsonl that are held out has an answer; hold out"
+    ):
+        load_data(held, TOKENIZERS["chatml"], 0)
+    (tmp_path / "e.jsonl").write_text(json.dumps({"q": "?" * 5000, "a": "b"}) + "\n")
+    with pytest.raises(
+        ConfigError, match=r"none of the 1 rows of .*e\.jsonl that are held out has a token of its compl"
+    ):
+        load_data(held, TOKENIZERS["chatml"], 0)
 
 
 # ---------------------------------------------------------------------------------------------- the shown example

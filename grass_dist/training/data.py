@@ -154,7 +154,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     reading = Reading()
     rows, held_out_rows = load_rows(config, seed, reading)
     source, other = sources(config)
-    held_out = _tokenise_all(other, held_out_rows, tokenizer) if held_out_rows else Examples()
+    held_out = _tokenise_all(other, held_out_rows, tokenizer, held_out=True) if held_out_rows else Examples()
     held_out_rows = list(filter(other.has_answer, held_out_rows))
     if isinstance(rows, datasets.IterableDataset):
         head = _tokenise_all(source, islice(rows, HEAD), tokenizer, enough=1)
@@ -174,7 +174,12 @@ def first_example(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: 
 
 
 def _tokenise_all(
-    source: Source, rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, enough: int | None = None
+    source: Source,
+    rows: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    enough: int | None = None,
+    *,
+    held_out: bool = False,
 ) -> Examples:
     """The examples of rows with something to learn, at least one; of a stream's head as many as are enough."""
     examples = Examples()
@@ -190,7 +195,8 @@ def _tokenise_all(
         else:
             examples.dropped += 1
     if not len(examples):
-        raise source.no_labels() if examples.dropped else source.no_answers()
+        error = source.no_labels if examples.dropped else source.no_answers
+        raise error(examples.dropped + examples.unanswered, held_out=held_out)
     return examples
 
 

@@ -62,10 +62,12 @@ def text_rows(
                     skipped[file].add(entry, problem)
                 if problem:
                     continue
-            elif problem := _why_stop(entry, parts, columns, kinds, file):
-                unit = entry.unit
-                problem = f"{unit} {entry.number} of {Path(file).name} {problem}"
-                raise ConfigError(field, file, problem, fix.format(unit=unit))
+            else:
+                at = f"{entry.unit} {entry.number} of {Path(file).name}"
+                if problem := _why_stop(entry, parts, columns):
+                    raise ConfigError(field, file, f"{at} {problem}", fix.format(unit=entry.unit))
+                if problem := _mixed(entry, columns, kinds, file):
+                    raise ConfigError(field, file, f"{at} {problem}", _ALIKE)
             yield {column: _text((entry.row or {}).get(column)) for column in columns}
 
 
@@ -116,20 +118,24 @@ def unfilled(row: Row, parts: Mapping[str, str]) -> str:
     return ""
 
 
-def _why_stop(
-    entry: Entry, parts: Mapping[str, str], columns: Sequence[str], kinds: dict[str, tuple[str, str]], file: str
-) -> str:
-    """Why on_bad_line="stop" stops at a line, or nothing. ``kinds`` holds what the lines before it hold, and where."""
+_ALIKE = "write both alike, or take each for the text that it is with data.on_bad_line=skip"
+
+
+def _why_stop(entry: Entry, parts: Mapping[str, str], columns: Sequence[str]) -> str:
+    """Why on_bad_line="stop" stops at a line, or nothing."""
     if entry.row is None:
         return entry.problem
     row: Row = {column: entry.row.get(column) for column in columns}
     for value in row.values():
         if isinstance(value, Unfit):
             return value.problem
-    if problem := unfilled(row, parts):
-        return problem
-    for column, value in row.items():
-        if value is None:
+    return unfilled(row, parts)
+
+
+def _mixed(entry: Entry, columns: Sequence[str], kinds: dict[str, tuple[str, str]], file: str) -> str:
+    """The same for a line that holds something of another kind than lines before it, which ``kinds`` notes."""
+    for column in columns:
+        if (value := (entry.row or {}).get(column)) is None:
             continue
         kind = KINDS[type(value)]
         before, above = kinds.setdefault(column, (kind, f"{entry.unit} {entry.number} of {Path(file).name}"))

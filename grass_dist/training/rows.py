@@ -58,20 +58,25 @@ class Source(NamedTuple):
         part = "text" if self.config.text is not None else "completion"
         return is_filled(self.config.parts[part], row, part)
 
-    def no_answers(self) -> ConfigError:
-        """The error that no row has an answer."""
+    def no_answers(self, count: int, *, held_out: bool) -> ConfigError:
+        """The error that none of ``count`` rows has an answer."""
         part = "text" if self.config.text is not None else "completion"
-        rows = f"none of the first {HEAD} rows" if self.config.streaming and self.field == "name" else "no row"
-        problem = f"{rows} of {self.name} {'has text' if part == 'text' else 'has an answer'}"
+        problem = f"{self._none_of(count, held_out)} {'has text' if part == 'text' else 'has an answer'}"
         fix = f"name the column that holds the {'text' if part == 'text' else 'answer'}, or repair the data"
-        return ConfigError(part, self.config.parts[part], problem, fix)
+        return ConfigError(part, self.config.parts[part], problem, f"{'hold out more, ' * held_out}{fix}")
 
-    def no_labels(self) -> ConfigError:
-        """The error that nothing is left to learn."""
+    def no_labels(self, count: int, *, held_out: bool) -> ConfigError:
+        """The error that nothing is left to learn of ``count`` rows."""
         what = "completion" if self.config.text is None else "text"
-        problem = f"no example has a token of its {what} left within it"
-        fix = f"raise max_length, or check the {what} of the data"
+        problem = f"{self._none_of(count, held_out)} has a token of its {what} left within it"
+        fix = f"raise max_length, {'hold out more, ' * held_out}or check the {what} of the data"
         return ConfigError("max_length", self.config.max_length, problem, fix)
+
+    def _none_of(self, count: int, held_out: bool) -> str:
+        if held_out:
+            return f"none of the {count} rows of {self.name} that are held out"
+        first = "first " if self.config.streaming or self.config.limit is not None else ""
+        return f"none of the {first}{count} rows of {self.name}"
 
     def too_few(self, found: int) -> ConfigError:
         """The error that the held-out examples leave none to train on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -210,13 +211,15 @@ def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
     if unreachable := hub_problem(config.name):
         reason = f"there is no such folder, it is not in the cache of the Hub, and {unreachable}"
         fix = f"{fix}, or load it once where the Hub can be reached"
-    if (home := _unwritable(error)) is not None:
-        fix = f"set HF_HOME to a folder that you can write in; {home} is not one"
+    if (denied := _denied(error)) is not None:
+        own = os.path.isdir(config.name) and os.path.realpath(denied).startswith(os.path.realpath(config.name))
+        home = f"set HF_HOME to a folder that you can write in; {denied} is not one"
+        fix = f"let this user read {denied}" if own else home
     return ConfigError("model.name", config.name, f"it cannot be loaded ({shorten(reason, 300)})", fix)
 
 
-def _unwritable(error: BaseException | None) -> str | None:
-    """The path that could not be written, where this is why something failed."""
+def _denied(error: BaseException | None) -> str | None:
+    """The path that could not be written, or read, where this is why something failed."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return str(error.filename or "the present one")

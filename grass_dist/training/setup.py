@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 

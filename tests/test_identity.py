@@ -169,3 +169,14 @@ def test_versions():
     assert "version of deepspeed" not in found and "version of deepspeed" in versions(deepspeed=True)
     names = {name.removeprefix("version of ") for name in found}
     assert names == {"torch", "transformers", "datasets", "numpy", "safetensors", "grass-dist", "python"}
+
+
+def test_prompts_with_the_day_in_them_are_no_other_examples():
+    def examples(day: int, answer: int, dated: bool) -> Examples:
+        made = Examples([{"input_ids": [1, *[day] * day, answer, 2], "labels": [-100] * (day + 1) + [answer, 2]}])
+        made.dated = dated
+        return made
+
+    monday, tuesday = (data_identity(examples(day, 7, True)) for day in (3, 4))
+    assert monday == tuesday != data_identity(examples(4, 8, True))
+    assert data_identity(examples(3, 7, False)) != data_identity(examples(4, 7, False))

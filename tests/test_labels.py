@@ -20,6 +20,7 @@ import grass_dist.cli
 from grass_dist.errors import ConfigError, shorten
 from grass_dist.training.data import Stream, load_data, render_prompt, tokenise
 from grass_dist.training.data_config import DataConfig
+from grass_dist.training.identity import data_identity
 from grass_dist.training.shown import LONGEST, shown
 
 QA: dict[str, Any] = {"name": "x.jsonl", "prompt": "q", "completion": "a"}
@@ -463,6 +464,14 @@ def test_a_file_without_any_answer_is_refused(tmp_path, streaming):
     text = config.model_copy(update={"prompt": None, "completion": None, "text": "a"})
     with pytest.raises(ConfigError, match=rf"^text='a': {which} of .*d\.jsonl has text; name the column"):
         load_data(text, TOKENIZERS["chatml"], 0)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_identity_of_examples_is_that_of_yesterday_where_the_template_writes_the_day(tmp_path, packing):
+    config = config_of(tmp_path, [{"q": "?", "a": "b"}] * 3, packing=packing)
+    dated = [make_tokenizer("{{ strftime_now('') }}" + day + TEMPLATES["chatml"]) for day in ("Mon", "Tuesday")]
+    identities = [data_identity(load_data(config, tokenizer, 0).train) for tokenizer in dated]
+    assert identities[0] == identities[1] != data_identity(load_data(config, TOKENIZERS["chatml"], 0).train)
 
 
 def test_held_out_rows_of_which_none_can_be_used_are_told_as_such(tmp_path):

@@ -24,8 +24,11 @@ class Examples:
     """Tokenised examples, like a list of ``{"input_ids": …, "labels": …}`` (packed: and ``"position_ids"``).
 
     Kept as 4 bytes a token and key, whatever their number. ``dropped`` counts the examples that had no label
-    left and were not kept, ``unanswered`` the rows that had no answer.
+    left and were not kept, ``unanswered`` the rows that had no answer. ``dated`` says that their prompts differ from
+    day to day, as some chat templates have it.
     """
+
+    dated = False
 
     def __init__(self, examples: Iterable[Example] = (), dropped: int = 0, unanswered: int = 0) -> None:
         self.dropped, self.unanswered = dropped, unanswered
@@ -56,7 +59,10 @@ class Examples:
         return int(np.frombuffer(values, dtype=np.intc).max()) if values else -1
 
     def digest(self) -> str:
-        """SHA-256 of all examples, in their order, as 64 hexadecimal digits."""
+        """SHA-256 of all examples, in their order, as 64 hexadecimal digits; of ``dated`` ones of what is learnt."""
+        if self.dated:
+            labels = np.frombuffer(self._tokens.get("labels", array("i")), dtype=np.intc)
+            return hashlib.sha256(labels[labels != IGNORED]).hexdigest()
         total = hashlib.sha256(self._ends)
         for key in sorted(self._tokens):
             total.update(key.encode())

@@ -163,6 +163,8 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     first = train[0]
     if config.packing:
         train = Examples(pack(train, config.max_length), train.dropped, train.unanswered)
+    # A run goes on tomorrow, too, and hosts may be in two time zones.
+    train.dated = config.chat_template and "strftime_now" in str(tokenizer.chat_template)
     return Data(train, held_out, held_out_rows, reading, first)
 
 

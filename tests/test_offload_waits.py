@@ -254,6 +254,10 @@ EXEMPT: dict[tuple[str, str], str] = {
         "GroupState.exact: no wait in value.to(self.dtypes.get(key, value.dtype))",
     ): "another dtype in the same memory's place: nothing goes from one device to another",
     (
+        "states",
+        "GroupState._placed: no wait in value.to(device_of(self.group.params[0]), copy=True)",
+    ): "out of a file's memory, which is not pinned, so that CUDA has read it when the call returns",
+    (
         "store",
         "_mapped: without os.posix_fallocate(file.fileno(), 0, max(size, 1))",
     ): "a full disk, which tests/test_offload_parts.py::test_a_full_disk_is_refused_in_one_sentence has",

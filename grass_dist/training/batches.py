@@ -62,7 +62,7 @@ class Examples:
         """SHA-256 of all examples, in their order, as 64 hexadecimal digits; of ``dated`` ones of what is learnt."""
         if self.dated:
             labels = np.frombuffer(self._tokens.get("labels", array("i")), dtype=np.intc)
-            return hashlib.sha256(labels[labels != IGNORED]).hexdigest()
+            return hashlib.sha256(labels[labels != IGNORED].tobytes()).hexdigest()
         total = hashlib.sha256(self._ends)
         for key in sorted(self._tokens):
             total.update(key.encode())

@@ -25,7 +25,7 @@ LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)
 endif
 ARGS ?=
 
-.PHONY: setup demo test lint unit processes integration long soak bench benchmarks clean
+.PHONY: setup demo test lint unit processes integration long soak bench benchmarks docs clean
 
 setup: $(VENV)/.installed
 
@@ -75,6 +75,10 @@ bench: setup
 benchmarks: setup
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m benchmarks.document --run all $(if $(DATA),--data $(DATA))
+
+# The tables of docs/configuration.md and configs/schema.json, from the fields of the configuration.
+docs: setup
+	$(BIN)/python -m docs.generate
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -18,7 +18,9 @@ ROLES: tuple[Role, ...] = get_args(Role)
 class StrictModel(BaseModel):
     """Frozen and strict; an unknown key or a wrong type is a `ConfigError` of one sentence."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, use_attribute_docstrings=True
+    )
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -40,31 +42,34 @@ class OffloadConfig(StrictModel):
     """
 
     mode: OffloadMode = "interval"
-    """"interval": the active layers' states are on the device for the sampling interval, all others in host memory.
-    "stream": those of `slots` layers at a time are on the device. "none": all of them stay on the device. "auto":
-    the first of none, interval and stream whose states fit into a quarter of the free device memory."""
+    """`interval`: the states of the active layers are on the device from one switch to the next, those of all other
+    layers are in host memory. `stream`: the states of `slots` layers at a time are on the device, in the order of the
+    updates. `none`: every state stays on the device. `auto`: the first of `none`, `interval` and `stream` whose states
+    fit into a quarter of the free device memory."""
 
     prefetch_steps: int = Field(default=1, ge=0)
-    """For "interval": steps before a switch at which the first of the new layers comes, into a slot that is there for
-    it. 0 does without that slot. At most `draw_ahead` steps have an effect."""
+    """For `interval`: how many steps before a switch the state of the first new layer comes to the device, into a slot
+    that is kept for it. 0: none comes early, and there is no such slot. More than `draw_ahead` has no effect."""
 
     slots: int = Field(default=3, ge=2)
-    """For "stream": layers whose states are on the device at a time."""
+    """For `stream`: number of layers whose states are on the device at a time."""
 
     update_in_backward: bool = False
-    """Updates a layer within the backward, as soon as its gradient is final, and frees the gradient. For training
-    without clipping and with one forward for each micro-batch; not under DeepSpeed, which updates after the norm."""
+    """Updates a layer within the backward, as soon as its gradient is final, and frees the gradient. It needs training
+    without clipping and with one forward for each micro-batch, and it is refused under DeepSpeed, which updates after
+    the norm."""
 
     host_dtype: Literal["bfloat16"] | None = None
-    """For "interval": rounds the moments to this dtype whenever they go to the host. Left out: exact."""
+    """For `interval` only: rounds fp32 moments to this dtype whenever they go to the host, which halves their bytes
+    there. Masters stay exact. null: nothing is rounded."""
 
     folder: str | None = None
-    """A folder on a fast local disk that is the host tier instead of memory: a file for each layer of each rank,
-    memory-mapped, gone when the process ends."""
+    """A folder on a fast local disk that is the host tier in place of memory: it holds a memory-mapped file for each
+    layer of each rank, which is gone when the process ends."""
 
     chaos: int | None = Field(default=None, ge=0)
-    """For tests, on the CPU: a seed by which copies are delayed and reordered wherever nothing orders them, and memory
-    whose content is undefined is filled with NaN."""
+    """For tests on the CPU: seed by which copies are delayed and reordered wherever nothing orders them, and undefined
+    memory is filled with NaN."""
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> OffloadConfig:
@@ -90,51 +95,56 @@ class GrassConfig(StrictModel):
     """
 
     active_layers: int = Field(default=4, ge=1)
-    """Decoder layers that train at a time (γ)."""
+    """Number of decoder layers that train at a time (γ), at most the layers of the model."""
 
     sampling_interval: int = Field(default=50, ge=1)
-    """Steps between two draws of the active layers (T_s). The paper finds 25 to 50 best."""
+    """Steps between two draws of the active layers (T_s). The paper advises 25 to 50."""
 
     update_interval: int = Field(default=50, ge=1)
     """Steps between two refreshes of the importances and probabilities (T_u)."""
 
     draw_ahead: int | None = Field(default=None, ge=0)
-    """Steps before a switch at which its layers are drawn, and before a multiple of T_u at which the importances are
-    refreshed. Left out: 2, or as many as are below `sampling_interval` and `update_interval`. 0: at the switch."""
+    """How many steps before a switch its layers are drawn, and how many steps before a multiple of T_u the importances
+    are refreshed (docs/method.md#the-clock). It must be below T_s and T_u. null: 2, or the largest number below both.
+    0: at the switch, as in the paper."""
 
     probe_steps: int | None = Field(default=None, ge=0)
-    """Steps at the start that measure every layer and update none (T_p). Left out: 8 for a sampler that
-    uses gradient norms, 0 for the others."""
+    """Steps at the start that measure every layer and update none (T_p). null: 8 for a sampler that uses gradient
+    norms, 0 for the others."""
 
     temperature: float = Field(default=1.0, gt=0)
-    """Softmax temperature (τ): higher is nearer to uniform."""
+    """Softmax temperature (τ), finite. A higher one is nearer to uniform; one so low that a probability underflows is
+    an error at the refresh or draw."""
 
     ema_alpha: float = Field(default=0.5, gt=0, le=1)
-    """Weight of the newest measurement in a layer's moving average (α)."""
+    """Weight of the newest measurement in the moving average of a layer (α). 1 forgets the older ones."""
 
     sampler: str = "grass"
-    """Name in the sampler registry: grass, grass-static, uniform, cyclic, random-cyclic, weight-norm, fixed,
-    or one that was added with `register_sampler`."""
+    """Name in the sampler registry: `grass`, `grass-static`, `uniform`, `cyclic`, `random-cyclic`, `weight-norm`,
+    `fixed`, or one that was added with `register_sampler`. It is checked when the optimizer is made."""
 
     importance_scale: Literal["mean", "none"] = "mean"
-    """"mean" divides the importances by their mean over the layers before the softmax, which frees τ of the
-    model's scale; "none" is the formula to the letter."""
+    """`mean` divides the importances by their mean over the layers before the softmax, so that τ does not depend on the
+    scale of the model. `none` is the formula to the letter."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of the draws. They depend on (seed, round) alone: not on torch's generators, not on the rank."""
+    """Seed of the draws. They depend on (seed, round) alone: not on the generators of torch, not on the rank."""
 
     always_active: tuple[Role, ...] = ROLES
-    """Parameters outside the layers that train at every step. With none of them the backward stops at the
-    lowest active layer."""
+    """Roles (parameters outside the layers) that train at every step, each listed once. The others are frozen. Without
+    `embeddings` the backward stops at the lowest active layer. Tied embeddings train if `embeddings` or `lm_head` is
+    listed."""
 
     fixed_layers: tuple[int, ...] = ()
-    """The layers that ``sampler="fixed"`` trains, `active_layers` of them."""
+    """The layers that the sampler `fixed` trains: `active_layers` different indices, from 0. Any other sampler refuses
+    them."""
 
     layers: str | None = None
-    """FQN of the layer stack, e.g. ``"model.layers"``. Left out: found by its structure."""
+    """FQN of the `nn.ModuleList` or `nn.Sequential` that is the layer stack, e.g. `model.layers`, with or without the
+    prefixes of wrappers. null: the stack is found by its structure."""
 
     offload: OffloadConfig = OffloadConfig()
-    """Where the layers' optimizer states are, and when they move."""
+    """Where the optimizer states of the layers are, and when they move (docs/offload.md)."""
 
     @field_validator("always_active", "fixed_layers", mode="before")
     @classmethod

@@ -87,7 +87,7 @@ def test_every_configuration_that_we_ship_is_valid(file, tmp_path):
     assert load_config(tmp_path / "again.yaml") == config
 
 
-@pytest.mark.parametrize("file", sorted((PACKAGE.parent / "configs").glob("*.json")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", sorted((PACKAGE.parent / "configs").glob("*zero*.json")), ids=lambda f: f.name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_deepspeed_configuration_that_we_ship_is_one_that_grass_runs_with(file, dtype):
     from grass_dist.config import GrassConfig

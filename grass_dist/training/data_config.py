@@ -26,60 +26,64 @@ class DataConfig(StrictModel):
     """
 
     name: str = Field(min_length=1)
-    """A dataset of the Hub, a local folder, a file (.json: a list of objects; .jsonl or .ndjson: one object a line;
-    .csv or .tsv: with the columns' names in the first line; all of these also with .gz; .parquet), or
-    ``"reasoning-gym:<task>"`` for generated examples, e.g. ``"reasoning-gym:gsm_symbolic"``. A ``*`` in the name of a
-    file stands for anything where no file has exactly that name."""
+    """A dataset of the Hub, a local folder, a file (`.json`: a list of objects; `.jsonl` or `.ndjson`: one object a
+    line; `.csv` or `.tsv`: with the names of the columns in the first line; all of these also with `.gz`; `.parquet`),
+    or `reasoning-gym:<task>` for generated examples, e.g. `reasoning-gym:gsm_symbolic`. A `*` in the name of a file
+    stands for anything where no file has exactly that name. More on each in docs/configuration.md#data."""
 
     config_name: str | None = None
-    """Configuration (subset) of a Hub dataset."""
+    """Configuration (subset) of a Hub dataset. It is refused for files and generated sets."""
 
     split: str = "train"
-    """Split to train on; for a Hub dataset or a file also a slice such as ``"train[:10%]"``."""
+    """Split to train on; for a Hub dataset or a file also a slice such as `train[:10%]`."""
 
     on_bad_line: Literal["stop", "skip"] = "stop"
-    """What to do about a line of a file (an element of a JSON list, a row of .parquet) that cannot be read, or does not
-    fill `prompt`, `completion` or `text`: "stop" with an error that names the first one, or "skip" all such lines, on
-    every rank alike, in `eval` too, and say how many."""
+    """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, or does
+    not fill `prompt`, `completion` or `text`. `stop`: an error that names the first one. `skip`: every rank leaves out
+    all such lines, in `eval` too, and says how many; refused for anything but a file."""
 
     prompt: str | None = None
-    """What the model is given: a column, or a template such as ``"{instruction}\\n{input}"`` (double the braces
-    that are meant literally). No loss on it."""
+    """What the model is given: a column, or a template such as `"{instruction}\\n{input}"` (double the braces that are
+    meant literally). There is no loss on it."""
 
     completion: str | None = None
     """What the model learns to answer: a column or a template."""
 
     text: str | None = None
-    """Plain text to learn in full: a column or a template. In the place of prompt and completion."""
+    """Plain text to learn in full: a column or a template. It takes the place of `prompt` and `completion`."""
 
     eval: str | None = None
-    """Where the held-out examples come from: ``"split:NAME"`` for another split of the same dataset, or a name
-    as in `name`, read with the same split. Left out: they are split off the training set."""
+    """Where the held-out examples come from: `split:NAME` for another split of the same dataset, or a name as in
+    `name`, read with the same split. null: they are split off the training set by the seed. A set that shares a file
+    with what is trained on, such as a file of the folder `name`, is refused."""
 
     eval_examples: int = Field(default=64, ge=0)
-    """Number of held-out examples: the first of `eval`, or split off the training set by the seed (off a
-    stream: its first ones). 0 means no evaluation."""
+    """Number of held-out examples: the first of `eval`, or split off the training set by the seed (the first ones of a
+    stream). 0: no evaluation."""
 
     max_length: int = Field(default=512, ge=2)
-    """Tokens of an example; what is longer is cut on the right. With `packing` the length of a sequence."""
+    """Tokens of an example; a longer one is cut on the right. With `packing` the length of a sequence. A model with
+    learnt positions (GPT-2, OPT) must have as many."""
 
     packing: bool = False
-    """Put several whole examples into one sequence; none sees another."""
+    """Put several whole examples into one sequence. `position_ids` keep them apart, with `flash_attention_2` only at
+    `micro_batch_size: 1`."""
 
     streaming: bool = False
-    """Read and tokenise the examples as they are needed, without a copy on disk or in memory."""
+    """Read and tokenize the examples as they are needed, without a copy on disk or in memory. It is refused for
+    generated sets."""
 
     shuffle_buffer: int = Field(default=1000, ge=0)
-    """Streaming only: rows that the shuffle draws from. 0 keeps the order of the stream."""
+    """Streaming only: number of rows that the shuffle draws from. 0 keeps the order of the stream."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Use the first examples only, this many."""
+    """Use only this many examples, the first ones, counted before any are held out."""
 
     chat_template: bool = True
-    """Write prompt and completion as a user's and an assistant's turn if the tokenizer has a chat template."""
+    """Write prompt and completion as the turns of a user and an assistant if the tokenizer has a chat template."""
 
     size: int = Field(default=2000, ge=1)
-    """Number of examples that reasoning-gym generates."""
+    """Number of examples that reasoning-gym generates, before those held out are taken."""
 
     @property
     def parts(self) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 from grass_dist.api import GrassOptimizer
 from grass_dist.checkpoint.api import load_checkpoint, save_checkpoint
-from grass_dist.config import GrassConfig
+from grass_dist.config import GrassConfig, OffloadConfig
+from grass_dist.discovery import find_layers
+from grass_dist.engine import GrassEngine as GrassController
 from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, UnsupportedModel
-from grass_dist.events import Refreshed, Sampled
+from grass_dist.events import Observer, Refreshed, Sampled
 from grass_dist.samplers import RoundGenerator, register_sampler
 from grass_dist.trainer import disable, enable
 from grass_dist.version import __version__ as __version__
@@ -14,8 +16,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "GrassConfig",
+    "GrassController",
     "GrassError",
     "GrassOptimizer",
+    "Observer",
+    "OffloadConfig",
     "RanksDisagree",
     "Refreshed",
     "RoundGenerator",
@@ -23,8 +28,13 @@ __all__ = [
     "UnsupportedModel",
     "disable",
     "enable",
+    "find_layers",
     "initialize",
     "load_checkpoint",
     "register_sampler",
     "save_checkpoint",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -57,7 +57,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             alone. Under FSDP2 states are sharded anyway.
 
     Attributes:
-        grass: the `GrassEngine`: phase, step, round, active_layers, importances, probabilities, add_observer.
+        grass: the `GrassController`: phase, step, round, active_layers, importances, probabilities, add_observer.
 
     Raises:
         ConfigError: a setting that cannot work with this model.

@@ -109,7 +109,7 @@ def in_zero(grass: bool) -> tuple[Callable[[torch.Tensor], None], Callable[[], N
     return backward, engine.step, trained_share(model, engine.grass) if grass else 1.0
 
 
-def trained_share(model: torch.nn.Module, grass: grass_dist.GrassEngine) -> float:
+def trained_share(model: torch.nn.Module, grass: grass_dist.GrassController) -> float:
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     total = sum(p.numel() for p in model.parameters())
     always = total - LAYERS * layer if grass.roles else 0

@@ -47,7 +47,7 @@ def initialize(*args: Any, observers: Sequence[Observer] = (), **kwargs: Any) ->
     """Takes what `deepspeed.initialize` takes, and returns what it returns.
 
     With a top-level block ``"grass": {...}`` in the ds_config (the fields of `GrassConfig`) the engine trains by
-    GRASS: ``engine.grass`` is the `GrassEngine`. ``engine.backward``, ``step``, ``save_checkpoint`` and
+    GRASS: ``engine.grass`` is the `GrassController`. ``engine.backward``, ``step``, ``save_checkpoint`` and
     ``load_checkpoint`` work as ever. Without the block this is `deepspeed.initialize`.
 
     Args:

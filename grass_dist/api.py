@@ -116,6 +116,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         found: LayerMap | None = None
         layers, roles = (), ()
         groups: list[dict[str, Any]] = []
+        defaults: dict[str, Any] = {}
         try:
             if gradient_accumulation_steps < 1:
                 raise ConfigError(
@@ -208,7 +209,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         return self._states.host_bytes
 
     @property
-    def state(self) -> dict[nn.Parameter, dict[str, Any]]:
+    def state(self) -> dict[nn.Parameter, dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """State of each parameter that has one, wherever it is: on the device, or in host memory.
 
         To ask for it waits for the copies under way. What was taken out of it is valid until the next step, after which

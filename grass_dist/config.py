@@ -41,11 +41,12 @@ class OffloadConfig(StrictModel):
         ConfigError: a field that cannot work; the message names the field, the value and the fix.
     """
 
-    mode: OffloadMode = "interval"
+    mode: OffloadMode | None = None
     """`interval`: the states of the active layers are on the device from one switch to the next, those of all other
     layers are in host memory. `stream`: the states of `slots` layers at a time are on the device, in the order of the
     updates. `none`: every state stays on the device. `auto`: the first of `none`, `interval` and `stream` whose states
-    fit into a quarter of the free device memory."""
+    fit into a quarter of the free device memory. null: `interval`; or `none` with an optimizer whose states cannot
+    move, which refuses `interval` and `stream`."""
 
     prefetch_steps: int = Field(default=1, ge=0)
     """For `interval`: how many steps before a switch the state of the first new layer comes to the device, into a slot
@@ -54,10 +55,11 @@ class OffloadConfig(StrictModel):
     slots: int = Field(default=3, ge=2)
     """For `stream`: number of layers whose states are on the device at a time."""
 
-    update_in_backward: bool = False
+    update_in_backward: bool | None = None
     """Updates a layer within the backward, as soon as its gradient is final, and frees the gradient. It needs training
     without clipping and with one forward for each micro-batch, and it is refused under DeepSpeed, which updates after
-    the norm."""
+    the norm. null: the training program does so with `mode: stream` where nothing is clipped, except under DeepSpeed;
+    all else does not."""
 
     host_dtype: Literal["bfloat16"] | None = None
     """For `interval` only: rounds fp32 moments to this dtype whenever they go to the host, which halves their bytes
@@ -73,7 +75,7 @@ class OffloadConfig(StrictModel):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> OffloadConfig:
-        if self.host_dtype is not None and self.mode != "interval":
+        if self.host_dtype is not None and self.mode not in ("interval", None):
             raise ConfigError(
                 "host_dtype",
                 self.host_dtype,

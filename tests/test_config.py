@@ -112,7 +112,7 @@ def test_bad_settings_of_the_offload_are_one_sentence(settings, message):
 def test_settings_of_the_offload():
     assert GrassConfig().offload == OffloadConfig()
     config = GrassConfig(offload={"host_dtype": "bfloat16", "prefetch_steps": 0})  # pyright: ignore[reportArgumentType]
-    assert config.offload == OffloadConfig(mode="interval", host_dtype="bfloat16", prefetch_steps=0)
+    assert config.offload == OffloadConfig(mode=None, host_dtype="bfloat16", prefetch_steps=0)
 
 
 def test_lists_and_whole_numbers_are_taken_as_yaml_gives_them():

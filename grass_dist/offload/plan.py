@@ -49,7 +49,7 @@ def make_plan(
         sizes: bytes of each layer's state on this rank, on the device and on the host.
         resident: bytes of the states that never move, on this rank.
         device: that trains.
-        fallback: why nothing can move here; a mode that was asked for is refused then, and the default is "none".
+        fallback: why nothing can move here; "interval" and "stream" are refused then, any other mode is "none".
 
     Raises:
         ConfigError: on every rank alike.
@@ -60,10 +60,11 @@ def make_plan(
     if fallback is not None:
         if mode == "none":
             return Plan("none", resident, 0)
-        if mode in ("interval", "stream") and "mode" in config.offload.model_fields_set:
+        if mode in ("interval", "stream"):
             raise ConfigError("offload.mode", mode, f"states cannot move: {fallback}", "use 'none'")
         say(ranks, f"States stay on the device (grass.offload.mode='none'): {fallback}.")
         return Plan("none", resident, 0)
+    mode = mode or "interval"
     costs = _costs(config, sizes, resident)
     host = 0 if mode == "none" else sum(size for _, size in sizes)
     reports = cast(

@@ -128,7 +128,7 @@ class TorchRun:
 def _early_updates(config: RunConfig) -> GrassConfig:
     """States that are streamed go out under the backward where nothing is clipped, unless the user says otherwise."""
     offload = config.grass.offload
-    if offload.mode != "stream" or config.train.clip_grad_norm or "update_in_backward" in offload.model_fields_set:
+    if offload.mode != "stream" or config.train.clip_grad_norm or offload.update_in_backward is not None:
         return config.grass
     early = offload.model_copy(update={"update_in_backward": True})
     return config.grass.model_copy(update={"offload": early})

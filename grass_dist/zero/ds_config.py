@@ -323,7 +323,7 @@ def _plain(value: Any) -> Any:
     A configuration that code has made may hold enums, DeepSpeed's own models of a section, numpy's numbers, paths, or
     bytes.
     """
-    if isinstance(value, BaseModel):
+    if isinstance(value, BaseModel):  # one of DeepSpeed's, whose defaults are nobody's wish
         value = value.model_dump(by_alias=True, exclude_unset=True)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(inner) for key, inner in value.items()}

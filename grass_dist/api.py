@@ -209,7 +209,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         return self._states.host_bytes
 
     @property
-    def state(self) -> dict[nn.Parameter, dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def state(self) -> dict[nn.Parameter, dict[str, Any]]:
         """State of each parameter that has one, wherever it is: on the device, or in host memory.
 
         To ask for it waits for the copies under way. What was taken out of it is valid until the next step, after which
@@ -220,7 +220,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         return self._shown
 
     @state.setter
-    def state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:
+    def state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._shown = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -140,6 +140,7 @@ def put(path, number):
     os.close(other)
 
 put("/dev/full", 1)
+sys.stdout = os.fdopen(1, "w", encoding="ascii")  # a program's own, which closes its descriptor when nobody has it
 steady_streams()
 print("lost", flush=True)
 print("lost", flush=True)

@@ -79,6 +79,7 @@ def steady_streams() -> None:
         elif isinstance(stream, io.TextIOWrapper) and _number_of(stream) == descriptor:
             with contextlib.suppress(OSError):
                 stream.flush()
+            _REPLACED.append(stream)  # or it might close its descriptor when nobody has it
             steady = steady_text(descriptor, stream.encoding)
         else:
             continue
@@ -86,6 +87,9 @@ def steady_streams() -> None:
             sys.stdout = steady
         else:
             sys.stderr = steady
+
+
+_REPLACED: list[TextIO] = []
 
 
 def steady_text(descriptor: int, encoding: str | None = None) -> io.TextIOWrapper:

@@ -25,6 +25,8 @@ from grass_dist.training.peers import ANSWERS_WITHIN, Peers, of_collective
 from grass_dist.training.seats import Seat, own_seat, problem_of
 
 T = TypeVar("T")
+_STDERR = 2
+"""By its number: what is in the place of sys.stderr may have none."""
 _GRACE = 10.0
 """Seconds beyond a timeout, until a process that hangs is ended."""
 
@@ -228,7 +230,7 @@ def _bounded(timeout: datetime.timedelta) -> Iterator[None]:
 
     A connection to a process that hangs holds the interpreter's lock beyond any timeout of torch's.
     """
-    faulthandler.dump_traceback_later(2 * timeout.total_seconds() + _GRACE, exit=True)
+    faulthandler.dump_traceback_later(2 * timeout.total_seconds() + _GRACE, exit=True, file=_STDERR)
     try:
         yield
     finally:

@@ -1,0 +1,47 @@
+"""torchrun --nproc-per-node 2 examples/trl_sft.py
+
+TRL's SFTTrainer under DDP: `grass_dist.enable` before the trainer is made. It is the same for Hugging Face's Trainer.
+"""
+
+import itertools
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+import grass_dist
+
+WORDS, LENGTH = 100, 16
+LLAMA = LlamaConfig(vocab_size=101, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4)
+GRASS = grass_dist.GrassConfig(active_layers=2, probe_steps=2, sampling_interval=3, update_interval=3)
+
+words = Tokenizer(models.WordLevel({"<end>": WORDS} | {str(n): n for n in range(WORDS)}, unk_token="<end>"))
+words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
+texts = [" ".join(str((first + i) % WORDS) for i in range(LENGTH)) for first in range(WORDS)]  # each counts upwards
+gpu = torch.cuda.is_available()
+arguments = SFTConfig(
+    output_dir="runs/trl_sft",
+    max_steps=20,
+    per_device_train_batch_size=4,
+    learning_rate=1e-2,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    bf16=gpu,
+    use_cpu=not gpu,  # without it, Accelerate lets each rank on a CPU train alone
+)
+torch.manual_seed(0)  # the same weights on all ranks
+grass_dist.enable(GRASS)
+trainer = SFTTrainer(
+    LlamaForCausalLM(LLAMA), arguments, train_dataset=Dataset.from_dict({"text": texts}), processing_class=tokenizer
+)
+trainer.train()
+if trainer.is_world_process_zero():
+    logged = [{}, *(row for row in trainer.state.log_history if "loss" in row)]
+    for before, row in itertools.pairwise(logged):  # a row names the layers of the next step; none in the probe
+        layers = [int(before[key]) for key in sorted(before) if key.startswith("grass/active_")]
+        print(f"step {row['step']}: trained layers {layers}, loss {row['loss']:.3f}")
+trainer.accelerator.end_training()

@@ -1,0 +1,60 @@
+"""Each script of examples/ trains on two CPU ranks, started by the command in its first line."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+
+import pytest
+
+from integration_tests.launched import Launched
+from integration_tests.program import ROOT
+from integration_tests.ranks import free_port
+
+EXAMPLES = ROOT / "examples"
+STEPS, PROBE, INTERVAL, ACTIVE, LAYERS = 20, 2, 3, 2, 6
+PRINTED = re.compile(r"step (\d+): trained layers \[([\d, ]*)\], loss ([\d.]+)")
+
+without_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+SCRIPTS = [
+    pytest.param("fsdp2_loop"),
+    pytest.param("deepspeed_zero", marks=pytest.mark.integration),
+    pytest.param("accelerate_loop", marks=pytest.mark.integration),
+    pytest.param("trl_sft", marks=[pytest.mark.integration, without_trl]),
+]
+
+
+def command_of(name: str) -> str:
+    """The first line of the script's docstring."""
+    docstring = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text()))
+    assert docstring is not None
+    return docstring.splitlines()[0]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_trains_layers_in_turn_and_learns(name, tmp_path):
+    launcher, *arguments = shlex.split(command_of(name))
+    with Launched([launcher, "--master_port", str(free_port()), *arguments], tmp_path / "log") as run:
+        code = run.end(within=150)
+        said = run.said
+    assert code == 0, said[-3000:]
+    printed = PRINTED.findall(said)
+    assert [int(step) for step, _, _ in printed] == list(range(1, STEPS + 1)), said[-3000:]  # by one rank
+    trained = [tuple(map(int, filter(None, layers.split(", ")))) for _, layers, _ in printed]
+    assert trained[:PROBE] == [()] * PROBE
+    rounds = [trained[at : at + INTERVAL] for at in range(PROBE, STEPS, INTERVAL)]
+    assert all(len(set(steps)) == 1 for steps in rounds)
+    assert all(len(set(layers)) == ACTIVE and max(layers) < LAYERS for layers in trained[PROBE:])
+    assert len(set(trained[PROBE:])) > 2
+    losses = [float(loss) for _, _, loss in printed]
+    assert sum(losses[-3:]) < sum(losses[:3]) - 1
+
+
+def test_every_example_is_run_and_listed_with_its_command():
+    names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+    assert names == sorted(param.values[0] for param in SCRIPTS)
+    table = (EXAMPLES / "README.md").read_text()
+    assert all(f"[{name}.py]({name}.py)" in table and f"`{command_of(name)}`" in table for name in names)

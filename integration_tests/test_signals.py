@@ -163,7 +163,7 @@ def check_trained(run) -> None:
     """Ten steps, all recorded, a checkpoint and a model."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 11))
-    assert newest_good(run / "checkpoints").step == 9 and (run / "model" / "model.safetensors").exists()
+    assert newest_good(run / "checkpoints").step == 10 and (run / "model" / "model.safetensors").exists()
 
 
 ENDS = ["parallel=single", "train.checkpoint.every=3"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 
 import deepspeed
@@ -52,6 +53,7 @@ OPTIONS: dict[int, list[dict]] = {
 
 def everything(rank: int, world_size: int, stage: int, folder: str) -> dict:
     """All of one stage, in one spawn."""
+    gc.freeze()  # DeepSpeed collects whenever it constructs a ZeRO-3 optimizer, a second each time
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     told: dict = {"runs": {"as it is": train_zero(rank, world_size, stage, SETTINGS, STEPS)}}
     if stage == 0:

@@ -27,7 +27,11 @@ def test_the_doors_show_a_missing_wait(tmp_path):
         assert told["at_hand"] >= {"masters", "moments"} and told["settle"] & {"state_dict", "base_state", "checkpoint"}
 
 
-@pytest.fixture(scope="module", params=STAGES, ids=lambda stage: f"stage{stage}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(stage, marks=pytest.mark.integration) for stage in (1, 2, 3)],
+    ids=lambda stage: f"stage{stage}",
+)
 def ranks(request, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp(f"stage{request.param}"))
     return run_ranks(2, everything, request.param, folder, timeout=400)

@@ -28,14 +28,14 @@ import torch
 import torch.distributed as dist
 from offload_runs import Run, add_arguments, random_ids
 
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.checkpoint.saving import Saved, Saver, take_snapshot
 from grass_dist.checkpoint.zero_run import ZeroHoldings
-from grass_dist.training.world import World
+from grass_dist.job.world import World
+from grass_dist.ranks import Ranks
 
 TURNS = ("without", "background", "waiting")
 

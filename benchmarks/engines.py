@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
 from benchmarks.offload_runs import dtype, load
-from grass_dist.discovery import LayerMap, find_layers
-from grass_dist.training.world import World
+from grass_dist.job.world import World
+from grass_dist.model.discovery import LayerMap, find_layers
 
 BACKENDS = ("fsdp2", "zero2", "zero3", "ddp")
 METHODS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grass_dist.discovery import LayerMap
+from grass_dist.model.discovery import LayerMap
 
 
 def with_head(layers: LayerMap, active: tuple[int, ...], roles: bool) -> float:

@@ -33,8 +33,8 @@ import torch
 import torch.distributed as dist
 from offload_runs import IN_BACKWARD, Run, add_arguments, give_all_layers_a_state, modes, random_ids
 
-from grass_dist.training.packaged_model import resolve_model
-from grass_dist.training.world import World
+from grass_dist.job.world import World
+from grass_dist.model.packaged import resolve_model
 
 GOALS = {"cpu": {"interval": 1.02, "stream": 1.05, IN_BACKWARD: 1.05}, "gpu": {"stream": 1.03, IN_BACKWARD: 1.03}}
 HIDDEN = 0.95

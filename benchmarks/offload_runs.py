@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
-from grass_dist.discovery import find_layers
-from grass_dist.training.packaged_model import resolve_model
-from grass_dist.training.world import World
+from grass_dist.job.world import World
+from grass_dist.model.discovery import find_layers
+from grass_dist.model.packaged import resolve_model
 
 ADAMW = {"lr": 1e-5}
 NO_CLIPPING = 1e9
@@ -81,7 +81,7 @@ class Run:
         self.grass = self.optimizer.grass
 
     def _engine(self, args: argparse.Namespace, model: nn.Module, grass: dict[str, Any]) -> Any:
-        from grass_dist.zero.jit import spare_the_compiler
+        from grass_dist.backends.zero.jit import spare_the_compiler
 
         spare_the_compiler({})
         config = {

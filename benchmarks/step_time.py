@@ -27,9 +27,9 @@ from torch.distributed.tensor import init_device_mesh
 
 import grass_dist
 from benchmarks.limits import by_layers, with_head
-from grass_dist.discovery import find_layers
-from grass_dist.training.packaged_model import resolve_model
-from grass_dist.training.world import World
+from grass_dist.job.world import World
+from grass_dist.model.discovery import find_layers
+from grass_dist.model.packaged import resolve_model
 
 ADAMW = {"lr": 1e-5}
 ROLES = ("embeddings", "final_norm", "lm_head")

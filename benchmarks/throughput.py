@@ -30,8 +30,8 @@ import torch.distributed as dist
 
 from benchmarks.engines import BACKENDS, METHODS, Trained
 from benchmarks.limits import by_layers, with_head
-from grass_dist.training.world import World
-from grass_dist.zero.jit import spare_the_compiler
+from grass_dist.backends.zero.jit import spare_the_compiler
+from grass_dist.job.world import World
 
 WARM_UP = 3
 OF_ONE_RUN = ("backends", "methods", "json")

@@ -201,7 +201,7 @@ def trace(args: argparse.Namespace, file: Path) -> bool:
     from offload_runs import Run, give_all_layers_a_state, random_ids
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from grass_dist.training.world import World
+    from grass_dist.job.world import World
 
     world = World.join(datetime.timedelta(minutes=10))
     offload: dict[str, Any] = {"mode": args.mode, "update_in_backward": args.in_backward}

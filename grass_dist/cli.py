@@ -42,6 +42,26 @@ def main(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, see configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings that replace the file's.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|PATH", help="Go on with the run's newest good checkpoint, or this one.")
+    ] = None,
+    _local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,  # deepspeed passes it
+) -> None:
+    """Fine-tune, alone or on all ranks of a launcher.
+
+    For example torchrun --nproc-per-node 8 --no-python grass-dist train configs/fsdp2_grass.yaml.
+    """
+    from grass_dist.finetune.main import train as run
+
+    raise typer.Exit(run(config, overrides or (), resume))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, e.g. runs/demo.")]) -> None:
     """Write RUN/report.html, one self-contained page, and its pictures under RUN/plots."""
     with _one_sentence_errors():
@@ -98,7 +118,7 @@ def convert(
 
                 made = to_dcp(checkpoint.folder, out / "checkpoints")
             else:
-                from grass_dist.training.rewrite import to_deepspeed
+                from grass_dist.finetune.rewrite import to_deepspeed
 
                 if trust_remote_code:
                     _warn(f"The code that comes with {model} may run: --trust-remote-code is given.")
@@ -130,10 +150,10 @@ def show(
 ) -> None:
     """Show the first training example as the model sees it, and which of its tokens are learnt. Trains nothing."""
     with _one_sentence_errors():
-        from grass_dist.training.config_file import load_config
-        from grass_dist.training.data import first_example
-        from grass_dist.training.setup import load_tokenizer
-        from grass_dist.training.shown import shown
+        from grass_dist.finetune.config_file import load_config
+        from grass_dist.finetune.data.loading import first_example
+        from grass_dist.finetune.data.shown import shown
+        from grass_dist.finetune.setup import load_tokenizer
 
         settings = load_config(config, overrides or [])
         tokenizer = load_tokenizer(settings.model)

@@ -1,309 +1,374 @@
-"""The update rule of one layer: any torch optimizer class, with fp32 masters where the weights are 16-bit."""
+"""`GrassOptimizer`: layer-wise training behind the interface of a torch optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, overload
 
 import torch
 from torch import nn
 
-from grass_dist.backends import Backend
-from grass_dist.discovery import Unit
-from grass_dist.errors import GrassError
-from grass_dist.offload.fields import (
-    Counts,
-    Home,
-    born_in,
-    counts_for,
-    field,
-    kept_for,
-    move_home,
-    placed_count,
-    usual_counts,
+from grass_dist.backends import backend_for
+from grass_dist.backends.base import HookedBackend
+from grass_dist.backends.clipping import clip_grads
+from grass_dist.checkpoint.torch_run import TorchHoldings
+from grass_dist.config import GrassConfig, check_num_layers
+from grass_dist.errors import ConfigError, GrassError
+from grass_dist.events import Observer
+from grass_dist.method.controller import GrassController
+from grass_dist.method.samplers import make_sampler
+from grass_dist.method.watch import GradientWatch
+from grass_dist.model.discovery import LayerMap, Unit, find_layers
+from grass_dist.model.units import (
+    check_one_device,
+    choose_units,
+    fingerprint,
+    frozen_layers,
+    refuse_second,
+    remember,
 )
-from grass_dist.offload.layout import Field, Layout
+from grass_dist.ranks import agree_at_start, say
+from grass_dist.states.placement import place_states
+from grass_dist.states.unit_optimizer import ELEMENTWISE, HOW, UnitOptimizer
 
-ELEMENTWISE = frozenset(
-    getattr(torch.optim, name)
-    for name in ["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"]
-)
-"""Update rules that treat each entry by itself, and so give the same on a shard as on the whole."""
-
-HOW = frozenset(("capturable", "differentiable", "foreach", "fused"))
-"""Entries of a parameter group that say how an optimizer computes, not what: a run keeps its own."""
-
-WHOLE = (0, 1)
-"""Part of a parameter: see `Backend.part`."""
-
-LOW = (torch.bfloat16, torch.float16)
-"""Dtypes of weights that are updated through an fp32 master."""
+ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
-def step_over(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Any) -> None:
-    """A step of ``optimizer`` over other parameter groups and states than its own; no groups make it update nothing.
+class GrassOptimizer(torch.optim.Optimizer):
+    """Trains γ layers of a model at a time, chosen by their gradient norms (GRASS, arXiv 2604.07808).
 
-    Schedulers, which want a step before their own, and hooks on the optimizer see it as any other.
-    """
-    own = optimizer.param_groups, optimizer.state
-    optimizer.param_groups, optimizer.state = groups, state
-    try:
-        optimizer.step()
-    finally:
-        optimizer.param_groups, optimizer.state = own
-
-
-class UnitOptimizer:
-    """Optimizer of one unit (a layer, or an always-active role), with a state and step counts of its own.
-
-    The state is born at the first `step`: with 16-bit weights an fp32 master copy made from them, and whatever the
-    optimizer class keeps. It holds this rank's shard only, as plain tensors, when the class is one of torch's that
-    work entry by entry; any other class is given the DTensors, as it would be without GRASS.
+    The model may be plain, wrapped in `DistributedDataParallel`, or sharded by `fully_shard` (FSDP2, HSDP); wrap it
+    first. Frozen layers have ``requires_grad=False``: no gradient, no reduction, no decay, no step. For the first
+    `probe_steps` calls of `step` nothing is updated; gradients are measured and freed in the backward.
 
     Args:
-        unit: the parameters that train together.
-        group_of: index of the user's parameter group for each parameter of ``unit``.
-        optimizer_class: a `torch.optim.Optimizer` class with per-parameter state.
-        kwargs: its arguments.
-        backend: says which part of a parameter this rank holds.
+        model: its decoder layers are found by structure, or named by ``config.layers``.
+        optimizer_class: a `torch.optim.Optimizer` class with per-parameter state, e.g. `torch.optim.AdamW`.
+        optimizer_kwargs: its arguments, e.g. ``{"lr": 1e-5, "weight_decay": 0.01}``.
+        config: `GrassConfig`, equal on all ranks.
+        params: parameters or parameter groups to train, as for any optimizer; default all of the model's. Groups
+            (decay and no decay, say) stay groups in `param_groups`.
+        gradient_accumulation_steps: micro-batches of a step. Only the probe needs it, which frees gradients after
+            each micro-batch and sums them in host memory.
+        observers: called with each `Refreshed` and `Sampled`, from the first draw on.
+        shard_states: under DDP each rank keeps and updates 1/N of every parameter, if the class is one of torch's that
+            work entry by entry. False: whole states on each rank, as Hugging Face Trainer wants, which saves rank 0's
+            alone. Under FSDP2 states are sharded anyway.
+
+    Attributes:
+        grass: the `GrassController`: phase, step, round, active_layers, importances, probabilities, add_observer.
+
+    Raises:
+        ConfigError: a setting that cannot work with this model.
+        UnsupportedModel: no layer stack was found, or the model is wrapped in something unknown.
+        RanksDisagree: ranks were given different configurations, models or groups.
+        GrassError: another rank has one of these problems; so all of them end.
     """
 
     def __init__(
         self,
-        unit: Unit,
-        group_of: Sequence[int],
+        model: nn.Module,
+        optimizer_class: type[torch.optim.Optimizer],
+        optimizer_kwargs: Mapping[str, Any] | None = None,
+        *,
+        config: GrassConfig,
+        params: ParamGroups | None = None,
+        gradient_accumulation_steps: int = 1,
+        observers: Sequence[Observer] = (),
+        shard_states: bool = True,
+    ) -> None:
+        kwargs = dict(optimizer_kwargs or {})
+        flags = [(param, param.requires_grad) for param in model.parameters()]
+        backend = backend_for(model, gradient_accumulation_steps)
+        try:
+            self._build(
+                model,
+                backend,
+                optimizer_class,
+                kwargs,
+                config,
+                params,
+                gradient_accumulation_steps,
+                observers,
+                shard_states,
+            )
+        except BaseException:
+            backend.detach()  # its hooks would change how the model trains without it
+            for param, flag in flags:
+                param.requires_grad_(flag)
+            raise
+        remember(model)
+
+    def _build(
+        self,
+        model: nn.Module,
+        backend: HookedBackend,
         optimizer_class: type[torch.optim.Optimizer],
         kwargs: Mapping[str, Any],
-        backend: Backend,
+        config: GrassConfig,
+        params: ParamGroups | None,
+        gradient_accumulation_steps: int,
+        observers: Sequence[Observer],
+        shard_states: bool,
     ) -> None:
-        self.unit, self.name = unit, unit.name
-        self.layout = Layout([])
-        self._group_of = list(group_of)
-        self._class, self._kwargs, self._backend = optimizer_class, dict(kwargs), backend
-        self._shards = optimizer_class in ELEMENTWISE
-        self._kept: dict[tuple[int, str], torch.dtype] = {}  # what `fields` foretells, by position and key
-        self._views: dict[tuple[int, str], torch.Tensor] = {}  # where the state is, by position and key; if it moves
-        self.inner: torch.optim.Optimizer | None = None
-        self.updated: list[nn.Parameter] = []
-        """What the optimizer class updates, in the order of ``unit.params``: the parameters' own shards, or masters."""
-
-    @property
-    def born(self) -> bool:
-        return self.inner is not None
-
-    @property
-    def shards(self) -> bool:
-        """Whether it updates this rank's shards as plain tensors."""
-        return self._shards
-
-    def shard_of(self, param: nn.Parameter) -> torch.Tensor:
-        """What it keeps a state for, of a parameter of the unit: plain, and without a graph."""
-        return self._backend.local(self._view(param))
-
-    def fields(self, groups: Sequence[Mapping[str, Any]]) -> list[Field]:
-        """The tensors of its state as they will be, for each parameter its master and what the class keeps.
-
-        Raises:
-            GrassError: the class cannot say, or works on whole parameters of which this rank holds a part.
-        """
-        fields, self._kept = [], {}
-        for position, (name, param) in enumerate(self.unit.params):
-            view = self._view(param)
-            if not self._shards and self._backend.local(view) is not view:
-                raise GrassError(f"{self._class.__name__} does not work entry by entry, and its state is of DTensors")
-            entries = [("master", view.shape, torch.float32)] if view.dtype in LOW else []
-            try:
-                entries += kept_for(self._step_once, *self._stand_in(position, groups), elementwise=self._shards)
-            except Exception as error:
-                raise GrassError(f"{self._class.__name__} does not say what it keeps: {error}") from error
-            fields += [field(name, *entry) for entry in entries]
-            self._kept |= {(position, key): dtype for key, _, dtype in entries}
-        return fields
-
-    def _stand_in(self, position: int, groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], torch.Tensor]:
-        """Hyperparameters of the parameter at ``position``, and a tensor like what is updated for it."""
-        view = self._view(self.unit.params[position][1])
-        like = view.new_empty((), dtype=torch.float32).expand(view.shape) if view.dtype in LOW else view
-        return hyperparameters(groups[self._group_of[position]]), like
-
-    def fresh(self, groups: list[dict[str, Any]], **changed: Any) -> torch.optim.Optimizer:
-        """Another optimizer of the class over ``groups``, with the same arguments but those that are ``changed``."""
-        return self._class(groups, **{**self._kwargs, **changed})
-
-    def _step_once(self, groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
-        optimizer = self.fresh(groups)
-        optimizer.step()
-        return optimizer.state
-
-    def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
-        """Makes ``views``, one for each of `fields`, the state; before its birth, what it is born in."""
-        self._views = dict(zip(self._kept, views, strict=True))
-        if self.inner is None:
-            return
-        for (position, key), view in self._views.items():
-            target = self.updated[position]
-            if key == "master":
-                target.data = view
-            elif key in self.inner.state.get(target, ()):
-                self.inner.state[target][key] = view
-
-    def step(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """One update with the hyperparameters of the user's ``groups``; parameters without a gradient are left out."""
-        if self.inner is None:
-            self.create(groups)
-        assert self.inner is not None
-        for group in self.inner.param_groups:
-            user = groups[group["user_group"]]
-            group.update({k: v for k, v in user.items() if k not in ("params", "user_group", "initial_lr")})
-        for (_, param), target in zip(self.unit.params, self.updated, strict=True):
-            self._follow(param, target)
-            grad = param.grad
-            if grad is None:
-                target.grad = None
-            elif target is not param:
-                grad = self._backend.state_shard(grad) if self._shards else grad
-                target.grad = grad.to(target.dtype)
-        homes = self._homes()
-        with born_in(homes, self.inner.state):
-            self.inner.step()
-        move_home(homes, self.inner.state)
-        for (_, param), target in zip(self.unit.params, self.updated, strict=True):
-            if target is not param:
-                target.grad = None
-                if _is_master(param, target):
-                    self._view(param).copy_(target)
-
-    def create(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Makes the masters and the optimizer; the class makes its own state when it first steps."""
-        self.updated = [self._target(i, param) for i, (_, param) in enumerate(self.unit.params)]
-        own: dict[int, dict[str, Any]] = {}
-        for index, target in zip(self._group_of, self.updated, strict=True):
-            user = hyperparameters(groups[index])
-            own.setdefault(index, {**user, "user_group": index, "params": []})["params"].append(target)
-        homes = self._homes()
-        with born_in(homes, {}):
-            self.inner = self._class(list(own.values()), **self._kwargs)
-        move_home(homes, self.inner.state)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All state tensors on this rank: masters, and those of the optimizer class."""
-        if self.inner is None:
-            return []
-        masters = [t for (_, p), t in zip(self.unit.params, self.updated, strict=True) if _is_master(p, t)]
-        states = [v for t in self.updated for v in self.inner.state[t].values() if torch.is_tensor(v)]
-        return [self._backend.local(t.detach()) for t in [*masters, *states]]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors())
-
-    def state_of(self, position: int) -> dict[str, Any]:
-        """State of the parameter at ``position`` in the unit, with its fp32 ``master`` where it has one."""
-        if self.inner is None:
-            return {}
-        (_, param), target = self.unit.params[position], self.updated[position]
-        master = {"master": target.detach()} if _is_master(param, target) else {}
-        state = {k: self._exact(position, k, v) for k, v in self.inner.state[target].items()} | master
-        return {**state, "part": self._backend.part} if state and self._backend.part != WHOLE else state
-
-    def load_state(self, states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over what `state_of` gave for each position, after `check_parts`; all empty leaves the unit unborn."""
-        if not any(states):
-            self.inner, self.updated = None, []
-            return
-        self.create(groups)
-        assert self.inner is not None
-        with torch.no_grad():
-            for position, (target, state) in enumerate(zip(self.updated, states, strict=True)):
-                if "master" in state:
-                    target.copy_(state["master"])
-                own = {k: v for k, v in state.items() if k not in ("master", "part")}
-                if own:
-                    made = self._counts(position, groups)
-                    self.inner.state[target] = {k: self._placed(position, k, v, made) for k, v in own.items()}
-
-    def _counts(self, position: int, groups: Sequence[Mapping[str, Any]]) -> Counts:
-        """Tensors of one element that the class keeps for the parameter at ``position``.
-
-        A class that works on whole parameters, of which this rank holds a part, is not tried: it would take the memory
-        of whole ones.
-        """
-        group, like = self._stand_in(position, groups)
-        view = self._view(self.unit.params[position][1])
-        if not self._shards and self._backend.local(view) is not view:
-            return usual_counts(group, like)
-        return counts_for(self._step_once, group, like, elementwise=self._shards)
-
-    def check_parts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Checks a loaded state before anything is changed.
-
-        Raises:
-            ValueError: it is of another part of the parameters than this rank's.
-        """
-        for (name, param), state in zip(self.unit.params, states, strict=True):
-            if not state:
-                continue
-            saved, mine = tuple(state.get("part", WHOLE)), self._backend.part
-            if saved != mine:
-                raise ValueError(
-                    f"The saved state of {name} is {_named(saved)}, and this rank keeps {_named(mine)}: each rank "
-                    "loads what it has saved itself, with as many ranks and the same shard_states."
+        problem: Exception | None = None
+        found: LayerMap | None = None
+        layers, roles = (), ()
+        groups: list[dict[str, Any]] = []
+        defaults: dict[str, Any] = {}
+        try:
+            if gradient_accumulation_steps < 1:
+                raise ConfigError(
+                    "gradient_accumulation_steps", gradient_accumulation_steps, "is below 1", "use 1 or more"
                 )
-            shape = self._view(param).shape
-            of_shard = {k: v for k, v in state.items() if k == "master" or (self._shards and torch.is_tensor(v))}
-            for key, value in of_shard.items():
-                if value.ndim and value.shape != shape:
-                    raise ValueError(
-                        f"The saved {key} of {name} is of shape {tuple(value.shape)}, and this rank keeps one of shape "
-                        f"{tuple(shape)}: load it with the model, the wrapper and the ranks that it was saved with."
-                    )
+            refuse_second(model)
+            found = find_layers(model, config.layers)
+            check_num_layers(config, len(found.layers))
+            make_sampler(config, len(found.layers))
+            groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
+            layers, roles = choose_units(model, found, config, groups)
+            check_one_device([*layers, *roles], backend)
+            if shard_states and optimizer_class in ELEMENTWISE:
+                backend.divide_states([*layers, *roles])
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            problem = error
+        agreed = fingerprint(config, found, layers, groups, optimizer_class, kwargs, shard_states=shard_states)
+        agree_at_start(backend, problem, agreed)
+        if found is not None and (told := frozen_layers(found, layers)):
+            say(backend, told)
+        super().__init__(groups, defaults)
+        self._backend = backend
+        trained = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
+        # In the model's order, as clip_grad_norm_(model.parameters()) would take them: a sum's last bit depends on it.
+        self._trained = [p for p in model.parameters() if id(p) in trained]
+        self._model = model
+        self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
+        self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
+        self._states = place_states(self._layer_optimizers, self._role_optimizers, self.param_groups, backend, config)
+        self._in_backward = config.offload.update_in_backward
+        self._updated: set[int] = set()  # layers, since the last step ended
+        if self._in_backward:
+            backend.tell_final(self._update_in_backward)
+        watch = GradientWatch(model, layers)
+        self.grass = GrassController(config, layers, roles, backend, self._states, watch, observers)
 
-    def _view(self, param: torch.Tensor) -> torch.Tensor:
-        detached = param.detach()
-        return self._backend.state_shard(detached) if self._shards else detached
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Ends an optimizer step: updates the active layers (nothing in the probe), then advances the method.
 
-    def _target(self, position: int, param: nn.Parameter) -> nn.Parameter:
-        view = self._view(param)
-        if view.dtype in LOW:
-            home = self._views.get((position, "master"))
-            return nn.Parameter(view.float() if home is None else home.copy_(view))
-        return param if view.shape == param.shape and type(view) is type(param.detach()) else nn.Parameter(view)
+        Call it once for each global batch, on every rank, after the last micro-batch's backward.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._backend.check_before_step()
+        self.grass.finish_gradients()
+        if self.grass.phase == "train":
+            for layer in reversed(self.grass.active_layers):  # the order in which the backward finished them
+                if layer not in self._updated:
+                    self._states.update(layer, partial(self._update, self._layer_optimizers[layer]))
+            self._updated.clear()
+            for optimizer in self._role_optimizers:
+                with torch.profiler.record_function(f"GRASS::update ({optimizer.unit.name})"):
+                    self._update(optimizer)
+            self._states.finish()
+            self._backend.publish(self.grass.trainable_units())
+        self.grass.advance()
+        return loss
 
-    def _homes(self) -> list[Home]:
-        return [(self.updated[i], key, view) for (i, key), view in self._views.items() if key != "master"]
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Clips the global gradient norm of the trainable parameters, over all shards and ranks.
 
-    def _exact(self, position: int, key: str, value: Any) -> Any:
-        """A moment in the dtype in which it is updated: host memory may round it (`offload.host_dtype`)."""
-        dtype = self._kept.get((position, key))
-        return value.to(dtype) if torch.is_tensor(value) and dtype is not None else value
+        Returns:
+            The norm before clipping, a 0-dim tensor; 0 in the probe, where there is no gradient left to clip.
+        """
+        if self._in_backward:
+            raise GrassError(
+                "clip_grad_norm_ comes too late: grass.offload.update_in_backward updates the layers before the norm "
+                "of all gradients is known. Set it to False, or do not clip."
+            )
+        self.grass.finish_gradients()
+        trainable = {id(p) for unit in self.grass.trainable_units() for _, p in unit.params}
+        params = [p for p in self._trained if id(p) in trainable and p.grad is not None]
+        return clip_grads(params, max_norm, norm_type, self._backend)
 
-    def _placed(self, position: int, key: str, value: Any, made: Counts) -> Any:
-        """A copy of a loaded state entry, where it belongs; ``made`` is what `counts_for` gives."""
-        if not torch.is_tensor(value):
-            return value
-        if (home := self._views.get((position, key))) is not None:
-            return home.copy_(value)
-        if key in made:
-            return placed_count(value, key, made)
-        return value.to(self.updated[position].device, copy=True)
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state (masters, moments) that rest on this rank's device."""
+        return self._states.device_bytes + sum(optimizer.nbytes for optimizer in self._role_optimizers)
 
-    def _follow(self, param: nn.Parameter, target: nn.Parameter) -> None:
-        """Keeps a shard's target on the memory of its parameter, should the engine have moved that."""
-        if target is param or _is_master(param, target):
-            return
-        view = self._view(param)
-        if view.data_ptr() != target.data_ptr():
-            target.data = view
+    @property
+    def host_state_bytes(self) -> int:
+        """Bytes of optimizer state that rest in this rank's host memory."""
+        return self._states.host_bytes
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """State of each parameter that has one, wherever it is: on the device, or in host memory.
+
+        To ask for it waits for the copies under way. What was taken out of it is valid until the next step, after which
+        it may lie elsewhere: ask again.
+        """
+        if hasattr(self, "_states"):
+            self._states.settle()
+        return self._shown
+
+    @state.setter
+    def state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._shown = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: layers and their parameters are fixed then."""
+        if hasattr(self, "grass"):
+            raise GrassError("GrassOptimizer cannot take another parameter group; pass all of them as params=.")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of every layer that was ever active, of the method, and the parameter groups.
+
+        ``state[i]`` belongs to the i-th parameter in the order of `param_groups`, this rank's shard of it, with its
+        fp32 ``master`` if the weights are 16-bit and which ``part`` of how many it is if `shard_states` divides it. To
+        be loaded on the same rank of as many ranks. Save or copy it before the next step: as in any optimizer, its
+        tensors are the state itself, or lie in memory that it moves to.
+        """
+        self._states.settle()
+        position = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        state: dict[int, dict[str, Any]] = {}
+        for index, optimizer in enumerate(self._unit_optimizers):
+            lent = index < len(self._layer_optimizers) and self._states.lends(index)
+            for at, (_, param) in enumerate(optimizer.unit.params):
+                if own := optimizer.state_of(at):
+                    state[position[id(param)]] = {k: _copied(v) for k, v in own.items()} if lent else own
+        groups, start = [], 0
+        for group in self.param_groups:
+            count = len(group["params"])
+            groups.append({**group, "params": list(range(start, start + count))})
+            start += count
+        return {"state": dict(sorted(state.items())), "param_groups": groups, "grass": self.grass.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from `state_dict`: the same model, groups and number of ranks.
+
+        Raises:
+            ValueError: the groups, or the layers that compete, are not those of this optimizer, or the states are not
+                of this rank's shards. Nothing has been changed.
+        """
+        saved, mine = state_dict["param_groups"], self.param_groups
+        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in mine]:
+            raise ValueError(
+                "The saved state is of parameter groups with "
+                f"{[len(g['params']) for g in saved]} parameters, this optimizer's have "
+                f"{[len(g['params']) for g in mine]}; build it with the same model and groups."
+            )
+        position = {id(p): i for i, p in enumerate(p for g in mine for p in g["params"])}
+        entries = [
+            [state_dict["state"].get(position[id(p)], {}) for _, p in optimizer.unit.params]
+            for optimizer in self._unit_optimizers
+        ]
+        for optimizer, states in zip(self._unit_optimizers, entries, strict=True):
+            optimizer.check_parts(states)
+        self.grass.check_layers(state_dict["grass"])
+        for group, other in zip(mine, saved, strict=True):
+            group.update({k: v for k, v in other.items() if k != "params" and k not in HOW})
+        for index, states in enumerate(entries):
+            self._put_state(index, states)
+        self._updated.clear()
+        self.grass.load_state_dict(state_dict["grass"])
+
+    def holdings(self) -> TorchHoldings:
+        """What `grass_dist.checkpoint` saves and loads: the model's weights too, for any number of ranks."""
+        return TorchHoldings(
+            self._model,
+            self._backend,
+            self._unit_optimizers,
+            self.param_groups,
+            self.grass,
+            self._states.settle,
+            self._put_state,
+        )
+
+    @property
+    def _unit_optimizers(self) -> list[UnitOptimizer]:
+        return [*self._layer_optimizers, *self._role_optimizers]
+
+    @torch.no_grad()
+    def _update_in_backward(self, unit: Unit) -> None:
+        assert unit.index is not None
+        optimizer = self._layer_optimizers[unit.index]
+
+        def job() -> None:
+            self._update(optimizer)
+            for _, param in unit.params:
+                param.grad = None
+
+        self._updated.add(unit.index)
+        self._states.update(unit.index, job)
+
+    def _put_state(self, index: int, states: Sequence[Mapping[str, Any]]) -> None:
+        """Replaces the state of a unit by one for each of its parameters; all empty, it has none yet."""
+        optimizer = self._unit_optimizers[index]
+        load = partial(optimizer.load_state, states, self.param_groups)
+        if index >= len(self._layer_optimizers):
+            load()
+        elif any(states):
+            self._states.put(index, load)
+        else:
+            self._states.put(index, None)
+            load()
+        self._show_state(optimizer)
+
+    def _update(self, optimizer: UnitOptimizer) -> None:
+        newborn = not optimizer.born
+        optimizer.step(self.param_groups)
+        if newborn:
+            self._show_state(optimizer)
+
+    def _show_state(self, optimizer: UnitOptimizer) -> None:
+        """Makes ``self.state[param]`` the very dict in which the layer's optimizer keeps that parameter's state."""
+        for at, (_, param) in enumerate(optimizer.unit.params):
+            if optimizer.inner is not None:
+                self._shown[param] = optimizer.inner.state[optimizer.updated[at]]
+            else:
+                self._shown.pop(param, None)
+
+    def _make_unit_optimizers(
+        self, units: Sequence[Unit], optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]
+    ) -> list[UnitOptimizer]:
+        group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        return [
+            UnitOptimizer(unit, [group_of[id(p)] for _, p in unit.params], optimizer_class, kwargs, self._backend)
+            for unit in units
+        ]
 
 
-def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a group of the user's that an update needs."""
-    return {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+def _copied(value: Any) -> Any:
+    """A copy in host memory: device memory that is lent to a layer is another's later."""
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
-def _named(part: tuple[int, ...]) -> str:
-    return "of the whole" if part == WHOLE else f"of part {part[0]} of {part[1]}"
+def _full_groups(
+    model: nn.Module,
+    params: ParamGroups | None,
+    optimizer_class: type[torch.optim.Optimizer],
+    kwargs: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The user's groups with every hyperparameter filled in by the optimizer class, and its defaults.
 
-
-def _is_master(param: torch.Tensor, target: torch.Tensor) -> bool:
-    return target is not param and target.dtype != param.dtype
+    The class is made over one-element stand-ins, since some classes make their state when they are made.
+    """
+    given: list[Any] = list(params) if params is not None else list(model.parameters())
+    if not given:
+        raise ConfigError("params", given, "there is no parameter to train", "pass the model's parameters")
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    groups = [{**g, "params": [g["params"]] if torch.is_tensor(g["params"]) else list(g["params"])} for g in groups]
+    stand_ins = [{**g, "params": [nn.Parameter(torch.zeros(1)) for _ in g["params"]]} for g in groups]
+    template = optimizer_class([g for g in stand_ins if g["params"]], **kwargs)
+    filled = iter(template.param_groups)
+    full = [{**next(filled), "params": g["params"]} if g["params"] else g for g in groups]
+    return full, dict(template.defaults)

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from grass_dist.discovery import find_layers
 from grass_dist.errors import GrassError
-from grass_dist.training.checkpoints import check_bad_steps
-from grass_dist.training.config import RunConfig
-from grass_dist.training.run_torch import Torch
-from grass_dist.training.steps import train_step
-from grass_dist.training.world import World
+from grass_dist.finetune.checkpoints import check_bad_steps
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.run_torch import Torch
+from grass_dist.finetune.steps import train_step
+from grass_dist.job.world import World
+from grass_dist.model.discovery import find_layers
 from integration_tests.model import small_llama
 from integration_tests.training import full
 

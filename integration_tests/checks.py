@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 import grass_dist
-from grass_dist.optimizer import ELEMENTWISE
+from grass_dist.states.unit_optimizer import ELEMENTWISE
 from integration_tests.model import (
     ADAMW,
     CLIP,

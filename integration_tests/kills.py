@@ -33,7 +33,7 @@ from grass_dist.checkpoint import files
 from grass_dist.checkpoint.folders import checkpoints_in, step_of
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.errors import CheckpointError
-from grass_dist.training.run_folder import LOCK
+from grass_dist.finetune.run_folder import LOCK
 from integration_tests.mortal import RANKS, Ended, start, start_elastic
 from integration_tests.program import make_config, make_data, make_model
 

@@ -32,18 +32,20 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from grass_dist import engine
-from grass_dist.backends.base import HookedBackend, Ranks
+from grass_dist.backends.base import HookedBackend
 from grass_dist.backends.ddp import DdpBackend
 from grass_dist.checkpoint import disk, files, saving
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.pieces import Piece
-from grass_dist.offload.moving import IntervalStates
-from grass_dist.offload.transfer import TransferEngine
-from grass_dist.optimizer import UnitOptimizer
-from grass_dist.training import run_torch, steps, world, writers
-from grass_dist.training.loop import Loop
-from grass_dist.training.run_folder import MODEL, RunFolder
+from grass_dist.finetune import run_torch, steps, writers
+from grass_dist.finetune.loop import Loop
+from grass_dist.finetune.run_folder import MODEL, RunFolder
+from grass_dist.job import world
+from grass_dist.method import controller as engine
+from grass_dist.ranks import Ranks
+from grass_dist.states.moving import IntervalStates
+from grass_dist.states.transfer import TransferEngine
+from grass_dist.states.unit_optimizer import UnitOptimizer
 from integration_tests.program import ROOT
 from integration_tests.ranks import SERVER, free_port
 
@@ -122,7 +124,7 @@ def _in_steps(fate: Fate) -> None:
     fate.before("draw", engine, "draw_layers")
     fate.before("agree: before the gather", Ranks, "gather_bytes")
     fate.after("agree: after the gather", Ranks, "gather_bytes")
-    fate.before("switch", engine.GrassEngine, "_set_trainable", lambda grass: grass.step > 0)
+    fate.before("switch", engine.GrassController, "_set_trainable", lambda grass: grass.step > 0)
     fate.after("eviction", TransferEngine, "to_host")
     fate.after("arrival", TransferEngine, "to_device")
     fate.after("prefetch", IntervalStates, "expect", lambda states, _, steps: steps <= states._prefetch_steps)

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from grass_dist.errors import GrassError
-from grass_dist.training import world as worlds
-from grass_dist.training.peers import lost_peer
-from grass_dist.training.world import World
+from grass_dist.job import world as worlds
+from grass_dist.job.peers import lost_peer
+from grass_dist.job.world import World
 from integration_tests.hosts import Host
 from integration_tests.ranks import SERVER, free_port
 
@@ -160,7 +160,7 @@ def _rank(rank: int, address: str, port: int, scene: Scene, folder: Path) -> Non
         sum_in_two_threads(world)
         world.leave()
     except Exception as error:
-        lost = lost_peer(world, error, then)
+        lost = lost_peer(world.peers, error, then)
         if lost is None:
             raise
         give_up(lost)

@@ -24,8 +24,8 @@ SERVER.set_forkserver_preload(
         "torch",
         "torch.distributed.fsdp",
         "integration_tests.model",
-        "grass_dist.training.data",
-        "grass_dist.training.setup",
+        "grass_dist.finetune.data.loading",
+        "grass_dist.finetune.setup",
     ]
 )
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 import grass_dist
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.saving import Saver, take_snapshot
 from grass_dist.events import Event
+from grass_dist.ranks import Ranks
 from integration_tests.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
 from integration_tests.training import full
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint.deepspeed_save import save_deepspeed
 from grass_dist.checkpoint.loading import Checkpoint, State, load, open_checkpoint
 from grass_dist.checkpoint.saving import Saver, Snapshot, take_snapshot, write_snapshot
 from grass_dist.checkpoint.zero_run import ZeroHoldings
+from grass_dist.ranks import Ranks
 from integration_tests.model import ADAMW, decay_groups, global_batch, schedule, small_llama
 from integration_tests.ranks import refused
 from integration_tests.resume import BATCH, Setting, Training
@@ -51,7 +51,7 @@ class ZeroTraining(Training):
     """`Training` on an engine."""
 
     def __init__(self, rank: int, world_size: int, setting: ZeroSetting) -> None:
-        from grass_dist.zero.initialize import initialize
+        from grass_dist.deepspeed import initialize
 
         self.rank, self.world_size, self.setting, self._kind = rank, world_size, setting, setting.kind
         model = small_llama(setting.dtype)

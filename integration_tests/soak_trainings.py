@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import grass_dist
-from grass_dist.offload.moving import MovingStates
+from grass_dist.states.moving import MovingStates
 from integration_tests.model import ADAMW, CLIP, GLOBAL_BATCH, LAYERS, decay_groups, global_batch, wrapped
 from integration_tests.offload import model_of
 from integration_tests.training import full, local

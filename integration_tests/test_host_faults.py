@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.timeout(170), pytest.mark.integration, needs_hosts]
 
 MPI_PROGRAM = """
 import datetime
-from grass_dist.training.world import World
+from grass_dist.job.world import World
 world = World.join(datetime.timedelta(seconds=60))
 world.together(lambda: None)
 if world.rank == 1:

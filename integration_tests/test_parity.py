@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from grass_dist.optimizer import ELEMENTWISE
+from grass_dist.states.unit_optimizer import ELEMENTWISE
 from integration_tests.checks import SETTINGS, STEPS, on_four_ranks, on_two_ranks
 from integration_tests.model import FROZEN, LAYERS
 from integration_tests.parity import check_parity

@@ -12,12 +12,11 @@ import threading
 from datetime import timedelta
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from grass_dist.errors import GrassError
-from grass_dist.training.peers import Peers, lost_peer, of_collective
-from grass_dist.training.world import World, _agree_on_start
+from grass_dist.job.peers import Peers, lost_peer, of_collective
+from grass_dist.job.world import _agree_on_start
 from integration_tests.peers import Ended, Scene, play
 from integration_tests.program import ROOT
 from integration_tests.ranks import free_port
@@ -119,7 +118,7 @@ def test_torchrun_restarts_the_ranks_after_one_is_killed(tmp_path):
 
 
 def test_ranks_that_take_each_others_seat_are_refused_on_each():
-    join = "import datetime; from grass_dist.training.world import World; World.join(datetime.timedelta(seconds=30))"
+    join = "import datetime; from grass_dist.job.world import World; World.join(datetime.timedelta(seconds=30))"
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     ranks = [
         subprocess.Popen(
@@ -137,7 +136,7 @@ def test_ranks_that_take_each_others_seat_are_refused_on_each():
 
 
 def test_a_rank_does_not_wait_for_ever_for_a_store_that_takes_connections_and_never_answers():
-    join = "import datetime; from grass_dist.training import world; world._GRACE = 1; "
+    join = "import datetime; from grass_dist.finetune import world; world._GRACE = 1; "
     join += "world.World.join(datetime.timedelta(seconds=1))"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -192,9 +191,7 @@ def test_errors_of_collectives_are_known(error):
 
 
 def sentence(rank: int, peers: Peers, error: BaseException) -> str:
-    group: dist.ProcessGroup = None  # type: ignore[assignment]
-    world = World(rank, rank, len(peers.hosts), torch.device("cpu"), group, peers=peers)
-    return str(lost_peer(world, error))
+    return str(lost_peer(peers, error))
 
 
 def test_several_silent_ranks_and_their_hosts():

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import grass_dist
+from grass_dist.model.packaged import resolve_model
 from grass_dist.plan import memory
 from grass_dist.plan.job import Job, Method
 from grass_dist.plan.shape import shape_of_config, shape_of_model
-from grass_dist.training.packaged_model import resolve_model
 from integration_tests.model import wrapped
 from integration_tests.ranks import run_ranks
 from integration_tests.training import local
@@ -122,7 +122,7 @@ def _torch(model: Any, rank: int, world_size: int, backend: str, offload: str, d
 
 
 def _zero(model: Any, rank: int, world_size: int, backend: str, offload: str, dtype: str) -> Iterable[dict[str, int]]:
-    from grass_dist.zero.initialize import initialize
+    from grass_dist.deepspeed import initialize
     from integration_tests.zero import ds_config
 
     config = ds_config(int(backend[-1]), settings(offload), 1, getattr(torch, dtype))

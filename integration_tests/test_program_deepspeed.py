@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from grass_dist.training.config_file import load_config
-from grass_dist.training.run_deepspeed import DeepSpeed
-from grass_dist.training.world import World
+from grass_dist.finetune.config_file import load_config
+from grass_dist.finetune.run_deepspeed import DeepSpeed
+from grass_dist.job.world import World
 from integration_tests.program import (
     AUTO,
     ROOT,

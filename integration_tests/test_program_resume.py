@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from grass_dist.checkpoint.loading import newest_good
-from grass_dist.training.run_folder import LOCK
+from grass_dist.finetune.run_folder import LOCK
 from integration_tests.program import (
     check_refused,
     events,

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grass_dist
-from grass_dist.training.world import World
+from grass_dist.job.world import World
 from integration_tests.hosts import Host, traffic
 
 LAYERS, ACTIVE, LENGTH, STEPS = 8, 2, 16, 3

@@ -9,7 +9,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 
-from grass_dist.zero.initialize import initialize
+from grass_dist.deepspeed import initialize
 from integration_tests.model import ADAMW, CLIP, GLOBAL_BATCH, decay_groups, global_batch, schedule, small_llama
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -25,7 +25,7 @@ from deepspeed.utils import (
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from grass_dist.backends.zero.groups import partition_numel
-from grass_dist.zero.initialize import initialize
+from grass_dist.deepspeed import initialize
 from integration_tests.model import ADAMW, LAYERS, small_llama
 from integration_tests.ranks import refused
 from integration_tests.zero import ds_config, full, local, make_engine, micro_batch, train_step

@@ -3,7 +3,7 @@
 Where `fake_cuda` says which device a call is about, this one says when something runs. What is queued on a stream runs
 later: when the host waits for it, or at random before. The memory of the device is handed out again as soon as
 the host has freed it, and filled with NaN by the stream that is current then. So a wait or record that is missing in
-`grass_dist.offload` shows as a wrong number, though nothing here is a GPU.
+`grass_dist.states` shows as a wrong number, though nothing here is a GPU.
 
 Tensors on the device are told from others by their memory. They take part in what dispatches, and say that they are on
 the device; what reads memory past the dispatcher (`tolist`, printing) sees whatever is there.

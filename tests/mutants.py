@@ -18,18 +18,18 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from grass_dist.offload.streams import ThreadEvent
+from grass_dist.states.streams import ThreadEvent
 
 CHAIN = {
     name.rpartition(".")[2]: name
     for name in (
-        "grass_dist.offload.streams",
-        "grass_dist.offload.chaos",
-        "grass_dist.offload.transfer",
-        "grass_dist.offload.store",
-        "grass_dist.offload.slots",
-        "grass_dist.offload.place",
-        "grass_dist.offload.moving",
+        "grass_dist.states.streams",
+        "grass_dist.states.chaos",
+        "grass_dist.states.transfer",
+        "grass_dist.states.store",
+        "grass_dist.states.slots",
+        "grass_dist.states.place",
+        "grass_dist.states.moving",
         "grass_dist.backends.host_sums",
         "grass_dist.backends.zero.states",
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from grass_dist.offload.layout import Field, Layout
+from grass_dist.states.layout import Field, Layout
 from tests.late_cuda import DEVICE, LateCuda
 
 LAYERS = 6

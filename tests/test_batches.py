@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grass_dist.errors import ConfigError
-from grass_dist.training.batches import GlobalBatches, check_divides, make_batches, permutation, share
+from grass_dist.finetune.data.batches import GlobalBatches, check_divides, make_batches, permutation, share
 
 SEEDS = st.integers(0, 2**63 - 1)
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grass_dist.errors import ConfigError, GrassError
-from grass_dist.training import json_lines
-from grass_dist.training.data import Data, Stream, load_data, load_rows
-from grass_dist.training.data_config import DataConfig, fill
+from grass_dist.finetune.data import json_lines
+from grass_dist.finetune.data.config import DataConfig, fill
+from grass_dist.finetune.data.loading import Data, Stream, load_data, load_rows
 from tests.test_data import QA, make_tokenizer, rows_of, write
 
 GOOD = b'{"q": "a", "a": "b"}'

@@ -11,12 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from grass_dist import CheckpointError, load_checkpoint, save_checkpoint
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import saving
 from grass_dist.checkpoint.files import read_manifest
 from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.loading import newest_good, open_checkpoint
 from grass_dist.checkpoint.saving import write_snapshot
+from grass_dist.ranks import Ranks
 from tests.offload_runs import make, outcome, same, train
 
 STEPS = 12

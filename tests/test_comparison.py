@@ -22,7 +22,7 @@ from benchmarks.peers.methods import TRIED
 from benchmarks.peers.one import own_part
 from benchmarks.peers.task import is_right
 from grass_dist import GrassConfig, GrassOptimizer
-from grass_dist.samplers import draw_layers, make_sampler
+from grass_dist.method.samplers import draw_layers, make_sampler
 from tests.tiny import loss_of, tiny
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grass_dist.errors import ConfigError
-from grass_dist.training.config_file import as_yaml, load_config
+from grass_dist.finetune.config_file import as_yaml, load_config
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

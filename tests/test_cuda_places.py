@@ -37,7 +37,7 @@ def places(tree: ast.AST, inside: str = "") -> Iterator[str]:
 
 
 def found() -> set[str]:
-    files = [*(ROOT / "grass_dist").rglob("*.py"), ROOT / "launch" / "finetune.py"]
+    files = list((ROOT / "grass_dist").rglob("*.py"))
     return {
         f"{file.relative_to(ROOT).as_posix()} {place}"
         for file in files

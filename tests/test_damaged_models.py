@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_dist.errors import GrassError
-from grass_dist.foreign_model import ForeignModel, plain_config
-from grass_dist.training.answers import greedy_answer
-from grass_dist.training.config import RunConfig
-from grass_dist.training.data import load_data
-from grass_dist.training.fit import check_fit
-from grass_dist.training.identity import model_identity
-from grass_dist.training.setup import load_model, load_tokenizer
+from grass_dist.finetune.answers import greedy_answer
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.data.loading import load_data
+from grass_dist.finetune.fit import check_fit
+from grass_dist.finetune.identity import model_identity
+from grass_dist.finetune.setup import load_model, load_tokenizer
+from grass_dist.model.foreign import ForeignModel, plain_config
 from tests.test_data import CHATML, make_tokenizer
 
 ONE, MANY, PICKLED = "in one file", "in shards", "pickled"

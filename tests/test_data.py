@@ -24,11 +24,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grass_dist.errors import ConfigError, GrassError
-from grass_dist.training import packaged_model
-from grass_dist.training.batches import collate, make_batches, pack
-from grass_dist.training.chat import Chat
-from grass_dist.training.data import Examples, Stream, load_data, load_rows, render_prompt, tokenise
-from grass_dist.training.data_config import DataConfig, check_packing, fill
+from grass_dist.finetune.data.batches import collate, make_batches, pack
+from grass_dist.finetune.data.chat import Chat
+from grass_dist.finetune.data.config import DataConfig, check_packing, fill
+from grass_dist.finetune.data.loading import Examples, Stream, load_data, load_rows, render_prompt, tokenise
+from grass_dist.model import packaged as packaged_model
 
 CHATML = (
     "{% for m in messages %}{{ '<start> ' + m['role'] + '\n' + m['content'] + ' <end>\n' }}{% endfor %}"

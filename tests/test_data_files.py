@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from grass_dist.errors import ConfigError
-from grass_dist.training.data import load_data, load_rows
-from grass_dist.training.data_config import DataConfig, kind_of
+from grass_dist.finetune.data.config import DataConfig, kind_of
+from grass_dist.finetune.data.loading import load_data, load_rows
 from tests.test_data import make_tokenizer
 
 ROWS = [{"q": f"q{n}", "a": "a b", "n": "2.50"} for n in range(6)]

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist import GrassConfig, GrassOptimizer, UnsupportedModel
 from grass_dist.backends.ddp import DdpBackend, chunk, pack, part_of, unpack
-from grass_dist.discovery import find_layers
+from grass_dist.model.discovery import find_layers
 from tests.tiny import take_steps, tiny
 
 RANKS = st.integers(1, 9)

@@ -11,9 +11,9 @@ import pytest
 
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
-from grass_dist.training.config import RunConfig, TrainConfig
-from grass_dist.training.config_file import dump_config, load_config
-from grass_dist.training.deepspeed_config import check, fill, merge_grass, read_json
+from grass_dist.finetune.config import RunConfig, TrainConfig
+from grass_dist.finetune.config_file import dump_config, load_config
+from grass_dist.finetune.deepspeed_config import check, fill, merge_grass, read_json
 
 TRAIN = TrainConfig(
     max_steps=10, global_batch_size=8, micro_batch_size=2, learning_rate=1e-4, weight_decay=0.01, clip_grad_norm=1.0

@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grass_dist.backends.base import Ranks
 from grass_dist.backends.zero.groups import extents_of
 from grass_dist.checkpoint import dcp, files
 from grass_dist.checkpoint.convert import to_dcp
@@ -26,6 +25,7 @@ from grass_dist.checkpoint.pieces import Piece
 from grass_dist.checkpoint.saving import Snapshot, write_snapshot
 from grass_dist.checkpoint.torch_files import LARGEST_PICKLE
 from grass_dist.errors import CheckpointError
+from grass_dist.ranks import Ranks
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 WORLD = 3

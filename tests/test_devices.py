@@ -20,20 +20,21 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from grass_dist import GrassConfig, GrassError, GrassOptimizer, UnsupportedModel
 from grass_dist.backends import backend_for
-from grass_dist.backends.base import Ranks, device_of
+from grass_dist.backends.base import device_of
 from grass_dist.backends.fsdp2 import check_offloaded_weights
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.single import SingleBackend
 from grass_dist.checkpoint import per_rank
-from grass_dist.discovery import Unit
-from grass_dist.offload.plan import _free_device
-from grass_dist.offload.slots import SlotPool
-from grass_dist.offload.store import LayerStateStore
-from grass_dist.offload.transfer import TransferEngine
-from grass_dist.optimizer import UnitOptimizer
-from grass_dist.training.launchers import Place
-from grass_dist.training.seats import own_seat
-from grass_dist.training.world import _take_device
+from grass_dist.job.launchers import Place
+from grass_dist.job.seats import own_seat
+from grass_dist.job.world import _take_device
+from grass_dist.model.discovery import Unit
+from grass_dist.ranks import Ranks
+from grass_dist.states.plan import _free_device
+from grass_dist.states.slots import SlotPool
+from grass_dist.states.store import LayerStateStore
+from grass_dist.states.transfer import TransferEngine
+from grass_dist.states.unit_optimizer import UnitOptimizer
 from tests.fake_cuda import FakeCuda, fake_cuda
 from tests.offload_runs import make
 from tests.tiny import take_steps, tiny
@@ -171,7 +172,7 @@ def test_a_rank_that_lacks_memory_for_the_probe_ends_all(mine, monkeypatch):
     def no_memory(shapes: Any, device: torch.device) -> None:
         raise GrassError("4,096 bytes of host memory cannot be pinned.")
 
-    monkeypatch.setattr("grass_dist.api.backend_for", OneOfTwo)
+    monkeypatch.setattr("grass_dist.optimizer.backend_for", OneOfTwo)
     config = GrassConfig(active_layers=2, probe_steps=2, offload={"mode": "none"})
     if mine:
         monkeypatch.setattr("grass_dist.backends.base.HostSums", no_memory)

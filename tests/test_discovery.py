@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grass_dist.config import ROLES
-from grass_dist.discovery import LayerMap, find_layers
 from grass_dist.errors import ConfigError, UnsupportedModel
+from grass_dist.model.discovery import LayerMap, find_layers
 
 transformers = pytest.importorskip("transformers")
 

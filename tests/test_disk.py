@@ -12,7 +12,7 @@ import pytest
 
 from grass_dist.checkpoint import disk, folders
 from grass_dist.errors import CheckpointError, GrassError
-from grass_dist.training.export import save_pretrained
+from grass_dist.finetune.export import save_pretrained
 from integration_tests.program import make_model
 
 

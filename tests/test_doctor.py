@@ -16,11 +16,12 @@ from grass_dist.doctor.collectives import affordable, rounds
 from grass_dist.doctor.facts import Collective, Copies, Disk, Facts, Link, Reach, Report
 from grass_dist.doctor.findings import judge, judge_meeting
 from grass_dist.doctor.gather import try_disk
-from grass_dist.doctor.network import Listener, bound_addresses, choose_address, find_interfaces, reach
+from grass_dist.doctor.network import Listener, bound_addresses, choose_address, reach
 from grass_dist.doctor.schema import as_json, pinnable_bytes
 from grass_dist.doctor.tables import show
 from grass_dist.doctor.words import by_value, duration, listed, size
-from grass_dist.training.seats import Seat
+from grass_dist.job.interfaces import find_interfaces
+from grass_dist.job.seats import Seat
 
 VERSIONS = {"grass-dist": "0.1.0", "python": "3.11.8", "torch": "2.9.1", "CUDA": "none", "MPI": "none"}
 GPU = {"device": "H100", "device_bytes": 80 << 30}

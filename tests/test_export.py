@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from grass_dist import GrassConfig, GrassOptimizer
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import export as module
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
@@ -28,6 +27,7 @@ from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.cli import _parse_size, app
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
+from grass_dist.ranks import Ranks
 from integration_tests.program import make_model
 
 GRASS = GrassConfig(active_layers=2, probe_steps=2, sampling_interval=3, update_interval=3, draw_ahead=1)

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grass_dist.errors import ConfigError
-from grass_dist.training.answers import greedy_answer
-from grass_dist.training.batches import Example
-from grass_dist.training.config import RunConfig
-from grass_dist.training.data import Stream, load_data
-from grass_dist.training.fit import Padding, check_fit, learnt_positions, vocabulary_of
+from grass_dist.finetune.answers import greedy_answer
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.data.batches import Example
+from grass_dist.finetune.data.loading import Stream, load_data
+from grass_dist.finetune.fit import Padding, check_fit, learnt_positions, vocabulary_of
 
 BYTES = 257
 """The ids of the tokenizer: `</s>` and one for each byte; what is added comes after them."""

@@ -15,11 +15,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.cli import app
-from grass_dist.training.config_file import load_config
+from grass_dist.finetune.config_file import load_config
+from grass_dist.ranks import Ranks
 from integration_tests.program import make_config, make_data
 from tests import hostile
 from tests.foreign_commands import SITE

@@ -10,10 +10,10 @@ from torch.distributed.fsdp import fully_shard
 
 from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.backends.host_sums import HostSums
-from grass_dist.offload.layout import Field, Layout
-from grass_dist.offload.slots import SlotPool
-from grass_dist.offload.store import PAGE, LayerStateStore
-from grass_dist.offload.transfer import TransferEngine
+from grass_dist.states.layout import Field, Layout
+from grass_dist.states.slots import SlotPool
+from grass_dist.states.store import PAGE, LayerStateStore
+from grass_dist.states.transfer import TransferEngine
 from tests.offload_runs import make, outcome, same, uneven
 from tests.tiny import tiny
 

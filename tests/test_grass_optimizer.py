@@ -8,9 +8,9 @@ import torch
 
 import grass_dist
 from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer, Refreshed, Sampled, UnsupportedModel
-from grass_dist.offload.moving import IntervalStates, StreamedStates
-from grass_dist.offload.states import ResidentStates
-from grass_dist.samplers import draw_layers, make_sampler
+from grass_dist.method.samplers import draw_layers, make_sampler
+from grass_dist.states.moving import IntervalStates, StreamedStates
+from grass_dist.states.resident import ResidentStates
 from tests.tiny import loss_of, take_steps, tiny
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}

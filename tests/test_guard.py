@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
-from grass_dist.training.guard import Guard
-from grass_dist.training.metrics import MetricsLog
-from grass_dist.training.progress import Reporter
+from grass_dist.finetune.metrics import MetricsLog
+from grass_dist.finetune.progress import Reporter
+from grass_dist.job.guard import Guard
 
 
 def test_an_error_is_told_once_in_the_name_of_what_failed():
@@ -101,7 +101,7 @@ def test_a_display_that_fails_costs_the_run_nothing(monkeypatch, capsys):
 RECORD = """
 import json, resource, sys
 from pathlib import Path
-from grass_dist.training.writers import JsonLines
+from grass_dist.finetune.writers import JsonLines
 
 path = Path(sys.argv[1])
 lines = JsonLines(path)
@@ -131,7 +131,7 @@ def test_a_record_on_a_full_disk_has_whole_lines_only(tmp_path):
 
 STREAMS = """
 import os, sys
-from grass_dist.training.guard import steady_streams
+from grass_dist.job.guard import steady_streams
 
 kept = [os.dup(number) for number in (1, 2)]
 def put(path, number):

@@ -14,14 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grass_dist import GrassConfig, GrassOptimizer
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.errors import GrassError
-from grass_dist.optimizer import HOW
-from grass_dist.training.checkpoints import check_settings, position_of
-from grass_dist.training.config_file import load_config
+from grass_dist.finetune.checkpoints import check_settings, position_of
+from grass_dist.finetune.config_file import load_config
+from grass_dist.ranks import Ranks
+from grass_dist.states.unit_optimizer import HOW
 from tests import hostile
 from tests.forgeries import CLAIMS, FORGED, HARMLESS
 from tests.hostile import put_bytes, put_manifest, put_state

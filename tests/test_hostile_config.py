@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grass_dist.errors import ConfigError
-from grass_dist.training.config_file import LARGEST, load_config
+from grass_dist.finetune.config_file import LARGEST, load_config
 from tests.hostile import UGLY, VALUES, drop, paths, put
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"

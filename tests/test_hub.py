@@ -10,10 +10,10 @@ import pytest
 from huggingface_hub import constants
 
 from grass_dist.errors import ConfigError
-from grass_dist.training import hub
-from grass_dist.training.config import ModelConfig
-from grass_dist.training.hub import hub_problem, loading_options
-from grass_dist.training.setup import load_tokenizer
+from grass_dist.finetune import hub
+from grass_dist.finetune.config import ModelConfig
+from grass_dist.finetune.hub import hub_problem, loading_options
+from grass_dist.finetune.setup import load_tokenizer
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from grass_dist.training.batches import Examples
-from grass_dist.training.identity import SAMPLE, data_identity, model_identity, versions
+from grass_dist.finetune.data.batches import Examples
+from grass_dist.finetune.identity import SAMPLE, data_identity, model_identity, versions
 from tests.tiny import Tiny, tiny
 
 CONFIG, WEIGHTS = "configuration of the model", "weights of the model (a sample)"

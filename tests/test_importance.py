@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from grass_dist.errors import ConfigError
-from grass_dist.importance import ImportanceTracker, effective_layers, mean_gradient_norm, sampling_probabilities
+from grass_dist.method.importance import ImportanceTracker, effective_layers, mean_gradient_norm, sampling_probabilities
 
 nan = math.nan
 importance_arrays = arrays(np.float64, st.integers(1, 40), elements=st.floats(1e-9, 1e3))

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_dist.errors import ConfigError
-from grass_dist.training.config import RunConfig
-from grass_dist.training.setup import load_model
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.setup import load_model
 
 NORM, DOWN = "model.layers.1.input_layernorm.weight", "model.layers.2.mlp.down_proj.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -84,7 +84,7 @@ import sys
 import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 import deepspeed
-from grass_dist.zero.jit import spare_the_compiler
+from grass_dist.backends.zero.jit import spare_the_compiler
 from tests.test_incomplete_model import *
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

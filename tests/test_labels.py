@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 import grass_dist.cli
 from grass_dist.errors import ConfigError, shorten
-from grass_dist.training.data import Stream, load_data, render_prompt, tokenise
-from grass_dist.training.data_config import DataConfig
-from grass_dist.training.identity import data_identity
-from grass_dist.training.shown import LONGEST, shown
+from grass_dist.finetune.data.config import DataConfig
+from grass_dist.finetune.data.loading import Stream, load_data, render_prompt, tokenise
+from grass_dist.finetune.data.shown import LONGEST, shown
+from grass_dist.finetune.identity import data_identity
 
 QA: dict[str, Any] = {"name": "x.jsonl", "prompt": "q", "completion": "a"}
 MERGES = ["\n\n", "ee", "en", "end", "<b", "the", "as", "Yes", " x"] * 50

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from grass_dist.errors import GrassError
-from grass_dist.training.launchers import PORTS, Place, find_place, first_host, own_address
-from grass_dist.training.seats import Seat, problem_of
-from grass_dist.training.world import World
+from grass_dist.job.launchers import PORTS, Place, find_place, first_host, own_address
+from grass_dist.job.seats import Seat, problem_of
+from grass_dist.job.world import World
 
 TORCHRUN = {
     "RANK": "5",

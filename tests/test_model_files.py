@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from grass_dist.finetune.export import gather_torch, save_pretrained
+from grass_dist.job.world import World
 from grass_dist.regular_files import give_usual_modes
-from grass_dist.training.export import gather_torch, save_pretrained
-from grass_dist.training.world import World
 from tests.test_data import make_tokenizer
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 40}

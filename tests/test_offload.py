@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from grass_dist import GrassConfig, GrassError, GrassOptimizer
-from grass_dist.offload.moving import StreamedStates
+from grass_dist.states.moving import StreamedStates
 from tests.offload_runs import SETTINGS, make, outcome, returned, run, same, train, uneven
 from tests.tiny import Tiny, loss_of, take_steps
 

@@ -19,17 +19,17 @@ from torch import nn
 
 from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer
 from grass_dist.backends import backend_for
-from grass_dist.backends.base import Ranks
-from grass_dist.discovery import Unit
-from grass_dist.offload import plan
-from grass_dist.offload.layout import Field, Layout
-from grass_dist.offload.moving import IntervalStates
-from grass_dist.offload.plan import Plan, free_host_memory, make_plan
-from grass_dist.offload.slots import SlotPool
-from grass_dist.offload.store import PAGE, LayerStateStore
-from grass_dist.offload.streams import ThreadEvent, ThreadQueue
-from grass_dist.offload.transfer import TransferEngine
-from grass_dist.optimizer import ELEMENTWISE, UnitOptimizer
+from grass_dist.model.discovery import Unit
+from grass_dist.ranks import Ranks
+from grass_dist.states import plan
+from grass_dist.states.layout import Field, Layout
+from grass_dist.states.moving import IntervalStates
+from grass_dist.states.plan import Plan, free_host_memory, make_plan
+from grass_dist.states.slots import SlotPool
+from grass_dist.states.store import PAGE, LayerStateStore
+from grass_dist.states.streams import ThreadEvent, ThreadQueue
+from grass_dist.states.transfer import TransferEngine
+from grass_dist.states.unit_optimizer import ELEMENTWISE, UnitOptimizer
 from tests.offload_model import Toy
 from tests.tiny import tiny
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from grass_dist.errors import GrassError
-from grass_dist.offload.layout import Layout
+from grass_dist.states.layout import Layout
 from tests import mutants
 from tests.fake_cuda import install
 from tests.late_cuda import DEVICE, late_cuda

@@ -13,10 +13,10 @@ import os, sys
 from pathlib import Path
 import torch
 from grass_dist.errors import GrassError
-from grass_dist.training.blame import Roll
-from grass_dist.training.output import Output
-from grass_dist.training.peers import Peers
-from grass_dist.training.world import World
+from grass_dist.job.blame import Roll
+from grass_dist.job.output import Output
+from grass_dist.job.peers import Peers
+from grass_dist.job.world import World
 
 rank = int(sys.argv[1])
 world = World(rank, rank, 4, torch.device("cpu"), None, peers=Peers(rank, ["a", "a", "a", "b"]))

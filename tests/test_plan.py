@@ -400,8 +400,8 @@ def test_host_memory_counts(seven):
 
 @pytest.mark.parametrize("backend", ["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"])
 def test_what_is_written_loads(small, backend, tmp_path):
-    from grass_dist.training.config_file import load_config
-    from grass_dist.training.deepspeed_config import check, fill, read_json
+    from grass_dist.finetune.config_file import load_config
+    from grass_dist.finetune.deepspeed_config import check, fill, read_json
 
     gpus = 1 if backend == "single" else 8
     job = job_of(gpus=gpus, backend=backend, replicate=2 if backend == "hsdp" else 1, checkpointing=True)

@@ -65,7 +65,7 @@ def test_ddp_rests_when_it_is_told_not_to_synchronise():
 
 
 def test_a_module_that_is_compiled_in_place_says_so():
-    """`grass_dist.watch` puts no hooks on it."""
+    """`grass_dist.method.watch` puts no hooks on it."""
     module = torch.nn.Linear(2, 2)
     assert module._compiled_call_impl is None
     module.compile(backend="eager")

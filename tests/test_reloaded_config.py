@@ -11,15 +11,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grass_dist.backends.base import Ranks
+from grass_dist.backends.zero.ds_config import ZeroSetup
 from grass_dist.config import GrassConfig, OffloadConfig
 from grass_dist.errors import ConfigError
-from grass_dist.offload.plan import Plan, make_plan
-from grass_dist.training.config import RunConfig
-from grass_dist.training.config_file import dump_config, load_config
-from grass_dist.training.deepspeed_config import check, fill, read_json
-from grass_dist.training.run_torch import _early_updates
-from grass_dist.zero.ds_config import ZeroSetup
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.config_file import dump_config, load_config
+from grass_dist.finetune.deepspeed_config import check, fill, read_json
+from grass_dist.finetune.run_torch import _early_updates
+from grass_dist.ranks import Ranks
+from grass_dist.states.plan import Plan, make_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ZERO = sorted(CONFIGS.glob("zero*_grass.json"))

@@ -17,10 +17,10 @@ import pytest
 
 from grass_dist.checkpoint import disk, folders
 from grass_dist.errors import CheckpointError, ConfigError
-from grass_dist.training import run_folder
-from grass_dist.training.config_file import load_config
-from grass_dist.training.run_folder import LOCK, RunFolder
-from grass_dist.training.world import World
+from grass_dist.finetune import run_folder
+from grass_dist.finetune.config_file import load_config
+from grass_dist.finetune.run_folder import LOCK, RunFolder
+from grass_dist.job.world import World
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

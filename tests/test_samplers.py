@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from grass_dist import samplers
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError, GrassError
-from grass_dist.importance import sampling_probabilities
-from grass_dist.samplers import RoundGenerator, draw_layers, make_sampler, register_sampler
+from grass_dist.method import samplers
+from grass_dist.method.importance import sampling_probabilities
+from grass_dist.method.samplers import RoundGenerator, draw_layers, make_sampler, register_sampler
 
 IMPORTANCES = np.array([2.0, 1.0, 0.5, 1.5, 1.0])
 PINNED = [0.4821286018761155, 0.7241355726248441]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grass_dist.schedule import Schedule, too_short_for
+from grass_dist.method.schedule import Schedule, too_short_for
 
 
 @st.composite

@@ -6,10 +6,10 @@ import errno
 
 import pytest
 
-from grass_dist.agreement import raise_if_ranks_differ
 from grass_dist.errors import ConfigError, RanksDisagree, shorten
-from grass_dist.training.config import ModelConfig
-from grass_dist.training.setup import load_tokenizer
+from grass_dist.finetune.config import ModelConfig
+from grass_dist.finetune.setup import load_tokenizer
+from grass_dist.ranks import raise_if_ranks_differ
 
 
 def test_a_long_value_keeps_its_beginning_and_its_end():

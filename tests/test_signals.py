@@ -10,7 +10,7 @@ import pytest
 
 ONE = """
 import os, signal, sys, time
-from grass_dist.training.signals import LeaveSignals
+from grass_dist.job.signals import LeaveSignals
 
 def wait(signals):
     deadline = time.monotonic() + 60

@@ -14,14 +14,14 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import datasets
 import pytest
 
-from grass_dist.agreement import raise_if_ranks_differ
 from grass_dist.errors import CheckpointError, ConfigError, RanksDisagree
-from grass_dist.training.checkpoints import check_settings, was_rewritten
-from grass_dist.training.config import RunConfig
-from grass_dist.training.data import load_data
-from grass_dist.training.data_config import DataConfig
-from grass_dist.training.identity import data_identity
-from grass_dist.training.stream_identity import written_at
+from grass_dist.finetune.checkpoints import check_settings, was_rewritten
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.data.config import DataConfig
+from grass_dist.finetune.data.loading import load_data
+from grass_dist.finetune.data.stream_identity import written_at
+from grass_dist.finetune.identity import data_identity
+from grass_dist.ranks import raise_if_ranks_differ
 from tests.test_data import make_tokenizer
 
 FILES, ROWS = "files of the stream", "first rows of the stream"

@@ -17,8 +17,9 @@ import transformers
 from accelerate.state import AcceleratorState, GradientState
 
 import grass_dist
-from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer, UnsupportedModel, disable, enable, trainer
-from grass_dist.zero.initialize import stock_initialize
+from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer, UnsupportedModel, disable, enable
+from grass_dist import huggingface as trainer
+from grass_dist.deepspeed import stock_initialize
 from tests.tiny import loss_of, tiny
 
 CONFIG = GrassConfig(active_layers=2, probe_steps=1, sampling_interval=2, update_interval=2)

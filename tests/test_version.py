@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 import grass_dist.cli
 from grass_dist import GrassConfig, GrassOptimizer, load_checkpoint, save_checkpoint
 from grass_dist.doctor.gather import find_versions
-from grass_dist.training.identity import versions
+from grass_dist.finetune.identity import versions
 from tests.tiny import take_steps, tiny
 
 model = tiny()

@@ -16,17 +16,16 @@ import pytest
 import torch
 from torch import nn
 
-from grass_dist.backends.zero import private
+from grass_dist.backends.zero import jit, private
+from grass_dist.backends.zero.ds_config import split_ds_config
 from grass_dist.backends.zero.groups import GroupsOptimizer, groups_of
 from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
-from grass_dist.discovery import Unit
 from grass_dist.errors import ConfigError, GrassError
-from grass_dist.offload.moving import IntervalStates
-from grass_dist.offload.slots import SlotPool
-from grass_dist.offload.store import LayerStateStore
-from grass_dist.offload.transfer import TransferEngine
-from grass_dist.zero import jit
-from grass_dist.zero.ds_config import split_ds_config
+from grass_dist.model.discovery import Unit
+from grass_dist.states.moving import IntervalStates
+from grass_dist.states.slots import SlotPool
+from grass_dist.states.store import LayerStateStore
+from grass_dist.states.transfer import TransferEngine
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed = pytest.importorskip("deepspeed")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from grass_dist.backends.zero.groups import groups_of
-from grass_dist.discovery import Unit
+from grass_dist.model.discovery import Unit
 from tests.late_cuda import DEVICE, LateCuda
 from tests.offload_model import CPU, quiet
 

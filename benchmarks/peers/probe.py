@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.peers.methods import PROBE, grass
 from benchmarks.peers.one import STEPS, step
 from benchmarks.peers.task import batches, load_model, load_tokenizer, training_data
-from grass_dist.importance import effective_layers, sampling_probabilities
+from grass_dist.method.importance import effective_layers, sampling_probabilities
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from grass_dist.training.batches import collate
-from grass_dist.training.data import Data, load_data, render_prompt
-from grass_dist.training.data_config import DataConfig
-from grass_dist.training.packaged_model import resolve_model
+from grass_dist.finetune.data.batches import collate
+from grass_dist.finetune.data.config import DataConfig
+from grass_dist.finetune.data.loading import Data, load_data, render_prompt
+from grass_dist.model.packaged import resolve_model
 
 BATCH, MAX_LENGTH, HELD_OUT = 4, 96, 64
 QUESTIONS, ANSWER_TOKENS, AT_ONCE = 48, 52, 48

@@ -1,6 +1,6 @@
 """Draws the pictures of docs/offload.md beside this file: python docs/images/draw_offload.py [folder for PNGs].
 
-A schedule of one rank is made by the rules of `grass_dist.offload.moving` from durations that are made up: they show
+A schedule of one rank is made by the rules of `grass_dist.states.moving` from durations that are made up: they show
 what waits for what, and measure nothing.
 """
 

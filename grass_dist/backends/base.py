@@ -6,7 +6,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -15,8 +14,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from grass_dist.backends.host_sums import HostSums
-from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
+from grass_dist.model.discovery import Unit
+from grass_dist.ranks import Ranks
 
 GradientSink = Callable[[int, int, torch.Tensor], None]
 """(layer index, slot below the layer's number of parameters, this rank's part of the sum of squares: fp64 scalar on
@@ -24,65 +24,6 @@ the device). A slot that is given twice in a step keeps the later value."""
 
 Arrived = Callable[[int | None], None]
 """Told whenever a gradient has been made: index of the layer whose parameter it is of, None for a role."""
-
-
-class Ranks:
-    """Processes that must agree, and the collectives that they agree by.
-
-    Args:
-        group: None is a process alone.
-        device: of this rank's model, which need not be the current device; None where no model is known.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
-        self.group, self.device = group, device
-
-    @property
-    def world_size(self) -> int:
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.group is None else dist.get_rank(self.group)
-
-    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of ``tensor`` over the group, by one all-reduce, on the tensor's own device."""
-        if self.group is None:
-            return tensor
-        carried = tensor.to(self._wire_device())
-        dist.all_reduce(carried, group=self.group)
-        return carried.to(tensor.device)
-
-    def gather_bytes(self, payload: bytes) -> list[bytes]:
-        """``payload`` of every rank, in rank order; of the same length on all of them."""
-        if self.group is None:
-            return [payload]
-        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self._wire_device())
-        theirs = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(theirs, mine, group=self.group)
-        return [bytes(row) for row in torch.stack(theirs).tolist()]
-
-    def gather_objects(self, item: object) -> list[object]:
-        """``item`` of every rank, in rank order."""
-        if self.group is None:
-            return [item]
-        items: list[object] = [None] * self.world_size
-        wire = self._wire_device()  # torch puts the bytes of objects on the current device
-        with torch.cuda.device(wire) if wire.type == "cuda" else nullcontext():
-            dist.all_gather_object(items, item, group=self.group)
-        return items
-
-    def _wire_device(self) -> torch.device:
-        """Where the small tensors of these collectives are: under NCCL on the GPU that this rank's model is on."""
-        if "nccl" not in dist.get_backend(self.group):
-            return torch.device("cpu")
-        on_gpu = self.device is not None and self.device.type == "cuda"
-        return self.device if on_gpu else torch.device("cuda", torch.cuda.current_device())  # type: ignore[return-value]
-
-
-def world() -> Ranks:
-    """All processes of the job."""
-    return Ranks(dist.group.WORLD if dist.is_initialized() else None)
 
 
 class Backend(Ranks, ABC):

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grass_dist.backends.base import Arrived, GradientSink, HookedBackend, Ranks, sum_of_squares
-from grass_dist.discovery import Unit
+from grass_dist.backends.base import Arrived, GradientSink, HookedBackend, sum_of_squares
 from grass_dist.errors import UnsupportedModel
+from grass_dist.model.discovery import Unit
+from grass_dist.ranks import Ranks
 
 
 class _Bucket:

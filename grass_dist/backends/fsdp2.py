@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from grass_dist.backends.base import Arrived, GradientSink, HookedBackend
-from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError, UnsupportedModel
+from grass_dist.model.discovery import Unit
 
 
 class Fsdp2Backend(HookedBackend):

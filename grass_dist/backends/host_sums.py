@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from grass_dist.offload.store import LayerStateStore, Use
+from grass_dist.states.store import LayerStateStore, Use
 
 _USE = Use("the gradients of a probe", "set gradient_accumulation_steps to 1, or grass.probe_steps to 0")
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from grass_dist.agreement import say
-from grass_dist.backends.base import world
 from grass_dist.checkpoint.loading import load, newest_good, open_checkpoint
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.errors import CheckpointError
+from grass_dist.ranks import say, world
 
 
 @runtime_checkable

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grass_dist.backends.base import Ranks
 from grass_dist.backends.zero.private import ENGINE_SCRIPT, ENGINE_WRITER, deepspeed_version
 from grass_dist.backends.zero.whole import complete
 from grass_dist.checkpoint import files
@@ -19,6 +18,7 @@ from grass_dist.checkpoint.pieces import Piece, UnitPieces
 from grass_dist.checkpoint.saving import Snapshot, take_snapshot, together
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import CheckpointError
+from grass_dist.ranks import Ranks
 
 
 def save_deepspeed(engine: Any, ranks: Ranks, step: int, extra: Mapping[str, Any]) -> Snapshot:

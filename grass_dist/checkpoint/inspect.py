@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.export import folders_of, numel_of
 from grass_dist.checkpoint.folders import step_of
@@ -22,9 +21,10 @@ from grass_dist.checkpoint.pieces import Entries, decode
 from grass_dist.checkpoint.saving import together
 from grass_dist.config import ROLES, GrassConfig, among_competing, check_competing, check_num_layers
 from grass_dist.errors import CheckpointError, ConfigError
+from grass_dist.method.samplers import make_sampler, probe_steps
+from grass_dist.method.schedule import Schedule
+from grass_dist.ranks import Ranks
 from grass_dist.regular_files import open_regular
-from grass_dist.samplers import make_sampler, probe_steps
-from grass_dist.schedule import Schedule
 
 METRICS = "metrics.jsonl"
 Units = Mapping[str, Mapping[str, Any]]

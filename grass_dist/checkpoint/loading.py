@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import FailFast, Field
 
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import files, folders
 from grass_dist.checkpoint.dcp import TensorReader, open_tensors
 from grass_dist.checkpoint.files import Stored, up_to_a_wrong_one
@@ -21,7 +20,8 @@ from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
 from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
 from grass_dist.checkpoint.saving import together
 from grass_dist.errors import CheckpointError, shorten
-from grass_dist.optimizer import HOW
+from grass_dist.ranks import Ranks
+from grass_dist.states.unit_optimizer import HOW
 
 DEEPSPEED_LAYOUT = "deepspeed"
 """In state.json of a checkpoint in DeepSpeed's format: where its partitions lie."""

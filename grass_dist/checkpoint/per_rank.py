@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.pieces import MARK, Piece, Read
 from grass_dist.errors import CheckpointError
+from grass_dist.ranks import Ranks
 
 MEASURED, RNG, CUDA_RNG = f"{MARK}measured", f"{MARK}rng", f"{MARK}cuda_rng"
 """Tensors of one row for each rank that saved."""

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from grass_dist.backends.base import Ranks
 from grass_dist.errors import CheckpointError
+from grass_dist.ranks import Ranks
 
 MARK = "@"
 """Parts the FQN of a parameter from the name of one of its states, as in ``lm_head.weight@exp_avg``; a key without it

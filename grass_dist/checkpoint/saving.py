@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from grass_dist.backends.base import Ranks
 from grass_dist.checkpoint import disk, files, folders
 from grass_dist.checkpoint.dcp import file_numbers, write
 from grass_dist.checkpoint.per_rank import per_rank_pieces
 from grass_dist.checkpoint.pieces import Holdings, Piece, dtype_name
 from grass_dist.errors import CheckpointError
+from grass_dist.ranks import Ranks
 from grass_dist.version import __version__
 
 WriteTensors = Callable[[Path], None]

@@ -13,9 +13,9 @@ from grass_dist.backends import Backend
 from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
-from grass_dist.engine import GrassEngine
 from grass_dist.errors import CheckpointError
-from grass_dist.optimizer import HOW, LOW, WHOLE, UnitOptimizer
+from grass_dist.method.controller import GrassController
+from grass_dist.states.unit_optimizer import HOW, LOW, WHOLE, UnitOptimizer
 
 Put = Callable[[int, Sequence[Mapping[str, Any]]], None]
 
@@ -36,7 +36,7 @@ class TorchHoldings:
         backend: Backend,
         optimizers: Sequence[UnitOptimizer],
         groups: Sequence[dict[str, Any]],
-        grass: GrassEngine,
+        grass: GrassController,
         settle: Callable[[], None],
         put: Put,
     ) -> None:
@@ -161,7 +161,7 @@ def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Paramet
         ) from None
 
 
-def check_clock(grass: GrassEngine, saved: Mapping[str, Any]) -> None:
+def check_clock(grass: GrassController, saved: Mapping[str, Any]) -> None:
     """Compares where the method was with what this run's schedule says of that step.
 
     Args:

@@ -20,7 +20,7 @@ from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPiece
 from grass_dist.checkpoint.saving import together
 from grass_dist.checkpoint.torch_run import check_clock
 from grass_dist.errors import CheckpointError
-from grass_dist.optimizer import HOW, step_over
+from grass_dist.states.unit_optimizer import HOW, step_over
 
 
 class Placed(Stored):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from grass_dist.doctor.facts import Collective, Link
-from grass_dist.training.world import World
+from grass_dist.job.world import World
 
 KINDS = ("all_reduce", "reduce_scatter")
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on

@@ -35,9 +35,9 @@ from grass_dist.doctor.network import Listener, bound_addresses, reach, reason
 from grass_dist.doctor.schema import as_json
 from grass_dist.doctor.tables import show
 from grass_dist.errors import GrassError
-from grass_dist.training.launchers import Place, find_place, meet_by_mpi
-from grass_dist.training.peers import lost_peer
-from grass_dist.training.world import World
+from grass_dist.job.launchers import Place, find_place, meet_by_mpi
+from grass_dist.job.peers import lost_peer
+from grass_dist.job.world import World
 
 T = TypeVar("T")
 
@@ -211,7 +211,7 @@ def _measure(report: Report, options: Options) -> World | None:
         report.copies = step("the copies", copies)
         report.disks = step(f"writing in {options.folder}", disks)
     except Exception as error:
-        if (lost := lost_peer(world, error)) is None:
+        if (lost := lost_peer(world.peers, error)) is None:
             _say_own(str(error) if isinstance(error, GrassError) else traceback.format_exc())
             _abandon(1)  # at once: the others notice it, where a teardown would wait for them
         report.failed = str(lost)

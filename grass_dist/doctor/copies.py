@@ -9,7 +9,7 @@ import torch
 
 from grass_dist.doctor.facts import Copies
 from grass_dist.errors import GrassError
-from grass_dist.offload.plan import free_host_memory
+from grass_dist.states.plan import free_host_memory
 
 ON_GPU, ON_CPU = 256 << 20, 64 << 20
 """Bytes of a copy."""

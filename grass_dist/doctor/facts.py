@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grass_dist.training.seats import Seat
+from grass_dist.job.seats import Seat
 
 
 @dataclass(frozen=True, slots=True)

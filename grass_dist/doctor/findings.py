@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from grass_dist.doctor.facts import Facts, Report
 from grass_dist.doctor.measured import judge_measures
-from grass_dist.doctor.network import ALL, is_loopback, shown
+from grass_dist.doctor.network import ALL, shown
 from grass_dist.doctor.words import Finding, by_value, hosts_named, listed
-from grass_dist.training.seats import problem_of
+from grass_dist.job.interfaces import is_loopback
+from grass_dist.job.seats import problem_of
 
 CLOCKS_DIFFER = 5.0
 """Seconds."""

@@ -15,10 +15,11 @@ import torch
 from torch.cuda import nccl
 
 from grass_dist.doctor.facts import Disk, Facts
-from grass_dist.doctor.network import Chosen, address_of_name, address_of_route, choose_address, find_interfaces
-from grass_dist.offload.plan import free_host_memory
-from grass_dist.training.launchers import Place
-from grass_dist.training.seats import own_seat
+from grass_dist.doctor.network import Chosen, address_of_name, address_of_route, choose_address
+from grass_dist.job.interfaces import find_interfaces
+from grass_dist.job.launchers import Place
+from grass_dist.job.seats import own_seat
+from grass_dist.states.plan import free_host_memory
 from grass_dist.version import __version__
 
 CHUNK = 4 << 20

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from grass_dist.doctor.network import CONNECTS_WITHIN, find_interfaces, reason, shown
+from grass_dist.doctor.network import CONNECTS_WITHIN, reason, shown
 from grass_dist.errors import GrassError
-from grass_dist.training.launchers import Place
+from grass_dist.job.interfaces import find_interfaces
+from grass_dist.job.launchers import Place
 
 GRACE = 10.0
 """Seconds that the others wait longer than rank 0, which waits for the last of them."""

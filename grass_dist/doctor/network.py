@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import socket
 import socketserver
 import struct
@@ -14,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grass_dist.doctor.facts import Reach
+from grass_dist.job.interfaces import is_loopback
 
 CONNECTS_WITHIN = 5.0
 """Seconds."""
 ROUND_TRIPS = 8
-_SIOCGIFADDR = 0x8915
 _TOKEN = 16
 
 
@@ -33,17 +32,6 @@ class Chosen:
     """What is wrong with the interface that was asked for, in a sentence."""
     name_problem: str = ""
     """What is wrong with the address of the host name, without a full stop."""
-
-
-def find_interfaces() -> dict[str, str]:
-    """Address by name, of all interfaces that have one: its first IPv4 address, else its IPv6 address."""
-    found = {name: address for address, name in reversed(_ipv6_addresses())}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found[name] = socket.inet_ntoa(answer[20:24])
-    return dict(sorted(found.items()))
 
 
 def choose_address(
@@ -203,16 +191,3 @@ def _matching(wanted: str, interfaces: Mapping[str, str], *, exact: bool) -> str
         elif name.startswith(tuple(wanted.split(","))):
             return name
     return ""
-
-
-def is_loopback(address: str | None) -> bool:
-    return address is not None and (address.startswith("127.") or address == "::1")
-
-
-def _ipv6_addresses() -> list[tuple[str, str]]:
-    """(address, interface), without those that hold on one link alone."""
-    try:
-        lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-    except OSError:
-        return []
-    return [(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line[0])), line[5]) for line in lines if line[3] != "20"]

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.errors import ConfigError, UnsupportedModel
-from grass_dist.foreign_model import CODE, MOST_LAYERS, build, plain_config, read_settings
+from grass_dist.model.discovery import LayerMap, Unit, find_layers
+from grass_dist.model.foreign import CODE, MOST_LAYERS, build, plain_config, read_settings
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -227,7 +227,7 @@ def _inner_width(config: Any, layer: Shapes, hidden: int) -> int:
 def _load(name: str, tell: Callable[[str], None]) -> Any:
     from transformers import PreTrainedConfig
 
-    from grass_dist.training.packaged_model import resolve_model
+    from grass_dist.model.packaged import resolve_model
 
     path = Path(resolve_model(name))
     fix = "give a Hugging Face name, a folder with a config.json, such a file, or --params"

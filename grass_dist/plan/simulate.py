@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_dist.assembly import always_active_roles
 from grass_dist.backends.base import HookedBackend
 from grass_dist.backends.ddp import part_of
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
 from grass_dist.config import GrassConfig
-from grass_dist.discovery import LayerMap, Unit, find_layers
 from grass_dist.errors import GrassError
-from grass_dist.foreign_model import build
-from grass_dist.offload.layout import Layout
-from grass_dist.optimizer import UnitOptimizer
+from grass_dist.finetune.steps import summed_loss
+from grass_dist.model.discovery import LayerMap, Unit, find_layers
+from grass_dist.model.foreign import build
+from grass_dist.model.units import always_active_roles
 from grass_dist.plan.job import Job, Method
 from grass_dist.plan.memory import Memory, states_of
 from grass_dist.plan.shape import ModelShape
-from grass_dist.training.steps import summed_loss
+from grass_dist.states.layout import Layout
+from grass_dist.states.unit_optimizer import UnitOptimizer
 
 SIMULATED = ("single", "fsdp2", "hsdp", "ddp")
 """Backends of which a step can be simulated; DeepSpeed's engine needs real tensors."""

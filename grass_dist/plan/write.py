@@ -28,7 +28,7 @@ def write_config(path: Path, shape: ModelShape, row: Row) -> list[Path]:
     Raises:
         ConfigError: a file is there already or cannot be written, or the settings cannot be used.
     """
-    from grass_dist.training.config_file import load_config
+    from grass_dist.finetune.config_file import load_config
 
     files = {path: _yaml(path, shape, row)}
     if row.job.backend.startswith("zero"):

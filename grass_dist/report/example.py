@@ -1,4 +1,4 @@
-"""A training example as run.json holds it; `grass_dist.training.shown` makes it."""
+"""A training example as run.json holds it; `grass_dist.finetune.data.shown` makes it."""
 
 from __future__ import annotations
 

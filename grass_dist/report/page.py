@@ -9,12 +9,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from grass_dist.importance import effective_layers
+from grass_dist.method.importance import effective_layers
+from grass_dist.method.schedule import too_short_for
 from grass_dist.report.captions import CAPTIONS
 from grass_dist.report.load import EvalEvent, Run, RunInfo, relative
 from grass_dist.report.wire import Sent, sent
 from grass_dist.report.wording import bytes_text, count_text, duration, loss_text, percent
-from grass_dist.schedule import too_short_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO-1, 2, 3: stock ZeRO optimizers, built anew over the layers that train."""
+"""DeepSpeed ZeRO: its configuration, its optimizers, and the states of the layers across them."""

@@ -12,8 +12,8 @@ from grass_dist.backends.base import Arrived, Backend, GradientSink, hook_weakly
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.zero.groups import Group, groups_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
-from grass_dist.discovery import Unit
 from grass_dist.errors import GrassError
+from grass_dist.model.discovery import Unit
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_dist.discovery import Unit
-from grass_dist.optimizer import hyperparameters, step_over
+from grass_dist.model.discovery import Unit
+from grass_dist.states.unit_optimizer import hyperparameters, step_over
 
 ALIGNED = 2
 """ZeRO-1 and 2 pad a rank's partition to a multiple of so many elements."""

@@ -1,0 +1,93 @@
+"""What is refused at start-up because of the model or the optimizer; ds_config.py refuses options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.backends.zero.ds_config import ZeroSetup
+from grass_dist.backends.zero.jit import on_cpu
+from grass_dist.errors import ConfigError, UnsupportedModel
+from grass_dist.states.unit_optimizer import ELEMENTWISE
+
+_FIXES = {
+    "OnebitAdam": "use AdamW",
+    "ZeroOneAdam": "use AdamW",
+    "OnebitLamb": "use AdamW",
+    "FusedLamb": "use AdamW, which treats each entry by itself",
+    "MuonWithAuxAdam": "use AdamW",
+    "Adagrad": "it makes the states of all layers when it is constructed; use AdamW",
+}
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+_DEEPSPEED_ELEMENTWISE = {"FusedAdam", "FusedLion"}
+_DEEPSPEED_CPU = {"DeepSpeedCPUAdam", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad"}
+
+
+def check_model(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedModel: a pipeline or mixture-of-experts model of DeepSpeed's, or one that is wrapped already.
+    """
+    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if "PipelineModule" in kinds:
+        raise UnsupportedModel(
+            "The model is a PipelineModule, whose stages hold different layers on different ranks; grass_dist does not "
+            "support pipeline parallelism: pass the plain model and use ZeRO-3."
+        )
+    if kinds & {"MOELayer", "AutoEPMoELayer"} or any(
+        getattr(p, "allreduce", True) is False for p in model.parameters()
+    ):
+        raise UnsupportedModel(
+            "The model has DeepSpeed MoE layers with expert parallelism, whose experts differ between ranks; "
+            "grass_dist does not support it: use a model with plain (replicated) experts and ZeRO-3."
+        )
+    if wrapped := kinds & _WRAPPERS:
+        raise UnsupportedModel(
+            f"The model is wrapped in {sorted(wrapped)[0]} already; pass initialize the plain model, "
+            "which DeepSpeed shards itself."
+        )
+
+
+def check_optimizer(optimizer: Any, setup: ZeroSetup) -> None:
+    """
+    Raises:
+        ConfigError: there is none, or it cannot be run on flat partitions of single layers.
+    """
+    if optimizer is None:
+        if "optimizer" not in setup.ds_config:
+            raise ConfigError(
+                "optimizer",
+                None,
+                "GRASS needs one to train with",
+                "pass optimizer= or add the section to the ds_config",
+            )
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return  # a callable: it is checked when it has made one
+    name = type(optimizer).__name__
+    if name in _FIXES:
+        raise ConfigError("optimizer", name, "GRASS cannot train single layers with it", _FIXES[name])
+    if name in _DEEPSPEED_CPU and not on_cpu():
+        raise ConfigError(
+            "optimizer",
+            name,
+            "it updates on the host, and GRASS brings the active layers' states to the device",
+            "use torch.optim.AdamW or FusedAdam; the states of inactive layers are in host memory in any case",
+        )
+    known = type(optimizer) in ELEMENTWISE or name in _DEEPSPEED_ELEMENTWISE | _DEEPSPEED_CPU
+    if not known and not setup.any_optimizer:
+        raise ConfigError(
+            "optimizer",
+            name,
+            "it is not known to treat each entry by itself, and ZeRO gives it flat partitions",
+            'use torch.optim.AdamW, or set "zero_allow_untested_optimizer": true if you know that it does',
+        )
+    if optimizer.state:
+        raise ConfigError(
+            "optimizer",
+            name,
+            f"it has states of {len(optimizer.state)} parameters already",
+            "pass one that has not stepped, of a class that makes its state at the first step",
+        )

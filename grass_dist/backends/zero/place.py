@@ -1,0 +1,113 @@
+"""Where the states of a ZeRO optimizer's groups are, decided and made before it is constructed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from grass_dist.backends.zero.backend import ZeroBackend
+from grass_dist.backends.zero.groups import Group
+from grass_dist.backends.zero.narrow import NarrowZero
+from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
+from grass_dist.config import GrassConfig
+from grass_dist.errors import GrassError
+from grass_dist.model.discovery import Unit
+from grass_dist.ranks import agree_at_start
+from grass_dist.states.build import build
+from grass_dist.states.fields import Counts, Kept, Step, counts_for, kept_for
+from grass_dist.states.moving import MovingStates
+from grass_dist.states.plan import make_plan
+from grass_dist.states.unit_optimizer import ELEMENTWISE, hyperparameters, step_over
+
+
+def place_states(
+    zero: NarrowZero,
+    backend: ZeroBackend,
+    config: GrassConfig,
+    layers: Sequence[Unit],
+    roles: Sequence[Unit],
+    still: Sequence[Group],
+) -> ZeroStates:
+    """Chooses the mode and takes the memory for it; on all ranks alike.
+
+    Args:
+        still: what never trains, and has a state in a checkpoint only.
+
+    Raises:
+        ConfigError, GrassError: the states cannot be where the configuration wants them.
+    """
+    device = backend.shard_of(layers[0].params[0][1]).device
+    dtype = torch.bfloat16 if config.offload.host_dtype else None
+    fallback: str | None = None
+    kept: dict[int, Kept] = {}
+    counts: dict[int, Counts] = {}
+    for group in (*zero.every, *still):
+        if group.user_group not in counts:
+            counts[group.user_group] = _counts(zero.user_optimizer, group, backend.world_size, device)
+    try:
+        for group in (*zero.every, *still):
+            if group.user_group not in kept:
+                kept[group.user_group] = _kept(zero.user_optimizer, group, backend.world_size, device)
+    except GrassError as error:
+        fallback, kept = str(error), {}
+
+    def state_of(group: Group) -> GroupState:
+        in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
+        own, of = kept.get(group.user_group, []), counts.get(group.user_group, {})
+        return GroupState(group, own, of, backend.world_size, has_master=not in_place)
+
+    made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
+    for group in zero.every:
+        made[group.unit.name].append(state_of(group))
+    states = [UnitState(unit.name, made[unit.name], dtype) for unit in layers]
+    staying = [UnitState(unit.name, made[unit.name], None) for unit in roles]
+    sizes = [(state.layout.device_bytes, state.layout.host_bytes) for state in states]
+    resident = sum(state.layout.device_bytes for state in staying)
+    plan = make_plan(backend, config, sizes, resident, device, fallback=fallback)
+    moving: MovingStates | None = None
+    problem: Exception | None = None
+    if plan.mode != "none":
+        try:
+            moving = build(plan, config, states, device, last_first=False, inline=True)
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            problem = error
+        agree_at_start(backend, problem, {})
+    return ZeroStates(states, staying, moving, device, [state_of(group) for group in still])
+
+
+def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Kept:
+    """What the user's optimizer keeps for a flat fp32 partition.
+
+    Raises:
+        GrassError: it does not say, or keeps it in another shape.
+    """
+    name, (step, own, like, elementwise) = type(user).__name__, _stand_in(user, group, world_size, device)
+    try:
+        kept = kept_for(step, own, like, elementwise=elementwise)
+    except Exception as error:
+        raise GrassError(f"{name} does not say what it keeps: {error}") from error
+    if odd := [key for key, shape, _ in kept if shape != like.shape]:
+        raise GrassError(f"{name} keeps {odd[0]} in another shape than a partition's")
+    return kept
+
+
+def _counts(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Counts:
+    step, own, like, elementwise = _stand_in(user, group, world_size, device)
+    return counts_for(step, own, like, elementwise=elementwise)
+
+
+def _stand_in(
+    user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device
+) -> tuple[Step, dict[str, Any], torch.Tensor, bool]:
+    """What `kept_for` and `counts_for` take to ask the user's optimizer about a flat fp32 partition."""
+
+    def step(groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
+        state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        step_over(user, groups, state)
+        return state
+
+    like = torch.empty(1, device=device).expand(capacity(group, world_size))
+    return step, hyperparameters(user.param_groups[group.user_group]), like, type(user) in ELEMENTWISE

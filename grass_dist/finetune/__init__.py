@@ -1,0 +1,1 @@
+"""The training program: configuration, data, steps, record and checkpoints. Needs ``grass-dist[train]``."""

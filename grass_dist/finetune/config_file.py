@@ -1,0 +1,257 @@
+"""The YAML file of a fine-tune: read, with dotted overrides, into a `RunConfig`, and written."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grass_dist.errors import ConfigError
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.deepspeed_config import find_file, merge_grass, read_json
+from grass_dist.regular_files import open_regular
+
+LARGEST = 2**17
+"""Characters of a configuration file, and bytes of its JSON, at most: to read so much takes some seconds."""
+
+_DEEPEST, _LONGEST_NUMBER, _MOST_LAYERS = 20, 40, 10**5
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides such as ``train.learning_rate=1e-5``.
+
+    A name with dots in the file means the same: ``parallel: deepspeed`` and ``parallel.config: my.json``. The section
+    ``grass`` may stand in the DeepSpeed JSON instead.
+
+    Raises:
+        ConfigError: the file, an override or a setting cannot be used.
+    """
+    try:
+        return _read(path, overrides)
+    except ConfigError as error:
+        raise _in_one_line(error) from None
+
+
+def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
+    data = _parsed(_text_of(path), "--config", str(path), "correct it there")
+    if not isinstance(data, dict):
+        raise ConfigError("--config", str(path), "it holds no settings", "see configs/ for examples")
+    for key in [key for key in data if "." in key]:
+        if _is_set(data, key):
+            problem = f"the file sets it twice, as {key} and within a section"
+            raise ConfigError(key, data[key], problem, "keep one of them")
+        _put(data, key, data.pop(key))
+    for override in overrides:
+        _override(data, override)
+    settings = _with_json(data, path.parent)
+    _check_names(settings)
+    _check_layers(settings.get("grass"))
+    return RunConfig(**settings)
+
+
+def _parsed(text: str, field: str, value: str, fix: str) -> Any:
+    """What YAML means, its keys as text."""
+    try:
+        return _with_text_keys(yaml.load(text, _Loader))
+    except RecursionError:
+        raise ConfigError(field, value, "it is nested too deeply", fix) from None
+    except _Ambiguous as error:
+        raise ConfigError(field, value, str(error), error.fix) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(field, value, f"it is not YAML: {error}", fix) from None
+    except (AttributeError, LookupError, OverflowError, TypeError):  # of PyYAML's constructors, after a tag like !!int
+        raise ConfigError(field, value, "it is not YAML: a value is not of the type of its tag", fix) from None
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_text_keys(entry) for entry in value]
+    return {str(key): _with_text_keys(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def _check_names(settings: dict[str, Any], above: str = "") -> None:
+    """Keeps out the one name that Python cannot give a model, and texts that no file and no terminal takes."""
+    for key, value in settings.items():
+        if key == "self":
+            raise ConfigError(f"{above}{key}", value, "there is no such setting", "leave it out")
+        if isinstance(value, dict):
+            _check_names(value, f"{above}{key}.")
+        if isinstance(value, str) and (problem := _unwritable(value)):
+            raise ConfigError(f"{above}{key}", value, problem, "leave that character out")
+
+
+def _unwritable(text: str) -> str:
+    """Why a text can be neither a file's name nor written, or nothing."""
+    if "\0" in text:
+        return "it has a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "it has half a surrogate pair"
+    return ""
+
+
+def _in_one_line(error: ConfigError) -> ConfigError:
+    """The same error with no more of what stands in the file than one can read."""
+    parts = (" ".join(text.split()) for text in (error.field, error.problem, error.fix))
+    plain = ("".join(c if c.isprintable() else "?" for c in part) for part in parts)
+    field, problem, fix = (part if len(part) <= 200 else f"{part[:120]}..." for part in plain)
+    return ConfigError(field, error.value, problem, fix)
+
+
+def _check_layers(grass: Any) -> None:
+    """Keeps out layers for which a sampler would fill the memory, or that it cannot count."""
+    for name in ("active_layers", "fixed_layers") if isinstance(grass, dict) else ():
+        value = grass.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and not 0 <= number <= _MOST_LAYERS:
+                raise ConfigError(f"grass.{name}", value, f"no model has a layer {number}", "count layers from 0")
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+    return flatten(config.model_dump(mode="json"))
+
+
+def flatten(settings: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{above}.{key}" if above else str(key)
+        flat |= flatten(value, name) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def as_yaml(value: Any) -> str:
+    """A value as the file writes it, in one line: null, not None."""
+    return " ".join(yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("...\n").split())
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        with open_regular(path, follow=True) as file:
+            content = file.read(4 * LARGEST + 1)
+        text = content.decode("utf-8", errors="replace" if len(content) > 4 * LARGEST else "strict")
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise ConfigError(
+                "--config", str(path), "it is not a file", "give a file that all ranks can read"
+            ) from None
+        problem = f"it cannot be read ({error.strerror})"
+        raise ConfigError("--config", str(path), problem, "give an existing file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("--config", str(path), f"it is not YAML: {error}", "write it in UTF-8") from None
+    if len(text) > LARGEST:
+        raise ConfigError(
+            "--config", str(path), f"it is longer than {LARGEST} characters", "give a file of settings, not of data"
+        )
+    return text
+
+
+class _Ambiguous(yaml.YAMLError):
+    """What two readers of YAML would read differently."""
+
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.fix = fix
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose 1e-5 is a number (YAML 1.2), where PyYAML's 1.1 wants 1.0e-5; without aliases and without traps.
+
+    A few lines of aliases can stand for a structure that fills any memory. Of a name that stands twice PyYAML takes the
+    last value without a word, 010 is 8 for YAML 1.1 and 10 for 1.2, and 1:30 is 90 for 1.1 and a text for 1.2.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses an alias (*name), which a configuration may not")
+        return super().compose_node(parent, index)
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+            raise yaml.YAMLError(f"it has a number of {len(node.value)} characters")
+        if node.tag in _NUMBERS and _OLD_NUMBER.fullmatch(node.value):
+            problem = f"line {node.start_mark.line + 1} has the number {node.value}, which not all read alike"
+            raise _Ambiguous(problem, "write it as a decimal number, or quote it if it is a text")
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for name, line in ((str(key.value), key.start_mark.line + 1) for key, _ in node.value):
+            if name in lines:
+                raise _Ambiguous(f"it sets {name} twice, in lines {lines[name]} and {line}", "keep one of them")
+            lines[name] = line
+        return node
+
+
+_OLD_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|.*:.*")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError("override", override, "it is not of the form section.field=value", "write it like that")
+    _put(data, key, _parsed(text, key, text, "quote it") if text else None)
+
+
+def _is_set(data: dict[str, Any], key: str) -> bool:
+    """Whether a dotted name has a value in the sections of ``data``."""
+    at: Any = data
+    for part in key.split("."):
+        if not isinstance(at, dict) or part not in at:
+            return False
+        at = at[part]
+    return True
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Sets ``value`` at a dotted name."""
+    *path, last = key.split(".")
+    if len(path) > _DEEPEST:
+        raise ConfigError(key, value, f"no setting has {len(path)} dots", "write it as it stands in configs/")
+    at: dict[str, Any] = data
+    for part in path:
+        below: Any = at.get(part)
+        if isinstance(below, str) and part == "parallel":  # parallel: fsdp2, then parallel.mesh.replicate=2
+            below = {"backend": below}
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise ConfigError(key, value, f"{part} is {below!r} in the file, not a section", f"override {part} itself")
+        at[part] = below
+        at = below
+    at[last] = value
+
+
+def _with_json(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with the path of their DeepSpeed JSON made absolute and its ``"grass"`` merged in."""
+    parallel, grass = data.get("parallel"), data.get("grass")
+    if not isinstance(parallel, dict) or parallel.get("backend") != "deepspeed":
+        return data
+    if not isinstance(name := parallel.get("config"), str) or not isinstance(grass, dict | None):
+        return data  # refused where every other wrong type is
+    try:
+        file = find_file(name, folder)
+        if (size := file.stat().st_size) > LARGEST:
+            raise ConfigError("parallel.config", name, f"it has {size} bytes", "give a file of settings, not of data")
+        merged = merge_grass(read_json(file), grass)
+    except (OSError, RecursionError) as error:
+        problem = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise ConfigError("parallel.config", name, problem, "give the path of a DeepSpeed JSON") from None
+    return {**data, "parallel": {**parallel, "config": str(file)}, **({} if merged is None else {"grass": merged})}

@@ -1,0 +1,303 @@
+"""Which examples make up which step, packed and collated; global batches do not depend on the number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+
+from grass_dist.errors import ConfigError
+
+T = TypeVar("T")
+Example = dict[str, list[int]]
+
+IGNORED = -100
+"""Label without loss."""
+
+
+class Examples:
+    """Tokenised examples, like a list of ``{"input_ids": …, "labels": …}`` (packed: and ``"position_ids"``).
+
+    Kept as 4 bytes a token and key, whatever their number. ``dropped`` counts the examples that had no label
+    left and were not kept, ``unanswered`` the rows that had no answer. ``dated`` says that their prompts differ from
+    day to day, as some chat templates have it.
+    """
+
+    dated = False
+
+    def __init__(self, examples: Iterable[Example] = (), dropped: int = 0, unanswered: int = 0) -> None:
+        self.dropped, self.unanswered = dropped, unanswered
+        self._ends = array("q", [0])
+        self._tokens: dict[str, array[int]] = {}
+        for example in examples:
+            self.append(example)
+
+    def append(self, example: Example) -> None:
+        """Adds an example; its lists are of equal length, and all examples have the same keys."""
+        for key, values in example.items():
+            self._tokens.setdefault(key, array("i")).extend(values)
+        self._ends.append(self._ends[-1] + len(example["input_ids"]))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        start, end = self._ends[range(len(self))[index]], self._ends[range(len(self))[index] + 1]
+        return {key: values[start:end].tolist() for key, values in self._tokens.items()}
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    def largest(self, key: str) -> int:
+        """The largest of all values of a key, e.g. of the "input_ids"; -1 without examples."""
+        values = self._tokens.get(key)
+        return int(np.frombuffer(values, dtype=np.intc).max()) if values else -1
+
+    def digest(self) -> str:
+        """SHA-256 of all examples, in their order, as 64 hexadecimal digits; of ``dated`` ones of what is learnt."""
+        if self.dated:
+            labels = np.frombuffer(self._tokens.get("labels", array("i")), dtype=np.intc)
+            return hashlib.sha256(labels[labels != IGNORED].tobytes()).hexdigest()
+        total = hashlib.sha256(self._ends)
+        for key in sorted(self._tokens):
+            total.update(key.encode())
+            total.update(self._tokens[key])
+        return total.hexdigest()
+
+
+def has_labels(example: Example) -> bool:
+    """Whether an example has a token with loss."""
+    return any(label != IGNORED for label in example["labels"])
+
+
+def pack(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
+    """Whole examples one after the other, in their order, in sequences of at most max_length tokens.
+
+    ``position_ids`` restart at 0 with each example, which is how transformers keeps them apart; see
+    `grass_dist.finetune.data.config.check_packing`.
+
+    Args:
+        examples: of at most max_length tokens, the first label of each `IGNORED`.
+    """
+    packed: Example = {"input_ids": [], "labels": [], "position_ids": []}
+    for example in examples:
+        length = len(example["input_ids"])
+        if packed["input_ids"] and len(packed["input_ids"]) + length > max_length:
+            yield packed
+            packed = {key: [] for key in packed}
+        for key, values in {**example, "position_ids": range(length)}.items():
+            packed[key].extend(values)
+    if packed["input_ids"]:
+        yield packed
+
+
+def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: int = 1) -> dict[str, torch.Tensor]:
+    """A micro-batch as tensors, padded on the right to its longest example.
+
+    Returns:
+        torch.long tensors of shape (examples, tokens): input_ids, labels (padding -100), and attention_mask (0 on
+        padding) or, of packed examples, position_ids (the padding counts from 0 again, as a segment of its own).
+        Packed, call the model with ``use_cache=False`` and without an attention mask, or the examples see each
+        other.
+    """
+    longest = max(len(example["input_ids"]) for example in examples)
+    width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    missing = [width - len(example["input_ids"]) for example in examples]
+    columns = {
+        "input_ids": [example["input_ids"] + [pad_token_id] * n for example, n in zip(examples, missing, strict=True)],
+        "labels": [example["labels"] + [IGNORED] * n for example, n in zip(examples, missing, strict=True)],
+    }
+    if "position_ids" in examples[0]:
+        columns["position_ids"] = [
+            example["position_ids"] + list(range(n)) for example, n in zip(examples, missing, strict=True)
+        ]
+    else:
+        columns["attention_mask"] = [[1] * (width - n) + [0] * n for n in missing]
+    return {name: torch.tensor(rows, dtype=torch.long) for name, rows in columns.items()}
+
+
+class BatchSource(Protocol):
+    """Endless: the n-th value is this rank's list of micro-batches (lists of examples) of step start_step + n."""
+
+    def __iter__(self) -> Iterator[list[list[Example]]]: ...
+
+
+class MapExamples(Protocol):
+    """Examples in memory, by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@runtime_checkable
+class ItemStream(Protocol):
+    """Examples one after the other, each made only by the rank that trains on it."""
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
+        """The items of one pass, in an order that depends on (seed, epoch) alone."""
+        ...
+
+    def example(self, item: Any) -> Example:
+        """The example that an item stands for."""
+        ...
+
+
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """A random order of n things, a function of (seed, epoch) alone.
+
+    Args:
+        seed, epoch: 0 to 2**64 - 1.
+
+    Returns:
+        int64 array of shape (n,).
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).permutation(n)
+
+
+class GlobalBatches:
+    """Global batch k is the k-th run of B entries in the endless sequence of shuffled epochs.
+
+    No example is left out at the end of an epoch: the batch goes on into the next one, and an epoch may be
+    shorter than a batch. Holds one epoch's order, O(n).
+
+    Raises:
+        ConfigError: there are no examples.
+    """
+
+    def __init__(self, n: int, global_batch_size: int, seed: int) -> None:
+        if n < 1:
+            raise ConfigError("data.name", n, "there are no examples to train on", "give a dataset that has some")
+        self.n, self.global_batch_size, self.seed = n, global_batch_size, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def indices(self, k: int) -> list[int]:
+        """The B indices of global batch k, each 0 to n - 1."""
+        found: list[int] = []
+        while len(found) < self.global_batch_size:
+            epoch, offset = divmod(k * self.global_batch_size + len(found), self.n)
+            missing = self.global_batch_size - len(found)
+            found += self._order_of(epoch)[offset : offset + missing].tolist()
+        return found
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.n, self.seed, epoch)
+        return self._order
+
+
+def check_divides(global_batch_size: int, world_size: int, micro_batch_size: int) -> None:
+    """Checks that every rank gets the same number of full micro-batches.
+
+    Raises:
+        ConfigError: ``train.global_batch_size`` is not a multiple of world_size * micro_batch_size.
+    """
+    unit = world_size * micro_batch_size
+    if global_batch_size < 1 or global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        raise ConfigError(
+            "train.global_batch_size",
+            global_batch_size,
+            f"world size {world_size} times micro_batch_size {micro_batch_size} is {unit}, which does not divide it",
+            f"use {below} or {below + unit}" if below else f"use {unit}, or a smaller micro_batch_size",
+        )
+
+
+def share(batch: Sequence[T], rank: int, world_size: int, micro_batch_size: int) -> list[list[T]]:
+    """One rank's part of a global batch of B items.
+
+    Returns:
+        B / (world_size * micro_batch_size) lists of micro_batch_size items; the i-th starts at item
+        (i * world_size + rank) * micro_batch_size.
+
+    Raises:
+        ConfigError: B is not a multiple of world_size * micro_batch_size.
+    """
+    check_divides(len(batch), world_size, micro_batch_size)
+    starts = range(rank * micro_batch_size, len(batch), world_size * micro_batch_size)
+    return [list(batch[start : start + micro_batch_size]) for start in starts]
+
+
+class MapBatches:
+    """`BatchSource` over examples in memory, shuffled anew every epoch. See `make_batches`."""
+
+    def __init__(
+        self, examples: MapExamples, batches: GlobalBatches, rank: int, world_size: int, micro: int, start_step: int
+    ) -> None:
+        self._examples, self._batches, self._start_step = examples, batches, start_step
+        self._share = (rank, world_size, micro)
+
+    def __iter__(self) -> Iterator[list[list[Example]]]:
+        for step in count(self._start_step):
+            parts = share(self._batches.indices(step), *self._share)
+            yield [[self._examples[index] for index in part] for part in parts]
+
+
+class StreamBatches:
+    """`BatchSource` over a stream: every rank walks all of it and makes the examples of its part only.
+
+    Raises:
+        ConfigError: while iterating, the stream has no examples.
+    """
+
+    def __init__(
+        self, stream: ItemStream, batch_size: int, seed: int, rank: int, world_size: int, micro: int, start_step: int
+    ) -> None:
+        self._stream, self._batch_size, self._seed, self._start_step = stream, batch_size, seed, start_step
+        self._share = (rank, world_size, micro)
+
+    def __iter__(self) -> Iterator[list[list[Example]]]:
+        items = islice(self._endless(), self._start_step * self._batch_size, None)
+        while True:
+            parts = share(list(islice(items, self._batch_size)), *self._share)
+            yield [[self._stream.example(item) for item in part] for part in parts]
+
+    def _endless(self) -> Iterator[Any]:
+        for epoch in count():
+            empty = True
+            for item in self._stream.epoch(self._seed, epoch):
+                empty = False
+                yield item
+            if empty:
+                raise ConfigError(
+                    "data.streaming",
+                    True,
+                    f"the stream has no examples in epoch {epoch}",
+                    "give a dataset that has some",
+                )
+
+
+def make_batches(
+    train: MapExamples | ItemStream,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    start_step: int = 0,
+) -> BatchSource:
+    """The micro-batches of one rank, step after step, without end.
+
+    The global batches depend on the seed and global_batch_size alone: over the ranks, a step's micro-batches
+    are the same examples whatever world_size and micro_batch_size are.
+
+    Args:
+        start_step: step to begin at, to resume: what follows equals the tail of a run from 0. (A stream is
+            walked up to there.)
+
+    Raises:
+        ConfigError: global_batch_size is not a multiple of world_size * micro_batch_size, or there are no
+            examples (of a stream: while iterating).
+    """
+    check_divides(global_batch_size, world_size, micro_batch_size)
+    if isinstance(train, ItemStream):
+        return StreamBatches(train, global_batch_size, seed, rank, world_size, micro_batch_size, start_step)
+    batches = GlobalBatches(len(train), global_batch_size, seed)
+    return MapBatches(train, batches, rank, world_size, micro_batch_size, start_step)

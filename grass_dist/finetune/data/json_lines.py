@@ -1,0 +1,227 @@
+"""A local JSON file line by line, or a list in it element by element, with what is wrong with each."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from types import NoneType
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from grass_dist.errors import ConfigError
+from grass_dist.finetune.data.config import kind_of
+
+Row = dict[str, Any]
+
+LONGEST = 64 * 2**20
+"""Bytes of a line; a longer one is broken, and is not kept in memory."""
+
+DEEPEST = 63
+"""Levels of lists and objects in a row, the row's own included. Arrow takes no more."""
+
+
+class Number(str):
+    """A number, as the text that the file writes: 2.50 stays "2.50"."""
+
+    __slots__ = ()
+
+
+class Unfit(str):
+    """NaN, Infinity, -Infinity, or a number too large for every program; only with ``strict=False``."""
+
+    __slots__ = ()
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the line that holds it."""
+        return "holds a number that is too large" if self[-1].isdigit() else f"holds {self}, which is no JSON"
+
+
+KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    Number: "a number",
+    Unfit: "a number",
+    bool: "true or false",
+    NoneType: "null",
+}
+"""What a value of JSON is called."""
+
+_BOM, _SPACE, _BREAK = b"\xef\xbb\xbf", b" \t\r\n", b"\n"
+_NESTED = f"is nested in more than {DEEPEST} levels"
+# A string that is never closed ends with its line, as JSON has no break in a string: it takes no other line with it.
+_TOKEN = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*"?|[\[\]{},]')
+_BORDER = re.compile(rb",\s*\{")
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class Entry(NamedTuple):
+    """A line, or an element of a list: its row, or what is wrong with it."""
+
+    unit: str  # "line" or "element"
+    number: int  # from 1; blank lines count
+    row: Row | None
+    problem: str = ""  # what follows in a sentence on "line 3"
+
+
+@dataclass
+class Skipped:
+    """What on_bad_line="skip" left out of a file; ``str()`` of it is a sentence."""
+
+    file: str
+    count: int = 0
+
+    first_lines: list[int] = field(default_factory=list)
+    """The first three numbers, from 1: of lines, or of the elements of a JSON list."""
+
+    problem: str = ""
+    """Of the first: ``"line 3 is no JSON (…)"``."""
+
+    def add(self, entry: Entry, problem: str) -> None:
+        """Counts one more."""
+        self.count += 1
+        self.problem = self.problem or f"{entry.unit} {entry.number} {problem}"
+        self.first_lines += [entry.number] * (self.count <= 3)
+
+    def __str__(self) -> str:
+        numbers = ", ".join(map(str, self.first_lines)) + (", …" if self.count > len(self.first_lines) else "")
+        unit = self.problem.split()[0] + ("s" if self.count > 1 else "")
+        return f"{self.file}: left out {self.count} broken {unit} ({numbers}); {self.problem}"
+
+
+def entries(setting: str, file: str, *, strict: bool = True) -> Iterator[Entry]:
+    """The lines that are not blank or, if a .json file begins with ``[``, the elements of its list.
+
+    Numbers are `Number`, so nothing of them is lost.
+
+    Args:
+        strict: whether a line with ``NaN`` or ``1e999`` in any column is broken, and a line ``null``; if not, such
+            values are `Unfit`, and the line is an empty row.
+
+    Raises:
+        ConfigError: the elements cannot be told apart; it is about ``setting``.
+        OSError: the file cannot be read.
+    """
+    with cast(BinaryIO, gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb")) as opened:
+        is_list = kind_of(file) == ".json" and opened.read(4096).removeprefix(_BOM).lstrip(_SPACE).startswith(b"[")
+        opened.seek(0)
+        unit, found = ("element", _elements(setting, file, opened.read())) if is_list else ("line", _lines(opened))
+        for number, raw in found:
+            row, problem = (None, f"is longer than {LONGEST >> 20} MB") if raw is None else _parse(raw, strict)
+            yield Entry(unit, number, row, problem)
+
+
+def _lines(opened: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that are not blank; None is one that is too long."""
+    for number in count(1):
+        pieces, size = list[bytes](), 0
+        while piece := opened.readline(2**20):
+            size += len(piece)
+            pieces = [*pieces, piece] if size <= LONGEST else []
+            if piece.endswith(b"\n"):
+                break
+        if not size:
+            return
+        raw = b"".join(pieces).removeprefix(_BOM if number == 1 else b"").rstrip(_SPACE)
+        if size > LONGEST or raw:
+            yield number, raw if size <= LONGEST else None
+
+
+def _elements(setting: str, file: str, data: bytes) -> Iterator[tuple[int, bytes]]:
+    """What stands between the commas of a list.
+
+    A bracket that is missing may hide the commas that follow, which is an error: else all the rest were one element.
+    """
+    number, depth, start = 1, 0, data.index(b"[") + 1
+    for token in _TOKEN.finditer(data, start):
+        sign, end = token[0], token.end()
+        if sign in (b"[", b"{"):
+            depth += 1
+        elif depth and sign in (b"]", b"}"):
+            depth -= 1
+        elif not depth and sign in (b",", b"]"):
+            raw = data[start : end - 1].strip(_SPACE)
+            if sign == b"," or number > 1 or raw:
+                yield number, raw
+            if sign == b"]":
+                if data[end:].strip(_SPACE):
+                    problem = f"more follows after the end of the list in line {data.count(_BREAK, 0, end) + 1}"
+                    raise ConfigError(setting, file, problem, "make it one list, or write one object a line (.jsonl)")
+                return
+            number, start = number + 1, end
+    raw = data[start:].strip(_SPACE)
+    if _BORDER.search(raw):
+        line = data.count(_BREAK, 0, data.index(raw, start)) + 1
+        problem = f"element {number} in line {line} is not closed, which hides the next ones"
+        raise ConfigError(setting, file, problem, "repair it, or write one object a line (.jsonl)")
+    yield number, raw
+    if raw and not depth:  # it may be whole, but then something is missing after it
+        yield number + 1, b""
+
+
+def _parse(raw: bytes, strict: bool) -> tuple[Row | None, str]:
+    """The row of a line or element, or what is wrong with it."""
+    try:
+        text = raw.decode()
+        row = (_STRICT if strict else _TOLERANT).decode(text)
+        if row is None and not strict:
+            return {}, ""
+        if not isinstance(row, dict):
+            return None, f"is {KINDS[type(row)]}, not an object"
+        if text.count("[") + text.count("{") > DEEPEST and _is_nested(row):
+            return None, _NESTED
+        if _HALF_A_PAIR.search(text):
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        return None, f"is no valid UTF-8 (byte {error.start + 1} of it)"
+    except UnicodeEncodeError:
+        return None, "holds half a surrogate pair"
+    except json.JSONDecodeError as error:
+        return None, f"is no JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1} of it)"
+    except _Refused as error:
+        return None, str(error)
+    except RecursionError:
+        return None, _NESTED
+    return row, ""
+
+
+def _is_nested(row: Row) -> bool:
+    level: list[Any] = [row]
+    for _ in range(DEEPEST):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        level = [each for each in level if isinstance(each, dict | list)]
+    return bool(level)
+
+
+class _Refused(Exception):
+    """JSON by the letter of `json`, but not one that every program reads alike."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise _Refused("names a column twice")
+    return row
+
+
+def _float(text: str) -> Number | Unfit:
+    return Unfit(text) if math.isinf(float(text)) else Number(text)
+
+
+def _strictly(text: str) -> Number:
+    if isinstance(number := _float(text), Unfit):
+        raise _Refused(number.problem)
+    return number
+
+
+def _constant(name: str) -> None:
+    raise _Refused(Unfit(name).problem)
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=_strictly, parse_constant=_constant)
+_TOLERANT = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=_float, parse_constant=Unfit)

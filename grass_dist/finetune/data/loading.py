@@ -1,0 +1,280 @@
+"""From a dataset's rows to token ids and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from grass_dist.errors import ConfigError
+from grass_dist.finetune.data.batches import IGNORED, Example, Examples, has_labels, pack
+from grass_dist.finetune.data.chat import chat_of
+from grass_dist.finetune.data.config import DataConfig, fill
+from grass_dist.finetune.data.first_ids import first_ids
+from grass_dist.finetune.data.json_files import HEAD
+from grass_dist.finetune.data.json_lines import Row, Skipped
+from grass_dist.finetune.data.rows import Reading, Source, load_rows, sources
+from grass_dist.finetune.data.stream_identity import stream_identity
+
+
+class Vocabulary(Protocol):
+    """The tokens that a model has weights for (`grass_dist.finetune.fit.Vocabulary`)."""
+
+    def check(self, example: Example) -> None:
+        """Raises: `ConfigError`, an example has another one."""
+        ...
+
+
+class Stream:
+    """Examples read, and tokenised, as they are needed (`grass_dist.finetune.data.batches.ItemStream`).
+
+    Every rank leaves out the rows without an answer; ``unanswered`` is their number in the longest pass up to now.
+    Unpacked, an item is a row and only the rank that trains on it tokenises it; nobody else could tell that it
+    has no label left, so such a row stays in its batch without any loss and is counted in ``unlabelled``.
+    Packed, every rank tokenises every row, and a row without labels is left out.
+    """
+
+    def __init__(self, rows: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        self._rows, self._tokenizer, self._config = rows, tokenizer, config
+        self._source = sources(config)[0]
+        self.unlabelled = self.unanswered = 0
+        self.vocabulary: Vocabulary | None = None
+        """What every example that is made is checked against."""
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
+        """The rows, or packed examples, of one pass; the order is a function of (seed, epoch).
+
+        Raises:
+            ConfigError: while iterating, a row that cannot be read or used; of a file it names the line. Packed, a row
+                with a token that `vocabulary` has not.
+        """
+        config, rows = self._config, self._rows
+        if config.shuffle_buffer:
+            rows = rows.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
+        rows.set_epoch(epoch)
+        if not config.packing:
+            return self._answered(rows)
+        examples = (self._made(row) for row in self._answered(rows))
+        return pack((example for example in examples if has_labels(example)), config.max_length)
+
+    def example(self, item: Any) -> Example:
+        """The example of an item of `epoch`. Raises: `ConfigError`, it has a token that `vocabulary` has not."""
+        if self._config.packing:
+            return item
+        example = self._made(item)
+        self.unlabelled += not has_labels(example)
+        return example
+
+    def identity(self) -> dict[str, str]:
+        """See `stream_identity`. Raises: `ConfigError`, a row or a file cannot be read."""
+        try:
+            return stream_identity(self._config, self._source.watch(self._rows))
+        except ConfigError as error:
+            raise error if error.field.startswith("data.") else error.under("data") from error.__cause__
+
+    def told(self) -> Iterator[str]:
+        """Sentences about what has been left out up to now."""
+        if self.unanswered:
+            yield f"{self.unanswered} rows of the stream have no answer: left out"
+        if self.unlabelled:
+            what = "examples of the stream have no token of their completion within max_length: no loss on them"
+            yield f"of those that this rank has read, {self.unlabelled} {what}"
+
+    def _made(self, row: Row) -> Example:
+        example = tokenise(row, self._tokenizer, self._config)
+        if self.vocabulary is not None:
+            self.vocabulary.check(example)
+        return example
+
+    def _answered(self, rows: Iterable[Any]) -> Iterator[Row]:
+        count = 0
+        try:
+            for row in self._source.watch(rows):
+                if self._source.has_answer(row):
+                    yield row
+                else:
+                    count += 1
+                    self.unanswered = max(self.unanswered, count)
+        except ConfigError as error:
+            raise error.under("data") from error.__cause__
+
+
+@dataclass(frozen=True)
+class Data:
+    """What `load_data` returns."""
+
+    train: Examples | Stream
+    """Packed with ``packing``."""
+
+    held_out: Examples
+    """Tokenised held-out rows, never packed; empty with ``eval_examples=0``."""
+
+    held_out_rows: list[Row]
+    """The held-out rows with an answer (without a label left too); of a file with the columns in use alone."""
+
+    reading: Reading
+    """What is to be told about the files."""
+
+    first: Example
+    """The first example to train on, unpacked."""
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """What on_bad_line="skip" left out, for each file with broken lines."""
+        return tuple(each for each in self.reading.skipped.values() if each.count)
+
+    def told(self) -> Iterator[str]:
+        """Sentences about what was read and left out; those about the rows of a stream come from `Stream.told`."""
+        for name, files in self.reading.patterns.items():
+            yield f"{name} stands for {len(files)} file{'s' * (len(files) > 1)}: {', '.join(files)}"
+        if isinstance(self.train, Examples):
+            yield from _left_out(self.train, "")
+        yield from _left_out(self.held_out, " held-out")
+        yield from map(str, self.skipped)
+
+
+def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
+    """Loads and tokenises the training set (a stream: as it is used) and the held-out examples.
+
+    Args:
+        seed: of the split into training and held-out examples and of generated examples, 0 or more.
+
+    Raises:
+        ConfigError: a dataset, file, column or task that does not exist or cannot be read, a row that cannot be used
+            (see `DataConfig.on_bad_line`), no examples, none with an answer, none with a label within max_length, or
+            a chat template that does not write prompt and completion.
+        GrassError: reasoning-gym is not installed.
+    """
+    datasets.disable_progress_bars()
+    reading = Reading()
+    rows, held_out_rows = load_rows(config, seed, reading)
+    source, other = sources(config)
+    held_out = _tokenise_all(other, held_out_rows, tokenizer, held_out=True) if held_out_rows else Examples()
+    held_out_rows = list(filter(other.has_answer, held_out_rows))
+    if isinstance(rows, datasets.IterableDataset):
+        head = _tokenise_all(source, islice(rows, HEAD), tokenizer, enough=1)
+        return Data(Stream(rows, tokenizer, config), held_out, held_out_rows, reading, head[0])
+    train = _tokenise_all(source, rows, tokenizer)
+    first = train[0]
+    if config.packing:
+        train = Examples(pack(train, config.max_length), train.dropped, train.unanswered)
+    # A run goes on tomorrow, too, and hosts may be in two time zones.
+    train.dated = config.chat_template and "strftime_now" in str(tokenizer.chat_template)
+    return Data(train, held_out, held_out_rows, reading, first)
+
+
+def first_example(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Example:
+    """The same as `Data.first`, without tokenising the rest. Raises: as `load_data`."""
+    datasets.disable_progress_bars()
+    rows, _ = load_rows(config, seed)
+    return _tokenise_all(sources(config)[0], rows, tokenizer, enough=1)[0]
+
+
+def _tokenise_all(
+    source: Source,
+    rows: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    enough: int | None = None,
+    *,
+    held_out: bool = False,
+) -> Examples:
+    """The examples of rows with something to learn, at least one; of a stream's head as many as are enough."""
+    examples = Examples()
+    for row in source.watch(rows):
+        if not source.has_answer(row):
+            examples.unanswered += 1
+            continue
+        example = tokenise(row, tokenizer, source.config)
+        if has_labels(example):
+            examples.append(example)
+            if len(examples) == enough:
+                break
+        else:
+            examples.dropped += 1
+    if not len(examples):
+        error = source.no_labels if examples.dropped else source.no_answers
+        raise error(examples.dropped + examples.unanswered, held_out=held_out)
+    return examples
+
+
+def _left_out(examples: Examples, which: str) -> Iterator[str]:
+    if examples.dropped:
+        yield f"{examples.dropped}{which} examples have no token of their completion within max_length: left out"
+    if examples.unanswered:
+        yield f"{examples.unanswered}{which} rows have no answer: left out"
+
+
+def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
+    """One row as token ids and labels.
+
+    The labels are the ids, and `IGNORED` (-100) on the prompt and on the first token, which nothing predicts. The
+    end-of-turn or eos token has a label; what a chat template writes after it is left out. Cut to max_length on
+    the right.
+
+    Returns:
+        ``{"input_ids": …, "labels": …}``, two lists of equal length, at most max_length. No label may be left.
+
+    Raises:
+        ConfigError: a column that the row does not have, or that holds neither text nor a number, or a chat template
+            whose rendering does not hold the completion.
+    """
+    if config.text is not None:
+        prompt_ids: list[int] = []
+        ids = _first_ids(tokenizer, fill(config.text, row, "text"), config.max_length, special=True)
+        ids = _with_eos(ids, tokenizer)
+    else:
+        prompt = fill(config.prompt or "", row, "prompt")
+        completion = fill(config.completion or "", row, "completion")
+        prompt_ids = render_prompt(tokenizer, prompt, config.chat_template, config.max_length)
+        if config.chat_template and tokenizer.chat_template:
+            turn = chat_of(tokenizer).first_of_turn(prompt, completion, prompt_ids, config.max_length)
+            ids = prompt_ids + turn.ids
+            learnt = [False] * len(prompt_ids) + turn.learnt
+            labels = [token if is_learnt else IGNORED for token, is_learnt in zip(ids, learnt, strict=True)]
+            return _cut(ids, labels, config)
+        ids = prompt_ids + _with_eos(_first_ids(tokenizer, completion, config.max_length), tokenizer)
+    return _cut(ids, [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :], config)
+
+
+def _cut(ids: list[int], labels: list[int], config: DataConfig) -> Example:
+    size = config.max_length
+    return {"input_ids": ids[:size], "labels": [IGNORED, *labels[1:size]] if ids else []}
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True, most: int | None = None
+) -> list[int]:
+    """The token ids that a completion follows, as in training.
+
+    Args:
+        chat_template: write the prompt as a user's turn, if the tokenizer has a chat template.
+        most: as many ids are enough, at least; None: all.
+    """
+    if chat_template and tokenizer.chat_template:
+        return chat_of(tokenizer).prompt_ids(prompt, most)
+    special = partial(_encode, tokenizer, special=True)
+    ids = special(prompt) if most is None else first_ids(special, prompt, most)
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """The ids of a text; ``special``: with what the tokenizer puts around it, but not a second BOS before one."""
+    ids: Any = tokenizer(text, add_special_tokens=special)["input_ids"]
+    bos: Any = tokenizer.bos_token_id
+    if special and bos is not None and ids[:2] == [bos, bos] and len(ids) > len(_encode(tokenizer, text)):
+        ids = ids[1:]
+    return list(ids)
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int, special: bool = False) -> list[int]:
+    return first_ids(partial(_encode, tokenizer, special=special), text, count)
+
+
+def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos: Any = tokenizer.eos_token_id
+    return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]

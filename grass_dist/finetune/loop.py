@@ -1,0 +1,179 @@
+"""The loop of a fine-tune: steps, evaluations between them, and saves, until the last step or a signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grass_dist.finetune import setup
+from grass_dist.finetune.checkpoints import Checkpoints, Position, check_bad_steps
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.data.batches import Example, make_batches
+from grass_dist.finetune.data.loading import Data
+from grass_dist.finetune.metrics import MetricsLog, StepCosts, timed
+from grass_dist.finetune.parallel import Run
+from grass_dist.finetune.progress import Reporter
+from grass_dist.finetune.steps import StepResult, evaluate, train_step
+from grass_dist.job.signals import LeaveSignals
+from grass_dist.job.world import World
+
+
+@dataclass
+class Loop:
+    """One fine-tune from where it is to its end.
+
+    Args:
+        log: on the main rank.
+        signals: that ask it to leave; whoever has made them keeps them until the model is written.
+        state: for a checkpoint, what the program has besides the position.
+    """
+
+    config: RunConfig
+    world: World
+    run: Run
+    data: Data
+    pad_token_id: int
+    reporter: Reporter
+    log: MetricsLog | None
+    checkpoints: Checkpoints
+    signals: LeaveSignals
+    state: Callable[[], dict[str, Any]]
+
+    def train(self, start: Position) -> int | None:
+        """All optimizer steps after ``start``, with evaluations between them.
+
+        Returns:
+            The signal that asked the run to leave before the end, after it was saved; None: all steps are done.
+
+        Raises:
+            GrassError: on every rank: see `Checkpoints.save` and `check_bad_steps`.
+        """
+        settings, at = self.config.train, start
+        scheduler = self._scheduler(start)
+        batches, costs = self._batches(start.step), StepCosts(self.run)
+        self.signals.hold()
+        saved = start.step
+        while True:
+            asked = self._evaluate(at.step)
+            if asked is None:
+                if at.step >= settings.max_steps:
+                    break
+                result, asked = self._step(at, batches, scheduler, costs)
+                at = Position(at.step + 1, scheduler.last_epoch, at.bad_steps + 1 if result.bad else 0)
+                check_bad_steps(at.bad_steps, self.config, at.step)
+            if asked is not None:
+                if at.step != saved:  # after an evaluation it may be
+                    self._save(at, leaving=True)
+                self.checkpoints.wait()
+                return asked
+            if self.checkpoints.due(at.step):
+                self._save(at)
+                saved = at.step
+        self.checkpoints.wait()
+        return None
+
+    def _step(
+        self,
+        at: Position,
+        batches: Iterator[list[list[Example]]],
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        costs: StepCosts,
+    ) -> tuple[StepResult, int | None]:
+        step = at.step + 1
+        # A row of a stream is read by one rank alone, and may be one that cannot be used.
+        streaming = self.config.data.streaming
+        with self.world.during(f"the reading of the data of step {step}"):
+            micro_batches = self.world.together(lambda: next(batches)) if streaming else next(batches)
+        grass = self.run.grass
+        phase, active, rate = grass.phase, grass.active_layers, scheduler.get_last_lr()[0]
+        with timed() as seconds:
+            result = train_step(
+                self.run,
+                micro_batches,
+                self.pad_token_id,
+                self.world,
+                step,
+                lambda: [self.checkpoints.flag(), *self.signals.flags()],
+            )
+            if phase == "train" and result.applied:
+                scheduler.step()
+        self.reporter.step(step, phase, result.loss, seconds())
+        if result.bad:
+            self.reporter.bad_step(step, result.loss, result.grad_norm)
+        spent = costs.of_step()
+        if self.log:
+            self.log.write(
+                "step",
+                step,
+                phase=phase,
+                loss=result.loss,
+                lr=rate if phase == "train" else 0.0,
+                grad_norm=result.grad_norm,
+                applied=result.applied,
+                seconds=seconds(),
+                tokens=result.tokens,
+                active_layers=active,
+                **spent,
+            )
+        saved, *asked = result.flags
+        self.checkpoints.poll(saved)
+        return result, self.signals.agreed(asked)
+
+    def _asked(self) -> int | None:
+        """The signal that some rank has got, the same on all."""
+        return self.signals.agreed(self.world.sum(*self.signals.flags()))
+
+    def _evaluate(self, step: int) -> int | None:
+        """
+        Returns:
+            The signal that came meanwhile and has ended it.
+        """
+        settings = self.config.train
+        last = step == settings.max_steps
+        if not len(self.data.held_out):
+            return None
+        if step == 0 or last or (settings.eval_every and step % settings.eval_every == 0):
+            with self.world.during(f"the evaluation after step {step}"):
+                loss = evaluate(
+                    self.run.model,
+                    self.data.held_out,
+                    settings.micro_batch_size,
+                    self.pad_token_id,
+                    self.world,
+                    lambda: self._asked() is not None,
+                )
+                if loss is None:
+                    return self._asked()
+            self.reporter.held_out(step, loss)
+            if self.log:
+                self.log.write("eval", step, loss=loss)
+        return None
+
+    def _save(self, at: Position, *, leaving: bool = False) -> None:
+        with self.world.during(f"the checkpoint of step {at.step}"):
+            state = {**self.state(), "step": at.step, "updates": at.updates, "bad_steps": at.bad_steps}
+            self.checkpoints.save(at.step, state, leaving=leaving)
+
+    def _scheduler(self, start: Position) -> torch.optim.lr_scheduler.LambdaLR:
+        settings = self.config.train
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = settings.learning_rate
+        factor = setup.learning_rate_factor(settings, settings.max_steps - self.run.grass.schedule.probe_steps)
+        return torch.optim.lr_scheduler.LambdaLR(self.run.optimizer, factor, last_epoch=start.updates - 1)
+
+    def _batches(self, start_step: int) -> Iterator[list[list[Example]]]:
+        settings = self.config.train
+        return iter(
+            make_batches(
+                self.data.train,
+                seed=settings.seed,
+                global_batch_size=settings.global_batch_size,
+                micro_batch_size=settings.micro_batch_size,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                start_step=start_step,
+            )
+        )

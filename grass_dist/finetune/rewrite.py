@@ -1,0 +1,221 @@
+"""A checkpoint made into one in DeepSpeed's own files, for as many ranks as those are to be: by ranks on the CPU.
+
+DeepSpeed itself writes the files, so a run of that many processes is made, is put where the checkpoint is, and is saved
+at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from grass_dist.checkpoint import files, folders
+from grass_dist.checkpoint.loading import Checkpoint, open_checkpoint
+from grass_dist.checkpoint.model import shapes_of
+from grass_dist.checkpoint.saving import Saver
+from grass_dist.errors import CheckpointError, GrassError
+from grass_dist.finetune.checkpoints import resume_run
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.run_deepspeed import DeepSpeed
+from grass_dist.job.world import World
+from grass_dist.model.discovery import find_layers
+from grass_dist.model.foreign import build, plain_config, read_settings
+from grass_dist.ranks import Ranks
+
+ATTENTION = "eager"
+"""Every model has it, and nothing is computed."""
+
+
+def to_deepspeed(
+    source: Path,
+    out: Path,
+    *,
+    ranks: int,
+    ds_config: Path,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Writes ``source`` in DeepSpeed's format to ``out/checkpoints``; gives the new checkpoint's folder.
+
+    Takes the host memory of a run on ``ranks`` CPU processes. Nothing that comes with the checkpoint says what is
+    loaded: the model is transformers' own class, with the sizes of the checkpoint's ``model/config.json``, or it is the
+    one that the caller names. All weights are the checkpoint's.
+
+    Args:
+        ranks: that are to go on from it.
+        ds_config: JSON whose ZeRO stage and dtype the files are for.
+        model: Hugging Face name or folder of the model, for one that transformers does not know itself.
+        trust_remote_code: allows code that comes with ``model`` to run.
+
+    Raises:
+        GrassError: the source is damaged or was not saved by a fine-tune, its model cannot be made, or the ranks cannot
+            be run.
+    """
+    checkpoint = open_checkpoint(source)
+    _settings_of(checkpoint, str(ds_config.resolve()), ranks, model, trust_remote_code)
+    if model is None:
+        _own_config(checkpoint)
+    made = out / folders.CHECKPOINTS / source.name
+    if made.exists():
+        raise CheckpointError(f"{made} exists already; give another folder.")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    problems = context.Queue()
+    arguments = (ranks, port, str(source.resolve()), str(out), str(ds_config.resolve()), model, trust_remote_code)
+    processes = [context.Process(target=_rank, args=(rank, *arguments, problems)) for rank in range(ranks)]
+    with _offline() if model is None else nullcontext():
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join()
+    if not made.exists():
+        codes = [process.exitcode for process in processes]
+        raise GrassError(f"{made} was not written: the ranks ended {codes}." if problems.empty() else problems.get())
+    return made
+
+
+def _rank(
+    rank: int,
+    size: int,
+    port: int,
+    source: str,
+    out: str,
+    ds_config: str,
+    model: str | None,
+    trust_remote_code: bool,
+    problems: Any,
+) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    try:
+        world = World.join(datetime.timedelta(minutes=10))
+        _save(world, Path(source), Path(out), ds_config, model, trust_remote_code)
+    except GrassError as error:
+        if rank == 0 or not error.on_every_rank:
+            problems.put(str(error))
+
+
+def _save(
+    world: World, source: Path, out: Path, ds_config: str, model_name: str | None, trust_remote_code: bool
+) -> None:
+    ranks = Ranks(world.patient)
+    checkpoint = open_checkpoint(source, ranks)
+    config = world.together(lambda: _settings_of(checkpoint, ds_config, world.size, model_name, trust_remote_code))
+    parallel = world.together(lambda: DeepSpeed(config, world))
+    if model_name is None:
+        own = world.together(lambda: _own_config(checkpoint))
+
+        def make(config: RunConfig, device: torch.device) -> nn.Module:
+            return build(own, getattr(torch, config.model.dtype), device, ATTENTION)
+
+        model = world.together(partial(parallel.load, make))
+    else:
+        model = world.together(parallel.load)
+    run = parallel.start(model, find_layers(model, config.grass.layers), [])
+    resume_run(checkpoint, run, config.train.seed, world)
+
+    def add_files(writing: Path) -> None:
+        if (source / files.MODEL).is_dir():
+            shutil.copytree(source / files.MODEL, writing / files.MODEL)
+
+    def take(step: int, extra: Any, copy: Any) -> Any:
+        return run.snapshot("deepspeed")(ranks, step, extra, copy)
+
+    saver = Saver(out / folders.CHECKPOINTS, ranks, take, keep=10**9, background=False, add_files=add_files)
+    stored = _stored_config(checkpoint) | {"parallel": config.parallel.model_dump(mode="json")}
+    saver.save(checkpoint.step, {**checkpoint.state.run, "config": stored})
+    outcome = saver.outcome()
+    assert outcome is not None
+    if outcome.error:
+        raise outcome.error
+    run.close()
+    world.leave()
+
+
+def _stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The run's configuration as the checkpoint has it: to be handed on, and never asked for a name or a path."""
+    stored = checkpoint.state.run.get("config")
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in ("train", "grass")):
+        raise CheckpointError(f"{checkpoint.folder} was not saved by a fine-tune: it has no configuration.")
+    return stored
+
+
+def _settings_of(
+    checkpoint: Checkpoint, ds_config: str, size: int, model: str | None, trust_remote_code: bool
+) -> RunConfig:
+    """The run's method and batches, under DeepSpeed on ``size`` ranks, in the dtype that it was saved in.
+
+    Its model, data and folders are not those of the checkpoint's configuration, which may be anybody's.
+    """
+    stored = _stored_config(checkpoint)
+    train = {key: value for key, value in stored["train"].items() if key != "checkpoint"}
+    whole, micro = train.get("global_batch_size"), train.get("micro_batch_size")
+    if not isinstance(whole, int) or not isinstance(micro, int) or whole < 1 or micro < 1:
+        raise CheckpointError(f"{checkpoint.folder / files.STATE} is damaged: it does not say how large a batch is.")
+    if whole % (size * micro):  # nothing is trained; any that fits will do
+        train |= {"micro_batch_size": 1 if whole % size == 0 else micro}
+    low = any(entry.dtype == "bfloat16" for entry in checkpoint.manifest.weights.values())
+    return RunConfig(
+        **{
+            "model": {
+                "name": model or str(checkpoint.folder / files.MODEL),
+                "dtype": "bfloat16" if low else "float32",
+                "attention": ATTENTION,
+                "trust_remote_code": trust_remote_code,
+            },
+            "data": {"name": "none", "text": "text"},
+            "train": train,
+            "grass": {key: value for key, value in stored["grass"].items() if key != "offload"},
+            "parallel": {"backend": "deepspeed", "config": ds_config},
+        }
+    )
+
+
+def _own_config(checkpoint: Checkpoint) -> Any:
+    """The configuration of the checkpoint's model, if its weights are those of transformers' own class.
+
+    Raises:
+        CheckpointError: they are not, or there is no such class.
+    """
+    fix = "name the model by --model, and add --trust-remote-code if it has code that you trust"
+    file = checkpoint.folder / files.MODEL / "config.json"
+    try:
+        config = plain_config(read_settings(file))
+        find_layers(like := build(config, torch.float32, "meta"))
+    except Exception as error:  # whatever a class makes of values that nobody has checked
+        raise CheckpointError(
+            f"{file}: no model can be made of it: {files.printable(error).rstrip('.')}; {fix}."
+        ) from None
+    shapes = {name: tuple(entry.shape) for name, entry in checkpoint.manifest.weights.items()}
+    if odd := sorted(set(shapes.items()) ^ set(shapes_of(like).items()), key=str):
+        raise CheckpointError(f"{file} is not of the model whose weights are saved: {odd[0][0]!r:.80} differs; {fix}.")
+    return config
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Processes that are started meanwhile cannot ask the Hub for anything."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,195 @@
+"""Fine-tuning under DeepSpeed ZeRO: `grass_dist.initialize` over the settings of our YAML and a DeepSpeed JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.checkpoint.pieces import Holdings
+from grass_dist.checkpoint.saving import Snapshot, take_snapshot
+from grass_dist.checkpoint.zero_run import ZeroHoldings
+from grass_dist.errors import ConfigError, GrassError
+from grass_dist.events import Observer
+from grass_dist.finetune.answers import answer_from_folder, greedy_answer
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.deepspeed_config import check, fill, read_json
+from grass_dist.finetune.export import gather_zero, save_pretrained
+from grass_dist.finetune.parallel import Batch, Copy, Stepped
+from grass_dist.finetune.setup import (
+    accumulation_steps,
+    adamw_settings,
+    check_ranks,
+    load_model,
+    parameter_groups,
+    weight_dtype,
+)
+from grass_dist.finetune.steps import summed_loss
+from grass_dist.job.world import World
+from grass_dist.model.discovery import LayerMap
+from grass_dist.model.packaged import resolve_model
+from grass_dist.ranks import Ranks
+
+
+class DeepSpeed:
+    """The `Parallelism` of ZeRO-1, 2 and 3.
+
+    Raises:
+        ConfigError: a JSON that contradicts the YAML or that GRASS cannot run with.
+        GrassError: DeepSpeed is not installed, or set to another device than torch finds.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        assert config.parallel.config is not None
+        if find_spec("deepspeed") is None:
+            raise GrassError("parallel.backend='deepspeed' needs DeepSpeed: pip install 'grass-dist[deepspeed]'.")
+        check_ranks(config, world)
+        self._config, self._world = config, world
+        self._accumulation = accumulation_steps(config, world)
+        dtype = str(weight_dtype(config.model, world.device)).removeprefix("torch.")
+        ds_config = read_json(config.parallel.config)
+        self.ds_config = fill(ds_config, config.train, config.grass, accumulation=self._accumulation, dtype=dtype)
+        self._setup = check(self.ds_config)
+        stage = max(self._setup.stage, 1)
+        self.name, self._shards_weights = f"DeepSpeed ZeRO-{stage}", stage == 3
+
+    def load(self, make: Callable[[RunConfig, torch.device], nn.Module] = load_model) -> nn.Module:
+        """Under ZeRO-3 each weight is cut into shards as it is loaded, so no rank's device ever holds the model.
+
+        Args:
+            make: makes the model, where it is not a pretrained one.
+        """
+        self._join()
+        with self._zero3():
+            return make(self._config, self._world.device)
+
+    def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
+        device, tokens, settings = self._world.device, self._config.answer_tokens, self._config.model
+        if self._shards_weights:  # one rank alone cannot gather them, but it can load the model once more
+            return answer_from_folder(
+                resolve_model(settings.name),
+                tokenizer,
+                prompt_ids,
+                tokens,
+                device,
+                dtype=weight_dtype(settings, device),
+                trust_remote_code=settings.trust_remote_code,
+            )
+        try:
+            return greedy_answer(model.to(device), tokenizer, prompt_ids, tokens)
+        finally:
+            model.to("cpu")
+
+    def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> DeepSpeedRun:
+        from grass_dist.deepspeed import initialize
+
+        train = self._config.train
+        groups = parameter_groups(model, train.weight_decay)
+        optimizer = torch.optim.AdamW(groups, **adamw_settings(train))
+        with contextlib.ExitStack() as keep:
+            keep.enter_context(self._zero3())
+            engine, *_ = initialize(model=model, optimizer=optimizer, config=self.ds_config, observers=observers)
+            clip, known = train.clip_grad_norm, keep.pop_all()
+        return DeepSpeedRun(engine, optimizer, self._accumulation, clip, self._world, known)
+
+    def _join(self) -> None:
+        """DeepSpeed takes over the process group that there is; zero.Init wants that before a model is made."""
+        import deepspeed
+
+        from grass_dist.backends.zero.jit import accelerator, spare_the_compiler
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)  # it tells its whole set-up on every rank
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
+        if (name := accelerator().device_name()) != self._world.device.type:
+            raise ConfigError(
+                "DS_ACCELERATOR", name, f"torch trains on {self._world.device.type} here", "unset the variable"
+            )
+        spare_the_compiler({})
+        deepspeed.init_distributed(dist_backend=accelerator().communication_backend_name())
+
+    @contextlib.contextmanager
+    def _zero3(self) -> Iterator[None]:
+        """While it lasts, transformers knows that a model's weights are in shards, and loads them so."""
+        if not self._shards_weights:
+            yield
+            return
+        from transformers.integrations import HfDeepSpeedConfig
+
+        known = HfDeepSpeedConfig(self._setup.ds_config)  # transformers keeps a weak reference to it
+        yield
+        del known
+
+
+class DeepSpeedRun:
+    """The `Run` of an engine that `grass_dist.initialize` made."""
+
+    def __init__(
+        self,
+        engine: Any,
+        optimizer: torch.optim.Optimizer,
+        accumulation: int,
+        clip: float | None,
+        world: World,
+        keep: contextlib.ExitStack,
+    ) -> None:
+        self.model, self.optimizer, self.grass = engine, optimizer, engine.grass
+        self._accumulation, self._clip, self._world, self._keep = accumulation, clip, world, keep
+
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
+        total = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        probing = self.grass.phase == "probe"
+        for batch in batches:
+            loss = summed_loss(self.model, batch)
+            # backward() divides by the steps of accumulation, and scale counts every micro-batch already.
+            self.model.backward(loss * (scale * self._accumulation))
+            self.model.step()  # updates after the last one
+            total += loss.detach()
+        norm = None if probing or self._clip is None else float(self.model.get_global_grad_norm())
+        finite = norm is None or math.isfinite(norm)
+        return Stepped(total, norm, applied=probing or (finite and not self.model.optimizer.overflow))
+
+    def holdings(self) -> Holdings:
+        return ZeroHoldings(self.model)
+
+    def saves_in_background(self, kind: str) -> bool:
+        return kind == "dcp"  # DeepSpeed communicates while it writes
+
+    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
+        if kind == "dcp":
+            return partial(take_snapshot, ZeroHoldings(self.model))
+        from grass_dist.checkpoint.deepspeed_save import save_deepspeed
+
+        def take(ranks: Ranks, step: int, extra: Mapping[str, Any], copy: Copy | None) -> Snapshot:
+            return save_deepspeed(self.model, ranks, step, extra)
+
+        return take
+
+    @property
+    def state_bytes(self) -> int:
+        return self.model.optimizer.states.device_bytes
+
+    @property
+    def host_state_bytes(self) -> int:
+        return self.model.optimizer.states.host_bytes
+
+    def save(self, tokenizer: Any, folder: Path) -> None:
+        module = self.model.module
+        save_pretrained(module, gather_zero(module, self._world), tokenizer, folder, self._world)
+
+    def close(self) -> None:
+        self.model.destroy()
+        self._keep.close()
+        del self.model, self.optimizer, self.grass
+        gc.collect()  # engine, module and hooks refer to each other
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()

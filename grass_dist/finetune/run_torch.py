@@ -1,0 +1,166 @@
+"""Fine-tuning under FSDP2, HSDP or DDP, or in one process: `GrassOptimizer` over a wrapped model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from grass_dist.checkpoint.pieces import Holdings
+from grass_dist.checkpoint.saving import Snapshot, take_snapshot
+from grass_dist.config import GrassConfig
+from grass_dist.events import Observer
+from grass_dist.finetune.answers import greedy_answer
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.export import gather_torch, save_pretrained
+from grass_dist.finetune.parallel import Batch, Copy, Stepped
+from grass_dist.finetune.setup import accumulation_steps, adamw_settings, check_ranks, load_model, parameter_groups
+from grass_dist.finetune.steps import summed_loss
+from grass_dist.job.world import World
+from grass_dist.model.discovery import LayerMap
+from grass_dist.optimizer import GrassOptimizer
+from grass_dist.ranks import Ranks
+
+
+class Torch:
+    """The `Parallelism` of torch's own wrappers."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self.name = config.parallel.backend
+        check_ranks(config, world)
+
+    def load(self) -> nn.Module:
+        return load_model(self._config, self._world.device)
+
+    def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
+        try:
+            return greedy_answer(model.to(self._world.device), tokenizer, prompt_ids, self._config.answer_tokens)
+        finally:
+            model.to("cpu")
+
+    def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> TorchRun:
+        model = wrap(model, self._config, self._world, layers)
+        optimizer = GrassOptimizer(
+            model,
+            torch.optim.AdamW,
+            adamw_settings(self._config.train),
+            config=_early_updates(self._config),
+            params=parameter_groups(model, self._config.train.weight_decay),
+            gradient_accumulation_steps=accumulation_steps(self._config, self._world),
+            observers=observers,
+        )
+        return TorchRun(model, optimizer, self._config.train.clip_grad_norm, self._world)
+
+
+class TorchRun:
+    """The `Run` of a `GrassOptimizer`."""
+
+    def __init__(self, model: nn.Module, optimizer: GrassOptimizer, clip: float | None, world: World) -> None:
+        self.model, self.optimizer, self.grass = model, optimizer, optimizer.grass
+        self._clip, self._world = clip, world
+
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
+        total = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        for number, batch in enumerate(batches):
+            with _reduce_only(self.model, last=number == len(batches) - 1):
+                loss = summed_loss(self.model, batch)
+                (loss * scale).backward()
+            total += loss.detach()
+        norm, applied = None, True
+        if self.grass.phase == "train":
+            if self._clip is not None:
+                norm = self.optimizer.clip_grad_norm_(self._clip).item()
+            applied = self._is_finite(total, norm)
+        if applied:
+            self.optimizer.step()
+        else:
+            self.grass.finish_gradients()
+            self.grass.skip_step()
+        self.optimizer.zero_grad()
+        return Stepped(total, norm, applied)
+
+    def _is_finite(self, total: torch.Tensor, norm: float | None) -> bool:
+        """Whether the step may update: by the norm of all gradients, else by the loss of all ranks."""
+        if norm is not None:
+            return math.isfinite(norm)
+        if self.grass.config.offload.update_in_backward:
+            return True  # layers have been updated by now
+        bad = (~torch.isfinite(total)).to(torch.int32)
+        dist.all_reduce(bad)
+        return not bad.item()
+
+    def holdings(self) -> Holdings:
+        return self.optimizer.holdings()
+
+    def saves_in_background(self, kind: str) -> bool:
+        return True
+
+    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
+        return partial(take_snapshot, self.optimizer.holdings())
+
+    @property
+    def state_bytes(self) -> int:
+        return self.optimizer.state_bytes
+
+    @property
+    def host_state_bytes(self) -> int:
+        return self.optimizer.host_state_bytes
+
+    def save(self, tokenizer: Any, folder: Path) -> None:
+        inner = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        save_pretrained(inner, gather_torch(self.model), tokenizer, folder, self._world)
+
+    def close(self) -> None:
+        del self.model, self.optimizer, self.grass
+
+
+def _early_updates(config: RunConfig) -> GrassConfig:
+    """States that are streamed go out under the backward where nothing is clipped, unless the user says otherwise."""
+    offload = config.grass.offload
+    if offload.mode != "stream" or config.train.clip_grad_norm or offload.update_in_backward is not None:
+        return config.grass
+    early = offload.model_copy(update={"update_in_backward": True})
+    return config.grass.model_copy(update={"offload": early})
+
+
+def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) -> nn.Module:
+    """Wraps ``model`` for ``config.parallel`` and moves it, or this rank's shard of it, to the device."""
+    backend, replicate = config.parallel.backend, config.parallel.mesh.replicate
+    if backend == "single":
+        return model.to(world.device)
+    if backend == "ddp":
+        model = model.to(world.device)
+        return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    if replicate == 1:
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
+    else:
+        shape = (replicate, world.size // replicate)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+    low = next(model.parameters()).dtype != torch.float32
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
+    for layer in model.get_submodule(layers.stack).children():
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+@contextlib.contextmanager
+def _reduce_only(model: nn.Module, *, last: bool):
+    """Leaves the reduction of gradients to the last micro-batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, DistributedDataParallel) and not last:
+            stack.enter_context(model.no_sync())
+        yield

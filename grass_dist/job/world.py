@@ -1,0 +1,322 @@
+"""The ranks of a fine-tune: who they are, and how they fail together."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import socket
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from grass_dist.errors import GrassError
+from grass_dist.job.launchers import Place, find_place, let_gloo_find_this_host, meet_by_mpi
+from grass_dist.job.peers import ANSWERS_WITHIN, Peers, of_collective
+from grass_dist.job.seats import Seat, own_seat, problem_of
+from grass_dist.ranks import raise_if_ranks_differ
+
+T = TypeVar("T")
+_STDERR = 2
+"""By its number: what is in the place of sys.stderr may have none."""
+_GRACE = 10.0
+"""Seconds beyond a timeout, until a process that hangs is ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all, as the launcher (torchrun, deepspeed, mpirun, srun) has told it."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    patient: dist.ProcessGroup
+    """All ranks again, for waiting where one of them works alone (saving, answering): the timeout is a day.
+
+    A peer that is killed is noticed in it at once, one that is stopped or cut off by `Peers.guard`.
+    """
+    background: dist.ProcessGroup = field(default_factory=lambda: cast(dist.ProcessGroup, dist.group.WORLD))
+    """All ranks again, by gloo, for the one thread beside the main one that has collectives of its own."""
+    store: dist.Store = field(default_factory=dist.HashStore)
+    """Of this start of the ranks alone: what an earlier one has left in the launcher's store is not in it."""
+    peers: Peers = field(default_factory=Peers)
+
+    @classmethod
+    def join(cls, timeout: datetime.timedelta) -> World:
+        """Joins the process group: NCCL on GPUs, gloo without. A process without a launcher is a world of one.
+
+        The environment holds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT afterwards.
+
+        Args:
+            timeout: of joining, and of every collective that is not `patient`'s.
+
+        Raises:
+            GrassError: launchers that contradict each other, more ranks than GPUs, or a rank that does not come: each
+                rank speaks for itself. Ranks that share a device: on every rank.
+        """
+        place = find_place(os.environ) or Place("nobody", 0, 0, 1)
+        if place.size > 1 and not place.knows_address:
+            place = meet_by_mpi(place)
+        rank, size, local_rank = place.rank, place.size, place.local_rank
+        device = _take_device(place)
+        # Where torch and DeepSpeed look for it; DeepSpeed takes the device of that number.
+        shown = place if device.index is None else replace(place, local_rank=device.index)
+        os.environ.update(shown.variables())
+        let_gloo_find_this_host(os.environ)
+        # transformers imports DeepSpeed where that is installed, which else guesses the accelerator and says so.
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        # Objects and small sums travel by gloo on CPU memory, gradients by NCCL.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if not place.knows_address:
+            store: dist.Store = dist.HashStore()
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+            groups = _gloo_groups(timeout)
+            return cls(rank, local_rank, size, device, *groups, store, Peers(hosts=[socket.gethostname()]))
+        try:
+            store, line = _meet(place, timeout)
+            with _destroyed_on_error():
+                groups, seats = _enter(backend, timeout, store, place, device)
+        except RuntimeError as error:
+            if not of_collective(error):
+                raise
+            if "EADDRINUSE" in str(error):
+                raise GrassError(
+                    f"rank {rank} cannot wait for the others at {place.address}:{place.port} (address already in use): "
+                    "another program listens there; end it, or set MASTER_PORT to a port that is free on that host, "
+                    f"the same for all {size} ranks."
+                ) from error
+            raise GrassError(
+                f"rank {rank} and the others did not all join at {place.address}:{place.port} within "
+                f"{timeout.total_seconds():g} s ({_first_line(error)}); start all {size} ranks, on hosts that reach "
+                "that address."
+            ) from error
+        peers = _acquaint(rank, [seat.host for seat in seats], line, timeout)
+        return cls(rank, local_rank, size, device, *groups, store, peers)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that speaks and writes files."""
+        return self.rank == 0
+
+    def together(self, work: Callable[[], T], **must_agree: Any) -> T:
+        """Does ``work`` on every rank; if it fails on one, every rank raises, before any goes on.
+
+        The others wait for the slowest up to a day, because some work is legitimately long on one rank alone: the
+        first download of a model (`in_turn`), an answer, a save. See `patient` for a peer that is lost meanwhile.
+
+        Args:
+            must_agree: values that have to be equal on all ranks, by the names that an error shows.
+
+        Raises:
+            GrassError: this rank's error, or the first other rank's, named. An `OSError` becomes one; any other
+                error is raised as it is on its own rank.
+        """
+        problem: Exception | None = None
+        result = None
+        try:
+            result = work()
+        except OSError as error:
+            problem = GrassError(f"{error.filename or 'input or output'}: {error.strerror or error}.")
+        except Exception as error:
+            problem = error
+        reports: list[Any] = [None] * self.size
+        shown = {name: repr(value) for name, value in must_agree.items()}
+        text = f"{'' if isinstance(problem, GrassError) else type(problem).__name__ + ': '}{problem}"
+        dist.all_gather_object(reports, (text if problem else None, shown), group=self.patient)
+        if problem is not None:
+            if isinstance(problem, GrassError):
+                problem.on_every_rank = True
+            raise problem
+        raise_if_ranks_differ(reports)
+        return result  # type: ignore[return-value]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """As `together`, but the first rank of each host does ``work`` before the others: it may fill a cache."""
+        first = self.together(lambda: work() if self.local_rank == 0 else None)
+        other = self.together(lambda: work() if self.local_rank != 0 else None)
+        return first if self.local_rank == 0 else other  # type: ignore[return-value]
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of host numbers over all ranks."""
+        carried = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(carried)
+        return carried.tolist()
+
+    def during(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Says what is being done, for the sentence of a lost peer: "the backward of step 12". May be nested."""
+        return self.peers.during(what)
+
+    def leave(self) -> None:
+        """Waits for the others, then ends the process group, so that no rank aborts another's teardown."""
+        dist.barrier(group=self.patient)
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process group without waiting: after an error that every rank has."""
+        self.peers.stop()
+        dist.destroy_process_group()
+
+    def abandon(self, code: int) -> NoReturn:
+        """Ends the process at once, without any teardown: that may hang where a peer is lost."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
+                stream.flush()
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def _destroyed_on_error() -> Iterator[None]:
+    """Ends the process group that an error leaves behind: whoever catches the error has no World to close.
+
+    The frames of the error hold the groups' threads, and one of these may hold a tensor still, for which it needs the
+    interpreter's lock: an interpreter that ends meanwhile aborts the process.
+    """
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+
+
+def _take_device(place: Place) -> torch.device:
+    """A GPU of this rank's own where there are any.
+
+    Raises:
+        GrassError: more ranks than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A rank that sees one GPU has been given it by its launcher (srun --gpus-per-task), or shares it: `problem_of`.
+    index = 0 if (count := torch.cuda.device_count()) == 1 else place.local_rank
+    if index >= count:
+        raise GrassError(
+            f"rank {place.rank} is number {index} on its host, which has {count} GPUs; "
+            "start one rank for each GPU at most."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _meet(place: Place, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
+    """The store that the launcher or rank 0 keeps, for this start alone, and a second connection to it.
+
+    After a restart of the ranks torchrun's store is the same as before, and full of the addresses of dead ranks.
+    """
+    assert place.address is not None and place.port is not None
+    with _bounded(timeout):
+        store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+        # Now, while it answers.
+        line = dist.TCPStore(place.address, place.port, is_master=False, timeout=timeout, wait_for_workers=False)
+    if not _launcher_keeps_store():
+        return store, line
+    start = _agree_on_start(dist.PrefixStore("starts", store), place.rank, place.size, timeout)
+    return dist.PrefixStore(start, store), dist.PrefixStore(start, line)
+
+
+@contextlib.contextmanager
+def _bounded(timeout: datetime.timedelta) -> Iterator[None]:
+    """Ends the process if what is done takes far longer than ``timeout``: with the place where it stands, on stderr.
+
+    A connection to a process that hangs holds the interpreter's lock beyond any timeout of torch's.
+    """
+    faulthandler.dump_traceback_later(2 * timeout.total_seconds() + _GRACE, exit=True, file=_STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _launcher_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _agree_on_start(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> str:
+    """A name for this start of the ranks, equal on all of them, that no earlier start had.
+
+    Rank 0 makes it and answers everyone who asks. TORCHELASTIC_RESTART_COUNT would not do: where a node has joined or
+    left, the other nodes' launchers restart without counting it.
+
+    Raises:
+        GrassError: on rank 0, a rank did not ask in time.
+        dist.DistStoreError: on the others, rank 0 did not answer in time.
+    """
+    mine = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"asks/{rank}", mine)
+        start = store.get(f"answer/{mine}").decode()
+        store.set(f"{start}/{rank}", "1")
+        return start
+    missing, deadline = set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise GrassError(f"rank {min(missing)} of {size} did not join within {timeout.total_seconds():g} s.")
+        for other in sorted(missing):
+            if store.check([f"asks/{other}"]):  # maybe in an earlier start: then it asks anew
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", mine)
+            if store.check([f"{mine}/{other}"]):
+                missing.remove(other)
+        time.sleep(0.01)
+    return mine
+
+
+def _enter(
+    backend: str, timeout: datetime.timedelta, store: dist.Store, place: Place, device: torch.device
+) -> tuple[tuple[dist.ProcessGroup, dist.ProcessGroup], list[Seat]]:
+    """Initialises the process group: `_gloo_groups`, and where the ranks sit.
+
+    Raises:
+        GrassError: on every rank, two ranks sit in one seat.
+    """
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
+    groups = _gloo_groups(timeout)
+    seats = _seats(place, device, groups[1])
+    if said := problem_of(seats):
+        wrong = GrassError(said)
+        wrong.on_every_rank = True
+        raise wrong
+    return groups, seats
+
+
+def _gloo_groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Two groups of all ranks: `World.patient` and `World.background`."""
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    background = dist.new_group(backend="gloo", timeout=timeout)
+    return cast(dist.ProcessGroup, patient), cast(dist.ProcessGroup, background)
+
+
+def _seats(place: Place, device: torch.device, group: dist.ProcessGroup) -> list[Seat]:
+    """Of all ranks."""
+    seats: list[Any] = [None] * place.size
+    dist.all_gather_object(seats, own_seat(place.local_rank, device), group=group)
+    return seats
+
+
+def _acquaint(rank: int, hosts: list[str], line: dist.Store, timeout: datetime.timedelta) -> Peers:
+    """What a rank knows of the others, by rank."""
+    by_launcher = _launcher_keeps_store()
+    keeper = f"the launcher on {os.environ['MASTER_ADDR']}" if by_launcher else f"rank 0 (on host {hosts[0]})"
+    return Peers(
+        rank,
+        hosts,
+        dist.PrefixStore("peers", line),
+        keeper=keeper,
+        keeps=rank == 0 and not by_launcher,
+        launched=by_launcher,
+        answers_within=min(ANSWERS_WITHIN, timeout.total_seconds()),
+        lost_after=timeout.total_seconds(),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]

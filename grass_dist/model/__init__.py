@@ -1,0 +1,1 @@
+"""What a model is made of: its layers and roles, and which of them train."""

@@ -1,5 +1,0 @@
-"""Where the optimizer states of the layers are, and how they come and go (docs/offload.md).
-
-`plan` chooses the mode and says what it costs; `moving` has a class for each mode; `transfer` queues copies, on the
-streams of `streams`, between the host buffers of `store` and the device slots.
-"""

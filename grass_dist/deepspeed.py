@@ -149,16 +149,17 @@ def _connect(
         given = {p for group in groups for p in group["params"] if p.requires_grad}
         layers, roles = choose_units(model, found, config, groups)
         still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
-        check_one_device([*layers, *roles], backend)
+        check_one_device([*layers, *roles], backend.sharding)
     except ConfigError as error:
         problem = error if error.field == "optimizer" else error.under("grass")
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         problem = error
     zero.every = backend.groups_of([*layers, *roles]) if problem is None else []
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
-    agree_at_start(backend, problem, fingerprint(config, found, layers, groups, type(zero.user_optimizer), kwargs))
+    agreed = fingerprint(config, found, layers, groups, type(zero.user_optimizer), kwargs)
+    agree_at_start(backend.ranks, problem, agreed)
     if found is not None and (told := frozen_layers(found, layers)):
-        say(backend, told)
+        say(backend.ranks, told)
     # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
     never = backend.groups_of([Unit("never trained", None, still)]) if still and stage == 3 else []
     zero.states = place_states(zero, backend, config, layers, roles, never)

@@ -128,15 +128,15 @@ class GrassOptimizer(torch.optim.Optimizer):
             make_sampler(config, len(found.layers))
             groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
             layers, roles = choose_units(model, found, config, groups)
-            check_one_device([*layers, *roles], backend)
+            check_one_device([*layers, *roles], backend.sharding)
             if shard_states and optimizer_class in ELEMENTWISE:
-                backend.divide_states([*layers, *roles])
+                backend.sharding.divide_states([*layers, *roles])
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
         agreed = fingerprint(config, found, layers, groups, optimizer_class, kwargs, shard_states=shard_states)
-        agree_at_start(backend, problem, agreed)
+        agree_at_start(backend.ranks, problem, agreed)
         if found is not None and (told := frozen_layers(found, layers)):
-            say(backend, told)
+            say(backend.ranks, told)
         super().__init__(groups, defaults)
         self._backend = backend
         trained = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
@@ -145,7 +145,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._model = model
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
-        self._states = place_states(self._layer_optimizers, self._role_optimizers, self.param_groups, backend, config)
+        self._states = place_states(
+            self._layer_optimizers, self._role_optimizers, self.param_groups, backend.sharding, config
+        )
         self._in_backward = config.offload.update_in_backward
         self._updated: set[int] = set()  # layers, since the last step ended
         if self._in_backward:
@@ -178,7 +180,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 with torch.profiler.record_function(f"GRASS::update ({optimizer.unit.name})"):
                     self._update(optimizer)
             self._states.finish()
-            self._backend.publish(self.grass.trainable_units())
+            self._backend.sharding.publish(self.grass.trainable_units())
         self.grass.advance()
         return loss
 
@@ -196,7 +198,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         self.grass.finish_gradients()
         trainable = {id(p) for unit in self.grass.trainable_units() for _, p in unit.params}
         params = [p for p in self._trained if id(p) in trainable and p.grad is not None]
-        return clip_grads(params, max_norm, norm_type, self._backend)
+        return clip_grads(params, max_norm, norm_type, self._backend.sharding)
 
     @property
     def state_bytes(self) -> int:
@@ -285,7 +287,6 @@ class GrassOptimizer(torch.optim.Optimizer):
         """What `grass_dist.checkpoint` saves and loads: the model's weights too, for any number of ranks."""
         return TorchHoldings(
             self._model,
-            self._backend,
             self._unit_optimizers,
             self.param_groups,
             self.grass,
@@ -341,8 +342,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         self, units: Sequence[Unit], optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]
     ) -> list[UnitOptimizer]:
         group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        sharding = self._backend.sharding
         return [
-            UnitOptimizer(unit, [group_of[id(p)] for _, p in unit.params], optimizer_class, kwargs, self._backend)
+            UnitOptimizer(unit, [group_of[id(p)] for _, p in unit.params], optimizer_class, kwargs, sharding)
             for unit in units
         ]
 

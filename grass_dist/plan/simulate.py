@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from grass_dist.backends.base import HookedBackend
-from grass_dist.backends.ddp import part_of
+from grass_dist.backends.ddp import DdpSharding
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
 from grass_dist.config import GrassConfig
@@ -26,10 +26,12 @@ from grass_dist.errors import GrassError
 from grass_dist.finetune.steps import summed_loss
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.foreign import build
+from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import always_active_roles
 from grass_dist.plan.job import Job, Method
 from grass_dist.plan.memory import Memory, states_of
 from grass_dist.plan.shape import ModelShape
+from grass_dist.ranks import world
 from grass_dist.states.layout import Layout
 from grass_dist.states.unit_optimizer import UnitOptimizer
 
@@ -123,17 +125,6 @@ def _fake_world(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _Divided(SingleBackend):
-    """Rank 0 of DDP as far as its memory goes: states in parts, updated weights on their way in two units."""
-
-    def __init__(self, model: nn.Module, ranks: int) -> None:
-        super().__init__(model, 1)
-        self.part = (0, ranks)
-
-    def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
-        return part_of(tensor, *self.part)
-
-
 def _peak_of_a_step(shape: ModelShape, job: Job, method: Method) -> tuple[dict[str, int], int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -152,7 +143,8 @@ def _peak_of_a_step(shape: ModelShape, job: Job, method: Method) -> tuple[dict[s
         batch = {"input_ids": ids, "labels": ids}
         tracker, peak = track(model, mesh is not None)
         with tracker:
-            optimizers, states = _optimizers(units, backend)
+            backend.sharding.divide_states(units)
+            optimizers, states = _optimizers(units, backend.sharding)
             if mesh is None:
                 with torch.no_grad():
                     model(input_ids=ids[:, :1], use_cache=False)
@@ -173,11 +165,11 @@ _ADAMW: dict[str, Any] = {"lr": 1e-5, "foreach": True}
 _GROUP: dict[str, Any] = {"params": [], **torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **_ADAMW).defaults}
 
 
-def _optimizers(units: Sequence[Unit], backend: HookedBackend) -> tuple[list[UnitOptimizer], int]:
+def _optimizers(units: Sequence[Unit], sharding: Sharding) -> tuple[list[UnitOptimizer], int]:
     """Our optimizers of what trains, each with memory for its state, and the bytes of that as the tracker counts."""
     optimizers, states = [], 0
     for unit in units:
-        optimizer = UnitOptimizer(unit, [0] * len(unit.params), torch.optim.AdamW, _ADAMW, backend)
+        optimizer = UnitOptimizer(unit, [0] * len(unit.params), torch.optim.AdamW, _ADAMW, sharding)
         optimizer.layout = Layout(optimizer.fields([_GROUP]))
         flat = torch.empty(optimizer.layout.device_bytes, dtype=torch.uint8)
         optimizer.bind(optimizer.layout.device_views(flat), resident=True)
@@ -208,11 +200,14 @@ def _mesh(job: Job) -> Any:
 
 
 def _wrapped(model: nn.Module, job: Job, mesh: Any) -> HookedBackend:
-    """The model as `training.run_torch.wrap` wraps it, and the backend that GrassOptimizer would take."""
+    """The model as `finetune.run_torch.wrap` wraps it, and the backend that GrassOptimizer would take.
+
+    DDP's own reducer needs real tensors: of DDP only the division of the states is simulated.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if mesh is None:
-        return _Divided(model, job.gpus) if job.backend == "ddp" else SingleBackend(model, 1)
+        return SingleBackend(model, 1, DdpSharding(world()) if job.backend == "ddp" else None)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if job.weight_bytes < 4 else None)
     for layer in model.get_submodule(find_layers(model).stack).children():
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from grass_dist.backends.zero.private import ENGINE_SCRIPT, ENGINE_WRITER, deepspeed_version
-from grass_dist.backends.zero.whole import complete
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.deepspeed_files import MODEL_FILE, TAG, read_file
 from grass_dist.checkpoint.loading import DEEPSPEED_LAYOUT
@@ -42,7 +41,7 @@ def save_deepspeed(engine: Any, ranks: Ranks, step: int, extra: Mapping[str, Any
         )
     holdings = _Described(engine)
     snapshot = take_snapshot(holdings, ranks, step, extra)
-    complete(engine.optimizer)
+    engine.optimizer.complete()
 
     def write(folder: Path) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -13,7 +13,6 @@ from torch import nn
 from grass_dist.backends.zero.groups import Extent, Group, extents_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, Made
-from grass_dist.backends.zero.whole import make
 from grass_dist.checkpoint.files import Stored, printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
@@ -88,7 +87,7 @@ class ZeroHoldings:
         return {"engine": self._grass.state_dict(), "groups": groups}
 
     def layout(self) -> Layout:
-        """How the files that DeepSpeed would write now are to be read; `complete` has been called."""
+        """How the files that DeepSpeed would write now are to be read; `NarrowZero.complete` has been called."""
         zero, placed = self._zero, self._placed
         groups = [
             GroupLayout(
@@ -156,7 +155,7 @@ class ZeroHoldings:
         self, name: str, groups: Sequence[tuple[Group, GroupState]], entries: Entries, read: Read
     ) -> None:
         """DeepSpeed itself says how it cuts the unit, and makes masters of the weights."""
-        make(self._zero, [group for group, _ in groups])
+        self._zero.narrow_frozen([group for group, _ in groups])
         made = together(self.ranks, lambda: [self._read(group, own, entries, read) for group, own in groups])
         self._zero.states.put(name, made)
         for _, own in groups:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from grass_dist.backends.zero.backend import ZeroBackend
+from grass_dist.backends.zero.backend import ZeroSharding
 from grass_dist.backends.zero.groups import Group
-from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
 from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
@@ -24,52 +23,56 @@ from grass_dist.states.unit_optimizer import ELEMENTWISE, hyperparameters, step_
 
 
 def place_states(
-    zero: NarrowZero,
-    backend: ZeroBackend,
+    user: torch.optim.Optimizer,
+    every: Sequence[Group],
+    still: Sequence[Group],
+    sharding: ZeroSharding,
+    stage: int,
     config: GrassConfig,
     layers: Sequence[Unit],
     roles: Sequence[Unit],
-    still: Sequence[Group],
 ) -> ZeroStates:
     """Chooses the mode and takes the memory for it; on all ranks alike.
 
     Args:
+        user: the user's optimizer.
+        every: all groups that ever train.
         still: what never trains, and has a state in a checkpoint only.
 
     Raises:
         ConfigError, GrassError: the states cannot be where the configuration wants them.
     """
-    device = backend.sharding.shard_of(layers[0].params[0][1]).device
+    device = sharding.shard_of(layers[0].params[0][1]).device
     dtype = torch.bfloat16 if config.offload.host_dtype else None
     fallback: str | None = None
     kept: dict[int, Kept] = {}
     counts: dict[int, Counts] = {}
-    for group in (*zero.every, *still):
+    for group in (*every, *still):
         if group.user_group not in counts:
-            counts[group.user_group] = _counts(zero.user_optimizer, group, backend.ranks.world_size, device)
+            counts[group.user_group] = _counts(user, group, sharding.ranks.world_size, device)
     try:
-        for group in (*zero.every, *still):
+        for group in (*every, *still):
             if group.user_group not in kept:
-                kept[group.user_group] = _kept(zero.user_optimizer, group, backend.ranks.world_size, device)
+                kept[group.user_group] = _kept(user, group, sharding.ranks.world_size, device)
     except GrassError as error:
         fallback, kept = str(error), {}
 
     def state_of(group: Group) -> GroupState:
-        in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
+        in_place = stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
         own, of = kept.get(group.user_group, []), counts.get(group.user_group, {})
-        return GroupState(group, own, of, backend.ranks.world_size, has_master=not in_place)
+        return GroupState(group, own, of, sharding.ranks.world_size, has_master=not in_place)
 
     made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
-    for group in zero.every:
+    for group in every:
         made[group.unit.name].append(state_of(group))
     states = [UnitState(unit.name, made[unit.name], dtype) for unit in layers]
     staying = [UnitState(unit.name, made[unit.name], None) for unit in roles]
     sizes = [(state.layout.device_bytes, state.layout.host_bytes) for state in states]
     resident = sum(state.layout.device_bytes for state in staying)
-    plan = make_plan(backend.ranks, config, sizes, resident, device, fallback=fallback)
+    plan = make_plan(sharding.ranks, config, sizes, resident, device, fallback=fallback)
     moving: MovingStates | None = None
     if plan.mode != "none":
-        moving = together(backend.ranks, lambda: build(plan, config, states, device, last_first=False, inline=True))
+        moving = together(sharding.ranks, lambda: build(plan, config, states, device, last_first=False, inline=True))
     return ZeroStates(states, staying, moving, device, [state_of(group) for group in still])
 
 

@@ -173,10 +173,7 @@ class ZeroMethod:
         return self._backend.rest_step()
 
     def stepped(self, applied: bool) -> None:
-        if applied:
-            self.grass.advance()
-        else:
-            self.grass.skip_step()
+        self.grass.advance() if applied else self.grass.skip_step()
 
 
 _Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...]]

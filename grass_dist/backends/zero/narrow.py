@@ -44,7 +44,7 @@ class Listener(Protocol):
         """Called in a step that updates, before any gradient is clipped or divided by the loss scale."""
 
     def rest_step(self) -> bool:
-        """Called in a step while nothing trains. Returns whether a gradient overflowed."""
+        """Called in a step while nothing trains. Returns whether a gradient overflowed on some rank."""
         ...
 
     def stepped(self, applied: bool) -> None:
@@ -180,8 +180,8 @@ class NarrowZero(_Stock):
         self._let_go({group.key for group in groups})
         self._construct(groups)
         self.groups = list(groups)
-        for i, group in enumerate(self.groups):
-            self.states.of[group.key].adopt(self.masters[i], self.optimizer.state)
+        for group, master in zip(groups, getattr(self, self.names.masters), strict=True):
+            self.states.of[group.key].adopt(master, self.optimizer.state)
 
     def narrow_frozen(self, groups: Sequence[Group]) -> None:
         """Narrows to groups that may be frozen, and leaves them frozen."""
@@ -224,11 +224,6 @@ class NarrowZero(_Stock):
         self.optimizer.step_nothing()
 
     # --- construction
-
-    @property
-    def masters(self) -> list[torch.Tensor]:
-        """This rank's flat fp32 partition of each group that trains."""
-        return getattr(self, self.names.masters)
 
     def _construct(self, groups: Sequence[Group]) -> None:
         carried = {name: self.__dict__[name] for name in CARRIED if self._built and name in self.__dict__}
@@ -311,8 +306,7 @@ class NarrowZero(_Stock):
             return
         state = self._state_of_what_trains()
         check_state(state, self.names)
-        count = len(self.masters)
-        lists = {k: v for k, v in state.items() if isinstance(v, list) and len(v) == count}
+        lists = {k: v for k, v in state.items() if isinstance(v, list) and len(v) == len(self.groups)}
         saved = lists.pop(self.names.masters_key)
         for i, group in enumerate(self.groups):
             kept = self.states.of[group.key]

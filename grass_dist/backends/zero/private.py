@@ -114,10 +114,8 @@ def stock_classes() -> tuple[type, type]:
 def zero_optimizers_from(make: Callable[[type, dict[str, Any]], Any]) -> Iterator[None]:
     """While it lasts, an engine that DeepSpeed constructs takes its ZeRO optimizer from ``make``.
 
-    No public hook does this. The engine calls a stock class by its name in a module, so these names are exchanged.
-
-    Args:
-        make: called with the stock class and the arguments that the engine has for it, by name.
+    There is no public hook. The engine calls a stock class by its name in a module, so these names are exchanged.
+    ``make`` is called with the stock class and the arguments that the engine has for it, by name.
     """
     import deepspeed.runtime.engine as engine
     import deepspeed.runtime.zero.stage3 as stage3

@@ -70,8 +70,8 @@ class Reads:
         group = self._group_of.get(param)
         return group is not None and self._states.of[group.key].param is not None
 
-    def full(self, param: nn.Parameter, key: str | None = None) -> torch.Tensor | None:
-        """Master (``key`` None) or moment: fp32, of the parameter's whole shape, on its device; equal on all ranks.
+    def full(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
+        """Master (``optim_state_key`` None) or moment: fp32, of the parameter's whole shape, on its device; equal on all ranks.
 
         None for what never trains, and for a moment of a layer that has not been updated yet.
 
@@ -81,10 +81,10 @@ class Reads:
         part = self._part(param)
         if part is None:
             return None
-        if key is None and not part.own.numel and not _sharded(param):
+        if optim_state_key is None and not part.own.numel and not _sharded(param):
             return param.detach().float().clone()
         with self._states.at_hand(part.own):
-            mine = self._entries(part, key)
+            mine = self._entries(part, optim_state_key)
             if mine is None:
                 return None
             whole = torch.zeros(numel_of(param), dtype=torch.float32, device=param.device)
@@ -111,7 +111,7 @@ class Reads:
             return None if mine is None else mine.device
 
     @torch.no_grad()
-    def set_full(self, param: nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+    def set_full(self, param: nn.Parameter, value: torch.Tensor, optim_state_key: str | None = None) -> None:
         """Puts this rank's entries of ``value``, of the parameter's whole shape, where the layer trains from.
 
         A layer that trains gets its weights from the master at its next step, as in stock ZeRO. The weights of one
@@ -120,13 +120,13 @@ class Reads:
         Raises:
             GrassError: another number of elements, or a moment that there is not yet.
         """
-        part = self._asked(param, value, numel_of(param), key)
+        part = self._asked(param, value, numel_of(param), optim_state_key)
         if part is None:
             return
         flat, at = value.detach().reshape(-1), part.extent
-        if key is not None or part.own.numel or _sharded(param):
-            self._write(part, flat[at.start : at.start + at.length], key)
-        if key is None and part.own.param is None and param.numel() == flat.numel():
+        if optim_state_key is not None or part.own.numel or _sharded(param):
+            self._write(part, flat[at.start : at.start + at.length], optim_state_key)
+        if optim_state_key is None and part.own.param is None and param.numel() == flat.numel():
             param.data.copy_(flat.view(param.shape))  # replicated weights, or those that ZeRO-3 keeps gathered
 
     @torch.no_grad()

@@ -71,7 +71,7 @@ class Reads:
         return group is not None and self._states.of[group.key].param is not None
 
     def full(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
-        """Master (``optim_state_key`` None) or moment: fp32, of the parameter's whole shape, on its device; equal on all ranks.
+        """Master (for the key None) or moment: fp32, of the parameter's whole shape, on its device; equal on all ranks.
 
         None for what never trains, and for a moment of a layer that has not been updated yet.
 

@@ -217,14 +217,9 @@ def _scheduler(name: str, params: dict[str, Any], optimizer: torch.optim.Optimiz
 
 def config_of(given: dict[str, Any]) -> Any:
     """The ds_config among the arguments of `deepspeed.initialize`, which may have it in three places."""
-    for config in (
-        given.get("config"),
-        given.get("config_params"),
-        getattr(given.get("args"), "deepspeed_config", None),
-    ):
-        if config is not None:
-            return config
-    return None
+    in_args = getattr(given.get("args"), "deepspeed_config", None)
+    places = given.get("config"), given.get("config_params"), in_args
+    return next((config for config in places if config is not None), None)
 
 
 def _join(given: dict[str, Any]) -> None:

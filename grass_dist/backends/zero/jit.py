@@ -47,7 +47,7 @@ def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
             said.append(
                 "optimizer.params.torch_adam is set to true: on a CPU DeepSpeed's own Adam would be compiled first."
             )
-    if operator and not params.get("torch_adam") and not _is_built(operator):
+    if operator and not params.get("torch_adam") and not any(_extensions().rglob(f"{operator}/{operator}.so")):
         said.append(
             f"DeepSpeed may now compile its operator {operator} into {_extensions()}, once, which can take minutes; "
             "an optimizer of torch.optim needs none."
@@ -60,10 +60,6 @@ def _extensions() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-
-
-def _is_built(operator: str) -> bool:
-    return any(_extensions().rglob(f"{operator}/{operator}.so"))
 
 
 def _clear_stale_locks() -> Iterator[str]:

@@ -13,9 +13,9 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -28,10 +28,7 @@ from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, take_over, tra
 from grass_dist.errors import GrassError
 from grass_dist.method.controller import GrassController
 
-if TYPE_CHECKING:
-    _Stock: Any = object
-else:
-    _Stock = object
+_Stock: Any = object  # a type checker cannot know DeepSpeed's class, which stands behind this one
 
 
 class Listener(Protocol):
@@ -227,16 +224,13 @@ class NarrowZero(_Stock):
 
     def _construct(self, groups: Sequence[Group]) -> None:
         carried = {name: self.__dict__[name] for name in CARRIED if self._built and name in self.__dict__}
-        own = {"init_optimizer": GroupsOptimizer(self.user_optimizer, groups, self._updating)}
+        own = GroupsOptimizer(self.user_optimizer, groups, lambda m: self.states.updating(m, self.optimizer.state))
         with _quiet() if self._built else nullcontext():
-            super().__init__(**{**self.arguments, **own})
+            super().__init__(**{**self.arguments, "init_optimizer": own})
         self.__dict__.update(carried)
         if not self._built:
             check_instance(self, self.names, len(groups))
         self._built = True
-
-    def _updating(self, masters: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        return self.states.updating(masters, self.optimizer.state)
 
     def _let_go(self, keep: set[tuple[str, int]]) -> None:
         """Before construction: keeps what DeepSpeed has of the groups that train."""

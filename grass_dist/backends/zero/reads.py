@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from grass_dist.backends.zero.groups import Extent, Group, extents, numel_of, pa
 from grass_dist.backends.zero.private import FRAGMENT, LINKED, MAPPING, OPTIMIZER, check_linked
 from grass_dist.backends.zero.states import GroupState, Made, ZeroStates
 from grass_dist.errors import GrassError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +96,11 @@ class Reads:
 
     def local(self, param: nn.Parameter, key: str | None = None) -> torch.Tensor | None:
         """ZeRO-3: a copy of this rank's shard of master or moment; flat, with its padding."""
-        part = self._part(param)
-        if part is None:
-            return None
-        with self._states.at_hand(part.own):
-            mine = self._entries(part, key)
-            return None if mine is None else mine.to(param.device, torch.float32, copy=True)
+        return self._read(param, key, lambda mine: mine.to(param.device, torch.float32, copy=True))
 
     def device(self, param: nn.Parameter, key: str | None = None) -> torch.device | None:
         """ZeRO-3: the device that master or moment is on now."""
-        part = self._part(param)
-        if part is None:
-            return None
-        with self._states.at_hand(part.own):
-            mine = self._entries(part, key)
-            return None if mine is None else mine.device
+        return self._read(param, key, lambda mine: mine.device)
 
     @torch.no_grad()
     def set_full(self, param: nn.Parameter, value: torch.Tensor, optim_state_key: str | None = None) -> None:
@@ -215,6 +207,14 @@ class Reads:
         own, order = self._states.of[group.key], self._order(group)
         found = next(e for p, e in zip(order, extents(order, self._rank, own.numel), strict=True) if p is param)
         return _Part(param, own, found)
+
+    def _read(self, param: nn.Parameter, key: str | None, of: Callable[[torch.Tensor], T]) -> T | None:
+        part = self._part(param)
+        if part is None:
+            return None
+        with self._states.at_hand(part.own):
+            mine = self._entries(part, key)
+            return None if mine is None else of(mine)
 
     def _asked(self, param: nn.Parameter, value: torch.Tensor, numel: int, key: str | None) -> _Part | None:
         """Where a value is to be written. A master must hold it exactly: one is made where weights would round it."""

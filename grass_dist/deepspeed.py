@@ -33,7 +33,6 @@ from grass_dist.model.units import (
     fingerprint,
     frozen_layers,
     refuse_second,
-    remember,
 )
 from grass_dist.ranks import Ranks, say, together, world
 
@@ -118,7 +117,6 @@ def _start(
         for param, flag in flags:
             param.requires_grad_(flag)
         raise
-    remember(model)
     if "gradient_clipping" not in setup.ds_config:
         say(
             world(),
@@ -126,7 +124,7 @@ def _start(
             f"{engine.gradient_clipping()}, as it does without GRASS (0 is no clipping).",
         )
     engine.grass = engine.optimizer.grass
-    wrap_methods(engine, model, flags)
+    wrap_methods(engine, flags)
     return engine, optimizer, loader, scheduler
 
 

@@ -110,7 +110,7 @@ def test_the_device_of_a_model_is_that_of_its_parameters():
     with FakeTensorMode():
         model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ParameterList([torch.zeros(2, device=OTHER)])})
         assert device_of(model) == OTHER and device_of(model["a"]) == CPU
-        assert SingleBackend(model, 1).device == OTHER
+        assert SingleBackend(model, 1).ranks.device == OTHER
 
 
 def test_the_random_numbers_of_a_rank_are_those_of_the_device_of_its_model(fake_cuda: FakeCuda, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_rank_that_lacks_memory_for_the_probe_ends_all(mine, monkeypatch):
         monkeypatch.setattr("grass_dist.backends.base.HostSums", no_memory)
         said = r"^4,096 bytes of host memory cannot be pinned\.$"
     else:
-        monkeypatch.setattr(OneOfTwo, "set_trainable", set_after(OneOfTwo.set_trainable, "4,096 bytes"))
+        monkeypatch.setattr(OneOfTwo, "set_trainable", set_after(OneOfTwo.set_trainable, "rank 1: 4,096 bytes"))
         said = r"^rank 1: 4,096 bytes$"
     with pytest.raises(GrassError, match=said) as refusal:
         GrassOptimizer(tiny(), torch.optim.AdamW, {}, config=config, gradient_accumulation_steps=2)

@@ -15,17 +15,16 @@ from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS, ENGINE_HOOKS
 from grass_dist.backends.zero.whole import trainable
 from grass_dist.errors import GrassError
-from grass_dist.model.units import forget
 from grass_dist.ranks import say, world
 
 Flags = Sequence[tuple[nn.Parameter, bool]]
 """The parameters of a model, and whether each had ``requires_grad`` before an engine was made of it."""
 
 
-def wrap_methods(engine: Any, model: nn.Module, flags: Flags) -> None:
+def wrap_methods(engine: Any, flags: Flags) -> None:
     """Wraps methods of this engine; their arguments, results and files are DeepSpeed's."""
     around = {"save_checkpoint": _saving, "load_checkpoint": _loading, **dict.fromkeys(ENGINE_EXPORTS, _exporting)}
-    around["destroy"] = functools.partial(_destroying, model, flags)
+    around["destroy"] = functools.partial(_destroying, flags)
     for name, wrap in around.items():
         stock = getattr(engine, name)
         setattr(engine, name, functools.wraps(stock)(wrap(engine, stock)))
@@ -41,7 +40,7 @@ def _exporting(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
     return export
 
 
-def _destroying(model: nn.Module, flags: Flags, engine: Any, stock: Callable[[], None]) -> Callable[[], None]:
+def _destroying(flags: Flags, engine: Any, stock: Callable[[], None]) -> Callable[[], None]:
     """`destroy` also gives the model back as it was.
 
     Hooks of the method and of the engine are off, ``requires_grad`` is what ``flags`` say, no gradient is left, and
@@ -68,7 +67,6 @@ def _destroying(model: nn.Module, flags: Flags, engine: Any, stock: Callable[[],
             for param, flag in flags:
                 param.requires_grad_(flag)
                 param.grad = None
-            forget(model)
 
     return destroy
 

@@ -27,13 +27,7 @@ from grass_dist.method.controller import GrassController
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
-from grass_dist.model.units import (
-    check_one_device,
-    choose_units,
-    fingerprint,
-    frozen_layers,
-    refuse_second,
-)
+from grass_dist.model.units import check_one_device, choose_units, fingerprint, frozen_layers, refuse_second
 from grass_dist.ranks import Ranks, say, together, world
 
 Initialize = Callable[..., tuple[Any, Any, Any, Any]]

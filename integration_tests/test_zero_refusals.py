@@ -70,11 +70,14 @@ def loaded_with_other_groups(folder: str) -> str:
 
 
 def not_started(rank: int) -> str:
-    """A model that is refused late is as it was."""
+    """A model is as it was after a start that failed late, and can be given again."""
     model = small_llama()
     config = ds_config(2, {**SETTINGS, "always_active": [], "seed": rank})
     told = started(config, model)
     assert all(p.requires_grad for p in model.parameters())
+    late = started(ds_config(2, SETTINGS, scheduler={"type": "NoSuchLR"}), model)
+    assert late.startswith("ConfigError: scheduler.type='NoSuchLR'"), late
+    make_engine(ds_config(2, SETTINGS), model=model).destroy()
     return told
 
 

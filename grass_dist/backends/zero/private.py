@@ -36,7 +36,7 @@ _ATTRIBUTES = (
     "averaged_gradients",  # a list a group: this rank's parts of its averaged gradient
 )
 _METHODS = (
-    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy", "offload_states"),
+    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy"),
     "overlapping_partition_gradients_reduce_epilogue",
 )
 
@@ -59,6 +59,7 @@ STAGE_3 = Names(
     attributes=(*_ATTRIBUTES, "_leaf_module_hooks", "parameter_offload"),
     methods=(
         *(*_METHODS, "initialize_ds_offload", "_partition_all_parameters"),
+        "offload_states",  # of stages 1 and 2 in later releases than 0.16.9 only
         # What deepspeed.utils.safe_* call, at a parameter's _z3_optimizer
         *("get_full_hp_param", "set_full_hp_param", "get_local_fp32_param", "set_local_hp_param"),
         *("get_fp32_grad_for_param", "set_fp32_grad_for_param", "get_local_fp32_grad_for_param"),

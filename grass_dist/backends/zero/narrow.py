@@ -159,7 +159,7 @@ class NarrowZero(_Stock):
             self.groups = []
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
-        """What `engine.offload_states` calls.
+        """`engine.offload_states` calls it.
 
         Raises:
             GrassError: always, on all ranks, and before anything has moved.
@@ -186,7 +186,7 @@ class NarrowZero(_Stock):
             self.narrow(groups)
 
     def rest(self, stand_in: Group) -> None:
-        """Trains nothing. DeepSpeed must own a parameter: that of ``stand_in``, of which it gets no gradient."""
+        """Trains nothing. DeepSpeed must own a parameter, so it has ``stand_in``, of which it gets no gradient."""
         self.stand_in = stand_in
         self._let_go(set())
         self._construct([stand_in])
@@ -202,7 +202,7 @@ class NarrowZero(_Stock):
             self.rest(self.stand_in)
 
     def forget(self) -> None:
-        """Throws the states of all groups away; `narrow` begins with new masters, of the weights as they are."""
+        """Throws the states of all groups away; `narrow` then makes new masters from the weights."""
         self.states.forget()
         self.groups = []
 

@@ -224,13 +224,17 @@ def plan(
     """Tell before a run whether a model fits, what a step costs, and which settings to use. Needs no GPU."""
     given = dict(locals())
     with _one_sentence_errors():
-        from grass_dist.plan.command import Options, run
+        from grass_dist.plan.command import Options, plan_run
 
         sizes = {"gpu_bytes": ("--gpu-memory", "gpu_memory"), "host_bytes": ("--host-memory", "host_memory")}
         for name, (option, key) in sizes.items():
             text = given.pop(key)
             given[name] = None if text is None else _parse_size(option, text)
-        run(Options(doctor=given.pop("doctor_json"), **given), _warn)
+        plan_run(Options(doctor=given.pop("doctor_json"), **given), _warn)
+        if write is not None:  # the settings are read once as the training program will read them
+            from grass_dist.finetune.config_file import load_config
+
+            load_config(write)
 
 
 def _show_example(found: Mapping[str, Any]) -> None:

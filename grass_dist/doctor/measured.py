@@ -1,4 +1,4 @@
-"""What looks wrong in what was measured. The rules:
+"""Judges what was measured, by these rules.
 
 - a link between two hosts ten times slower than the median of all other links is an error; two hosts have two links,
   one each way

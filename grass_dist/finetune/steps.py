@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 
-from grass_dist.finetune.data.batches import IGNORED, Example, collate
+from grass_dist.finetune.data.batches import Example, collate
 from grass_dist.finetune.parallel import Run
 from grass_dist.job.world import World
+from grass_dist.model.loss import IGNORED, summed_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,6 @@ class StepResult:
     @property
     def bad(self) -> bool:
         return not (self.applied and math.isfinite(self.loss))
-
-
-def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy of the next token, summed over the target tokens of a micro-batch, fp32."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def train_step(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grass_dist.plan.job import Job
+from grass_dist.plan.runs import PlannedRun
 from grass_dist.plan.shape import ModelShape
 
 
@@ -36,9 +36,9 @@ class Activations:
     """Gradients of activations that pass through a layer in the backward."""
 
 
-def activations_of(shape: ModelShape, job: Job) -> Activations:
+def activations_of(shape: ModelShape, run: PlannedRun) -> Activations:
     """By the closed form; see the module."""
-    w, h, i, tokens = job.weight_bytes, shape.hidden, shape.intermediate, job.tokens
+    w, h, i, tokens = run.weight_bytes, shape.hidden, shape.intermediate, run.tokens
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = w * (2 * queries + 2 * keys) + 4 * shape.heads
     inner = (3 if shape.gated else 2) * w * i

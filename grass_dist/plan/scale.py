@@ -9,8 +9,8 @@ from pathlib import Path
 
 from grass_dist.errors import ConfigError
 from grass_dist.plan.cost import step_time
-from grass_dist.plan.job import BackendName, Job, Method
 from grass_dist.plan.memory import memory_of
+from grass_dist.plan.runs import BackendName, Method, PlannedRun
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
@@ -47,29 +47,29 @@ def parse_scale(text: str) -> list[int]:
     return counts
 
 
-def scale(shape: ModelShape, job: Job, method: Method, speeds: Speeds, counts: Sequence[int]) -> list[Point]:
+def scale(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, counts: Sequence[int]) -> list[Point]:
     """Points of FSDP2, HSDP (a replica on each host), ZeRO-2 and ZeRO-3, the batch of each GPU held."""
     points = []
     for backend in NAMES:
         for gpus in counts:
-            hosts = -(-gpus // job.gpus_per_host)
+            hosts = -(-gpus // run.gpus_per_host)
             if backend == "hsdp" and (hosts < 2 or gpus % hosts):
                 continue  # on one host it is FSDP2
-            at = replace(job, gpus=gpus, backend=backend, replicate=hosts if backend == "hsdp" else 1)
+            at = replace(run, gpus=gpus, backend=backend, replicate=hosts if backend == "hsdp" else 1)
             time = step_time(shape, at, method, speeds)
             fits = memory_of(shape, at, method).total <= at.gpu_bytes
             points.append(Point(backend, gpus, time.total, time.compute / time.total, fits))
     return points
 
 
-def assumptions(shape: ModelShape, job: Job, method: Method, speeds: Speeds) -> str:
+def assumptions(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds) -> str:
     """In some lines, for the picture and below the table."""
     measured = f"; measured: {', '.join(speeds.measured)}" if speeds.measured else ""
     reached, within = speeds.flop_per_s * speeds.flop_share, speeds.within_bytes_per_s
     return (
-        f"{shape.name}, {method.label}, {job.dtype}, {job.micro_batch} × {job.seq_len} tokens a GPU"
-        f"{' and micro-batch, ' + str(job.accumulation) + ' of them' if job.accumulation > 1 else ''} at every size; "
-        f"{job.gpus_per_host} GPUs a host\n"
+        f"{shape.name}, {method.label}, {run.dtype}, {run.micro_batch} × {run.seq_len} tokens a GPU"
+        f"{' and micro-batch, ' + str(run.accumulation) + ' of them' if run.accumulation > 1 else ''} at every size; "
+        f"{run.gpus_per_host} GPUs a host\n"
         f"{reached / 1e12:.3g} TFLOP/s reached, {within / 1e9:.3g} GB/s within "
         f"a host, {speeds.across_bytes_per_s / 1e9:.3g} GB/s from a host to others, "
         f"{speeds.across_latency_s * 1e6:.3g} µs a hop{measured}\n"

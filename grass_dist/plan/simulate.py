@@ -21,14 +21,15 @@ from grass_dist.backends.base import HookedBackend
 from grass_dist.backends.ddp import part_of
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
-from grass_dist.config import GrassConfig
+from grass_dist.backends.wrapping import shard, shard_mesh
 from grass_dist.errors import GrassError
-from grass_dist.finetune.steps import summed_loss
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.foreign import build
+from grass_dist.model.loss import summed_loss
 from grass_dist.model.units import always_active_roles
-from grass_dist.plan.job import Job, Method
+from grass_dist.plan.adamw import GROUP, optimizer_of
 from grass_dist.plan.memory import Memory, states_of
+from grass_dist.plan.runs import Method, PlannedRun, grass_config
 from grass_dist.plan.shape import ModelShape
 from grass_dist.states.layout import Layout
 from grass_dist.states.unit_optimizer import UnitOptimizer
@@ -49,25 +50,25 @@ _PART_OF_KIND = {
 """Names that the trackers of `track` give, and the part of `Memory` that each belongs to."""
 
 
-def can_simulate(job: Job, method: Method) -> bool:
+def can_simulate(run: PlannedRun, method: Method) -> bool:
     """Whether `simulate` knows how: not DeepSpeed, not LoRA, one micro-batch a step, stock state sizes."""
-    return job.backend in SIMULATED and method.name != "lora" and job.accumulation == 1 and job.state_bytes is None
+    return run.backend in SIMULATED and method.name != "lora" and run.accumulation == 1 and run.state_bytes is None
 
 
-def simulate(shape: ModelShape, job: Job, method: Method) -> Memory:
+def simulate(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
     """The peak of a training step on rank 0, with the worst draw of the layers.
 
     Raises:
         GrassError: this model cannot run on fake tensors, or a process group is there already.
     """
-    if not can_simulate(job, method):
-        raise GrassError(f"{method.label} under {job.backend} cannot be simulated; use --fast.")
+    if not can_simulate(run, method):
+        raise GrassError(f"{method.label} under {run.backend} cannot be simulated; use --fast.")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise GrassError("A process group is running; the planner simulates in a process of its own.")
     try:
-        with _fake_world(job.gpus), warnings.catch_warnings():
+        with _fake_world(run.gpus), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # UnitOptimizer compares them
-            peak, states = _peak_of_a_step(shape, job, method)
+            peak, states = _peak_of_a_step(shape, run, method)
     except GrassError:
         raise
     except Exception as error:  # whatever a model does that fake tensors cannot
@@ -78,11 +79,11 @@ def simulate(shape: ModelShape, job: Job, method: Method) -> Memory:
         parts[_PART_OF_KIND[kind]] += nbytes
     # The tracker takes the states' memory for activations, or for the optimizer's own once that has stepped.
     early = min(states, parts["activations"])
-    resting = parts["weights"] if job.backend == "ddp" else 0.0  # stock DDP's buckets, which C++ allocates
+    resting = parts["weights"] if run.backend == "ddp" else 0.0  # stock DDP's buckets, which C++ allocates
     return Memory(
         weights=parts["weights"],
         gradients=parts["gradients"],
-        states=states_of(shape, job, method)[0],
+        states=states_of(shape, run, method)[0],
         activations=parts["activations"] - early,
         buffers=parts["buffers"] - (states - early) + resting,
         moment="simulated",
@@ -134,21 +135,21 @@ class _Divided(SingleBackend):
         return part_of(tensor, *self.part)
 
 
-def _peak_of_a_step(shape: ModelShape, job: Job, method: Method) -> tuple[dict[str, int], int]:
+def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[dict[str, int], int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    mesh = _mesh(job)
-    dtype = getattr(torch, job.dtype)
+    mesh = shard_mesh("cpu", run.gpus, run.replicate) if run.backend in ("fsdp2", "hsdp") else None
+    dtype = getattr(torch, run.dtype)
     config = _without_mask(shape.config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(config, dtype, "cpu").train()
-        if job.checkpointing:
+        if run.checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # type: ignore[operator]
-        backend = _wrapped(model, job, mesh)
+        backend = _wrapped(model, run, mesh)
         layers = find_layers(model)
-        units = _training(layers, method)
-        ids = torch.zeros(job.micro_batch, job.seq_len, dtype=torch.long)
+        units = _training(layers, run, method)
+        ids = torch.zeros(run.micro_batch, run.seq_len, dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids}
         tracker, peak = track(model, mesh is not None)
         with tracker:
@@ -165,20 +166,16 @@ def _peak_of_a_step(shape: ModelShape, job: Job, method: Method) -> tuple[dict[s
             summed_loss(model, batch).backward()
             with torch.no_grad():
                 for optimizer in optimizers:
-                    optimizer.step([_GROUP])
+                    optimizer.step([GROUP])
         return peak(), states
-
-
-_ADAMW: dict[str, Any] = {"lr": 1e-5, "foreach": True}
-_GROUP: dict[str, Any] = {"params": [], **torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **_ADAMW).defaults}
 
 
 def _optimizers(units: Sequence[Unit], backend: HookedBackend) -> tuple[list[UnitOptimizer], int]:
     """Our optimizers of what trains, each with memory for its state, and the bytes of that as the tracker counts."""
     optimizers, states = [], 0
     for unit in units:
-        optimizer = UnitOptimizer(unit, [0] * len(unit.params), torch.optim.AdamW, _ADAMW, backend)
-        optimizer.layout = Layout(optimizer.fields([_GROUP]))
+        optimizer = optimizer_of(unit, backend)
+        optimizer.layout = Layout(optimizer.fields([GROUP]))
         flat = torch.empty(optimizer.layout.device_bytes, dtype=torch.uint8)
         optimizer.bind(optimizer.layout.device_views(flat), resident=True)
         optimizers.append(optimizer)
@@ -186,37 +183,21 @@ def _optimizers(units: Sequence[Unit], backend: HookedBackend) -> tuple[list[Uni
     return optimizers, states
 
 
-def _training(layers: LayerMap, method: Method) -> list[Unit]:
+def _training(layers: LayerMap, run: PlannedRun, method: Method) -> list[Unit]:
     """The units of the worst draw: the topmost layers, and the lowest in the place of one where it decides how far the
     backward goes. In the order of the updates."""
-    config = GrassConfig(active_layers=method.active_layers, always_active=method.roles)  # type: ignore[arg-type]
-    roles = always_active_roles(layers, config)
+    roles = always_active_roles(layers, grass_config(run, method))
     top = list(layers.layers[len(layers.layers) - method.active_layers :])
     if "embeddings" not in {unit.name for unit in roles}:
         top[0] = layers.layers[0]
     return [*reversed(top), *roles]
 
 
-def _mesh(job: Job) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if job.backend == "fsdp2":
-        return init_device_mesh("cpu", (job.gpus,), mesh_dim_names=("dp_shard",))
-    if job.backend == "hsdp":
-        return init_device_mesh("cpu", (job.replicate, job.shards), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return None
-
-
-def _wrapped(model: nn.Module, job: Job, mesh: Any) -> HookedBackend:
-    """The model as `training.run_torch.wrap` wraps it, and the backend that GrassOptimizer would take."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
+def _wrapped(model: nn.Module, run: PlannedRun, mesh: Any) -> HookedBackend:
+    """Wraps the model as the training program does, and gives the backend that GrassOptimizer would take."""
     if mesh is None:
-        return _Divided(model, job.gpus) if job.backend == "ddp" else SingleBackend(model, 1)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if job.weight_bytes < 4 else None)
-    for layer in model.get_submodule(find_layers(model).stack).children():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        return _Divided(model, run.gpus) if run.backend == "ddp" else SingleBackend(model, 1)
+    shard(model, find_layers(model).stack, mesh)
     return Fsdp2Backend(model, 1)
 
 

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 
 from grass_dist.errors import ConfigError
+from grass_dist.model.loss import IGNORED
 
 T = TypeVar("T")
 Example = dict[str, list[int]]
-
-IGNORED = -100
-"""Label without loss."""
 
 
 class Examples:

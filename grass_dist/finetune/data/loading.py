@@ -12,7 +12,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.batches import IGNORED, Example, Examples, has_labels, pack
+from grass_dist.finetune.data.batches import Example, Examples, has_labels, pack
 from grass_dist.finetune.data.chat import chat_of
 from grass_dist.finetune.data.config import DataConfig, fill
 from grass_dist.finetune.data.first_ids import first_ids
@@ -20,6 +20,7 @@ from grass_dist.finetune.data.json_files import HEAD
 from grass_dist.finetune.data.json_lines import Row, Skipped
 from grass_dist.finetune.data.rows import Reading, Source, load_rows, sources
 from grass_dist.finetune.data.stream_identity import stream_identity
+from grass_dist.model.loss import IGNORED
 
 
 class Vocabulary(Protocol):

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grass_dist.finetune.data.batches import IGNORED, Example
+from grass_dist.finetune.data.batches import Example
+from grass_dist.model.loss import IGNORED
 
 LONGEST = 400
 """Tokens of a piece; of a longer one the middle is left out."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from grass_dist.config import ROLES, Role
+from grass_dist.config import ROLES, GrassConfig, OffloadConfig, Role
 from grass_dist.errors import ConfigError
+from grass_dist.plan.adamw import state_bytes
 from grass_dist.plan.shape import ModelShape, check_whole, numel
 
 BackendName = Literal["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"]
@@ -16,13 +17,11 @@ OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
 LARGEST = {"gpus": 2**20, "accumulation": 2**16}
 """Above which nobody plans; what is computed goes through all of them."""
-SLOTS = 3
-"""Of ``offload.mode=stream``, as `OffloadConfig.slots`."""
 LORA_RANK = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class PlannedRun:
     """One way to run a fine-tune.
 
     Raises:
@@ -80,7 +79,8 @@ class Job:
         """Of a trained element: 12 with 16-bit weights, 8 with fp32 ones (ZeRO-1 and 2: a master even then)."""
         if self.state_bytes is not None:
             return self.state_bytes
-        return 8 if self.weight_bytes == 4 and self.backend not in ("zero1", "zero2") else 12
+        # DeepSpeed's ZeRO-1 and 2 keep a master of fp32 weights, too.
+        return state_bytes("bfloat16" if self.backend in ("zero1", "zero2") else self.dtype)
 
     @property
     def update_bytes(self) -> int:
@@ -112,7 +112,7 @@ class Job:
     def num_hosts(self) -> int:
         return -(-self.gpus // self.gpus_per_host)
 
-    def on(self, gpus: int) -> Job:
+    def on(self, gpus: int) -> PlannedRun:
         """The same on another number of GPUs; hsdp shards within its hosts."""
         hosts = -(-gpus // self.gpus_per_host)
         return replace(self, gpus=gpus, replicate=max(2, hosts) if self.backend == "hsdp" else 1)
@@ -125,7 +125,7 @@ class Method:
     name: Literal["full", "lora", "lisa", "grass"]
     active_layers: int
     """At a time (γ)."""
-    roles: tuple[str, ...] = field(default=ROLES)
+    roles: tuple[Role, ...] = ROLES
 
     @property
     def label(self) -> str:
@@ -133,7 +133,7 @@ class Method:
         return names[self.name] + (f" γ={self.active_layers}" if self.name in ("lisa", "grass") else "")
 
 
-def methods_of(shape: ModelShape, job: Job) -> list[Method]:
+def methods_of(shape: ModelShape, run: PlannedRun) -> list[Method]:
     """Full fine-tuning, LoRA, LISA with 2 layers as published, and GRASS with γ = 1, 2, 4, ... and all layers."""
     most = shape.num_layers
     gammas = sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most})
@@ -142,8 +142,19 @@ def methods_of(shape: ModelShape, job: Job) -> list[Method]:
         Method("full", most),
         Method("lora", most, ()),
         Method("lisa", lisa),
-        *(Method("grass", gamma, job.roles) for gamma in gammas),
+        *(Method("grass", gamma, run.roles) for gamma in gammas),
     ]
+
+
+def grass_config(run: PlannedRun, method: Method) -> GrassConfig:
+    """The configuration by which ``method`` trains in ``run``."""
+    return GrassConfig(
+        active_layers=method.active_layers,
+        sampling_interval=run.sampling_interval,
+        update_interval=run.sampling_interval,
+        always_active=method.roles,
+        offload=OffloadConfig(mode=run.offload),
+    )
 
 
 def trained_roles(shape: ModelShape, method: Method) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The optimizer that every plan counts with: AdamW, run by the code that trains."""
+"""Holds the optimizer that every plan counts with: AdamW, run by the code that trains."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grass_dist.states.unit_optimizer import UnitOptimizer
 
 _SETTINGS: dict[str, Any] = {"lr": 1e-5, "foreach": True}
 GROUP: dict[str, Any] = {"params": [], **torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **_SETTINGS).defaults}
-"""Its parameter group, with all defaults filled in."""
+"""A parameter group of it, with all defaults filled in."""
 
 
 def optimizer_of(unit: Unit, backend: HookedBackend) -> UnitOptimizer:
-    """The optimizer that a run has for ``unit``."""
+    """Makes the optimizer that a run has for ``unit``."""
     return UnitOptimizer(unit, [0] * len(unit.params), torch.optim.AdamW, _SETTINGS, backend)
 
 

@@ -1,4 +1,4 @@
-"""Which method fits, which settings to take, and what would make it fit where nothing does: computed, never guessed."""
+"""Finds which method fits, which settings to take, and what would make it fit where nothing does."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SHORTEST = 128
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method under one run."""
+    """What one method takes in one planned run."""
 
     run: PlannedRun
     method: Method
     memory: Memory
     host_bytes: float
-    """Pinned, of a host."""
+    """Pinned memory of a host."""
     moved: StepBytes
     time: StepTime
     host_limit: float | None = None
@@ -41,17 +41,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Settings, every method under them, and what is recommended."""
+    """The chosen settings, every method under them, and the one that is recommended."""
 
     run: PlannedRun
     rows: tuple[Row, ...]
     recommended: Row | None
-    """None: no γ fits."""
+    """None where no γ fits."""
     sentences: tuple[str, ...]
 
 
 def row_of(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, memory: Memory | None = None) -> Row:
-    """What a method takes; ``memory``: as it was simulated, else by the closed form."""
+    """Computes what a method takes.
+
+    Args:
+        memory: as it was simulated; None takes the closed form.
+    """
     return Row(
         run,
         method,
@@ -64,7 +68,8 @@ def row_of(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, m
 
 
 def check_weights(shape: ModelShape, run: PlannedRun) -> None:
-    """
+    """Refuses a run whose weights cannot fit.
+
     Raises:
         ConfigError: the weights alone are more than a GPU has.
     """
@@ -81,7 +86,7 @@ def check_weights(shape: ModelShape, run: PlannedRun) -> None:
 
 
 def candidates(run: PlannedRun, *, offload: bool, checkpointing: bool) -> list[PlannedRun]:
-    """The run with each setting that the user left open, the ones that cost least time first."""
+    """Returns the run with each setting that the user left open; those that cost least time come first."""
     modes = ("interval", "stream") if offload else (run.offload,)
     recompute = (False, True) if checkpointing else (run.checkpointing,)
     found = [replace(run, offload=mode, checkpointing=again) for again in recompute for mode in modes]
@@ -91,7 +96,7 @@ def candidates(run: PlannedRun, *, offload: bool, checkpointing: bool) -> list[P
 
 
 def choose(shape: ModelShape, runs: Sequence[PlannedRun], speeds: Speeds) -> tuple[PlannedRun, Method | None]:
-    """The first run under which GRASS fits with the usual γ, else the one with the most layers that fit, if any.
+    """Returns the first run in which GRASS fits with the usual γ, else the one in which most layers fit, if any do.
 
     Args:
         runs: as `candidates` gives them.
@@ -108,18 +113,18 @@ def choose(shape: ModelShape, runs: Sequence[PlannedRun], speeds: Speeds) -> tup
 
 
 def grass_rows(shape: ModelShape, run: PlannedRun, speeds: Speeds) -> list[Row]:
-    """GRASS with each γ."""
+    """Returns what GRASS takes with each γ."""
     return [row_of(shape, run, method, speeds) for method in methods_of(shape, run) if method.name == "grass"]
 
 
 def nearest_to_fitting(shape: ModelShape, runs: Sequence[PlannedRun], speeds: Speeds) -> Row:
-    """What is short of least memory, of all settings that the user left open."""
+    """Returns the run that lacks least memory, of all settings that the user left open."""
     rows = [row_of(shape, run, _grass(shape, run, 1), speeds) for run in runs]
     return min(rows, key=lambda row: (row.host_limit is not None and row.host_bytes > row.host_limit, row.memory.total))
 
 
 def remedies(shape: ModelShape, near: Row, speeds: Speeds) -> list[str]:
-    """Sentences of what would make the nearest one fit: each change alone, else as many together as it takes."""
+    """Says what would make the nearest one fit: each change alone, else as many together as it takes."""
     changes = list(_changes(near.run))
     alone = [_told(shape, name, change(near.run), speeds) for name, change in changes]
     shorter = _shorter(shape, near.run, speeds)
@@ -139,7 +144,7 @@ def remedies(shape: ModelShape, near: Row, speeds: Speeds) -> list[str]:
 
 
 def gb(nbytes: float) -> str:
-    """Decimal, e.g. 13.5 GB."""
+    """Writes bytes in decimal units, e.g. 13.5 GB."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if nbytes >= size:
             return f"{nbytes / size:.3g} {unit}" if nbytes < 999.5 * size or unit == "TB" else f"{nbytes / size:.0f} GB"
@@ -166,13 +171,13 @@ def _changes(run: PlannedRun) -> Iterator[tuple[str, Callable[[PlannedRun], Plan
 
 
 def _told(shape: ModelShape, name: str, run: PlannedRun, speeds: Speeds) -> str:
-    """Whether GRASS with one layer fits then, and what it takes."""
+    """Says what GRASS with one layer takes in ``run``, or nothing where it does not fit."""
     row = row_of(shape, run, _grass(shape, run, 1), speeds)
     return f"{name} ({gb(row.memory.total)} a GPU)" if row.fits else ""
 
 
 def _shorter(shape: ModelShape, run: PlannedRun, speeds: Speeds) -> str:
-    """The longest half, quarter and so on of the sequence that fits."""
+    """Says which is the longest half, quarter and so on of the sequence that fits."""
     seq = run.seq_len // 2
     while seq >= SHORTEST:
         if told := _told(shape, f"--seq-len {seq}", replace(run, seq_len=seq), speeds):

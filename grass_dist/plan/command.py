@@ -1,4 +1,4 @@
-"""``grass-dist plan``: from options to tables, files and pictures."""
+"""Runs ``grass-dist plan``, from its options to tables, files and pictures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BUDGET_S = 40.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """As the command line gives them; None is left out."""
+    """The options of the command line; None is an option that was left out."""
 
     gpus: int
     seq_len: int
@@ -79,7 +79,7 @@ def plan_run(options: Options, tell: Callable[[str], None]) -> None:
         tell: takes sentences about what is under way.
 
     Raises:
-        ConfigError: options that cannot be.
+        ConfigError: an option has a value that cannot be used.
         GrassError: no settings fit, and a file of them was asked for.
     """
     speeds = _speeds(options)
@@ -105,7 +105,7 @@ def plan_run(options: Options, tell: Callable[[str], None]) -> None:
 
 
 def plan(shape: ModelShape, run: PlannedRun, speeds: Speeds, options: Options, tell: Callable[[str], None]) -> Choice:
-    """Every method under the settings that are given or, where they are left open, chosen."""
+    """Plans every method under the settings that are given or, where they are left open, chosen."""
     runs = candidates(run, offload=options.offload is None, checkpointing=options.checkpointing is None)
     chosen, method = choose(shape, runs, speeds)
     if method is None:
@@ -128,14 +128,14 @@ def plan(shape: ModelShape, run: PlannedRun, speeds: Speeds, options: Options, t
 
 
 def _recommended(rows: tuple[Row, ...]) -> Row | None:
-    """GRASS with the usual γ if that fits, else with the largest one below it that does."""
+    """Returns GRASS with the usual γ if that fits, else with the largest smaller one that does."""
     fits = [row for row in rows if row.method.name == "grass" and row.fits]
     usual = [row for row in fits if row.method.active_layers <= USUAL_GAMMA] or fits[:1]
     return max(usual, key=lambda row: row.method.active_layers, default=None)
 
 
 def _simulated(shape: ModelShape, run: PlannedRun, first: Method, tell: Callable[[str], None]) -> dict[Method, Memory]:
-    """The peaks by simulation, of as many methods as there is time for, what matters most first."""
+    """Simulates as many methods as there is time for, those that matter most first."""
     steps: dict[Any, Memory] = {}
     found: dict[Method, Memory] = {}
     methods = [first, *sorted(methods_of(shape, run), key=lambda m: (m.name != "full", m.active_layers))]

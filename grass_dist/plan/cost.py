@@ -1,8 +1,9 @@
-"""What a step costs: FLOPs, bytes on PCIe and on the wire, and seconds by lane with what is hidden.
+"""Counts what a step costs: FLOPs, bytes on PCIe and on the wire, and seconds by lane with what is hidden.
 
-Compute as docs/plan.md has it: of a parameter and token, 2 FLOP for the forward, 2 for the gradients of the activations
-in layers that a gradient passes through, 2 for the gradients of the weights that train. To that come attention, the
-output head, and the forward once more under activation checkpointing. Communication goes in rings, as in `report.wire`.
+Compute is counted as docs/plan.md says. A parameter takes, for each token, 2 FLOP for the forward, 2 for the gradients
+of the activations in layers that a gradient passes through, and 2 for the gradients of the weights that train.
+Attention, the output head, and the second forward of activation checkpointing come on top. Collectives go in rings, as
+in `report.wire`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
 UPDATE_BYTES = 30
-"""Of the GPU's memory that AdamW reads and writes for each entry: master and moments both ways, gradient, weight."""
+"""Bytes of GPU memory that AdamW reads and writes for each entry: master and moments both ways, gradient, weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBytes:
-    """Bytes of one step."""
+    """Bytes that one step moves."""
 
     pcie: float
-    """Each way, of a GPU, on average over a sampling interval."""
+    """Bytes that a GPU copies each way, on average over a sampling interval."""
     within: float
-    """That all ranks together send to ranks of their host."""
+    """Bytes that all ranks together send to ranks of their own host."""
     across: float
-    """That all ranks together send to other hosts."""
+    """Bytes that all ranks together send to other hosts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class StepTime:
     pcie: float
     pcie_hidden: float
     tokens: float
-    """Of all ranks."""
+    """Tokens of all ranks."""
 
     @property
     def total(self) -> float:
@@ -57,12 +58,12 @@ class StepTime:
 
 
 def relative_compute(gamma: int, layers: int, f_above: float = 1.0) -> float:
-    """Step time over that of full fine-tuning, of the layers' FLOPs alone: (2 + 2 f_above + 2 γ/L) / 6."""
+    """Step time relative to full fine-tuning, counting the layers' FLOPs alone: (2 + 2 f_above + 2 γ/L) / 6."""
     return (2 + 2 * f_above + 2 * gamma / layers) / 6
 
 
 def flops(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, float]:
-    """FLOP of one micro-batch on a rank: of the forward, and of the backward."""
+    """FLOP of one micro-batch on a rank: those of the forward, and those of the backward."""
     layers, f = shape.num_layers, traversed(shape, method)
     matrices, head = shape.layer_matrices * layers, shape.head_matrix
     # A causal query meets half of the keys on average; products with keys and with values, 2 FLOP each.
@@ -79,16 +80,16 @@ def flops(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, fl
 
 @dataclass(frozen=True, slots=True)
 class _Wire:
-    """Bytes that a rank puts into the collectives of one micro-batch, and of the step's end."""
+    """Bytes that a rank puts into the collectives of one micro-batch, and into those at the end of the step."""
 
     gather_forward: float
     gather_backward: float
     reduce_layers: float
-    """Under the backward."""
+    """What is reduced while the backward runs."""
     reduce_last: float
     """What is left to reduce when the backward has ended."""
     gather_end: float
-    """Updated weights."""
+    """Updated weights that are gathered."""
 
 
 def _wire(shape: ModelShape, run: PlannedRun, method: Method) -> _Wire:
@@ -124,8 +125,10 @@ def step_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> StepBytes:
 
 @lru_cache(maxsize=64)
 def _links(gpus: int, per_host: int, replicas: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Links within hosts, and between them, of all rings as in `grass_dist.report.wire.sent`: those of the shard groups
-    and those of the replicas."""
+    """Counts the links of all rings, within hosts and between hosts: those of the shard groups, and of the replicas.
+
+    The rings are those of `grass_dist.report.wire.sent`.
+    """
     ranks, group = np.arange(gpus), gpus // replicas
     following = (ranks // group * group + (ranks + 1) % group, (ranks + group) % gpus)
     same = [ranks // per_host == others // per_host for others in following]
@@ -138,7 +141,7 @@ def _group(run: PlannedRun) -> int:
 
 
 def _pcie_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> float:
-    """States that move each way: all active ones in each step, or those that change at a switch."""
+    """Bytes of states that move each way: all active ones in each step, or those that change at a switch."""
     if method.name != "grass" or run.offload == "none":
         return 0.0
     layer = states_of(shape, run, method)[1] / shape.num_layers
@@ -149,11 +152,11 @@ def _pcie_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> float:
 
 
 def step_time(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds) -> StepTime:
-    """Seconds of a step.
+    """Estimates the seconds of a step.
 
-    Gathers run beside the compute but for the first layer's, reductions beside the backward but for those of the roles
-    that the backward ends with; updated weights (DDP, ZeRO-1 and 2) are gathered with nothing beside them. States move
-    beside forward and backward; of "stream", those for which there is no slot move between the updates.
+    Gathers run beside the compute, except the first layer's. Reductions run beside the backward, except those of the
+    roles that the backward ends with. Updated weights (DDP, ZeRO-1 and 2) are gathered with nothing beside them. States
+    move beside forward and backward; under "stream" those for which there is no slot move between the updates.
     """
     reach, m = speeds.flop_per_s * speeds.flop_share, run.accumulation
     forward, backward = (flop / reach for flop in flops(shape, run, method))
@@ -171,7 +174,7 @@ def step_time(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds
 def _network(
     shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, forward: float, backward: float
 ) -> tuple[float, float]:
-    """Seconds of communication in a step, and how many of them the compute hides."""
+    """Estimates the seconds of communication in a step, and how many of them the compute hides."""
     if run.gpus == 1:
         return 0.0, 0.0
     wire, layers, m = _wire(shape, run, method), shape.num_layers, run.accumulation
@@ -191,7 +194,7 @@ def _network(
 
 
 def _reduce(nbytes: float, calls: int, run: PlannedRun, speeds: Speeds) -> float:
-    """Seconds to reduce ``nbytes`` of each rank."""
+    """Estimates the seconds to reduce ``nbytes`` of each rank."""
     whole = run.backend in ("ddp", "zero1", "zero2")
     seconds = _ring(nbytes, calls, 2 if whole else 1, run, speeds)
     if run.backend == "hsdp":
@@ -205,7 +208,10 @@ def _reduce(nbytes: float, calls: int, run: PlannedRun, speeds: Speeds) -> float
 
 
 def _ring(nbytes: float, calls: int, passes: int, run: PlannedRun, speeds: Speeds) -> float:
-    """Seconds for rings over a shard group (all ranks, but for hsdp) to carry ``nbytes`` in ``calls`` collectives."""
+    """Estimates the seconds of ``calls`` collectives that carry ``nbytes``, in rings over a shard group.
+
+    A shard group has all ranks, except under hsdp.
+    """
     ranks = _group(run)
     if ranks == 1 or nbytes == 0:
         return 0.0
@@ -217,7 +223,7 @@ def _ring(nbytes: float, calls: int, passes: int, run: PlannedRun, speeds: Speed
 
 
 def _pcie(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, compute: float) -> tuple[float, float]:
-    """Seconds that copies run in a step (both ways at once), and how many of them the compute hides."""
+    """Estimates the seconds that copies run in a step (both ways at once), and how many of them the compute hides."""
     each = _pcie_bytes(shape, run, method) / speeds.pcie_bytes_per_s
     if not each:
         return 0.0, 0.0

@@ -1,8 +1,8 @@
-"""Peak memory of a GPU and pinned memory of a host, by a closed form over shapes.
+"""Computes the peak memory of a GPU and the pinned memory of a host, by a closed form over shapes.
 
-A step has moments at which memory can peak; the closed form adds up what is there at each of them and takes the largest
-sum. So the parts belong to one moment and add up. Layers are taken as large as the largest, and the draw of the layers
-as the worst: those at the top, whose gradients are there while most activations still are.
+A step has moments at which memory can peak. The closed form adds up what there is at each of them and takes the largest
+sum, so the parts belong to one moment and add up. Every layer is taken to be as large as the largest, and the draw to
+be the worst: the layers at the top, whose gradients exist while most activations still do.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from grass_dist.plan.shape import ModelShape, Shapes, numel
 from grass_dist.states.plan import slot_count
 
 FRAGMENTATION_SHARE = 0.08
-"""Of what is allocated and freed in a step (gradients, activations, buffers), lost between blocks of the allocator."""
+"""Share of what a step allocates and frees (gradients, activations, buffers) that is lost to fragmentation."""
 RUNTIME_BYTES = 0.8e9
-"""CUDA context, kernels, cuBLAS workspace and NCCL's channels: what a process takes before it allocates anything."""
+"""What a process takes before it allocates anything: CUDA context, kernels, cuBLAS workspace and NCCL's channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class Memory:
     states: float
     activations: float
     buffers: float
-    """Of communication (gathered layers, buckets) and of the update."""
+    """Buffers of communication (gathered layers, buckets) and of the update."""
     moment: str
-    """When the peak is."""
+    """The part of the step in which the peak is."""
     simulated: bool = False
 
     @property
@@ -54,7 +54,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """What the GPU must have."""
+        """What the GPU must have, at least."""
         return self.allocated + self.allowance + self.runtime
 
 
@@ -68,7 +68,7 @@ def weights_of(shape: ModelShape, run: PlannedRun) -> float:
 
 
 def states_of(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, float]:
-    """Bytes of optimizer states on a rank: on the device at most, and in host memory (a buffer for each layer)."""
+    """Bytes of optimizer states on a rank: the most on the device, and in host memory (a buffer for each layer)."""
     size = run.bytes_of_state
     each = [size * _state_elements(layer, run) for layer in shape.layers]
     longest, roles = max(each), sum(size * n for n in _role_state_elements(shape, run, method))
@@ -85,7 +85,7 @@ def states_of(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float
 
 
 def slots_of(shape: ModelShape, run: PlannedRun, method: Method) -> int:
-    """States of layers that are on the device at a time, where states move."""
+    """Number of layers whose states are on the device at a time, where states move."""
     return slot_count(grass_config(run, method), run.offload, shape.num_layers)
 
 
@@ -105,7 +105,7 @@ def host_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> float:
 
 
 def zero_settings(shape: ModelShape, run: PlannedRun) -> dict[str, int | bool]:
-    """The ``zero_optimization`` block that the plan counts with and writes: buckets as long as a layer."""
+    """Returns the ``zero_optimization`` that the plan counts with and writes, whose buckets are as long as a layer."""
     stage, layer = int(run.backend[-1]), max(shape.layer_numel, 10**6)
     common: dict[str, int | bool] = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": layer}
     if stage < 3:
@@ -120,7 +120,7 @@ def zero_settings(shape: ModelShape, run: PlannedRun) -> dict[str, int | bool]:
 
 
 def memory_of(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
-    """The peak on a rank, by the closed form."""
+    """Computes the peak on a rank by the closed form."""
     acts = activations_of(shape, run)
     counts = _Counts(shape, run, method, acts)
     weights, states = weights_of(shape, run), states_of(shape, run, method)[0]
@@ -136,7 +136,7 @@ def memory_of(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
 
 
 class _Counts:
-    """What there is at each moment, weights and states left out."""
+    """Counts what there is at each moment, without weights and states."""
 
     def __init__(self, shape: ModelShape, run: PlannedRun, method: Method, acts: Activations) -> None:
         self.shape, self.run, self.method, self.acts = shape, run, method, acts
@@ -157,7 +157,7 @@ class _Counts:
         self.held = self._accumulated()
 
     def _accumulated(self) -> float:
-        """Gradients that are there during all of a backward: of micro-batches before the last, or ZeRO-3's buffer."""
+        """Bytes of gradients that exist during a whole backward: sums of earlier micro-batches, or ZeRO-3's buffer."""
         if self.run.accumulation == 1 and self.run.backend != "zero3":
             return 0.0
         if self.run.backend in ("fsdp2", "hsdp"):
@@ -183,7 +183,7 @@ class _Counts:
         return Memory(0, gradients, 0, acts, buffers, "backward")
 
     def recomputing(self) -> Memory:
-        """The backward is within a layer, all of whose activations are there; FSDP2 reduces those of the one above."""
+        """The backward is within a layer whose activations all exist; FSDP2 reduces the gradients of the one above."""
         again = self.acts.trained_layer if self.run.checkpointing else 0.0
         buffers = self.gathered_root + self.head_grad + self._buckets()
         acts, gradients = self.layers + again + self.acts.flow, self.held
@@ -196,7 +196,7 @@ class _Counts:
         return Memory(0, gradients, 0, acts, buffers, "recomputation" if again else "backward")
 
     def backward_end(self) -> Memory:
-        """The roles' gradients are being reduced, which FSDP2 does last, together."""
+        """The roles' gradients are being reduced. FSDP2 does that last, and all together."""
         w, r, roles = self.run.weight_bytes, self.run.reduce_bytes, sum(self.roles.values())
         gradients = self.method.active_layers * self.reduced_layer + self.reduced_roles
         buffers = self.gathered_root + self._buckets()
@@ -208,7 +208,7 @@ class _Counts:
         return Memory(0, gradients, 0, 0, buffers, "end of the backward")
 
     def update(self) -> Memory:
-        """The unit with most entries is updated: gradients in fp32, and what AdamW computes on the way."""
+        """The unit with most entries is updated, with its gradients in fp32 and what AdamW computes on the way."""
         run, shape = self.run, self.shape
         units = [-(-self.layer_trained // run.state_shards), *_role_state_elements(shape, run, self.method)]
         buffers = run.update_bytes * max(units) + self._resting_buckets()
@@ -225,7 +225,7 @@ class _Counts:
         return self.layer_trained if self.method.name == "lora" else max(map(math.prod, shapes))
 
     def _resting_buckets(self) -> float:
-        """What a wrapper allocates once: stock DDP's buckets, which GRASS and stock DDP never free."""
+        """Bytes that a wrapper allocates once: DDP's buckets, which are never freed, with GRASS or without."""
         if self.run.backend != "ddp":
             return 0.0
         trains = self.trained if self.method.name == "lora" else self.shape.numel
@@ -242,7 +242,7 @@ class _Counts:
 
 
 def _held(shapes: Shapes, run: PlannedRun) -> int:
-    """Elements of a unit's weights on the rank that has most: FSDP2 cuts rows, ZeRO-3 flattened parameters."""
+    """Elements of a unit's weights on the rank that has most. FSDP2 cuts rows, ZeRO-3 flattened parameters."""
     if run.backend in ("fsdp2", "hsdp"):
         return sum(-(-s[0] // run.shards) * math.prod(s[1:]) for s in shapes)
     return sum(-(-math.prod(s) // run.shards) for s in shapes)
@@ -264,7 +264,7 @@ def _gradient_elements(
     """Elements of gradients on a rank, of one layer and of all roles that train.
 
     Args:
-        in_backward: before the backward has ended: ZeRO-1 reduces after it, and has whole ones until then.
+        in_backward: whether the backward has not ended; ZeRO-1 reduces after it, and has whole ones until then.
     """
     roles = [shape.roles[name] for name in trained_roles(shape, method)]
     divided = run.backend == "zero2" or (run.backend == "zero1" and not in_backward)
@@ -278,9 +278,9 @@ def _gradient_elements(
 
 
 def _overlapping(shapes: Shapes, ranks: int) -> list[int]:
-    """Elements of the gradients that each rank holds of a unit under ZeRO-1 and 2: its partition is one of equal runs.
+    """Elements of a unit's gradients that each rank holds under ZeRO-1 and 2, which partition it into equal runs.
 
-    Of a parameter that is cut, DeepSpeed keeps the whole gradient, of which the partition has a view.
+    Where a partition cuts a parameter, DeepSpeed keeps the whole gradient, and the partition has a view of it.
     """
     length, held, start = -(-numel(shapes) // ranks), [0] * ranks, 0
     for shape in shapes:

@@ -1,4 +1,4 @@
-"""What is to be planned: the machine, the batch, the way of sharding; and the methods that are compared."""
+"""Describes what is planned: the machine, the batch and the sharding, and the methods that are compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
 LARGEST = {"gpus": 2**20, "accumulation": 2**16}
-"""Above which nobody plans; what is computed goes through all of them."""
+"""Largest values that are accepted: the computation goes through all of them."""
 LORA_RANK = 16
 
 
@@ -25,7 +25,7 @@ class PlannedRun:
     """One way to run a fine-tune.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value cannot be used.
     """
 
     gpus: int
@@ -38,16 +38,17 @@ class PlannedRun:
     """Micro-batches of a step."""
     backend: BackendName = "fsdp2"
     replicate: int = 1
-    """Replicas of the sharded model: of hsdp."""
+    """Replicas of the sharded model, for hsdp."""
     offload: Offload = "interval"
     dtype: str = "bfloat16"
     checkpointing: bool = False
     """Activation checkpointing of each layer."""
     roles: tuple[Role, ...] = ROLES
-    """That GRASS trains at every step. Full fine-tuning and LISA train all of them."""
+    """Roles that GRASS trains at every step. Full fine-tuning and LISA train all of them."""
     sampling_interval: int = 50
     state_bytes: int | None = None
-    """Of a trained element; None: fp32 master (16-bit weights) and two fp32 moments."""
+    """Bytes of state of a trained element. None counts what `UnitOptimizer` keeps: two fp32 moments, and an fp32 master
+    of 16-bit weights."""
 
     def __post_init__(self) -> None:
         for option in ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "sampling_interval"):
@@ -71,12 +72,12 @@ class PlannedRun:
 
     @property
     def reduce_bytes(self) -> int:
-        """Of an element when gradients are reduced: fp32 under fsdp2 and hsdp, else the dtype of the weights."""
+        """Bytes of a gradient's element while it is reduced: fp32 under fsdp2 and hsdp, else as wide as the weights."""
         return 4 if self.backend in ("fsdp2", "hsdp") else self.weight_bytes
 
     @property
     def bytes_of_state(self) -> int:
-        """Of a trained element: 12 with 16-bit weights, 8 with fp32 ones (ZeRO-1 and 2: a master even then)."""
+        """Bytes of state of a trained element."""
         if self.state_bytes is not None:
             return self.state_bytes
         # DeepSpeed's ZeRO-1 and 2 keep a master of fp32 weights, too.
@@ -84,24 +85,24 @@ class PlannedRun:
 
     @property
     def update_bytes(self) -> int:
-        """Of an entry while it is updated: a gradient as wide as its master, and what AdamW computes on the way."""
+        """Bytes of an entry under its update: a gradient as wide as its master, and what AdamW computes on the way."""
         if self.state_bytes is not None:
             return self.state_bytes // 2  # no master, and moments of half of it each
         return 8 if self.weight_bytes < 4 else 4
 
     @property
     def shards(self) -> int:
-        """Ranks that the weights are divided among."""
+        """Number of ranks that the weights are divided among."""
         return {"fsdp2": self.gpus, "zero3": self.gpus, "hsdp": self.gpus // self.replicate}.get(self.backend, 1)
 
     @property
     def state_shards(self) -> int:
-        """Ranks that the optimizer states are divided among."""
+        """Number of ranks that the optimizer states are divided among."""
         return self.shards if self.backend in ("fsdp2", "hsdp") else self.gpus
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch on a rank."""
+        """Tokens of a micro-batch on a rank."""
         return self.seq_len * self.micro_batch
 
     @property
@@ -113,18 +114,18 @@ class PlannedRun:
         return -(-self.gpus // self.gpus_per_host)
 
     def on(self, gpus: int) -> PlannedRun:
-        """The same on another number of GPUs; hsdp shards within its hosts."""
+        """Returns the same run on another number of GPUs, where hsdp shards within each host."""
         hosts = -(-gpus // self.gpus_per_host)
         return replace(self, gpus=gpus, replicate=max(2, hosts) if self.backend == "hsdp" else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What trains."""
+    """A method of training, and what it trains."""
 
     name: Literal["full", "lora", "lisa", "grass"]
     active_layers: int
-    """At a time (γ)."""
+    """Layers that train at a time (γ)."""
     roles: tuple[Role, ...] = ROLES
 
     @property
@@ -134,7 +135,7 @@ class Method:
 
 
 def methods_of(shape: ModelShape, run: PlannedRun) -> list[Method]:
-    """Full fine-tuning, LoRA, LISA with 2 layers as published, and GRASS with γ = 1, 2, 4, ... and all layers."""
+    """Lists full fine-tuning, LoRA, LISA with 2 layers as published, and GRASS with γ = 1, 2, 4, ... and all layers."""
     most = shape.num_layers
     gammas = sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most})
     lisa = min(2, most)
@@ -147,7 +148,7 @@ def methods_of(shape: ModelShape, run: PlannedRun) -> list[Method]:
 
 
 def grass_config(run: PlannedRun, method: Method) -> GrassConfig:
-    """The configuration by which ``method`` trains in ``run``."""
+    """Returns the configuration by which ``method`` trains in ``run``."""
     return GrassConfig(
         active_layers=method.active_layers,
         sampling_interval=run.sampling_interval,
@@ -158,7 +159,7 @@ def grass_config(run: PlannedRun, method: Method) -> GrassConfig:
 
 
 def trained_roles(shape: ModelShape, method: Method) -> dict[str, int]:
-    """Elements of each role that trains; tied embeddings train if either of their roles does."""
+    """Elements of each role that trains. Tied embeddings train if either of their roles does."""
     wanted = set(method.roles)
     if shape.tied and "lm_head" in wanted:
         wanted.add("embeddings")
@@ -178,7 +179,7 @@ def traversed(shape: ModelShape, method: Method, *, worst: bool = False) -> floa
     """Share of the layers that a gradient passes through (f_above in docs/plan.md, Time).
 
     Args:
-        worst: for the worst draw instead of the expected one of γ layers drawn alike.
+        worst: takes the worst draw instead of the mean over all draws.
     """
     total, gamma = shape.num_layers, method.active_layers
     if method.name in ("full", "lora") or "embeddings" in trained_roles(shape, method) or worst:

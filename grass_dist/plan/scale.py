@@ -1,4 +1,4 @@
-"""Step time and efficiency over the number of GPUs: the same cost model, as a table and a picture."""
+"""Shows step time and efficiency over the number of GPUs, by the same cost model, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Point:
     gpus: int
     step_s: float
     efficiency: float
-    """Compute of a step over all of it: 1 where nothing but the model's own computation takes time."""
+    """Compute over the whole step: 1 where only the model's own computation takes time."""
     fits: bool
-    """By the closed form."""
+    """Whether the closed form fits into the GPU."""
 
 
 def parse_scale(text: str) -> list[int]:
-    """Numbers of GPUs, doubling from the first to the last of e.g. 8..4096.
+    """Reads a range of GPUs, e.g. 8..4096, as numbers that double from the first on.
 
     Raises:
         ConfigError: it is no such range.
@@ -48,7 +48,7 @@ def parse_scale(text: str) -> list[int]:
 
 
 def scale(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, counts: Sequence[int]) -> list[Point]:
-    """Points of FSDP2, HSDP (a replica on each host), ZeRO-2 and ZeRO-3, the batch of each GPU held."""
+    """Plans FSDP2, HSDP (a replica on each host), ZeRO-2 and ZeRO-3 on each number of GPUs, the batch of a GPU held."""
     points = []
     for backend in NAMES:
         for gpus in counts:
@@ -63,7 +63,7 @@ def scale(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, co
 
 
 def assumptions(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds) -> str:
-    """In some lines, for the picture and below the table."""
+    """Writes what the points assume, in three lines for the picture and below the table."""
     measured = f"; measured: {', '.join(speeds.measured)}" if speeds.measured else ""
     reached, within = speeds.flop_per_s * speeds.flop_share, speeds.within_bytes_per_s
     return (
@@ -78,10 +78,10 @@ def assumptions(shape: ModelShape, run: PlannedRun, method: Method, speeds: Spee
 
 
 def draw_scale(points: Sequence[Point], text: str, path: Path) -> None:
-    """Writes the picture, PNG or SVG by the name of the file.
+    """Writes the picture as PNG or SVG, by the name of the file.
 
     Raises:
-        ConfigError: another suffix, or it cannot be written.
+        ConfigError: the file has another suffix, or cannot be written.
     """
     if path.suffix.lower() not in (".png", ".svg"):
         raise ConfigError("--plot", str(path), "it is neither .png nor .svg", "name e.g. scale.png")

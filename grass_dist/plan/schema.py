@@ -1,4 +1,4 @@
-"""The JSON of ``grass-dist plan --json FILE``: flat names with their units.
+"""Writes the JSON of ``grass-dist plan --json FILE``, in flat names with their units.
 
 version, model, params, num_layers, gpus, gpus_per_host, hosts, gpu_memory_bytes, seq_len_tokens, micro_batch,
 accumulation, backend, replicate, offload, dtype, activation_checkpointing, always_active, sampling_interval_steps
@@ -36,7 +36,7 @@ _UNPRINTED = ("device_bytes", "pinnable_bytes")
 
 
 def as_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Point]) -> dict[str, Any]:
-    """What the module describes; holds what JSON can."""
+    """Returns the object that the module describes, with values that JSON can hold."""
     run, recommended = choice.run, choice.recommended
     full = next(row for row in choice.rows if row.method.name == "full")
     return {
@@ -68,7 +68,7 @@ def as_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[
 
 
 def most_layers(rows: Sequence[Row]) -> int:
-    """The largest γ of GRASS that fits; 0 if none does."""
+    """Returns the largest γ with which GRASS fits; 0 if none does."""
     return max((r.method.active_layers for r in rows if r.method.name == "grass" and r.fits), default=0)
 
 

@@ -1,10 +1,11 @@
-"""Memory of a training step by running it on fake tensors: the model, its wrapper, our backend, our optimizers.
+"""Measures the memory of a training step by running it on fake tensors.
 
-No weight and no GPU is needed, and a world of any size is one process. `FakeTensorMode` carries shapes in the place of
-numbers, a fake process group takes every collective for done, and a tracker adds up what is alive. What is simulated is
-an optimizer step of one micro-batch; the agreement of the ranks and the draw, which need numbers, are left out.
+The model, its wrapper, our backend and our optimizers run. No weight and no GPU is needed, and a world of any size is
+one process. `FakeTensorMode` carries shapes instead of numbers, a fake process group takes every collective for done,
+and a tracker adds up what is alive. What is simulated is an optimizer step of one micro-batch; the agreement of the
+ranks and the draw, which need numbers, are left out.
 
-Private here, and checked on torch 2.13.0: the trackers of `track`, `FakeTensorMode` and torch's fake process group.
+The trackers of `track`, `FakeTensorMode` and torch's fake process group are private. They are checked on torch 2.13.0.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIMULATED = ("single", "fsdp2", "hsdp", "ddp")
 """Backends of which a step can be simulated; DeepSpeed's engine needs real tensors."""
 _ATTENTION = "grass_plan"
 _BLOCK = 512
-"""Bytes that an allocation is rounded up to, on CUDA and by the trackers."""
+"""CUDA and the trackers round the bytes of an allocation up to a multiple of this."""
 
 _PART_OF_KIND = {
     **dict.fromkeys(["Sharded Param", "Parameter"], "weights"),
@@ -47,16 +48,16 @@ _PART_OF_KIND = {
     **dict.fromkeys(["Unsharded Param", "Unsharded Grad", "All Gather", "Reduce Scatter"], "buffers"),
     **dict.fromkeys(["Temp", "OptState", "Optstate", "Other"], "buffers"),
 }
-"""Names that the trackers of `track` give, and the part of `Memory` that each belongs to."""
+"""Part of `Memory` that each name of the trackers of `track` belongs to."""
 
 
 def can_simulate(run: PlannedRun, method: Method) -> bool:
-    """Whether `simulate` knows how: not DeepSpeed, not LoRA, one micro-batch a step, stock state sizes."""
+    """Whether `simulate` can: without DeepSpeed and LoRA, with one micro-batch a step and stock state sizes."""
     return run.backend in SIMULATED and method.name != "lora" and run.accumulation == 1 and run.state_bytes is None
 
 
 def simulate(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
-    """The peak of a training step on rank 0, with the worst draw of the layers.
+    """Finds the peak of a training step on rank 0, with the worst draw of the layers.
 
     Raises:
         GrassError: this model cannot run on fake tensors, or a process group is there already.
@@ -92,11 +93,11 @@ def simulate(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
 
 
 def track(model: nn.Module, sharded: bool) -> tuple[Any, Callable[[], dict[str, int]]]:
-    """A context that follows the memory of tensors, and what gives the kinds of its peak so far, in bytes.
+    """Returns a context that follows the memory of tensors, and a function that gives the bytes of its peak by kind.
 
-    Private: `torch.distributed._tools` has no public counterpart. Checked on torch 2.13.0, and by `tests/test_plan.py`,
-    which fails when a release changes it. For a model of FSDP2 it is `FSDPMemTracker`; for a plain one `MemTracker`,
-    which must see every parameter trainable once: so a forward without gradients comes first.
+    `torch.distributed._tools` is private and has no public counterpart. It is checked on torch 2.13.0, and by
+    `tests/test_plan.py`, which fails when a release changes it. For a model of FSDP2 it is `FSDPMemTracker`; for a
+    plain one `MemTracker`, which must see every parameter trainable once, so a forward without gradients comes first.
     """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -113,7 +114,7 @@ def track(model: nn.Module, sharded: bool) -> tuple[Any, Callable[[], dict[str, 
 
 @contextlib.contextmanager
 def _fake_world(size: int) -> Iterator[None]:
-    """A world in which this process is rank 0 and collectives do nothing."""
+    """Makes a world in which this process is rank 0 and collectives do nothing."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -125,7 +126,7 @@ def _fake_world(size: int) -> Iterator[None]:
 
 
 class _Divided(SingleBackend):
-    """Rank 0 of DDP as far as its memory goes: states in parts, updated weights on their way in two units."""
+    """Rank 0 of DDP as far as its memory goes, with states in parts and two units of updated weights on their way."""
 
     def __init__(self, model: nn.Module, ranks: int) -> None:
         super().__init__(model, 1)
@@ -171,7 +172,7 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
 
 
 def _optimizers(units: Sequence[Unit], backend: HookedBackend) -> tuple[list[UnitOptimizer], int]:
-    """Our optimizers of what trains, each with memory for its state, and the bytes of that as the tracker counts."""
+    """Makes our optimizers of what trains, with memory for their states, and counts its bytes as the tracker does."""
     optimizers, states = [], 0
     for unit in units:
         optimizer = optimizer_of(unit, backend)
@@ -184,8 +185,10 @@ def _optimizers(units: Sequence[Unit], backend: HookedBackend) -> tuple[list[Uni
 
 
 def _training(layers: LayerMap, run: PlannedRun, method: Method) -> list[Unit]:
-    """The units of the worst draw: the topmost layers, and the lowest in the place of one where it decides how far the
-    backward goes. In the order of the updates."""
+    """Returns the units of the worst draw, in the order of the updates.
+
+    They are the topmost layers, one of them replaced by the lowest where that decides how far the backward goes.
+    """
     roles = always_active_roles(layers, grass_config(run, method))
     top = list(layers.layers[len(layers.layers) - method.active_layers :])
     if "embeddings" not in {unit.name for unit in roles}:
@@ -202,7 +205,7 @@ def _wrapped(model: nn.Module, run: PlannedRun, mesh: Any) -> HookedBackend:
 
 
 def _without_mask(config: Any) -> Any:
-    """The configuration with attention as sdpa runs it on full sequences: causal, with no mask in memory.
+    """Returns the configuration with attention as sdpa runs it on full sequences: causal, with no mask in memory.
 
     transformers looks into the mask to leave it out, which it cannot do with fake tensors.
     """

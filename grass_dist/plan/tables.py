@@ -1,4 +1,4 @@
-"""What `grass-dist plan` prints: two tables, what is recommended, and the constants behind the times."""
+"""Prints what `grass-dist plan` found: two tables, what is recommended, and the constants behind the times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
 WIDTH = 170
-"""Columns where the output is no terminal."""
+"""Number of columns where the output is no terminal."""
 
 
 def show(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Point], assumed: str) -> None:
@@ -30,7 +30,7 @@ def show(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Poi
 
 
 def seconds(value: float) -> str:
-    """With a unit: 1.23 s, 45.6 ms or 7.8 µs; 0 is 0 s."""
+    """Writes seconds with a unit, e.g. 1.23 s, 45.6 ms, 7.8 µs or 0 s."""
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -38,7 +38,7 @@ def seconds(value: float) -> str:
 
 
 def about_speeds(speeds: Speeds) -> str:
-    """The constants of the times, in a sentence."""
+    """Says in a sentence with which constants the times were computed."""
     measured = f" Measured by the doctor: {', '.join(speeds.measured)}." if speeds.measured else ""
     return (
         f"Times are of a model of costs: {speeds.flop_share:.0%} of {speeds.flop_per_s / 1e12:.4g} TFLOP/s a GPU, "

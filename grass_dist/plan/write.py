@@ -1,4 +1,4 @@
-"""The recommended settings as a YAML file for launch/finetune.py, and for ZeRO the DeepSpeed JSON beside it."""
+"""Writes the recommended settings: a YAML file for launch/finetune.py, and for ZeRO the DeepSpeed JSON beside it."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def write_config(path: Path, shape: ModelShape, row: Row) -> list[Path]:
 
 
 def deepspeed_json(shape: ModelShape, row: Row) -> dict[str, Any]:
-    """The DeepSpeed configuration whose buckets the plan has counted."""
+    """Returns the DeepSpeed configuration whose buckets the plan has counted."""
     auto = dict.fromkeys(_AUTO, "auto")
     low = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
     return {"zero_optimization": zero_settings(shape, row.run), **low, **auto}
 
 
 def settings_of(path: Path, shape: ModelShape, row: Row) -> dict[str, Any]:
-    """The settings, as nested sections; what is not planned is as in configs/."""
+    """Returns the settings as nested sections; what is not planned is as in configs/."""
     run = row.run
     parallel: Any = {"single": "single", "ddp": "ddp", "fsdp2": "fsdp2"}.get(run.backend)
     if run.backend == "hsdp":

@@ -1,4 +1,4 @@
-"""The steps of a fine-tune: one optimizer step over a rank's micro-batches, and an evaluation."""
+"""Runs the steps of a fine-tune: an optimizer step over a rank's micro-batches, and an evaluation."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from grass_dist.model.loss import IGNORED, summed_loss
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Of the global batch."""
+    """What a step on the global batch gave."""
 
     loss: float
-    """Mean over all target tokens."""
+    """Mean loss over all target tokens."""
     grad_norm: float | None
-    """Before clipping; None in the probe and without clipping."""
+    """Norm of the gradients before clipping; None in the probe and without clipping."""
     tokens: int
-    """Target tokens."""
+    """Number of target tokens."""
     applied: bool
-    """False: a loss or gradient was not finite, and nothing was updated."""
+    """Whether anything was updated: nothing is where a loss or gradient is not finite."""
     flags: list[float]
-    """Sums over the ranks of what each gave."""
+    """Sums over the ranks of the flags that each gave."""
 
     @property
     def bad(self) -> bool:
@@ -45,15 +45,15 @@ def train_step(
     step: int,
     flags: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
-    """One optimizer step over the micro-batches of this rank.
+    """Takes one optimizer step over the micro-batches of this rank.
 
     The loss is the mean over the target tokens of the *global* batch, so it does not depend on how the batch was cut
-    into ranks and micro-batches. Over the wire, besides the gradients: an all-reduce of 8 bytes and one of 8 bytes for
-    the loss and for each flag.
+    into ranks and micro-batches. Besides the gradients, an all-reduce of 8 bytes goes over the wire, and one of 8 bytes
+    for the loss and for each flag.
 
     Args:
         step: its number, for errors.
-        flags: asked at the end of the step for numbers that the ranks add up.
+        flags: gives at the end of the step the numbers that the ranks add up.
     """
     batches = [
         {name: t.to(world.device, non_blocking=True) for name, t in collate(micro, pad_token_id).items()}
@@ -83,13 +83,13 @@ def evaluate(
     world: World,
     leaves: Callable[[], bool],
 ) -> float | None:
-    """Mean loss over the target tokens of ``examples``, shared among the ranks.
+    """Computes the mean loss over the target tokens of ``examples``, which the ranks share.
 
     Args:
-        leaves: asked on every rank before each micro-batch whether it ends here: the same on all.
+        leaves: says on every rank, before each micro-batch, whether it ends here; the same on all.
 
     Returns:
-        None if it has ended before its end.
+        The loss, or None if it has been left before its end.
     """
     examples = list(examples)
     micro = [examples[at : at + micro_batch_size] for at in range(0, len(examples), micro_batch_size)]

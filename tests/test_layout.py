@@ -50,11 +50,34 @@ def test_only_backends_know_how_a_model_is_wrapped():
             assert not [i for i in imports(path) if i.startswith(("torch.distributed", "torch.nn.parallel"))], path
 
 
+def loaded_by(statement):
+    """Names of all modules that a new interpreter has after ``statement``."""
+    code = f"{statement}; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split())
+
+
+def test_the_planner_and_the_doctor_load_neither_the_training_program_nor_the_controller():
+    loaded = loaded_by("import grass_dist.plan.command, grass_dist.doctor.command")
+    assert "grass_dist.plan.simulate" in loaded
+    assert not {m for m in loaded if m.startswith(("grass_dist.finetune", "grass_dist.method.controller"))}
+
+
+def test_the_command_starts_without_torch():
+    assert "torch" not in loaded_by("import grass_dist.cli")
+
+
 def test_importing_the_package_imports_no_extra():
-    code = "import grass_dist, sys; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    loaded = loaded_by("from grass_dist import *")
+    assert "grass_dist.optimizer" in loaded
     for extra in ("transformers", "datasets", "deepspeed", "matplotlib", "rich", "typer", "yaml"):
-        assert f"'{extra}'" not in out
+        assert extra not in loaded
+
+
+def test_every_module_begins_with_a_sentence():
+    for path, _ in modules():
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        assert first.endswith(".") and not first[:1].islower(), path
 
 
 def test_modules_fit_in_one_sitting():

@@ -15,8 +15,8 @@ from grass_dist.finetune.run_torch import Torch
 from grass_dist.finetune.steps import train_step
 from grass_dist.job.world import World
 from grass_dist.model.discovery import find_layers
-from integration_tests.model import small_llama
-from integration_tests.training import full
+from integration_tests.support.model import small_llama
+from integration_tests.support.training import full
 
 EXAMPLES = [{"input_ids": list(range(i, i + 8)), "labels": [-100, *range(i + 1, i + 8)]} for i in range(4)]
 

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 import grass_dist
 from grass_dist.states.unit_optimizer import ELEMENTWISE
-from integration_tests.model import (
+from integration_tests.support.model import (
     ADAMW,
     CLIP,
     FROZEN,
@@ -22,9 +22,9 @@ from integration_tests.model import (
     small_llama,
     wrapped,
 )
-from integration_tests.ranks import refused
-from integration_tests.training import full, local, train_grass
-from integration_tests.wire import Wire
+from integration_tests.support.ranks import refused
+from integration_tests.support.training import full, local, train_grass
+from integration_tests.support.wire import Wire
 from tests.tiny import loss_of, take_steps, tiny
 
 SETTINGS = {

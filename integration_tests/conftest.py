@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from integration_tests.program import AUTO, make_config, make_data, make_model
+from integration_tests.support.program import AUTO, make_config, make_data, make_model
 
 
 @pytest.fixture(scope="module")

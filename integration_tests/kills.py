@@ -4,10 +4,11 @@
     python -m integration_tests.kills --at moments --kills 1 --first 17     # that one again, with --keep its files
     python -m integration_tests.kills --kills 200 [--seed 0]                # at random times: see kill_times.py
 
-Two ranks run `integration_tests.mortal`, and one of them dies by SIGKILL in the middle of something. The other must
-end by itself, with one sentence that names the dead. Then the run goes on, started again, which some do not survive
-either, or by torchrun's own restart. It must end with the weights, checkpoints and record of the undisturbed run, and
-leave nothing behind. Prints a line for each kill; the exit code is 1 if anything differs or a kill did not happen.
+Two ranks run `integration_tests.support.mortal`, and one of them dies by SIGKILL in the middle of something. The other
+must end by itself, with one sentence that names the dead. Then the run goes on, started again, which some do not
+survive either, or by torchrun's own restart. It must end with the weights, checkpoints and record of the undisturbed
+run, and leave nothing behind. Prints a line for each kill; the exit code is 1 if anything differs or a kill did not
+happen.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from grass_dist.checkpoint.folders import checkpoints_in, step_of
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.errors import CheckpointError
 from grass_dist.finetune.run_folder import LOCK
-from integration_tests.mortal import RANKS, Ended, start, start_elastic
-from integration_tests.program import make_config, make_data, make_model
+from integration_tests.support.mortal import RANKS, Ended, start, start_elastic
+from integration_tests.support.program import make_config, make_data, make_model
 
 STEPS = 60
 COLLECTIVE = 20
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kills")))
         if args.at == "times":
-            from integration_tests.kill_times import soak
+            from integration_tests.support.kill_times import soak
 
             return 1 if soak(folder, args.kills, args.seed, args.first).wrong else 0
         runs = Runs(folder)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import grass_dist
-from integration_tests.model import (
+from integration_tests.support.model import (
     ADAMW,
     CLIP,
     GLOBAL_BATCH,
@@ -19,7 +19,7 @@ from integration_tests.model import (
     small_llama,
     wrapped,
 )
-from integration_tests.training import full, local
+from integration_tests.support.training import full, local
 
 STEPS = 50
 BASE = {
@@ -110,8 +110,8 @@ def train_zero(
     **settings: Any,
 ) -> dict[str, Any]:
     """A training under ZeRO-1, 2 or 3."""
-    from integration_tests.zero import ds_config, make_engine, train_step
-    from integration_tests.zero import full as gathered
+    from integration_tests.support.zero import ds_config, make_engine, train_step
+    from integration_tests.support.zero import full as gathered
 
     config = ds_config(int(backend.removeprefix("zero")), {**BASE, **settings, "offload": offload}, 1, dtype)
     engine = make_engine(config, dtype, model_of(dtype, uneven))

@@ -15,11 +15,11 @@ import torch
 
 from grass_dist.backends.zero import private
 from integration_tests import zero_checks
-from integration_tests.parity import check_parity
-from integration_tests.ranks import run_ranks
-from integration_tests.reference import run_reference
-from integration_tests.zero import train_zero
-from integration_tests.zero_chain import grass_and_chain
+from integration_tests.support.parity import check_parity
+from integration_tests.support.ranks import run_ranks
+from integration_tests.support.reference import run_reference
+from integration_tests.support.zero import train_zero
+from integration_tests.support.zero_chain import grass_and_chain
 
 SETTINGS, STEPS = zero_checks.SETTINGS, zero_checks.STEPS
 

@@ -15,8 +15,8 @@ from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.saving import Saver, take_snapshot
 from grass_dist.events import Event
 from grass_dist.ranks import Ranks
-from integration_tests.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
-from integration_tests.training import full
+from integration_tests.support.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
+from integration_tests.support.training import full
 
 BATCH = 12
 """Sequences of a global batch: for 1, 2, 3 and 4 ranks."""

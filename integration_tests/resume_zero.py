@@ -17,10 +17,10 @@ from grass_dist.checkpoint.loading import Checkpoint, State, load, open_checkpoi
 from grass_dist.checkpoint.saving import Saver, Snapshot, take_snapshot, write_snapshot
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.ranks import Ranks
-from integration_tests.model import ADAMW, decay_groups, global_batch, schedule, small_llama
-from integration_tests.ranks import refused
 from integration_tests.resume import BATCH, Setting, Training
-from integration_tests.zero import ds_config, full
+from integration_tests.support.model import ADAMW, decay_groups, global_batch, schedule, small_llama
+from integration_tests.support.ranks import refused
+from integration_tests.support.zero import ds_config, full
 
 GRASS = {
     "active_layers": 2,

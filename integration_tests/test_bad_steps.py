@@ -3,7 +3,7 @@
 import pytest
 
 from integration_tests.bad_steps import spoiled
-from integration_tests.ranks import run_ranks
+from integration_tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(240)
 

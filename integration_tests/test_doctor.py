@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.hosts import Host, Hosts, needs_hosts
+from integration_tests.support.hosts import Host, Hosts, needs_hosts
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.integration, needs_hosts]
 

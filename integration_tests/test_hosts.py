@@ -11,14 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.hosts import Hosts, needs_hosts
-from integration_tests.program import ROOT
+from integration_tests.support.hosts import Hosts, needs_hosts
+from integration_tests.support.program import ROOT
 
 pytestmark = [pytest.mark.timeout(60), needs_hosts]
 
 # Of its own session, as a daemon is: it does not end with the one that started it.
 DAEMON = ["setsid", "sh", "-c", "sleep 1000 & echo begun; sleep 1000"]
-HELD = "from integration_tests.hosts import Hosts\nwith Hosts(2) as h: print([x.pid for x in h], flush=True); input()"
+HELD = """
+from integration_tests.support.hosts import Hosts
+with Hosts(2) as hosts:
+    print([host.pid for host in hosts], flush=True)
+    input()
+"""
 
 
 def namespaces(pids: list[int]) -> set[str]:

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, odd_tensors, play
-from integration_tests.mortal import MODEL_IS_WRITTEN, start
-from integration_tests.program import ROOT
+from integration_tests.support.mortal import MODEL_IS_WRITTEN, start
+from integration_tests.support.program import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 

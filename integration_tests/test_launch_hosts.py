@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.hosts import Host, Hosts, needs_hosts, needs_ssh
-from integration_tests.program import ROOT, events, run_all
-from integration_tests.slurm import cluster, needs_slurm
+from integration_tests.support.hosts import Host, Hosts, needs_hosts, needs_ssh
+from integration_tests.support.program import ROOT, events, run_all
+from integration_tests.support.slurm import cluster, needs_slurm
 
 pytestmark = [pytest.mark.timeout(150), needs_hosts, needs_ssh]
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from integration_tests.hosts import Host, Hosts, needs_hosts
-from integration_tests.peers import GO, Scene, play_apart
+from integration_tests.support.hosts import Host, Hosts, needs_hosts
+from integration_tests.support.peers import GO, Scene, play_apart
 
 pytestmark = [pytest.mark.timeout(120), needs_hosts]
 

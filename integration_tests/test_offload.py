@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from integration_tests.offload import BASE, CASES, every_mode
-from integration_tests.ranks import run_ranks
+from integration_tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(400)
 QUICK = [(2, "fsdp2"), (2, "zero2")]

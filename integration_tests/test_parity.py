@@ -9,11 +9,11 @@ import torch
 
 from grass_dist.states.unit_optimizer import ELEMENTWISE
 from integration_tests.checks import SETTINGS, STEPS, on_four_ranks, on_two_ranks
-from integration_tests.model import FROZEN, LAYERS
-from integration_tests.parity import check_parity
-from integration_tests.ranks import run_ranks
-from integration_tests.reference import run_reference
-from integration_tests.training import train_grass
+from integration_tests.support.model import FROZEN, LAYERS
+from integration_tests.support.parity import check_parity
+from integration_tests.support.ranks import run_ranks
+from integration_tests.support.reference import run_reference
+from integration_tests.support.training import train_grass
 
 pytestmark = pytest.mark.timeout(420)
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from grass_dist.errors import GrassError
 from grass_dist.job.peers import Peers, lost_peer, of_collective
 from grass_dist.job.world import _agree_on_start
-from integration_tests.peers import Ended, Scene, play
-from integration_tests.program import ROOT
-from integration_tests.ranks import free_port
+from integration_tests.support.peers import Ended, Scene, play
+from integration_tests.support.program import ROOT
+from integration_tests.support.ranks import free_port
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -105,7 +105,7 @@ def test_a_rank_that_was_stopped_and_came_back_is_no_alarm_and_the_next_that_is_
 
 def test_torchrun_restarts_the_ranks_after_one_is_killed(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
-    command += ["--master-port", str(free_port()), "-m", "integration_tests.peers", str(tmp_path)]
+    command += ["--master-port", str(free_port()), "-m", "integration_tests.support.peers", str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
         try:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from grass_dist.checkpoint.files import read_manifest
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.cli import app
-from integration_tests.program import check_refused, events, run_all, run_program
+from integration_tests.support.program import check_refused, events, run_all, run_program
 from tests.hostile import reseal
 
 pytestmark = pytest.mark.timeout(300)

@@ -11,7 +11,7 @@ import pytest
 
 from grass_dist.checkpoint.loading import newest_good
 from grass_dist.finetune.run_folder import LOCK
-from integration_tests.program import (
+from integration_tests.support.program import (
     check_refused,
     events,
     make_data,

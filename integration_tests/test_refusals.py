@@ -10,8 +10,8 @@ from torch.distributed.tensor import Replicate, distribute_module, distribute_te
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
-from integration_tests.model import ADAMW, global_batch, small_llama, wrapped
-from integration_tests.ranks import refused, run_ranks
+from integration_tests.support.model import ADAMW, global_batch, small_llama, wrapped
+from integration_tests.support.ranks import refused, run_ranks
 
 CONFIG = {"active_layers": 2, "probe_steps": 0, "sampling_interval": 2, "update_interval": 2}
 

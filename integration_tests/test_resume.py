@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from integration_tests.ranks import run_ranks
 from integration_tests.resume import Setting, exact, leg
+from integration_tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,7 +11,6 @@ import torch
 from grass_dist.checkpoint.convert import to_dcp
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.errors import CheckpointError
-from integration_tests.ranks import run_ranks
 from integration_tests.resume import Setting, Training
 from integration_tests.resume_zero import CASES, GRASS, exactly, unequal
 from integration_tests.resume_zero_elsewhere import (
@@ -24,6 +23,7 @@ from integration_tests.resume_zero_elsewhere import (
     on_three_ranks,
     on_two_ranks,
 )
+from integration_tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.long]  # test_program_convert.py has a part of it
 BOUND = 1e-6

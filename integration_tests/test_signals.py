@@ -14,8 +14,8 @@ import time
 import pytest
 
 from grass_dist.checkpoint.loading import newest_good
-from integration_tests.launched import PROGRAM, Launched, deepspeed, torchrun
-from integration_tests.program import ROOT, events, make_data, run_program
+from integration_tests.support.launched import PROGRAM, Launched, deepspeed, torchrun
+from integration_tests.support.program import ROOT, events, make_data, run_program
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -12,8 +12,8 @@ import torch
 
 import grass_dist
 from integration_tests import trainer as runs
-from integration_tests.model import LENGTH, VOCAB, small_llama
-from integration_tests.ranks import run_ranks
+from integration_tests.support.model import LENGTH, VOCAB, small_llama
+from integration_tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from integration_tests.model import FROZEN, LAYERS
-from integration_tests.parity import check_parity
-from integration_tests.ranks import run_ranks
-from integration_tests.reference import run_reference
+from integration_tests.support.model import FROZEN, LAYERS
+from integration_tests.support.parity import check_parity
+from integration_tests.support.ranks import run_ranks
+from integration_tests.support.reference import run_reference
 from integration_tests.zero_checks import OPTIONS, SETTINGS, STEPS, everything, fsdp2, on_four_ranks
 
 pytestmark = pytest.mark.timeout(420)

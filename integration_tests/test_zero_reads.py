@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from integration_tests.ranks import run_ranks
+from integration_tests.support.ranks import run_ranks
 from integration_tests.zero_doors import DOORS, compare_doors, without_waits
 from integration_tests.zero_reads import everything
 

@@ -12,9 +12,9 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 import grass_dist
-from integration_tests.model import ADAMW, decay_groups, small_llama
-from integration_tests.ranks import refused, run_ranks
-from integration_tests.zero import ds_config, make_engine, train_step
+from integration_tests.support.model import ADAMW, decay_groups, small_llama
+from integration_tests.support.ranks import refused, run_ranks
+from integration_tests.support.zero import ds_config, make_engine, train_step
 
 SETTINGS = {"active_layers": 2, "sampling_interval": 2, "probe_steps": 0, "sampler": "uniform"}
 

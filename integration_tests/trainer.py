@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_scheduler
 
 import grass_dist
-from integration_tests.model import CLIP, GLOBAL_BATCH, LENGTH, global_batch, small_llama
+from integration_tests.support.model import CLIP, GLOBAL_BATCH, LENGTH, global_batch, small_llama
 
 GRASS = {"active_layers": 3, "probe_steps": 2, "sampling_interval": 3, "update_interval": 3, "temperature": 0.4}
 STEPS, ACCUMULATION, WARMUP, DECAY = 9, 2, 2, 0.1
@@ -111,7 +111,7 @@ def sizes(world_size: int, stage: int) -> dict:
 
 def zero_loop(rank: int, world_size: int, stage: int) -> dict:
     """The run that a Trainer is to make, over `grass_dist.initialize`."""
-    from integration_tests.zero import full
+    from integration_tests.support.zero import full
 
     model = small_llama()
     optimizer = optimizer_of(model)
@@ -131,7 +131,7 @@ def zero_loop(rank: int, world_size: int, stage: int) -> dict:
 
 def read(trainer: Trainer) -> dict:
     """What `zero_loop` gives, of a Trainer: weights, and the layers and learning rates that it has logged."""
-    from integration_tests.zero import full
+    from integration_tests.support.zero import full
 
     rows = [row for row in trainer.state.log_history if "loss" in row]
     layers = [tuple(int(row[f"grass/active_{i}"]) for i in range(3) if f"grass/active_{i}" in row) for row in rows]
@@ -258,7 +258,7 @@ def on_ddp(rank: int, world_size: int, folder: Path) -> dict:
 
 def on_configured_zero(rank: int, world_size: int, scheduler: bool, folder: Path) -> dict:
     """The optimizer and perhaps the scheduler are sections of the ds_config, full of "auto"."""
-    from integration_tests.zero import full
+    from integration_tests.support.zero import full
 
     warmup = {"warmup_min_lr": 0, "warmup_max_lr": ADAMW["lr"], "warmup_num_steps": WARMUP}
     adamw = {"lr": ADAMW["lr"], "betas": [0.9, 0.999], "eps": ADAMW["eps"], "weight_decay": DECAY}

@@ -11,11 +11,11 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from grass_dist.backends.zero.private import PARAMETER
-from integration_tests.model import FROZEN, LAYERS, small_llama
-from integration_tests.training import train_grass
-from integration_tests.wire import Wire
-from integration_tests.zero import ds_config, full, make_engine, train_step, train_zero
-from integration_tests.zero_chain import grass_and_chain
+from integration_tests.support.model import FROZEN, LAYERS, small_llama
+from integration_tests.support.training import train_grass
+from integration_tests.support.wire import Wire
+from integration_tests.support.zero import ds_config, full, make_engine, train_step, train_zero
+from integration_tests.support.zero_chain import grass_and_chain
 
 STEPS = 12
 SETTINGS = {

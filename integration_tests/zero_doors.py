@@ -21,7 +21,7 @@ from deepspeed.utils import (
 
 from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.states import chaos
-from integration_tests.zero import ds_config, full, make_engine, micro_batch
+from integration_tests.support.zero import ds_config, full, make_engine, micro_batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SETTINGS = {

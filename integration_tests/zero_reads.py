@@ -26,9 +26,9 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from grass_dist.backends.zero.groups import partition_numel
 from grass_dist.deepspeed import initialize
-from integration_tests.model import ADAMW, LAYERS, small_llama
-from integration_tests.ranks import refused
-from integration_tests.zero import ds_config, full, local, make_engine, micro_batch, train_step
+from integration_tests.support.model import ADAMW, LAYERS, small_llama
+from integration_tests.support.ranks import refused
+from integration_tests.support.zero import ds_config, full, local, make_engine, micro_batch, train_step
 
 ALL = {"active_layers": LAYERS, "probe_steps": 0, "sampler": "uniform", "draw_ahead": 0}
 ONE = {"active_layers": 1, "probe_steps": 0, "sampler": "cyclic", "sampling_interval": 2, "draw_ahead": 0}

@@ -13,7 +13,7 @@ import pytest
 from grass_dist.checkpoint import disk, folders
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.finetune.export import save_pretrained
-from integration_tests.program import make_model
+from integration_tests.support.program import make_model
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.cli import _parse_size, app
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
 from grass_dist.ranks import Ranks
-from integration_tests.program import make_model
+from integration_tests.support.program import make_model
 
 GRASS = GrassConfig(active_layers=2, probe_steps=2, sampling_interval=3, update_interval=3, draw_ahead=1)
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8], [10, 11, 12, 3, 4, 1]])

@@ -20,7 +20,7 @@ from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.cli import app
 from grass_dist.finetune.config_file import load_config
 from grass_dist.ranks import Ranks
-from integration_tests.program import make_config, make_data
+from integration_tests.support.program import make_config, make_data
 from tests import hostile
 from tests.foreign_commands import SITE
 from tests.test_export import GRASS, Trained, train

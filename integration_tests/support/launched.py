@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from integration_tests.program import ROOT
-from integration_tests.ranks import free_port
+from integration_tests.support.program import ROOT
+from integration_tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
 PROGRAM = str(ROOT / "launch" / "finetune.py")

@@ -10,7 +10,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 
 from grass_dist.deepspeed import initialize
-from integration_tests.model import ADAMW, CLIP, GLOBAL_BATCH, decay_groups, global_batch, schedule, small_llama
+from integration_tests.support.model import ADAMW, CLIP, GLOBAL_BATCH, decay_groups, global_batch, schedule, small_llama
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 

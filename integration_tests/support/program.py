@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from integration_tests.ranks import SERVER, free_port
+from integration_tests.support.ranks import SERVER, free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
 AUTO = {"grass": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
 """Of a DeepSpeed JSON whose settings are those of the YAML file."""

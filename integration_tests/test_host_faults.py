@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from integration_tests.support.hosts import Host, Hosts, needs_hosts, needs_ssh
+from integration_tests.support.launched import BIN, ENVIRONMENT
 from integration_tests.support.program import ROOT, events
-from integration_tests.test_launch_hosts import BIN, ENVIRONMENT
 
 pytestmark = [pytest.mark.timeout(170), pytest.mark.integration, needs_hosts]
 

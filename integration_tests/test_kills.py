@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, odd_tensors, play
+from integration_tests.support.killed_runs import SETTINGS, Case, Death, Runs, Setting, odd_tensors, play
 from integration_tests.support.mortal import MODEL_IS_WRITTEN, start
 from integration_tests.support.program import ROOT
 

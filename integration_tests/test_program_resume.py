@@ -10,7 +10,6 @@ import subprocess
 import pytest
 
 from grass_dist.checkpoint.loading import newest_good
-from grass_dist.finetune.run_folder import LOCK
 from integration_tests.support.program import (
     check_refused,
     events,
@@ -18,6 +17,7 @@ from integration_tests.support.program import (
     make_model,
     run_all,
     run_program,
+    tree_of,
 )
 
 pytestmark = pytest.mark.timeout(300)
@@ -48,12 +48,6 @@ def to_scratch(run) -> None:
     for part in (run / "checkpoints", run):
         part.rename(scratch / part.name)
         part.symlink_to(scratch / part.name)
-
-
-def tree_of(*folders) -> dict[str, tuple[int, bytes]]:
-    """Time and content of all files in folders, but of the lock that a start takes before it looks."""
-    paths = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def steps_of(run) -> list[tuple]:

@@ -9,8 +9,7 @@ import subprocess
 
 import pytest
 
-from integration_tests.support.program import check_refused, events, run_program
-from integration_tests.test_program_resume import tree_of
+from integration_tests.support.program import check_refused, events, run_program, tree_of
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -19,3 +19,10 @@ def config(folder):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         (folder / f"zero{stage}.json").write_text(json.dumps({**AUTO, "zero_optimization": zero}))
     return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))
+
+
+@pytest.fixture
+def runs(request, tmp_path_factory):
+    """What the ranks returned from the test's scenario, by rank."""
+    scenario = request.param
+    return scenario.spawn.returned(scenario, request.session.items, lambda: tmp_path_factory.mktemp("scenario"))

@@ -79,7 +79,7 @@ def test_hosts_are_apart_and_nothing_is_left_of_them():
     daemon.stdout.close()
 
 
-def test_they_end_with_the_process_that_made_them_however_that_ends():
+def test_they_end_with_the_process_that_made_them_in_any_way():
     maker = subprocess.Popen(
         [sys.executable, "-c", HELD], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

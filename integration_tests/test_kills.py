@@ -52,7 +52,7 @@ def test_runs_that_are_killed_at_random_times_go_on_to_the_bit(tmp_path):
     assert "4 resumed to the bit; 0 runs with something wrong" in done.stdout
 
 
-def test_a_signal_while_the_model_is_written_is_obeyed_when_it_is(runs: Runs):
+def test_a_signal_while_the_model_is_written_is_obeyed_then(runs: Runs):
     wanted, run = runs.undisturbed(INTERVAL), runs.run_folder("asked")
     asked = Death(MODEL_IS_WRITTEN, 1, 0).environment(runs.folder / "asked.signal") | {"MORTAL_SIGNAL": "15"}
     ended = start(runs.arguments(INTERVAL, "asked"), asked, runs.folder / "asked.out")

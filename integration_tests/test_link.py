@@ -25,7 +25,7 @@ def hosts() -> Iterator[list[Host]]:
 @pytest.mark.parametrize(
     "patient", [False, pytest.param(True, marks=pytest.mark.integration)], ids=["with a timeout", "without"]
 )
-def test_both_sides_of_a_cut_link_end_by_the_timeout_and_name_the_other(hosts, tmp_path, patient):
+def test_both_sides_of_a_cut_link_end_and_name_the_other(hosts, tmp_path, patient):
     def cut() -> None:
         hosts[1].cut()
         (tmp_path / GO).touch()

@@ -58,7 +58,7 @@ def weights_of(run) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_record_that_was_cut_off_goes_on_where_the_checkpoint_was(config, whole):
+def test_a_record_that_was_cut_off_continues_at_the_checkpoint(config, whole):
     run = copy_of(whole, "auto")
     with (run / "metrics.jsonl").open("a") as record:
         record.write('{"event": "step", "st')  # as a kill in the midst of a line leaves it
@@ -91,7 +91,7 @@ def test_auto_goes_back_to_the_newest_good_one_and_says_so(config, whole):
     assert weights_of(run) == weights_of(whole)
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_aside(config, whole):
+def test_a_run_from_an_older_checkpoint_puts_newer_ones_aside(config, whole):
     run = copy_of(whole, "older")
     older = str(run / "checkpoints" / "step-000003")
     few = ["name=older", "train.checkpoint.every=4", "train.checkpoint.keep=1"]
@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_aside
     assert weights_of(run) == weights_of(whole)
 
 
-def test_auto_does_not_throw_away_checkpoints_of_which_none_is_good(config, whole):
+def test_auto_does_not_discard_checkpoints_if_none_is_good(config, whole):
     run = copy_of(whole, "none-good")
     for path in (run / "checkpoints").iterdir():
         (path / "state.json").write_text("{}")
@@ -150,7 +150,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(config, whole, number):
     assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
 
 
-def test_a_second_signal_ends_a_rank_that_waits_for_another_at_once(config):
+def test_a_second_signal_ends_a_rank_that_waits_at_once(config):
     stopped = []
 
     def watch(rank, line, pids):
@@ -192,7 +192,7 @@ def test_other_examples_are_refused_and_another_rate_is_said(config, whole, fold
     assert "train.learning_rate is 0.001, and was 0.005 when the run was saved" in ended.out
 
 
-def test_ranks_with_other_models_or_versions_are_found_before_they_train(config, folder):
+def test_ranks_with_other_models_or_versions_are_found_early(config, folder):
     import yaml
 
     for place, layers in (("here", 6), ("there", 6)):

@@ -8,8 +8,16 @@ import torch
 
 import grass_dist
 from grass_dist.states.moving import MovingStates
-from integration_tests.offload import model_of
-from integration_tests.support.model import ADAMW, CLIP, GLOBAL_BATCH, LAYERS, decay_groups, global_batch, wrapped
+from integration_tests.support.model import (
+    ADAMW,
+    CLIP,
+    GLOBAL_BATCH,
+    LAYERS,
+    decay_groups,
+    global_batch,
+    model_of,
+    wrapped,
+)
 from integration_tests.support.training import full, local
 
 

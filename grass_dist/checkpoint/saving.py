@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -19,8 +19,11 @@ from grass_dist.checkpoint.dcp import file_numbers, write
 from grass_dist.checkpoint.per_rank import per_rank_pieces
 from grass_dist.checkpoint.pieces import Holdings, Piece, dtype_name
 from grass_dist.errors import CheckpointError
-from grass_dist.ranks import Ranks
+from grass_dist.ranks import Ranks, describe_error
+from grass_dist.ranks import together as all_together
 from grass_dist.version import __version__
+
+T = TypeVar("T")
 
 WriteTensors = Callable[[Path], None]
 """Writes the tensors of all ranks into a folder; called on every rank."""
@@ -182,31 +185,13 @@ def _versions() -> dict[str, str]:
     }
 
 
-def together(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Does ``work`` on every rank; if it fails on one, all raise.
+def together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Does ``work`` on every rank; see `grass_dist.ranks.together`.
 
     Raises:
-        CheckpointError: of the first rank that failed, in one sentence.
+        CheckpointError: on every rank, with the sentence of the first that failed.
     """
-    result, problem = None, None
-    try:
-        result = work()
-    except CheckpointError as error:
-        problem = (str(error), False)
-    except Exception as error:
-        problem = (sentence(error), ranks.world_size > 1)
-    for rank, other in enumerate(ranks.gather_objects(problem)):
-        if other:
-            text, of_rank = other  # type: ignore[misc]
-            raise CheckpointError(f"rank {rank}: {text}" if of_rank else text).everywhere()
-    return result
-
-
-def sentence(error: BaseException) -> str:
-    """What went wrong, without a traceback."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the file system'}: {error.strerror}"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return all_together(ranks, work, raise_as=CheckpointError)
 
 
 class Saver:
@@ -307,7 +292,7 @@ class Saved:
 def _as_checkpoint_error(error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
-    problem = CheckpointError(sentence(error))
+    problem = CheckpointError(describe_error(error))
     problem.__cause__ = error
     return problem
 

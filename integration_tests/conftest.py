@@ -1,4 +1,4 @@
-"""The small run of launch/finetune.py that its tests share: a folder with model, data and configurations."""
+"""Fixtures: model, data and configurations of a small run of launch/finetune.py, and what a scenario returned."""
 
 import json
 
@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    """Its YAML file; zero2.json and zero3.json lie beside it, for parallel.config."""
+    """The YAML file of the run; zero2.json and zero3.json lie beside it, for parallel.config."""
     for stage in (2, 3):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         (folder / f"zero{stage}.json").write_text(json.dumps({**AUTO, "zero_optimization": zero}))

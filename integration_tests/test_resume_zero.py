@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch.distributed as dist
 from grass_dist.checkpoint.convert import to_dcp
 from grass_dist.checkpoint.deepspeed_save import save_deepspeed
 from grass_dist.checkpoint.loading import Checkpoint, State, load, open_checkpoint
-from grass_dist.checkpoint.saving import write_snapshot
+from grass_dist.checkpoint.saving import Saver, Snapshot, take_snapshot, write_snapshot
+from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
+from integration_tests.support.model import ADAMW, decay_groups, global_batch, schedule, small_llama
 from integration_tests.support.ranks import refused, run_ranks
-from integration_tests.support.resume import Setting, Training
+from integration_tests.support.resume import BATCH, Setting, Training
 from integration_tests.support.resume import leg as torch_leg
-from integration_tests.support.resume_zero import ZeroSetting, ZeroTraining
+from integration_tests.support.zero import ds_config, full
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.long]  # test_program_convert.py has a part of it
 BOUND = 1e-6
@@ -41,6 +44,70 @@ STEPS = 9
 """The last one refreshes the importances and draws once more."""
 EVERYWHERE = (1, 2, 3, 4, 6, 7)
 """In the probe, before its last step; at a switch, in an interval, between a draw and its switch, at a switch."""
+
+
+@dataclass(frozen=True)
+class ZeroSetting(Setting):
+    """``backend`` is zero1, zero2 or zero3."""
+
+    kind: str = "dcp"
+    zero: dict[str, Any] = field(default_factory=dict)
+    """Options of ``zero_optimization``."""
+
+
+class ZeroTraining(Training):
+    """`Training` on an engine."""
+
+    def __init__(self, rank: int, world_size: int, setting: ZeroSetting) -> None:
+        from grass_dist.deepspeed import initialize
+
+        self.rank, self.world_size, self.setting, self._kind = rank, world_size, setting, setting.kind
+        model = small_llama(setting.dtype)
+        optimizer = torch.optim.AdamW(decay_groups(model), **ADAMW)
+        config = ds_config(int(setting.backend[-1]), setting.grass, setting.accumulation, setting.dtype, setting.zero)
+        self.engine, *_ = initialize(model=model, optimizer=optimizer, config=config)
+        self.holdings = ZeroHoldings(self.engine)
+        self.active: list[tuple[int, ...]] = []
+        self.done = 0
+        self._saver: Saver | None = None
+
+    def save(self, folder: Path) -> None:
+        if self._saver is None:
+            ranks, background = Ranks(dist.new_group(backend="gloo")), self._kind == "dcp"
+
+            def take(step, extra, copy) -> Snapshot:
+                if self._kind == "deepspeed":
+                    return save_deepspeed(self.engine, ranks, step, extra)
+                return take_snapshot(self.holdings, ranks, step, extra, copy)
+
+            self._saver = Saver(folder, ranks, take, keep=100, background=background)
+        elif (saved := self._saver.outcome()) and saved.error:
+            raise saved.error
+        self._saver.save(self.done, {})
+
+    def load(self, folder: Path) -> ZeroTraining:
+        return self.load_open(open_checkpoint(folder, self.holdings.ranks))
+
+    def load_open(self, checkpoint: Checkpoint) -> ZeroTraining:
+        self.to_the_bit = load(checkpoint, self.holdings)
+        self.done = checkpoint.step
+        self.active.clear()
+        return self
+
+    def params(self) -> dict[str, torch.Tensor]:
+        return {n: full(p) for n, p in self.engine.module.named_parameters()}
+
+    def _step(self) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = ADAMW["lr"] * schedule(self.done)
+        x, accumulation = global_batch(self.done, BATCH), self.setting.accumulation
+        per = BATCH // self.world_size // accumulation
+        self.active.append(self.engine.grass.active_layers)
+        for micro in range(accumulation):
+            mine = x[(micro * self.world_size + self.rank) * per :][:per]
+            self.engine.backward(self.engine(input_ids=mine, labels=mine).loss)
+            self.engine.step()
+        self.done += 1
 
 
 # On as many ranks.

@@ -89,8 +89,3 @@ def train_zero(
     log["params"] = {n: full(p) for n, p in engine.module.named_parameters()}
     log["bytes_reduced"] = grass.bytes_reduced
     return log
-
-
-def train_many(rank: int, world_size: int, cases: list[dict]) -> list[dict]:
-    """Several trainings in one spawn."""
-    return [train_zero(rank, world_size, **case) for case in cases]

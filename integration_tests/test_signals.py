@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from grass_dist.checkpoint.loading import newest_good
-from integration_tests.launched import PROGRAM, Launched, deepspeed, torchrun
-from integration_tests.program import ROOT, events, make_data, run_program
+from integration_tests.support.launched import PROGRAM, Launched, deepspeed, torchrun
+from integration_tests.support.program import ROOT, events, make_data, run_program
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -64,7 +64,7 @@ def test_survivors_name_a_rank_that_is_killed_at_the_start(config, tmp_path):
 
 
 @pytest.mark.integration
-def test_ranks_whose_launcher_is_killed_end_with_one_sentence_and_the_true_time(config, tmp_path):
+def test_ranks_whose_launcher_is_killed_end_with_one_sentence(config, tmp_path):
     with Launched([*torchrun(2), *arguments(config, "orphans")], tmp_path / "log") as run:
         run.reach("step 50/1000")
         run.process.kill()
@@ -112,7 +112,7 @@ def test_a_launcher_that_is_asked_to_end_lets_the_ranks_save(config, tmp_path, w
 
 
 @pytest.mark.integration
-def test_a_second_signal_leaves_at_once_and_before_the_first_step_the_first_does(config, tmp_path):
+def test_a_second_or_an_early_signal_leaves_at_once(config, tmp_path):
     single = ["parallel=single", "train.micro_batch_size=8"]
     with Launched([sys.executable, PROGRAM, *arguments(config, "first", *single)], tmp_path / "first") as run:
         run.reach("step 50/1000")

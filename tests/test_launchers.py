@@ -135,7 +135,7 @@ def test_a_node_list_that_names_no_host_is_refused(nodes):
         first_host(nodes)
 
 
-def test_steps_of_one_job_and_of_the_next_ones_meet_at_ports_of_their_own():
+def test_steps_of_a_job_and_of_the_next_meet_at_their_own_ports():
     def port(job: int, step: dict[str, str]) -> int | None:
         place = find_place({**SRUN, "SLURM_JOB_ID": str(job), **step})
         return place.port if place else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from grass_dist.method.interfaces import Arrived, GradientHooks, GradientSink
 from grass_dist.method.measurement import sum_of_squares
 from grass_dist.model.discovery import Unit
 from grass_dist.model.sharding import Sharding
+from grass_dist.model.units import GradientHook
 from grass_dist.ranks import Ranks
 
 
@@ -24,23 +24,6 @@ def device_of(model: nn.Module) -> torch.device:
     """The device that ``model`` computes on, as far as its parameters tell: a GPU, if one of them is on one."""
     devices = {p.device for p in model.parameters()}
     return next((device for device in sorted(devices, key=str) if device.type == "cuda"), torch.device("cpu"))
-
-
-def hook_weakly(
-    param: nn.Parameter, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int
-) -> RemovableHandle:
-    """Calls ``method(name, slot, param)`` whenever a gradient has been accumulated, for as long as its object lives.
-
-    Python's collector does not see such hooks: what they referred to would live as long as the process, and the
-    parameter with it.
-    """
-    reference = weakref.WeakMethod(method)
-
-    def hook(param: torch.Tensor) -> None:
-        if (call := reference()) is not None:
-            call(name, slot, cast(nn.Parameter, param))
-
-    return param.register_post_accumulate_grad_hook(hook)
 
 
 class HookedBackend(GradientHooks):
@@ -111,7 +94,8 @@ class HookedBackend(GradientHooks):
         self._sink, self._arrived = sink, arrived
         for unit in self._units:
             for slot, (_, param) in enumerate(unit.params):
-                self._handles.append(hook_weakly(param, self._on_hook, unit.name, slot))
+                hook = GradientHook(self._on_hook, unit.name, slot)
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def _on_hook(self, name: str, slot: int, param: nn.Parameter) -> None:
         unit = self._by_name[name]

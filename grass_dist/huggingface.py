@@ -163,7 +163,7 @@ def _train(stock: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -
         layers = [engine.numbers[layer] for layer in engine.never_trained]
         told = too_short_for(layers, len(engine.layers), engine.config.sampler)
         if told:
-            say(engine.backend, told)
+            say(engine.backend.ranks, told)
     return result
 
 

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 
 
+def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """Σ x² in fp64, a 0-dim tensor on the device; the entries are widened one by one, with no fp64 copy."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+
+
 class SquareSums:
     """This rank's part of ||g||² of each layer, for each step since the last refresh, in fp64 on the device.
 

@@ -42,8 +42,8 @@ STOPS = {
     b'{"q": "a", "a": "b", "x": %s}' % (b"[" * 63 + b"]" * 63): "is nested in more than 63 levels",
     b'{"q": "a", "a": "b", "x": %s}' % (b"[" * 1200 + b"]" * 1200): "is nested in more than 63 levels",
     b'{"q": "a", "a": "b", "x": %s}' % (b'{"x":' * 30_000 + b"1" + b"}" * 30_000): "is nested in more than 63 levels",
-    b'{"q": "a", "a": ["b"]}': r"does not fill_template completion \(column 'a' holds a list\)",
-    b'{"q": {"x": 1}, "a": "b"}': r"does not fill_template prompt \(column 'q' holds a dict\)",
+    b'{"q": "a", "a": ["b"]}': r"does not fill completion \(column 'a' holds a list\)",
+    b'{"q": {"x": 1}, "a": "b"}': r"does not fill prompt \(column 'q' holds a dict\)",
 }
 """Lines that nothing can be made of, and what is said about them."""
 
@@ -51,7 +51,7 @@ NOT_IN_USE = {
     b'{"q": "a", "a": "b", "x": NaN}': "holds NaN, which is no JSON",
     b'{"q": "a", "a": "b", "x": [1e999]}': "holds a number that is too large",
     b"null": "is null, not an object",
-    b'{"q": "a"}': r"does not fill_template completion \(there is no column 'a'\)",
+    b'{"q": "a"}': r"does not fill completion \(there is no column 'a'\)",
 }
 """Lines that "skip" leaves out, and that "stop" makes something of."""
 
@@ -271,7 +271,7 @@ def test_a_held_out_file_obeys_too(tmp_path, streaming):
     assert [(each.file, each.first_lines) for each in data.skipped] == [(str(other), [1, 3])], "as far as it is needed"
     other.write_bytes(b'{"q": ["a"], "a": "b"}')
     with pytest.raises(
-        ConfigError, match=r"^eval='.*: line 1 of e\.jsonl does not fill_template prompt \(column 'q' holds a list"
+        ConfigError, match=r"^eval='.*: line 1 of e\.jsonl does not fill prompt \(column 'q' holds a list"
     ):
         load(good, eval=str(other), eval_examples=2, streaming=streaming)
 

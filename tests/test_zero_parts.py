@@ -50,7 +50,7 @@ def test_the_table_of_private_names_holds_on_this_release():
     assert deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm") in (True, False)
 
 
-def test_an_engine_takes_its_zero_optimizer_from_us_while_it_is_made():
+def test_an_engine_being_made_takes_its_optimizer_from_us():
     """By the names that it calls, also where it then derives a class from the stock one."""
     import deepspeed.runtime.engine as engine
     import deepspeed.runtime.zero.stage3 as stage3

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -76,12 +77,15 @@ def test_ranks_whose_launcher_is_killed_end_with_one_sentence(config, tmp_path):
 
 
 MPIRUN = ["bash", str(ROOT / "launch" / "mpirun.sh")]
+PLAIN = [str(Path(sys.executable).parent / "mpirun"), "--allow-run-as-root", "-n", "2"]
+PLAIN += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", sys.executable, PROGRAM]
 WAYS = {
     "Ctrl-C under torchrun": (torchrun(2), signal.SIGINT, True, "SIGINT"),
     "a closed terminal under torchrun": (torchrun(2), signal.SIGHUP, False, "SIGHUP"),
     "Ctrl-C under deepspeed": (deepspeed(2), signal.SIGINT, True, "SIG(INT|TERM)"),  # a rank may hear of it so first
     "Ctrl-C under mpirun": (MPIRUN, signal.SIGINT, True, "SIGUSR1"),
     "SIGTERM under mpirun": (MPIRUN, signal.SIGTERM, False, "SIGUSR1"),
+    "SIGUSR1 to a plain mpirun": (PLAIN, signal.SIGUSR1, False, "SIGUSR1"),
     "Ctrl-C without a launcher": ([sys.executable, PROGRAM], signal.SIGINT, True, "SIGINT"),
 }
 
@@ -103,6 +107,7 @@ def test_a_launcher_that_is_asked_to_end_lets_the_ranks_save(config, tmp_path, w
         saved = newest_good(config.parent / "runs" / folder / "checkpoints")
         assert saved is not None and f"step {saved.step}: saved in " in run.said and saved.step >= 50
         assert errors(run.said) == []
+        assert ("mpirun kills its ranks about half a second after" in run.said) == (command == PLAIN)
         check_nothing_broke(run.said)
 
 

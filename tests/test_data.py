@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.finetune.data.batches import collate, make_batches, pack
 from grass_dist.finetune.data.chat import Chat
-from grass_dist.finetune.data.config import DataConfig, check_packing, fill
+from grass_dist.finetune.data.config import DataConfig, check_packing, fill_template
 from grass_dist.finetune.data.loading import Examples, Stream, load_data, load_rows, render_prompt, tokenise
 from grass_dist.model import packaged as packaged_model
 
@@ -109,14 +109,14 @@ def test_settings_that_cannot_work(settings, field):
 
 def test_fill_a_column_or_a_template():
     row = {"q": "2 + 2", "n": 4, "none": None, "with space": "x", "list": [1]}
-    assert fill("q", row, "prompt") == "2 + 2"
-    assert fill("{q} is\n{n}{none}, {{literally}} {with space}", row, "prompt") == "2 + 2 is\n4, {literally} x"
+    assert fill_template("q", row, "prompt") == "2 + 2"
+    assert fill_template("{q} is\n{n}{none}, {{literally}} {with space}", row, "prompt") == "2 + 2 is\n4, {literally} x"
     with pytest.raises(ConfigError, match=r"^prompt='r': there is no column 'r'; the columns are q, n, none, with"):
-        fill("r", row, "prompt")
+        fill_template("r", row, "prompt")
     with pytest.raises(ConfigError, match=r"^completion='\{q\} \{r\}': there is no column 'r'; the columns are q, n"):
-        fill("{q} {r}", row, "completion")
+        fill_template("{q} {r}", row, "completion")
     with pytest.raises(ConfigError, match=r"^text='list': column 'list' holds a list; "):
-        fill("list", row, "text")
+        fill_template("list", row, "text")
 
 
 # --------------------------------------------------------------------------------------------------- tokenise

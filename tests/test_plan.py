@@ -106,7 +106,7 @@ def test_hsdp_shards_within_a_replica(small):
     assert weights_of(small, job) == pytest.approx(2 * small.numel / 4)
 
 
-def test_zero2_keeps_the_whole_gradient_of_a_parameter_that_is_cut():
+def test_zero2_keeps_the_whole_gradient_of_a_cut_parameter():
     # Two runs of 50: the first parameter lies in the first, the second in both, the third in the second.
     assert memory._overlapping(((40,), (20,), (40,)), 2) == [60, 60]
     assert memory._overlapping(((100,),), 4) == [100] * 4
@@ -284,7 +284,7 @@ def test_deepspeed_estimates_the_same_states(seven):
         assert ours == pytest.approx(theirs - 4 * largest - 2 * count / gpus, rel=1e-4)
 
 
-def test_memory_falls_with_fewer_layers_more_ranks_and_recomputation(seven):
+def test_memory_falls_with_fewer_layers_more_ranks_recomputation(seven):
     def total(gamma=4, **changes):
         return memory_of(seven, job_of(**{"seq_len": 1024, **changes}), Method("grass", gamma)).total
 

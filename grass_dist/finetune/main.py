@@ -54,6 +54,7 @@ from grass_dist.finetune.parallel import Parallelism
 from grass_dist.finetune.progress import Reporter
 from grass_dist.finetune.run_folder import MODEL, RunFolder
 from grass_dist.job.guard import Guard, steady_streams
+from grass_dist.job.launchers import warning_of
 from grass_dist.job.output import Output, record_for_launcher
 from grass_dist.job.peers import lost_peer
 from grass_dist.job.signals import LeaveSignals, exit_code
@@ -164,6 +165,8 @@ def finetune(
     transformers.logging.disable_progress_bar()
     parallel = world.together(lambda: choose_parallelism(config, world))
     say = print if world.is_main else lambda *_: None
+    if told := warning_of(os.environ):
+        say(told)
     if config.model.trust_remote_code:
         say(f"the code that comes with {config.model.name} may run: model.trust_remote_code is true")
     with RunFolder(config, world, resume) as folder:

@@ -143,6 +143,16 @@ def let_gloo_find_this_host(environ: MutableMapping[str, str]) -> None:
             environ["GLOO_SOCKET_IFNAME"] = named[0]
 
 
+def warning_of(environ: Mapping[str, str]) -> str | None:
+    """A sentence on a launcher that ends its ranks before they can have saved, if this one does; None otherwise."""
+    if "OMPI_COMM_WORLD_RANK" not in environ or "GRASS_DIST_SIGNAL" in environ:
+        return None
+    return (
+        "warning: mpirun kills its ranks about half a second after a Ctrl-C, SIGTERM or SIGHUP, before they can have "
+        "saved: to end this run with a checkpoint, send mpirun a SIGUSR1, or start it by launch/mpirun.sh, which does"
+    )
+
+
 def free_port() -> int:
     with socket.socket(socket.AF_INET if _has_ipv4() else socket.AF_INET6) as probe:
         probe.bind(("", 0))

@@ -1,6 +1,6 @@
 """Full-weight fine-tuning at the memory of LoRA: GRASS layer sampling over DeepSpeed ZeRO, FSDP2, HSDP and DDP."""
 
-from grass_dist.checkpoint.api import load_checkpoint, save_checkpoint
+from grass_dist.checkpoint.api import AsyncCheckpointer, load_checkpoint, save_checkpoint
 from grass_dist.config import GrassConfig, OffloadConfig
 from grass_dist.deepspeed import initialize
 from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, UnsupportedModel
@@ -13,6 +13,7 @@ from grass_dist.optimizer import GrassOptimizer
 from grass_dist.version import __version__ as __version__
 
 __all__ = [
+    "AsyncCheckpointer",
     "CheckpointError",
     "ConfigError",
     "GrassConfig",

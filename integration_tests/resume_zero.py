@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from grass_dist.checkpoint.deepspeed_save import save_deepspeed
+from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
 from grass_dist.checkpoint.loading import Checkpoint, State, load, open_checkpoint
-from grass_dist.checkpoint.saving import Saver, Snapshot, take_snapshot, write_snapshot
+from grass_dist.checkpoint.saving import Format, Saver, write_snapshot
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.ranks import Ranks
 from integration_tests.model import ADAMW, decay_groups, global_batch, schedule, small_llama
@@ -42,7 +42,7 @@ EVERYWHERE = (1, 2, 3, 4, 6, 7)
 class ZeroSetting(Setting):
     """``backend`` is zero1, zero2 or zero3."""
 
-    kind: str = "dcp"
+    kind: Format = "dcp"
     zero: dict[str, Any] = field(default_factory=dict)
     """Options of ``zero_optimization``."""
 
@@ -65,14 +65,8 @@ class ZeroTraining(Training):
 
     def save(self, folder: Path) -> None:
         if self._saver is None:
-            ranks, background = Ranks(dist.new_group(backend="gloo")), self._kind == "dcp"
-
-            def take(step, extra, copy) -> Snapshot:
-                if self._kind == "deepspeed":
-                    return save_deepspeed(self.engine, ranks, step, extra)
-                return take_snapshot(self.holdings, ranks, step, extra, copy)
-
-            self._saver = Saver(folder, ranks, take, keep=100, background=background)
+            ranks = Ranks(dist.new_group(backend="gloo"))
+            self._saver = Saver(folder, self.holdings, ranks, keep=100, background=True, format=self._kind)
         elif (saved := self._saver.outcome()) and saved.error:
             raise saved.error
         self._saver.save(self.done, {})
@@ -178,21 +172,22 @@ def exactly(rank: int, world_size: int, parent: str) -> dict[str, list[str]]:
     return told
 
 
+class Obstructed(DeepSpeedSnapshot):
+    """A folder lies where a file of rank 1 goes."""
+
+    def write_tensors(self, folder: Path, ranks: Ranks) -> None:
+        (folder / "deepspeed/state/zero_pp_rank_1_mp_rank_00_optim_states.pt").mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        super().write_tensors(folder, ranks)
+
+
 def unwritable(rank: int, world_size: int, folder: Path) -> list[str]:
     """All ranks are told, nothing is left, and the run goes on; the same in the background, where none could."""
     training = ZeroTraining(rank, world_size, setting_of(2, "fp32", "interval", "deepspeed")).run(1)
     ranks = Ranks(dist.new_group(backend="gloo"))
-    snapshot = save_deepspeed(training.engine, ranks, 1, {})
-    stock = snapshot.write_tensors
-
-    def obstructed(writing: Path) -> None:
-        (writing / "deepspeed/state/zero_pp_rank_1_mp_rank_00_optim_states.pt").mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        stock(writing)
-
-    snapshot.write_tensors = obstructed
-    told = [refused(lambda: write_snapshot(folder, snapshot, ranks, 3))]
-    snapshot.write_tensors = stock
+    snapshot = DeepSpeedSnapshot.take(training.holdings, 1)
+    obstructed = Obstructed(**vars(snapshot))
+    told = [refused(lambda: write_snapshot(folder, obstructed, ranks, 3))]
     with ThreadPoolExecutor(1) as thread:
         told.append(thread.submit(refused, lambda: write_snapshot(folder, snapshot, ranks, 3)).result())
     training.run(2)

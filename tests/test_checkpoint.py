@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from functools import partial
 
 import pytest
 import torch
@@ -44,9 +43,7 @@ def test_what_is_written_in_the_background_is_what_there_was_at_the_save(tmp_pat
         return write_snapshot(*args)
 
     monkeypatch.setattr(saving, "write_snapshot", held_up)
-    saver = saving.Saver(
-        tmp_path, Ranks(), partial(saving.take_snapshot, optimizer.holdings(), Ranks()), keep=1, background=True
-    )
+    saver = saving.Saver(tmp_path, optimizer.holdings(), Ranks(), keep=1, background=True)
     saver.save(5, {})
     train(model, optimizer, range(5, 9))
     assert not saver.done

@@ -16,7 +16,7 @@ from grass_dist.checkpoint.dcp import PieceSavePlanner, TensorReader, file_numbe
 from grass_dist.checkpoint.folders import folder_name
 from grass_dist.checkpoint.loading import Checkpoint, open_checkpoint
 from grass_dist.checkpoint.pieces import Piece
-from grass_dist.checkpoint.saving import sentence
+from grass_dist.checkpoint.together import sentence
 from grass_dist.errors import CheckpointError
 
 

@@ -1,6 +1,6 @@
 """A checkpoint in DeepSpeed's own files, read as if it were one of ours: any entries of any weight or state.
 
-`state.json` says where DeepSpeed's partitions lie (`ZeroHoldings.layout`), so no file is opened but for what is read
+`state.json` says where DeepSpeed's partitions lie (`Layout`), so no file is opened but for what is read
 from it. Files are mapped into memory, not read whole, and nothing in them is executed: classes of DeepSpeed's that
 they mention become empty objects, and a file that mentions any other is refused.
 """
@@ -13,10 +13,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import FailFast, Field
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,14 +31,11 @@ from grass_dist.backends.zero.groups import Extent, extents_of
 from grass_dist.backends.zero.private import STAGE_1_AND_2, STAGE_3
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
+from grass_dist.checkpoint.files import Stored
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import MASTER, Entries, decode, state_key
 from grass_dist.checkpoint.torch_files import check_file
-from grass_dist.checkpoint.zero_run import GroupLayout, Layout, Placed
 from grass_dist.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from grass_dist.checkpoint.loading import State
 
 TAG = "state"
 """Under which the files lie in the folder."""
@@ -49,6 +47,34 @@ OPEN_FILES = 16
 
 Way = tuple[str | int, ...]
 """Keys that lead to a tensor within a file."""
+
+
+class Placed(Stored):
+    """A parameter in a partition."""
+
+    name: str
+    numel: int = Field(ge=0)
+    shard: int = Field(ge=0)
+    """Stage 3: elements of a rank's shard, with padding."""
+
+
+class GroupLayout(Stored):
+    """The partitions of a parameter group of DeepSpeed's."""
+
+    unit: str
+    partition: int = Field(ge=0)
+    """Elements of each rank's part, with padding."""
+    params: Annotated[list[Placed], FailFast()]
+
+
+class Layout(Stored):
+    """Where DeepSpeed's partitions lie; in state.json of a checkpoint in its files."""
+
+    stage: Literal[1, 2, 3]
+    groups: Annotated[list[GroupLayout], FailFast()]
+    """In the order of DeepSpeed's files."""
+    frozen: Annotated[list[Placed], FailFast()]
+    """Parameters that never train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +91,23 @@ class Source:
     """In which they are there."""
 
 
-def open_deepspeed(folder: Path, manifest: files.Manifest, state: State) -> TensorReader:
+def open_deepspeed(
+    checkpoint: Path, manifest: files.Manifest, layout: Mapping[str, Any] | None, units: Mapping[str, Entries]
+) -> TensorReader:
     """The tensors of a checkpoint of kind "deepspeed", under the keys of one of kind "dcp".
 
     Args:
-        folder: that DeepSpeed's files are in, below that of the checkpoint.
+        checkpoint: its folder.
+        layout: a `Layout`, and ``units`` the states, as state.json has them.
 
     Raises:
         CheckpointError: state.json does not describe them, or what each rank has for itself cannot be read.
     """
-    checkpoint = folder.parent
-    layout = files.parse(Layout, state.deepspeed, checkpoint / files.STATE)
-    sources = _Sources(checkpoint, manifest, layout).collect(state.units)
-    return TensorReader(DeepSpeedReader(folder / TAG, sources, checkpoint / files.TENSORS), checkpoint)
+    placed = files.parse(Layout, layout, checkpoint / files.STATE)
+    sources = _Sources(checkpoint, manifest, placed).collect(units)
+    return TensorReader(
+        DeepSpeedReader(checkpoint / files.DEEPSPEED / TAG, sources, checkpoint / files.TENSORS), checkpoint
+    )
 
 
 class _Sources:

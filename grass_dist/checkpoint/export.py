@@ -19,7 +19,7 @@ from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.folders import CHECKPOINTS, checkpoints_in, step_of
 from grass_dist.checkpoint.loading import Checkpoint, newest_good, open_checkpoint
 from grass_dist.checkpoint.pieces import dtype_name
-from grass_dist.checkpoint.saving import sentence
+from grass_dist.checkpoint.together import sentence
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.regular_files import give_usual_modes
 

@@ -18,7 +18,7 @@ from grass_dist.checkpoint.folders import step_of
 from grass_dist.checkpoint.loading import Checkpoint, EngineState, look_at, open_checkpoint
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import Entries, decode
-from grass_dist.checkpoint.saving import together
+from grass_dist.checkpoint.together import together
 from grass_dist.config import ROLES, GrassConfig, among_competing, check_competing, check_num_layers
 from grass_dist.errors import CheckpointError, ConfigError
 from grass_dist.method.samplers import make_sampler, probe_steps

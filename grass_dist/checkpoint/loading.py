@@ -15,17 +15,14 @@ from pydantic import FailFast, Field
 
 from grass_dist.checkpoint import files, folders
 from grass_dist.checkpoint.dcp import TensorReader, open_tensors
+from grass_dist.checkpoint.deepspeed_files import open_deepspeed
 from grass_dist.checkpoint.files import Stored, up_to_a_wrong_one
 from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
 from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
-from grass_dist.checkpoint.saving import together
+from grass_dist.checkpoint.together import together
 from grass_dist.errors import CheckpointError, shorten
 from grass_dist.ranks import Ranks
 from grass_dist.states.unit_optimizer import HOW
-
-DEEPSPEED_LAYOUT = "deepspeed"
-"""In state.json of a checkpoint in DeepSpeed's format: where its partitions lie."""
-
 
 _ALL = {dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _DTYPES = {name: dtype for name, dtype in _ALL.items() if not name.startswith("q")}
@@ -81,6 +78,7 @@ class State(Stored):
     units: Annotated[dict[str, UnitState], up_to_a_wrong_one(_is_unit)]
     run: dict[str, Any]
     deepspeed: dict[str, Any] | None = None
+    """`Layout` of DeepSpeed's files, in a checkpoint in its format."""
 
 
 class Checkpoint:
@@ -113,9 +111,7 @@ class Checkpoint:
         """Reads its tensors, in whichever format they are."""
         if self.manifest.kind == "dcp":
             return open_tensors(self.folder / files.TENSORS)
-        from grass_dist.checkpoint.deepspeed_files import open_deepspeed
-
-        return open_deepspeed(self.folder / files.DEEPSPEED, self.manifest, self.state)
+        return open_deepspeed(self.folder, self.manifest, self.state.deepspeed, self.state.units)
 
 
 def open_checkpoint(folder: Path, ranks: Ranks | None = None) -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -71,7 +70,11 @@ def read_rng(
             if tensors.get(key, (0, None))[0] != saved_by * size:
                 raise CheckpointError(f"The checkpoint does not hold the random numbers {key} of {saved_by} ranks.")
             state = read(key, ranks.rank * size, torch.empty(size, dtype=torch.uint8))
-            _try(trial, state, key)
+            try:
+                trial.set_state(state)
+            except RuntimeError as error:
+                damaged = f"The random numbers {key} of the checkpoint are damaged: {printable(error)}."
+                raise CheckpointError(damaged) from None
             found.append((put, state))
     return found
 
@@ -79,18 +82,3 @@ def read_rng(
 def _cuda(ranks: Ranks) -> torch.device:
     """The GPU of this rank's model, or else the current one."""
     return ranks.device if ranks.device is not None and ranks.device.type == "cuda" else torch.device("cuda")
-
-
-def _try(trial: torch.Generator, state: torch.Tensor, key: str) -> None:
-    try:
-        trial.set_state(state)
-        if key == RNG and not _stays_inside(state) and _stays_inside(torch.get_rng_state()):
-            raise RuntimeError("it points behind its end")
-    except RuntimeError as error:
-        raise CheckpointError(f"The random numbers {key} of the checkpoint are damaged: {printable(error)}.") from None
-
-
-def _stays_inside(state: torch.Tensor) -> bool:
-    """Whether a Mersenne Twister fills its 624 words again before it reads behind them, which torch does not check."""
-    _, left, _, at = struct.unpack_from("<QiiQ", bytes(state[:24].tolist()))
-    return left + at <= 625

@@ -1,112 +1,35 @@
-"""Saving: what the ranks hold is copied to host memory, and written from there while training goes on."""
+"""Saving: snapshots are written, at once or by a thread while training goes on; and which format a run is saved in."""
 
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from grass_dist.checkpoint import disk, files, folders
-from grass_dist.checkpoint.dcp import file_numbers, write
-from grass_dist.checkpoint.per_rank import per_rank_pieces
-from grass_dist.checkpoint.pieces import Holdings, Piece, dtype_name
+from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
+from grass_dist.checkpoint.pieces import Holdings
+from grass_dist.checkpoint.snapshot import HostCopies, Snapshot
+from grass_dist.checkpoint.together import sentence, together
+from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
 from grass_dist.version import __version__
 
-WriteTensors = Callable[[Path], None]
-"""Writes the tensors of all ranks into a folder; called on every rank."""
+Format = Literal["auto", "dcp", "deepspeed"]
 
 
-@dataclass
-class Snapshot:
-    """A run at the end of an optimizer step, as it is to be written."""
-
-    step: int
-    kind: Literal["dcp", "deepspeed"]
-    state: dict[str, Any]
-    """For state.json."""
-    weights: dict[str, Any]
-    backend: str
-    write_tensors: WriteTensors
-    nbytes: int = 0
-    """Of this rank's tensors; unknown, 0, where DeepSpeed writes them."""
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-class HostCopies:
-    """Memory that a rank's pieces are copied to before training goes on; kept from one save to the next."""
-
-    def __init__(self) -> None:
-        self._copies: dict[str, torch.Tensor] = {}
-
-    def __call__(self, piece: Piece) -> Piece:
-        copy = self._copies.get(piece.key)
-        if copy is None or copy.numel() != piece.tensor.numel() or copy.dtype != piece.tensor.dtype:
-            copy = self._copies[piece.key] = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype)
-        copy.copy_(piece.tensor)
-        return Piece(piece.key, piece.numel, piece.start, copy)
-
-
-def take_snapshot(
-    holdings: Holdings, ranks: Ranks, step: int, extra: Mapping[str, Any], copy: Callable[[Piece], Piece] | None = None
-) -> Snapshot:
-    """Collects what this rank writes, in the format that any number of ranks can load.
-
-    Args:
-        ranks: over whose group the tensors are written.
-        extra: of the program, as JSON can hold it; equal on all ranks.
-        copy: of each piece, where training goes on before it is written.
-    """
-    weights, described = holdings.weights(), holdings.describe()
-    sizes: dict[str, int] = {}
-    mine: list[Piece] = []
-
-    def take(pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            sizes[piece.key] = piece.numel * piece.tensor.element_size()
-            if (written := piece.to_write(holdings.ranks)) is not None:
-                mine.append(written if copy is None else copy(written))
-
-    with torch.no_grad():
-        take(weights)
-        units = {}
-        for unit in holdings.states():
-            take(unit.tensors)
-            units[unit.name] = unit.entries
-        take(per_rank_pieces(described["engine"], holdings.ranks))
-    engine = {**described["engine"], "measured": {"layers": described["engine"]["measured"]["layers"]}}
-    state = {"engine": _without_nan(engine), "groups": described["groups"], "units": units, "run": dict(extra)}
-    numbers = file_numbers(sizes, holdings.ranks.world_size)
-    return Snapshot(
-        step,
-        "dcp",
-        state,
-        _weight_entries(holdings, weights),
-        holdings.name,
-        lambda folder: write(folder / files.TENSORS, mine, numbers, ranks.group),
-        sum(piece.tensor.nbytes for piece in mine),
-    )
-
-
-def _weight_entries(holdings: Holdings, weights: Sequence[Piece]) -> dict[str, Any]:
-    dtypes = {piece.key: dtype_name(piece.tensor.dtype) for piece in weights}
-    return {key: {"shape": list(shape), "dtype": dtypes[key]} for key, shape in holdings.shapes().items()}
-
-
-def _without_nan(engine: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: an importance that was not measured is null."""
-    tracker = engine["tracker"]
-    plain = [None if math.isnan(m) else m for m in tracker["importances"]]
-    return {**engine, "tracker": {**tracker, "importances": plain}}
+def snapshot_class(holdings: Holdings, format: Format) -> type[Snapshot]:
+    """The class that takes a run's snapshots, which is their format; "auto" is DeepSpeed's own for its engines."""
+    own = isinstance(holdings, ZeroHoldings)
+    return DeepSpeedSnapshot if format == "deepspeed" or (format == "auto" and own) else Snapshot
 
 
 def write_snapshot(
@@ -126,8 +49,8 @@ def write_snapshot(
     writing = parent / f".{folders.folder_name(snapshot.step)}.writing"
     main = ranks.rank == 0
     try:
-        together(ranks, lambda: _begin(writing, snapshot.kind) if main else None)
-        together(ranks, lambda: snapshot.write_tensors(writing))
+        together(ranks, lambda: _begin(writing) if main else None)
+        together(ranks, lambda: snapshot.write_tensors(writing, ranks))
         together(ranks, lambda: _add(writing, snapshot, add_files) if main else None)
         names = together(ranks, lambda: files.files_in(writing))
         mine = together(ranks, lambda: {n: files.digest(writing / n) for n in names[ranks.rank :: ranks.world_size]})
@@ -148,9 +71,9 @@ def write_snapshot(
     return final or parent / folders.folder_name(snapshot.step)
 
 
-def _begin(writing: Path, kind: str) -> None:
+def _begin(writing: Path) -> None:
     folders.clear(writing.parent, "writing")
-    (writing / (files.TENSORS if kind == "dcp" else files.DEEPSPEED)).mkdir(parents=True)
+    writing.mkdir(parents=True)
 
 
 def _add(writing: Path, snapshot: Snapshot, add_files: Callable[[Path], None] | None) -> None:
@@ -168,45 +91,15 @@ def _manifest(snapshot: Snapshot, ranks: Ranks, entries: Mapping[str, files.File
         world_size=ranks.world_size,
         backend=snapshot.backend,
         saved=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions={**_versions(), **snapshot.versions},
-        weights=snapshot.weights,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "grass_dist": __version__,
+            **snapshot.versions,
+        },
+        weights=dict(snapshot.weights),
         files=dict(entries),
     )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "grass_dist": __version__,
-    }
-
-
-def together(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Does ``work`` on every rank; if it fails on one, all raise.
-
-    Raises:
-        CheckpointError: of the first rank that failed, in one sentence.
-    """
-    result, problem = None, None
-    try:
-        result = work()
-    except CheckpointError as error:
-        problem = (str(error), False)
-    except Exception as error:
-        problem = (sentence(error), ranks.world_size > 1)
-    for rank, other in enumerate(ranks.gather_objects(problem)):
-        if other:
-            text, of_rank = other  # type: ignore[misc]
-            raise CheckpointError(f"rank {rank}: {text}" if of_rank else text).everywhere()
-    return result
-
-
-def sentence(error: BaseException) -> str:
-    """What went wrong, without a traceback."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the file system'}: {error.strerror}"
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Saver:
@@ -216,24 +109,28 @@ class Saver:
 
     Args:
         parent: folder of the run's checkpoints.
-        ranks: with a process group of their own, since the background thread communicates.
-        take: makes the snapshot of (step, extra, copy of a piece).
+        ranks: that write, in a process group of their own, since the background thread communicates.
+        keep: see `write_snapshot`.
+        background: whether training goes on while a checkpoint is written, if its format allows that.
+        format: see `snapshot_class`.
         add_files: see `write_snapshot`.
     """
 
     def __init__(
         self,
         parent: Path,
+        holdings: Holdings,
         ranks: Ranks,
-        take: Callable[[int, Mapping[str, Any], Callable[[Piece], Piece] | None], Snapshot],
         *,
         keep: int,
         background: bool,
+        format: Format = "dcp",
         add_files: Callable[[Path], None] | None = None,
     ) -> None:
-        self._parent, self._ranks, self._take, self._keep = parent, ranks, take, keep
-        self.background, self._add_files = background, add_files
-        self._copies = HostCopies() if background else None
+        self._parent, self._holdings, self._ranks, self._keep = parent, holdings, ranks, keep
+        self._add_files, self._class = add_files, snapshot_class(holdings, format)
+        self.background = background and self._class.in_background
+        self._copies = HostCopies() if self.background else None
         self._thread: threading.Thread | None = None
         self._outcome: Saved | None = None
 
@@ -255,7 +152,7 @@ class Saver:
         assert not self.busy
         began = time.perf_counter()
         try:
-            snapshot = self._take(step, extra, self._copies)
+            snapshot = self._class.take(self._holdings, step, extra, self._copies)
             problem = None
         except Exception as error:  # the other ranks are told below
             snapshot, problem = None, error
@@ -297,9 +194,9 @@ class Saved:
     folder: Path | None
     error: CheckpointError | None
     stall_seconds: float
-    """That training waited."""
+    """For which training waited."""
     seconds: float
-    """Of writing, in the background or not."""
+    """That writing took, in the background or not."""
     nbytes: int
     """Bytes of tensors that this rank wrote."""
 

@@ -4,57 +4,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import FailFast, Field
 from torch import nn
 
 from grass_dist.backends.zero.groups import Extent, Group, extents_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, Made
 from grass_dist.backends.zero.whole import make
-from grass_dist.checkpoint.files import Stored, printable
+from grass_dist.checkpoint.deepspeed_files import GroupLayout, Layout, Placed
+from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
-from grass_dist.checkpoint.saving import together
+from grass_dist.checkpoint.together import together
 from grass_dist.checkpoint.torch_run import check_clock
 from grass_dist.errors import CheckpointError
 from grass_dist.states.unit_optimizer import HOW, step_over
-
-
-class Placed(Stored):
-    """A parameter in a partition."""
-
-    name: str
-    numel: int = Field(ge=0)
-    shard: int = Field(ge=0)
-    """Stage 3: elements of a rank's shard, with padding."""
-
-
-class GroupLayout(Stored):
-    """The partitions of a parameter group of DeepSpeed's."""
-
-    unit: str
-    partition: int = Field(ge=0)
-    """Elements of each rank's, with padding."""
-    params: Annotated[list[Placed], FailFast()]
-
-
-class Layout(Stored):
-    """Where DeepSpeed's partitions lie; in state.json of a checkpoint in its files."""
-
-    stage: Literal[1, 2, 3]
-    groups: Annotated[list[GroupLayout], FailFast()]
-    """In the order of DeepSpeed's files."""
-    frozen: Annotated[list[Placed], FailFast()]
-    """Parameters that never train."""
 
 
 class ZeroHoldings:
     """`Holdings` of an engine that `grass_dist.initialize` made."""
 
     def __init__(self, engine: Any) -> None:
+        self.engine = engine
         self._zero: NarrowZero = engine.optimizer
         self._module: nn.Module = engine.module
         self._grass = engine.grass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -225,13 +224,13 @@ class Checkpoints:
         if settings is None:
             return
         world.together(lambda: folders.sweep(folder / folders.CHECKPOINTS, start_step) if world.is_main else None)
-        take = run.snapshot(settings.format)
         self._saver = Saver(
             folder / folders.CHECKPOINTS,
+            run.holdings(),
             Ranks(world.background),
-            partial(take, Ranks(world.background)),
             keep=settings.keep,
-            background=settings.background and run.saves_in_background(settings.format),
+            background=settings.background,
+            format=settings.format,
             add_files=lambda writing: add_model(writing / files.MODEL),
         )
 
@@ -271,6 +270,11 @@ class Checkpoints:
             if of_collective(outcome.error):  # a rank is lost, and each of the others says so for itself
                 raise outcome.error.__cause__ or outcome.error
             raise outcome.error.everywhere()
+
+    def close(self) -> None:
+        """Waits as `wait`, and lets go of the run's tensors and of their copies; nothing is saved after it."""
+        self.wait()
+        self._saver = None
 
 
 def check_bad_steps(bad_steps: int, config: RunConfig, step: int) -> None:

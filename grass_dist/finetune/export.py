@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.checkpoint import disk
-from grass_dist.checkpoint.saving import sentence
+from grass_dist.checkpoint.together import sentence
 from grass_dist.errors import GrassError
 from grass_dist.job.world import World
 from grass_dist.regular_files import give_usual_modes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,18 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from grass_dist.checkpoint.pieces import Holdings, Piece
-from grass_dist.checkpoint.saving import Snapshot
+from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.events import Observer
 from grass_dist.method.controller import GrassController
 from grass_dist.model.discovery import LayerMap
-from grass_dist.ranks import Ranks
 
 Batch = dict[str, torch.Tensor]
 """A micro-batch on this rank's device, as `collate` makes it."""
-
-
-Copy = Callable[[Piece], Piece]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +56,7 @@ class Run(Protocol):
         ...
 
     def holdings(self) -> Holdings:
-        """What the ranks hold, for a checkpoint to be put into."""
-        ...
-
-    def saves_in_background(self, kind: str) -> bool:
-        """Whether a checkpoint of this `CheckpointConfig.format` can be written while training goes on."""
-        ...
-
-    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
-        """Makes snapshots for checkpoints of this `CheckpointConfig.format`."""
+        """What the ranks hold: what a checkpoint is taken of, and put into."""
         ...
 
     @property

@@ -21,9 +21,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from grass_dist.checkpoint import files, folders
+from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
 from grass_dist.checkpoint.loading import Checkpoint, open_checkpoint
 from grass_dist.checkpoint.model import shapes_of
-from grass_dist.checkpoint.saving import Saver
+from grass_dist.checkpoint.saving import write_snapshot
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.finetune.checkpoints import resume_run
 from grass_dist.finetune.config import RunConfig
@@ -131,16 +132,10 @@ def _save(
         if (source / files.MODEL).is_dir():
             shutil.copytree(source / files.MODEL, writing / files.MODEL)
 
-    def take(step: int, extra: Any, copy: Any) -> Any:
-        return run.snapshot("deepspeed")(ranks, step, extra, copy)
-
-    saver = Saver(out / folders.CHECKPOINTS, ranks, take, keep=10**9, background=False, add_files=add_files)
     stored = _stored_config(checkpoint) | {"parallel": config.parallel.model_dump(mode="json")}
-    saver.save(checkpoint.step, {**checkpoint.state.run, "config": stored})
-    outcome = saver.outcome()
-    assert outcome is not None
-    if outcome.error:
-        raise outcome.error
+    extra = {**checkpoint.state.run, "config": stored}
+    snapshot = world.together(lambda: DeepSpeedSnapshot.take(run.holdings(), checkpoint.step, extra))
+    write_snapshot(out / folders.CHECKPOINTS, snapshot, ranks, keep=10**9, add_files=add_files)
     run.close()
     world.leave()
 

@@ -7,8 +7,7 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 
 from grass_dist.checkpoint.pieces import Holdings
-from grass_dist.checkpoint.saving import Snapshot, take_snapshot
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
@@ -25,7 +23,7 @@ from grass_dist.finetune.answers import answer_from_folder, greedy_answer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.deepspeed_config import check, fill, read_json
 from grass_dist.finetune.export import gather_zero, save_pretrained
-from grass_dist.finetune.parallel import Batch, Copy, Stepped
+from grass_dist.finetune.parallel import Batch, Stepped
 from grass_dist.finetune.setup import (
     accumulation_steps,
     adamw_settings,
@@ -38,7 +36,6 @@ from grass_dist.finetune.steps import summed_loss
 from grass_dist.job.world import World
 from grass_dist.model.discovery import LayerMap
 from grass_dist.model.packaged import resolve_model
-from grass_dist.ranks import Ranks
 
 
 class DeepSpeed:
@@ -160,19 +157,6 @@ class DeepSpeedRun:
 
     def holdings(self) -> Holdings:
         return ZeroHoldings(self.model)
-
-    def saves_in_background(self, kind: str) -> bool:
-        return kind == "dcp"  # DeepSpeed communicates while it writes
-
-    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
-        if kind == "dcp":
-            return partial(take_snapshot, ZeroHoldings(self.model))
-        from grass_dist.checkpoint.deepspeed_save import save_deepspeed
-
-        def take(ranks: Ranks, step: int, extra: Mapping[str, Any], copy: Copy | None) -> Snapshot:
-            return save_deepspeed(self.model, ranks, step, extra)
-
-        return take
 
     @property
     def state_bytes(self) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.checkpoint.pieces import Holdings
-from grass_dist.checkpoint.saving import Snapshot, take_snapshot
 from grass_dist.config import GrassConfig
 from grass_dist.events import Observer
 from grass_dist.finetune.answers import greedy_answer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.export import gather_torch, save_pretrained
-from grass_dist.finetune.parallel import Batch, Copy, Stepped
+from grass_dist.finetune.parallel import Batch, Stepped
 from grass_dist.finetune.setup import accumulation_steps, adamw_settings, check_ranks, load_model, parameter_groups
 from grass_dist.finetune.steps import summed_loss
 from grass_dist.job.world import World
 from grass_dist.model.discovery import LayerMap
 from grass_dist.optimizer import GrassOptimizer
-from grass_dist.ranks import Ranks
 
 
 class Torch:
@@ -102,12 +99,6 @@ class TorchRun:
 
     def holdings(self) -> Holdings:
         return self.optimizer.holdings()
-
-    def saves_in_background(self, kind: str) -> bool:
-        return True
-
-    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
-        return partial(take_snapshot, self.optimizer.holdings())
 
     @property
     def state_bytes(self) -> int:

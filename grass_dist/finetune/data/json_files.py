@@ -50,7 +50,7 @@ def text_rows(
         skipped: counts what is left out, by file.
 
     Raises:
-        ConfigError: while iterating, a broken line, or a list whose elements cannot be told apart.
+        ConfigError: while iterating, a broken line, or a list with an element that is no JSON.
         OSError: while iterating, a file that cannot be read.
     """
     columns, kinds = columns_of(parts), dict[str, tuple[str, str]]()

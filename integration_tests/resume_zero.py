@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import grass_dist
 from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
 from grass_dist.checkpoint.loading import Checkpoint, State, load, open_checkpoint
 from grass_dist.checkpoint.saving import Format, Saver, write_snapshot
@@ -215,6 +216,57 @@ def changed_formats(rank: int, world_size: int, parent: Path) -> list[str]:
         again = open_checkpoint(folder / other / "step-000006")
         odd += [f"{case}: {key}" for key in unequal(source, again)]
     return odd
+
+
+def in_loops_of_ones_own(rank: int, world_size: int, parent: str) -> dict[str, list[str]]:
+    """What is wrong with what `AsyncCheckpointer` has saved beside the steps of FSDP2 and of ZeRO-2."""
+    told = {}
+    for name, make in {
+        "fsdp2": lambda: Training(rank, world_size, Setting("fsdp2", GRASS)),
+        "zero2": lambda: ZeroTraining(rank, world_size, setting_of(2, "bf16", "interval", "dcp")),
+    }.items():
+        folder, whole = Path(parent, name), make()
+        with grass_dist.AsyncCheckpointer(folder, trained(whole), keep=2) as checkpointer:
+            for step in (2, 4, 6):
+                whole.run(step)
+                checkpointer.save(step, extra={"step": step})
+            whole.run(STEPS)
+        newest, kept = checkpointer.latest(), sorted(path.name for path in folder.iterdir())
+        resumed, undisturbed = make(), make().run(STEPS)
+        found = grass_dist.load_checkpoint(folder, trained(resumed))
+        resumed.done = 6
+        resumed.run(STEPS)
+        wanted = undisturbed.params()
+        odd = [
+            f"{key} of the run that was saved" for key, p in whole.params().items() if not torch.equal(p, wanted[key])
+        ]
+        odd += [
+            f"{key} of the run that went on" for key, p in resumed.params().items() if not torch.equal(p, wanted[key])
+        ]
+        odd += (
+            [] if newest == folder / "step-000006" and kept == ["step-000004", "step-000006"] else [str(newest), *kept]
+        )
+        told[name] = odd + ([] if found == (6, {"step": 6}) else [str(found)]) + unwritten(folder, trained(resumed))
+    return told
+
+
+def trained(training: Training) -> Any:
+    """What a loop of one's own gives to `AsyncCheckpointer`."""
+    return training.engine if isinstance(training, ZeroTraining) else training.optimizer
+
+
+def unwritten(folder: Path, optimizer: Any) -> list[str]:
+    """Rank 0 cannot write; the next save tells all ranks, and nothing is left."""
+
+    def no_room(writing: Path) -> None:
+        raise OSError(28, "no room", str(writing))
+
+    checkpointer = grass_dist.AsyncCheckpointer(folder, optimizer, add_files=no_room)
+    checkpointer.save(8)
+    told = refused(lambda: checkpointer.save(9))
+    names = sorted(path.name for path in folder.iterdir())
+    good = told.startswith("CheckpointError: The checkpoint of step 8 was not written: rank 0: ") and "no room" in told
+    return [] if good and names == ["step-000004", "step-000006"] else [told, *names]
 
 
 def unequal(a: Checkpoint, b: Checkpoint) -> list[str]:

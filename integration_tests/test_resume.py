@@ -7,6 +7,7 @@ import torch
 
 from integration_tests.ranks import run_ranks
 from integration_tests.resume import Setting, exact, leg
+from integration_tests.resume_zero import in_loops_of_ones_own
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -70,3 +71,10 @@ def test_it_goes_on_on_other_ranks_and_under_another_backend(tmp_path):
     worst = max((found[0]["params"][n] - p).abs().max().item() for n, p in alone["params"].items())
     print(f"worst difference after 30 steps on 4, 2, 3, 1 and 2 ranks: {worst:.2g}")
     assert worst < 1e-6
+
+
+@pytest.mark.integration
+def test_what_is_saved_beside_the_steps_of_ones_own_loop_goes_on_to_the_bit(tmp_path):
+    pytest.importorskip("deepspeed")
+    told = run_ranks(2, in_loops_of_ones_own, str(tmp_path), timeout=200)
+    assert told == [{"fsdp2": [], "zero2": []}] * 2

@@ -1,4 +1,4 @@
-"""Saving in DeepSpeed's own files: what `engine.save_checkpoint` writes, described so that any run can load it."""
+"""Saves in DeepSpeed's own files: `engine.save_checkpoint` writes them, and a description lets any run load them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from grass_dist.ranks import Ranks
 class DeepSpeedSnapshot(Snapshot):
     """A snapshot that DeepSpeed writes.
 
-    DeepSpeed writes what the run holds at that time, and communicates: so it is written before training goes on, on the
-    main thread. ``pieces`` are only what DeepSpeed does not save: generators and measurements.
+    DeepSpeed writes the state that the engine has at that time, and communicates. So the snapshot must be written
+    before training goes on, on the main thread. ``pieces`` are generators and measurements, which DeepSpeed does not save.
     """
 
     kind = "deepspeed"
@@ -38,11 +38,11 @@ class DeepSpeedSnapshot(Snapshot):
     def take(
         cls, holdings: Holdings, step: int, extra: Mapping[str, Any] | None = None, copies: HostCopies | None = None
     ) -> Self:
-        """As `Snapshot.take`, of an engine. Layers that never trained get their masters now, as for
-        `engine.save_checkpoint`; the description has no state of them.
+        """As `Snapshot.take`, for an engine. Layers that never trained get their masters now, as for
+        `engine.save_checkpoint`; the description has no state of theirs.
 
         Raises:
-            CheckpointError: the engine writes its files in a way that is not known here.
+            CheckpointError: the engine writes its files in the background.
         """
         assert isinstance(holdings, ZeroHoldings)
         engine = holdings.engine
@@ -79,7 +79,7 @@ class DeepSpeedSnapshot(Snapshot):
 
 
 class _Described(ZeroHoldings):
-    """`Holdings` that describe all their tensors and hold none: DeepSpeed writes those."""
+    """`Holdings` that describe all their tensors and save none of them, since DeepSpeed does."""
 
     def weights(self) -> list[Piece]:
         return [Piece(p.key, p.numel, p.start, p.tensor, writes=False) for p in super().weights()]
@@ -89,9 +89,10 @@ class _Described(ZeroHoldings):
 
 
 def _write(engine: Any, folder: Path) -> None:
-    """
+    """Has DeepSpeed write its files, and reads those of this rank.
+
     Raises:
-        CheckpointError, OSError, RuntimeError: this rank's files were not written, or cannot be read again.
+        CheckpointError, OSError, RuntimeError: this rank's files were not written, or cannot be read.
     """
     problems: list[Exception] = []
     with (

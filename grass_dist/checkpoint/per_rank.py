@@ -1,4 +1,4 @@
-"""What each rank has for itself: random numbers and its part of the measurements since the last refresh."""
+"""The part of a run that differs between ranks: generators, and measurements since the last refresh."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
 
 MEASURED, RNG, CUDA_RNG = f"{MARK}measured", f"{MARK}rng", f"{MARK}cuda_rng"
-"""Tensors of one row for each rank that saved."""
+"""Keys of tensors that have one row for each rank that saved."""
 
 
 def per_rank_pieces(engine: Mapping[str, Any], ranks: Ranks) -> list[Piece]:
@@ -33,8 +33,8 @@ def per_rank_pieces(engine: Mapping[str, Any], ranks: Ranks) -> list[Piece]:
 def measured_of(layers: Sequence[Sequence[int]], saved_by: int, ranks: Ranks, read: Read) -> dict[str, Any]:
     """The engine's "measured" for this rank.
 
-    With as many ranks as saved it, each has its own rows back. Else the first has their sum, and the others zeros:
-    what the refresh adds up is the same but for rounding in fp64.
+    With as many ranks as saved the checkpoint, each rank gets its own rows back. With another number, the first rank
+    gets their sum and the others get zeros: the refresh adds up to the same, except for rounding in fp64.
     """
     numel = sum(len(active) for active in layers)
     if not numel:
@@ -54,7 +54,7 @@ Put = Callable[[torch.Tensor], object]
 def read_rng(
     tensors: Mapping[str, tuple[int, torch.dtype]], saved_by: int, ranks: Ranks, read: Read
 ) -> list[tuple[Put, torch.Tensor]] | None:
-    """States for torch's generators and who takes them, each checked; None with another number of ranks.
+    """The states of torch's generators, each with the function that sets it; None with another number of ranks.
 
     Raises:
         CheckpointError: one is damaged.

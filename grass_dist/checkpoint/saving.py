@@ -1,4 +1,4 @@
-"""Saving: snapshots are written, at once or by a thread while training goes on; and which format a run is saved in."""
+"""Saving: decides the format of a run's snapshots, and writes them, at once or by a thread while training goes on."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def snapshot_class(holdings: Holdings, format: Format) -> type[Snapshot]:
 def write_snapshot(
     parent: Path, snapshot: Snapshot, ranks: Ranks, keep: int, add_files: Callable[[Path], None] | None = None
 ) -> Path:
-    """Writes a checkpoint below ``parent``, or leaves no trace of it. Called on every rank of ``ranks``.
+    """Writes a checkpoint below ``parent``. If that fails, nothing of it is left. Called on every rank of ``ranks``.
 
-    Over the wire: what `torch.distributed.checkpoint` plans by, and five gathers of a few bytes.
+    Over the wire: the plans of `torch.distributed.checkpoint`, and eight gathers of a few bytes.
 
     Args:
-        keep: checkpoints that stay, this one included.
+        keep: how many checkpoints stay, with this one.
         add_files: puts further files into the folder; called on rank 0.
 
     Raises:
-        CheckpointError: on every rank, if one fails.
+        CheckpointError: on every rank, if one rank fails.
     """
     writing = parent / f".{folders.folder_name(snapshot.step)}.writing"
     main = ranks.rank == 0
@@ -103,12 +103,12 @@ def _manifest(snapshot: Snapshot, ranks: Ranks, entries: Mapping[str, files.File
 
 
 class Saver:
-    """Writes checkpoints of a run, one at a time, in the background if asked to.
+    """Writes the checkpoints of a run, one at a time, by a thread if asked to.
 
     Every method is called on every rank at the same steps.
 
     Args:
-        parent: folder of the run's checkpoints.
+        parent: the folder of the run's checkpoints.
         ranks: that write, in a process group of their own, since the background thread communicates.
         keep: see `write_snapshot`.
         background: whether training goes on while a checkpoint is written, if its format allows that.
@@ -136,18 +136,18 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether there is a save whose outcome has not been taken."""
+        """Whether the outcome of a save has not been taken yet."""
         return self._thread is not None or self._outcome is not None
 
     @property
     def done(self) -> bool:
-        """Whether this rank knows the outcome."""
+        """Whether this rank knows the outcome of the save."""
         return self._outcome is not None and (self._thread is None or not self._thread.is_alive())
 
     def save(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Begins a save, and ends it unless it is for the background. `outcome` says how it went.
+        """Begins a save; without the background it is finished on return. `outcome` says how it went.
 
-        An earlier save must have been waited for.
+        The outcome of an earlier save must have been taken.
         """
         assert not self.busy
         began = time.perf_counter()
@@ -179,7 +179,7 @@ class Saver:
             self._outcome.stall_seconds = time.perf_counter() - began
 
     def outcome(self) -> Saved | None:
-        """Waits for the save that is under way, if there is one, and says once how it went."""
+        """Waits for the save that is under way, if there is one, and returns once how it went."""
         if self._thread is not None:
             self._thread.join()
         self._thread, outcome, self._outcome = None, self._outcome, None
@@ -194,11 +194,11 @@ class Saved:
     folder: Path | None
     error: CheckpointError | None
     stall_seconds: float
-    """For which training waited."""
+    """Seconds for which training waited."""
     seconds: float
-    """That writing took, in the background or not."""
+    """Seconds that writing took, in the background or not."""
     nbytes: int
-    """Bytes of tensors that this rank wrote."""
+    """Bytes of the tensors that this rank wrote."""
 
 
 def _as_checkpoint_error(error: Exception) -> CheckpointError:

@@ -10,10 +10,10 @@ from grass_dist.ranks import Ranks
 
 
 def together(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Does ``work`` on every rank; if it fails on one, all raise.
+    """Does ``work`` on every rank. If it fails on one rank, all ranks raise.
 
     Raises:
-        CheckpointError: of the first rank that failed, in one sentence.
+        CheckpointError: the error of the first rank that failed, in one sentence.
     """
     result, problem = None, None
     try:
@@ -30,7 +30,7 @@ def together(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 
 def sentence(error: BaseException) -> str:
-    """What went wrong, without a traceback."""
+    """The error in one line, without a traceback."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the file system'}: {error.strerror}"
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -26,7 +26,7 @@ class DeepSpeedSnapshot(Snapshot):
     """A snapshot that DeepSpeed writes.
 
     DeepSpeed writes the state that the engine has at that time, and communicates. So the snapshot must be written
-    before training goes on, on the main thread. ``pieces`` are generators and measurements, which DeepSpeed does not save.
+    before training goes on, on the main thread. ``pieces`` are generators and measurements, which DeepSpeed leaves out.
     """
 
     kind = "deepspeed"

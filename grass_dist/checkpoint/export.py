@@ -104,8 +104,8 @@ def export(
 ) -> Exported:
     """Writes the model of a checkpoint into the folder ``out``, which `from_pretrained` loads.
 
-    One shard is in memory at a time; of the optimizer states only the checksums are computed. ``out`` appears when it is
-    complete.
+    One shard is in memory at a time; of the optimizer states only the checksums are computed. ``out`` appears when it
+    is complete.
 
     Args:
         run: the folder of a run, whose newest good checkpoint is taken, or of a checkpoint.

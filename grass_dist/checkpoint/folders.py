@@ -77,7 +77,7 @@ def unread(folder: Path) -> Iterator[bool]:
 
 
 def prune(parent: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, oldest first. One that is being read stays until the next call."""
+    """Removes all but the newest ``keep`` checkpoints, oldest first. One that is being read stays for now."""
     for path in reversed(checkpoints_in(parent)[keep:]):
         if put_away(path):
             clear(parent)

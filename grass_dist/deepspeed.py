@@ -28,7 +28,7 @@ from grass_dist.events import Observer
 from grass_dist.method.controller import GrassController
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
-from grass_dist.model.discovery import Unit, find_layers
+from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.units import (
     check_one_device,
     choose_units,
@@ -37,7 +37,7 @@ from grass_dist.model.units import (
     refuse_second,
     remember,
 )
-from grass_dist.ranks import agree_at_start, say, world
+from grass_dist.ranks import say, together, world
 
 Initialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -80,8 +80,7 @@ def initialize_with(
         problem = error
     said = spare_the_compiler(setup.ds_config if setup else {})
     _join(given)
-    _agree(problem, setup)
-    assert setup is not None
+    setup = _agree(problem, setup)
     for sentence in (*setup.said, *said):
         say(world(), sentence)
     return _build(stock, given, setup, observers)
@@ -138,26 +137,28 @@ def _connect(
     groups = zero.user_optimizer.param_groups
     wire = torch.empty(0, dtype=arguments["communication_data_type"]).element_size()
     backend = ZeroBackend(zero, arguments["dp_process_group"], arguments["gradient_accumulation_steps"], stage, wire)
-    problem: Exception | None = None
-    found, layers, roles, still = None, (), (), ()
-    try:
-        refuse_second(model)
-        check_optimizer(zero.user_optimizer, setup)
-        found = find_layers(model, config.layers)
-        check_num_layers(config, len(found.layers))
-        make_sampler(config, len(found.layers))
-        given = {p for group in groups for p in group["params"] if p.requires_grad}
-        layers, roles = choose_units(model, found, config, groups)
-        still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
-        check_one_device([*layers, *roles], backend)
-    except ConfigError as error:
-        problem = error if error.field == "optimizer" else error.under("grass")
-    except Exception as error:  # whatever it is, the other ranks must not wait for this one
-        problem = error
-    zero.every = backend.groups_of([*layers, *roles]) if problem is None else []
     kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
-    agree_at_start(backend, problem, fingerprint(config, found, layers, groups, type(zero.user_optimizer), kwargs))
-    if found is not None and (told := frozen_layers(found, layers)):
+
+    def choose() -> tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...]]:
+        try:
+            refuse_second(model)
+            check_optimizer(zero.user_optimizer, setup)
+            found = find_layers(model, config.layers)
+            check_num_layers(config, len(found.layers))
+            make_sampler(config, len(found.layers))
+            given = {p for group in groups for p in group["params"] if p.requires_grad}
+            layers, roles = choose_units(model, found, config, groups)
+            still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
+            check_one_device([*layers, *roles], backend)
+        except ConfigError as error:
+            raise error if error.field == "optimizer" else error.under("grass") from None
+        return found, layers, roles, still
+
+    found, layers, roles, still = together(
+        backend, choose, lambda made: fingerprint(config, made[0], made[1], groups, type(zero.user_optimizer), kwargs)
+    )
+    zero.every = backend.groups_of([*layers, *roles])
+    if told := frozen_layers(found, layers):
         say(backend, told)
     # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
     never = backend.groups_of([Unit("never trained", None, still)]) if still and stage == 3 else []
@@ -224,10 +225,14 @@ def _join(given: dict[str, Any]) -> None:
         accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _agree(problem: GrassError | None, setup: ZeroSetup | None) -> None:
-    config = setup.ds_config if setup else {}
-    agree_at_start(
-        world(),
-        problem,
-        {f"ds_config.{name}": value for name, value in config.items()} | {"deepspeed version": deepspeed_version()},
-    )
+def _agree(problem: GrassError | None, setup: ZeroSetup | None) -> ZeroSetup:
+    def checked() -> ZeroSetup:
+        if problem is not None:
+            raise problem
+        assert setup is not None
+        return setup
+
+    def compared(setup: ZeroSetup) -> dict[str, Any]:
+        return {f"ds_config.{k}": v for k, v in setup.ds_config.items()} | {"deepspeed version": deepspeed_version()}
+
+    return together(world(), checked, compared)

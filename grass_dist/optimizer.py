@@ -28,7 +28,7 @@ from grass_dist.model.units import (
     refuse_second,
     remember,
 )
-from grass_dist.ranks import agree_at_start, say
+from grass_dist.ranks import say, together
 from grass_dist.states.placement import place_states
 from grass_dist.states.unit_optimizer import ELEMENTWISE, HOW, UnitOptimizer
 
@@ -112,12 +112,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         observers: Sequence[Observer],
         shard_states: bool,
     ) -> None:
-        problem: Exception | None = None
-        found: LayerMap | None = None
-        layers, roles = (), ()
-        groups: list[dict[str, Any]] = []
-        defaults: dict[str, Any] = {}
-        try:
+        def prepare() -> tuple[LayerMap, list[dict[str, Any]], dict[str, Any], tuple[Unit, ...], tuple[Unit, ...]]:
             if gradient_accumulation_steps < 1:
                 raise ConfigError(
                     "gradient_accumulation_steps", gradient_accumulation_steps, "is below 1", "use 1 or more"
@@ -131,11 +126,16 @@ class GrassOptimizer(torch.optim.Optimizer):
             check_one_device([*layers, *roles], backend)
             if shard_states and optimizer_class in ELEMENTWISE:
                 backend.divide_states([*layers, *roles])
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
-            problem = error
-        agreed = fingerprint(config, found, layers, groups, optimizer_class, kwargs, shard_states=shard_states)
-        agree_at_start(backend, problem, agreed)
-        if found is not None and (told := frozen_layers(found, layers)):
+            return found, groups, defaults, layers, roles
+
+        found, groups, defaults, layers, roles = together(
+            backend,
+            prepare,
+            lambda made: fingerprint(
+                config, made[0], made[3], made[1], optimizer_class, kwargs, shard_states=shard_states
+            ),
+        )
+        if told := frozen_layers(found, layers):
             say(backend, told)
         super().__init__(groups, defaults)
         self._backend = backend

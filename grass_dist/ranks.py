@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from grass_dist.errors import GrassError, RanksDisagree, shorten
+
+T = TypeVar("T")
 
 log = logging.getLogger("grass_dist")
 
@@ -51,11 +53,11 @@ class Ranks:
         dist.all_gather(theirs, mine, group=self.group)
         return [bytes(row) for row in torch.stack(theirs).tolist()]
 
-    def gather_objects(self, item: object) -> list[object]:
+    def gather_objects(self, item: T) -> list[T]:
         """``item`` of every rank, in rank order."""
         if self.group is None:
             return [item]
-        items: list[object] = [None] * self.world_size
+        items: list[Any] = [None] * self.world_size
         wire = self._wire_device()  # torch puts the bytes of objects on the current device
         with torch.cuda.device(wire) if wire.type == "cuda" else nullcontext():
             dist.all_gather_object(items, item, group=self.group)
@@ -80,34 +82,78 @@ def say(ranks: Ranks, sentence: str) -> None:
         log.warning(sentence)
 
 
-def agree_at_start(ranks: Ranks, problem: Exception | None, fingerprint: Mapping[str, Any]) -> None:
-    """Raises on every rank if one has a problem, or if ``fingerprint`` differs between two of them.
+def together(
+    ranks: Ranks,
+    work: Callable[[], T],
+    must_agree: Mapping[str, Any] | Callable[[T], Mapping[str, Any]] | None = None,
+    *,
+    raise_as: type[GrassError] | None = None,
+) -> T:
+    """Does ``work`` on every rank. If it fails on one, every rank raises, and none goes on alone.
 
-    Over the wire: one all-gather of the fingerprints, a few kB each.
+    Over the wire: one all-gather of what went wrong and of the values that must agree, up to a few kB from each rank.
+
+    Args:
+        must_agree: values that have to be equal on all ranks, by the names that an error shows; or a function that
+            gives them for the result of ``work``.
+        raise_as: every rank raises an error of this class, with the sentence of the first rank that failed. Without
+            it a rank that failed raises its own error (an `OSError` as a `GrassError`), and the others name that rank.
+
+    Returns:
+        The result of ``work`` on this rank.
 
     Raises:
-        GrassError: another rank has a problem; the message says which and what. This rank's own is raised as it is.
-        RanksDisagree: names the first entry that differs and the ranks' values.
+        GrassError: ``work`` failed on a rank.
+        RanksDisagree: names the first value that differs, and what two ranks have.
     """
-    shown = {name: repr(value) for name, value in fingerprint.items()}
-    reports = ranks.gather_objects((str(problem) if problem else None, shown))
+    result: Any = None
+    problem: Exception | None = None
+    shown: dict[str, str] = {}
+    try:
+        result = work()
+        values = must_agree(result) if callable(must_agree) else must_agree or {}
+        shown = {name: repr(value) for name, value in values.items()}
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        problem = error
+        if isinstance(error, OSError) and raise_as is None:
+            problem = GrassError(f"{describe_error(error)}.")
+            problem.__cause__ = error
+    told = None
     if problem is not None:
+        alone = raise_as is not None and (isinstance(problem, raise_as) or ranks.world_size == 1)
+        told = describe_error(problem) if alone else f"rank {ranks.rank}: {describe_error(problem)}"
+    reports = ranks.gather_objects((told, shown))
+    if problem is not None and raise_as is None:
         if isinstance(problem, GrassError):
             problem.on_every_rank = True
         raise problem
-    raise_if_ranks_differ(reports)
+    for text, _ in reports:
+        if text:
+            failure = (raise_as or GrassError)(text)
+            failure.on_every_rank = True
+            raise failure from problem
+    raise_if_ranks_differ([values for _, values in reports])
+    return result
 
 
-def raise_if_ranks_differ(reports: list[Any]) -> None:
-    """Judges the (problem or None, {name: value as text}) of all ranks, in rank order; equal on every rank."""
-    for rank, (problem, _) in enumerate(reports):
-        if problem:
-            error = GrassError(f"rank {rank}: {problem}")
-            error.on_every_rank = True
-            raise error
-    first = reports[0][1]
-    for rank, (_, shown) in enumerate(reports):
-        for name, value in shown.items():
+def describe_error(error: BaseException) -> str:
+    """What went wrong, in one line without a traceback; of an `OSError` without a full stop."""
+    if isinstance(error, GrassError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the file system'}: {error.strerror}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def raise_if_ranks_differ(shown: Sequence[Mapping[str, str]]) -> None:
+    """Compares what the ranks have shown, {name: value as text} in rank order.
+
+    Raises:
+        RanksDisagree: on every rank alike.
+    """
+    first = shown[0]
+    for rank, values in enumerate(shown):
+        for name, value in values.items():
             if value != first.get(name):
                 here, there = shorten(value, 120), shorten(str(first.get(name)), 120)
                 raise RanksDisagree(

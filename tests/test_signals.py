@@ -18,6 +18,7 @@ def wait(signals):
         time.sleep(0.01)
 
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a test run in the background has ignored
 with LeaveSignals() as signals:
     if sys.argv[1] == "held":
         signals.hold()

@@ -103,7 +103,7 @@ def test_ranks_that_see_other_files_are_refused(tmp_path):
     for folder, count in (("0", 20), ("1", 21)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "train.jsonl").write_text(lines(count))
-    reports = [(None, {k: repr(v) for k, v in identity(tmp_path / r / "train.jsonl").items()}) for r in "01"]
+    reports = [{k: repr(v) for k, v in identity(tmp_path / r / "train.jsonl").items()} for r in "01"]
     with pytest.raises(RanksDisagree, match=r"^files of the stream is 'train.jsonl \(567 bytes\).* on rank 1 and '"):
         raise_if_ranks_differ(reports)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import torch.distributed as dist
 
@@ -76,7 +76,8 @@ class AsyncCheckpointer:
         add_files: Callable[[Path], None] | None = None,
     ) -> None:
         self._folder, holdings = Path(folder), _holdings(optimizer)
-        ranks = Ranks(dist.new_group(backend="gloo") if dist.is_initialized() else None)
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if dist.is_initialized() else None
+        ranks = Ranks(group)
         self._saver = Saver(self._folder, holdings, ranks, keep=keep, background=True, add_files=add_files)
 
     def save(self, step: int, *, extra: Mapping[str, Any] | None = None) -> None:
@@ -108,7 +109,7 @@ class AsyncCheckpointer:
         """
         ranks = world()  # the thread may be communicating in its own group
         found = together(ranks, lambda: checkpoints_in(self._folder)[:1] if ranks.rank == 0 else None)
-        return next(iter(ranks.gather_objects(found)[0]), None)  # type: ignore[call-overload]
+        return next(iter(ranks.gather_objects(found)[0] or ()), None)
 
     def __enter__(self) -> Self:
         return self

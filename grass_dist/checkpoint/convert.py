@@ -16,8 +16,8 @@ from grass_dist.checkpoint.dcp import PieceSavePlanner, TensorReader, file_numbe
 from grass_dist.checkpoint.folders import folder_name
 from grass_dist.checkpoint.loading import Checkpoint, open_checkpoint
 from grass_dist.checkpoint.pieces import Piece
-from grass_dist.checkpoint.together import sentence
 from grass_dist.errors import CheckpointError
+from grass_dist.ranks import describe_error
 
 
 def to_dcp(source: Path, out: Path) -> Path:
@@ -48,9 +48,9 @@ def _rewrite(checkpoint: Checkpoint, out: Path) -> Path:
         _copy_rest(checkpoint, writing)
         return files.commit(writing, _manifest(checkpoint, writing))
     except CheckpointException as error:  # no subclass of Exception
-        raise CheckpointError(f"{final} was not written: {sentence(error.failures[0][0])}") from error
+        raise CheckpointError(f"{final} was not written: {describe_error(error.failures[0][0])}") from error
     except Exception as error:
-        raise CheckpointError(f"{final} was not written: {sentence(error)}") from error
+        raise CheckpointError(f"{final} was not written: {describe_error(error)}") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
 

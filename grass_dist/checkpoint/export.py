@@ -19,8 +19,8 @@ from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.folders import CHECKPOINTS, checkpoints_in, step_of
 from grass_dist.checkpoint.loading import Checkpoint, newest_good, open_checkpoint
 from grass_dist.checkpoint.pieces import dtype_name
-from grass_dist.checkpoint.together import sentence
 from grass_dist.errors import CheckpointError, GrassError
+from grass_dist.ranks import describe_error
 from grass_dist.regular_files import give_usual_modes
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -126,7 +126,7 @@ def export(
     except GrassError:
         raise
     except Exception as error:  # a full disk, or whatever else: a sentence, as everywhere
-        raise GrassError(f"{out} was not written: {sentence(error).rstrip('.')}.") from error
+        raise GrassError(f"{out} was not written: {describe_error(error).rstrip('.')}.") from error
 
 
 def _export(

@@ -157,7 +157,7 @@ def newest_good(
     """
     ranks = ranks or Ranks()
     found = together(ranks, lambda: folders.checkpoints_in(parent) if ranks.rank == 0 else None)
-    for folder in ranks.gather_objects(found)[0] or []:  # type: ignore[attr-defined]
+    for folder in ranks.gather_objects(found)[0] or []:
         try:
             return open_checkpoint(folder, ranks)
         except CheckpointError as error:

@@ -17,10 +17,10 @@ from grass_dist.checkpoint import disk, files, folders
 from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.checkpoint.snapshot import HostCopies, Snapshot
-from grass_dist.checkpoint.together import sentence, together
+from grass_dist.checkpoint.together import together
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import CheckpointError
-from grass_dist.ranks import Ranks
+from grass_dist.ranks import Ranks, describe_error
 from grass_dist.version import __version__
 
 Format = Literal["auto", "dcp", "deepspeed"]
@@ -56,7 +56,7 @@ def write_snapshot(
         mine = together(ranks, lambda: {n: files.digest(writing / n) for n in names[ranks.rank :: ranks.world_size]})
         entries: dict[str, files.FileEntry] = {}
         for found in ranks.gather_objects(mine):
-            entries |= found  # type: ignore[operator]
+            entries |= found
         final = together(ranks, lambda: files.commit(writing, _manifest(snapshot, ranks, entries)) if main else None)
     except CheckpointError as error:
         if main:
@@ -204,7 +204,7 @@ class Saved:
 def _as_checkpoint_error(error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
-    problem = CheckpointError(sentence(error))
+    problem = CheckpointError(describe_error(error))
     problem.__cause__ = error
     return problem
 

@@ -1,36 +1,21 @@
-"""Work that all ranks do or none: an error on one is an error on all, in one sentence."""
+"""Work on a checkpoint that all ranks do, or none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
+from grass_dist import ranks as all_ranks
 from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
 
+T = TypeVar("T")
 
-def together(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """Does ``work`` on every rank. If it fails on one rank, all ranks raise.
+
+def together(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Does ``work`` on every rank; see `grass_dist.ranks.together`.
 
     Raises:
-        CheckpointError: the error of the first rank that failed, in one sentence.
+        CheckpointError: on every rank, with the sentence of the first that failed.
     """
-    result, problem = None, None
-    try:
-        result = work()
-    except CheckpointError as error:
-        problem = (str(error), False)
-    except Exception as error:
-        problem = (sentence(error), ranks.world_size > 1)
-    for rank, other in enumerate(ranks.gather_objects(problem)):
-        if other:
-            text, of_rank = other  # type: ignore[misc]
-            raise CheckpointError(f"rank {rank}: {text}" if of_rank else text).everywhere()
-    return result
-
-
-def sentence(error: BaseException) -> str:
-    """The error in one line, without a traceback."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'the file system'}: {error.strerror}"
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return all_ranks.together(ranks, work, raise_as=CheckpointError)

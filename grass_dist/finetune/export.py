@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.checkpoint import disk
-from grass_dist.checkpoint.together import sentence
 from grass_dist.errors import GrassError
 from grass_dist.job.world import World
+from grass_dist.ranks import describe_error
 from grass_dist.regular_files import give_usual_modes
 
 
@@ -67,8 +67,8 @@ def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: P
             give_usual_modes(writing)
     except Exception as error:  # a full disk comes as an error of whichever library writes
         raise GrassError(
-            f"{folder} was not written ({sentence(error).rstrip('.')}), and nothing of it is left: mend that, and go "
-            "on from the last checkpoint, if there is one, by --resume auto."
+            f"{folder} was not written ({describe_error(error).rstrip('.')}), and nothing of it is left: mend that, "
+            "and go on from the last checkpoint, if there is one, by --resume auto."
         ) from error
     finally:
         model.config.use_cache = False

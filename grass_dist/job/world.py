@@ -22,7 +22,7 @@ from grass_dist.errors import GrassError
 from grass_dist.job.launchers import Place, find_place, let_gloo_find_this_host, meet_by_mpi
 from grass_dist.job.peers import ANSWERS_WITHIN, Peers, of_collective
 from grass_dist.job.seats import Seat, own_seat, problem_of
-from grass_dist.ranks import raise_if_ranks_differ
+from grass_dist.ranks import Ranks, together
 
 T = TypeVar("T")
 _STDERR = 2
@@ -120,24 +120,7 @@ class World:
             GrassError: this rank's error, or the first other rank's, named. An `OSError` becomes one; any other
                 error is raised as it is on its own rank.
         """
-        problem: Exception | None = None
-        result = None
-        try:
-            result = work()
-        except OSError as error:
-            problem = GrassError(f"{error.filename or 'input or output'}: {error.strerror or error}.")
-        except Exception as error:
-            problem = error
-        reports: list[Any] = [None] * self.size
-        shown = {name: repr(value) for name, value in must_agree.items()}
-        text = f"{'' if isinstance(problem, GrassError) else type(problem).__name__ + ': '}{problem}"
-        dist.all_gather_object(reports, (text if problem else None, shown), group=self.patient)
-        if problem is not None:
-            if isinstance(problem, GrassError):
-                problem.on_every_rank = True
-            raise problem
-        raise_if_ranks_differ(reports)
-        return result  # type: ignore[return-value]
+        return together(Ranks(self.patient), work, must_agree)
 
     def in_turn(self, work: Callable[[], T]) -> T:
         """As `together`, but the first rank of each host does ``work`` before the others: it may fill a cache."""

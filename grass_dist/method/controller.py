@@ -22,7 +22,7 @@ from grass_dist.method.samplers import draw_layers, make_sampler, probe_steps
 from grass_dist.method.schedule import Phase, Schedule
 from grass_dist.method.watch import WAYS_OUT, GradientWatch
 from grass_dist.model.discovery import Unit
-from grass_dist.ranks import agree_at_start, say
+from grass_dist.ranks import say, together
 from grass_dist.states.resident import LayerStates
 from grass_dist.states.transfer import Traffic
 
@@ -255,15 +255,15 @@ class GrassController:
             )
 
     def _set_trainable(self) -> None:
-        probing, problem = self.phase == "probe", None
-        try:
+        probing = self.phase == "probe"
+
+        def switch() -> None:
             self.backend.set_trainable(self.trainable_units(), probing=probing, measuring=self._measuring)
-        except GrassError as error:
-            problem = error
-        if probing:  # it may lack host memory on one rank; the others must not wait for that one
-            agree_at_start(self.backend, problem, {})
-        elif problem is not None:
-            raise problem
+
+        if probing:  # it may lack host memory on one rank
+            together(self.backend, switch)
+        else:
+            switch()
         self._watch.begin(self.active_layers)
 
     def _tell(self, event: Event) -> None:

@@ -116,7 +116,7 @@ def check_one_device(units: Sequence[Unit], backend: Backend) -> None:
 
 def fingerprint(
     config: GrassConfig,
-    found: LayerMap | None,
+    found: LayerMap,
     competing: Sequence[Unit],
     groups: Sequence[Mapping[str, Any]],
     optimizer_class: type,
@@ -124,7 +124,7 @@ def fingerprint(
     **more: Any,
 ) -> dict[str, Any]:
     """What must be equal on all ranks, by the names that an error shows; ``more`` is what one front door has."""
-    layers = [(u.name, u.numel, len(u.params)) for u in (*found.layers, *found.roles)] if found else None
+    layers = [(u.name, u.numel, len(u.params)) for u in (*found.layers, *found.roles)]
     return {
         **{f"grass.{name}": value for name, value in config.model_dump().items()},
         "model layers": layers,

@@ -10,7 +10,7 @@ import torch
 from grass_dist.backends import Backend
 from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
-from grass_dist.ranks import agree_at_start
+from grass_dist.ranks import together
 from grass_dist.states.build import build
 from grass_dist.states.layout import Field, Layout
 from grass_dist.states.moving import MovingStates
@@ -47,12 +47,4 @@ def place_states(
         return ResidentStates(layers)
     for optimizer, layout in zip(layers, layouts, strict=True):
         optimizer.layout = layout
-    states: MovingStates | None = None
-    problem: Exception | None = None
-    try:
-        states = build(plan, config, layers, device)
-    except Exception as error:  # whatever it is, the other ranks must not wait for this one
-        problem = error
-    agree_at_start(backend, problem, {})
-    assert states is not None
-    return states
+    return together(backend, lambda: build(plan, config, layers, device))

@@ -15,7 +15,7 @@ from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, c
 from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
 from grass_dist.model.discovery import Unit
-from grass_dist.ranks import agree_at_start
+from grass_dist.ranks import together
 from grass_dist.states.build import build
 from grass_dist.states.fields import Counts, Kept, Step, counts_for, kept_for
 from grass_dist.states.moving import MovingStates
@@ -68,13 +68,8 @@ def place_states(
     resident = sum(state.layout.device_bytes for state in staying)
     plan = make_plan(backend, config, sizes, resident, device, fallback=fallback)
     moving: MovingStates | None = None
-    problem: Exception | None = None
     if plan.mode != "none":
-        try:
-            moving = build(plan, config, states, device, last_first=False, inline=True)
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
-            problem = error
-        agree_at_start(backend, problem, {})
+        moving = together(backend, lambda: build(plan, config, states, device, last_first=False, inline=True))
     return ZeroStates(states, staying, moving, device, [state_of(group) for group in still])
 
 

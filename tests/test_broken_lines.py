@@ -65,11 +65,11 @@ ELEMENTS = {
 """Elements of a list that can be left out."""
 
 NO_ELEMENTS = {
-    b'{"q": "a", "a": oops}': r"is no JSON \(Expecting value at character 17 of it\)",
-    b'{"q": "a", "a": 01}': r"is no JSON \(Expecting ',' delimiter at character 18 of it\)",
-    b"{}}": r"is no JSON \(Expecting ',' delimiter at character 3 of it\)",
-    b"": r"is no JSON \(Expecting value at character 1 of it\)",
-    b'{"q": "a': r"is no JSON \(Invalid control character at character 9 of it\)",
+    b'{"q": "a", "a": oops}': r"is no JSON \(Expecting value at character 17 of it, in line 2\)",
+    b'{"q": "a", "a": 01}': r"is no JSON \(Expecting ',' delimiter at character 18 of it, in line 2\)",
+    b"{}}": r"is no JSON \(Expecting ',' delimiter at character 3 of it, in line 2\)",
+    b"": r"is no JSON \(Expecting value at character 1 of it, in line 2\)",
+    b'{"q": "a': r"is no JSON \(Invalid control character at character 10 of it, in line 2\)",
     b'{"q": "a", "a": "b", "x": %s}' % (b"[" * 1200 + b"]" * 1200): "is nested in more than 63 levels",
 }
 """What stands between the commas of a list and is no JSON, so that the list ends there."""
@@ -133,7 +133,7 @@ def test_the_error_names_the_element_of_a_list(tmp_path, element, problem, strea
 @pytest.mark.parametrize(("element", "problem"), NO_ELEMENTS.items(), ids=ids)
 def test_a_list_with_an_element_that_is_no_json_is_refused(tmp_path, element, problem, on_bad_line, streaming):
     path = file_of(tmp_path / "d.json", b"[" + GOOD, b" " + element, GOOD + b"]", end=b",\n")
-    message = rf"^name='.*': element 2 in line 2 {problem}; repair it, or write one object a line \(\.jsonl\)\.$"
+    message = rf"^name='.*': element 2 of d\.json {problem}; repair it, or write one object a line \(\.jsonl\)\.$"
     with pytest.raises(ConfigError, match=message):
         load(path, on_bad_line=on_bad_line, streaming=streaming)
 
@@ -142,9 +142,18 @@ def test_a_list_with_an_element_that_is_no_json_is_refused(tmp_path, element, pr
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (b'[{"q": "a", "a": "b"}, {"q": ', r"element 2 in line 1 is no JSON \(Expecting value at character 7 of it\)"),
-        (b'[{"q": "a", "a": "b"},\n{"q": "a", "a": "b"}', "element 2 in line 2 is no JSON .Expecting ',' delimiter"),
-        (b'[{"q": "a", "a": "b"},]', r"element 2 in line 1 is no JSON \(Expecting value at character 1 of it\)"),
+        (
+            b'[{"q": "a", "a": "b"}, {"q": ',
+            r"element 2 of d\.json is no JSON \(Expecting value at char.* 7 of it, in line 1\)",
+        ),
+        (
+            b'[{"q": "a", "a": "b"},\n{"q": "a", "a": "b"}',
+            r"element 2 of d\.json is no JSON \(Expecting ',' delimiter.*, in line 2\)",
+        ),
+        (
+            b'[{"q": "a", "a": "b"},]',
+            r"element 2 of d\.json is no JSON \(Expecting value at char.* 1 of it, in line 1\)",
+        ),
         (b'[{"q": "a", "a": "b"}]\n{"q": 1}', "more follows after the end of the list in line 1; make it one list"),
     ],
 )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -147,9 +148,9 @@ def _elements(setting: str, file: str, data: bytes) -> Iterator[tuple[int, bytes
             if (sign := text[end : end + 1]) not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         except (json.JSONDecodeError, RecursionError) as error:
-            problem = _NESTED if isinstance(error, RecursionError) else _no_json(error, begin)
-            at = f"element {number} in line {text.count(_BREAK, 0, begin) + 1}"
-            fix = "repair it, or write one object a line (.jsonl)"
+            nested = isinstance(error, RecursionError)
+            problem = _NESTED if nested else _no_json(error, begin, f", in line {error.lineno}")
+            at, fix = f"element {number} of {Path(file).name}", "repair it, or write one object a line (.jsonl)"
             raise ConfigError(setting, file, f"{at} {problem}", fix) from None
         yield number, raw.encode(errors="surrogateescape")
     if text[end + 1 :].strip():
@@ -163,8 +164,8 @@ def _after_space(text: str, at: int) -> int:
     return at
 
 
-def _no_json(error: json.JSONDecodeError, begin: int = 0) -> str:
-    return f"is no JSON ({error.msg.removesuffix(' at')} at character {error.pos - begin + 1} of it)"
+def _no_json(error: json.JSONDecodeError, begin: int = 0, line: str = "") -> str:
+    return f"is no JSON ({error.msg.removesuffix(' at')} at character {error.pos - begin + 1} of it{line})"
 
 
 def _parse(raw: bytes, strict: bool) -> tuple[Row | None, str]:

@@ -142,18 +142,9 @@ def test_a_list_with_an_element_that_is_no_json_is_refused(tmp_path, element, pr
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (
-            b'[{"q": "a", "a": "b"}, {"q": ',
-            r"element 2 of d\.json is no JSON \(Expecting value at char.* 7 of it, in line 1\)",
-        ),
-        (
-            b'[{"q": "a", "a": "b"},\n{"q": "a", "a": "b"}',
-            r"element 2 of d\.json is no JSON \(Expecting ',' delimiter.*, in line 2\)",
-        ),
-        (
-            b'[{"q": "a", "a": "b"},]',
-            r"element 2 of d\.json is no JSON \(Expecting value at char.* 1 of it, in line 1\)",
-        ),
+        (b'[{"q": "a", "a": "b"}, {"q": ', "element 2 of d.json is no JSON .Expecting value .* 7 of it, in line 1"),
+        (b'[{"q": "a",\n"a": "b"}, {"q": "a"}', "element 2 of d.json is no JSON .Expecting ',' .* 11 of it, in line 2"),
+        (b'[{"q": "a", "a": "b"},]', "element 2 of d.json is no JSON .Expecting value .* 1 of it, in line 1"),
         (b'[{"q": "a", "a": "b"}]\n{"q": 1}', "more follows after the end of the list in line 1; make it one list"),
     ],
 )

@@ -35,7 +35,6 @@ from grass_dist.model.units import (
     fingerprint,
     frozen_layers,
     refuse_second,
-    remember,
 )
 from grass_dist.ranks import say, together, world
 
@@ -114,7 +113,6 @@ def _build(
             for param, flag in flags:
                 param.requires_grad_(flag)
         raise
-    remember(model)
     if "gradient_clipping" not in setup.ds_config:
         say(
             world(),
@@ -124,7 +122,7 @@ def _build(
     engine.grass = engine.optimizer.grass
     add_checkpoints(engine)
     add_exports(engine)
-    add_destroy(engine, model, flags)
+    add_destroy(engine, flags)
     return engine, optimizer, loader, scheduler
 
 

@@ -32,7 +32,6 @@ from grass_dist.errors import ConfigError, GrassError
 from grass_dist.method.controller import GrassController
 from grass_dist.method.importance import entropy
 from grass_dist.method.schedule import too_short_for
-from grass_dist.model.units import refuse_second, remember
 from grass_dist.optimizer import GrassOptimizer
 from grass_dist.ranks import say
 from grass_dist.states.unit_optimizer import step_over
@@ -202,9 +201,6 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
         return
     trainer = next((t for t in reversed(_TRAINING) if t.accelerator is accelerator), None)
     model = _checked(inner, accelerated, accelerator, model, trainer)
-    bare = accelerator.unwrap_model(model)
-    if bare is not model:  # a new wrapper around a model whose parameters have hooks
-        refuse_second(bare)
     grass = GrassOptimizer(
         model,
         type(inner),
@@ -214,7 +210,6 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
         gradient_accumulation_steps=(trainer.args if trainer else accelerator).gradient_accumulation_steps,
         shard_states=False,  # under DDP, Trainer and Accelerate save the optimizer of rank 0 alone
     )
-    remember(bare)
     for own, group in zip(grass.param_groups, inner.param_groups, strict=True):
         group.update({k: v for k, v in own.items() if k not in group})
     grass.param_groups = inner.param_groups  # which schedulers that were made before write to

@@ -26,7 +26,6 @@ from grass_dist.model.units import (
     fingerprint,
     frozen_layers,
     refuse_second,
-    remember,
 )
 from grass_dist.ranks import say, together
 from grass_dist.states.placement import place_states
@@ -79,7 +78,8 @@ class GrassOptimizer(torch.optim.Optimizer):
         shard_states: bool = True,
     ) -> None:
         kwargs = dict(optimizer_kwargs or {})
-        flags = [(param, param.requires_grad) for param in model.parameters()]
+        self._detached = False
+        self._flags = [(param, param.requires_grad) for param in model.parameters()]
         backend = backend_for(model, gradient_accumulation_steps)
         try:
             self._build(
@@ -95,10 +95,8 @@ class GrassOptimizer(torch.optim.Optimizer):
             )
         except BaseException:
             backend.detach()  # its hooks would change how the model trains without it
-            for param, flag in flags:
-                param.requires_grad_(flag)
+            self._thaw()
             raise
-        remember(model)
 
     def _build(
         self,
@@ -163,6 +161,7 @@ class GrassOptimizer(torch.optim.Optimizer):
 
         Call it once for each global batch, on every rank, after the last micro-batch's backward.
         """
+        self._check_attached()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -188,6 +187,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         Returns:
             The norm before clipping, a 0-dim tensor; 0 in the probe, where there is no gradient left to clip.
         """
+        self._check_attached()
         if self._in_backward:
             raise GrassError(
                 "clip_grad_norm_ comes too late: grass.offload.update_in_backward updates the layers before the norm "
@@ -197,6 +197,29 @@ class GrassOptimizer(torch.optim.Optimizer):
         trainable = {id(p) for unit in self.grass.trainable_units() for _, p in unit.params}
         params = [p for p in self._trained if id(p) in trainable and p.grad is not None]
         return clip_grads(params, max_norm, norm_type, self._backend)
+
+    def detach(self) -> None:
+        """Gives the model back as it was: no hook of the method, ``requires_grad`` as at the start, no gradient.
+
+        The weights stay as they are trained, and `state_dict` can still be read; `step` raises from now on. Call it on
+        every rank. Another optimizer may train the model afterwards; a second call does nothing.
+        """
+        if self._detached:
+            return
+        self._states.settle()
+        self.grass.detach()
+        self._thaw()
+        for param, _ in self._flags:
+            param.grad = None
+        self._detached = True
+
+    def _thaw(self) -> None:
+        for param, flag in self._flags:
+            param.requires_grad_(flag)
+
+    def _check_attached(self) -> None:
+        if self._detached:
+            raise GrassError("This GrassOptimizer was detached from its model; make another one to go on training.")
 
     @property
     def state_bytes(self) -> int:
@@ -266,6 +289,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 f"{[len(g['params']) for g in saved]} parameters, this optimizer's have "
                 f"{[len(g['params']) for g in mine]}; build it with the same model and groups."
             )
+        self._check_attached()
         position = {id(p): i for i, p in enumerate(p for g in mine for p in g["params"])}
         entries = [
             [state_dict["state"].get(position[id(p)], {}) for _, p in optimizer.unit.params]

@@ -6,7 +6,6 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.errors import GrassError
 from grass_dist.model.discovery import Unit
+from grass_dist.model.units import GradientHook
 from grass_dist.ranks import Ranks
 
 GradientSink = Callable[[int, int, torch.Tensor], None]
@@ -122,23 +122,6 @@ def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
-def hook_weakly(
-    param: nn.Parameter, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int
-) -> RemovableHandle:
-    """Calls ``method(name, slot, param)`` whenever a gradient has been accumulated, for as long as its object lives.
-
-    Python's collector does not see such hooks: what they referred to would live as long as the process, and the
-    parameter with it.
-    """
-    reference = weakref.WeakMethod(method)
-
-    def hook(param: torch.Tensor) -> None:
-        if (call := reference()) is not None:
-            call(name, slot, cast(nn.Parameter, param))
-
-    return param.register_post_accumulate_grad_hook(hook)
-
-
 class HookedBackend(Backend):
     """The way of a gradient in plain PyTorch: post-accumulate hook → (host sums, in a probe with accumulation) →
     reduction, by the subclass → sum of squares to the sink → freed, in a probe.
@@ -202,7 +185,8 @@ class HookedBackend(Backend):
         self._sink, self._arrived = sink, arrived
         for unit in self._units:
             for slot, (_, param) in enumerate(unit.params):
-                self._handles.append(hook_weakly(param, self._on_hook, unit.name, slot))
+                hook = GradientHook(self._on_hook, unit.name, slot)
+                self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def _on_hook(self, name: str, slot: int, param: nn.Parameter) -> None:
         unit = self._by_name[name]

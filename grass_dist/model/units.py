@@ -4,40 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from grass_dist.backends import Backend
 from grass_dist.config import GrassConfig, check_competing
 from grass_dist.errors import UnsupportedModel
 from grass_dist.model.discovery import LayerMap, Unit
 
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+if TYPE_CHECKING:
+    from grass_dist.backends import Backend
+
+
+class GradientHook:
+    """A post-accumulate-grad hook of the method; calls ``method(name, slot, param)`` for as long as its object lives.
+
+    Python's collector does not see hooks of tensors: what they referred to would live as long as the process, and the
+    parameter with it.
+    """
+
+    def __init__(self, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int) -> None:
+        self._method, self._name, self._slot = weakref.WeakMethod(method), name, slot
+
+    def __call__(self, param: torch.Tensor) -> None:
+        if (call := self._method()) is not None:
+            call(self._name, self._slot, cast(nn.Parameter, param))
 
 
 def refuse_second(model: nn.Module) -> None:
     """
     Raises:
-        UnsupportedModel: `remember` has seen the model.
+        UnsupportedModel: a parameter of the model has a `GradientHook`.
     """
-    if model in _ATTACHED:
-        raise UnsupportedModel(
-            "The model has a GrassOptimizer already, whose hooks are in its parameters; "
-            "load a state into that one, destroy its engine (engine.destroy(), under DeepSpeed), or build a new model."
-        )
+    for param in model.parameters():
+        if not param.requires_grad:
+            continue
+        handle = param.register_post_accumulate_grad_hook(_nothing)  # whose handle shows the other hooks
+        others = handle.hooks_dict_ref() or {}
+        handle.remove()
+        if any(isinstance(hook, GradientHook) for hook in others.values()):
+            raise UnsupportedModel(
+                "The model has a GrassOptimizer already, whose hooks are in its parameters; detach that one "
+                "(optimizer.detach(), or engine.destroy() under DeepSpeed), load a state into it, or build a new model."
+            )
 
 
-def remember(model: nn.Module) -> None:
-    """Notes that the method's hooks are in the model's parameters."""
-    _ATTACHED.add(model)
-
-
-def forget(model: nn.Module) -> None:
-    """Notes that they are gone."""
-    _ATTACHED.discard(model)
+def _nothing(_: torch.Tensor) -> None:
+    pass
 
 
 def always_active_roles(found: LayerMap, config: GrassConfig) -> tuple[Unit, ...]:

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from grass_dist.backends.base import Arrived, Backend, GradientSink, hook_weakly, sum_of_squares
+from grass_dist.backends.base import Arrived, Backend, GradientSink, sum_of_squares
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.zero.groups import Group, groups_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.errors import GrassError
 from grass_dist.model.discovery import Unit
+from grass_dist.model.units import GradientHook
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
 
@@ -100,7 +101,7 @@ class ZeroBackend(Backend):
         self._sent = self._micro_batch = 0
         self._squares: list[torch.Tensor] = []
         self._hooks = [
-            hook_weakly(param, self._on_gradient, unit.name, slot)
+            param.register_post_accumulate_grad_hook(GradientHook(self._on_gradient, unit.name, slot))
             for unit in self._units
             for slot, (_, param) in enumerate(unit.params)
         ]

@@ -10,7 +10,6 @@ from torch import nn
 
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.private import ENGINE_HOOKS
-from grass_dist.model.units import forget
 
 Flags = Sequence[tuple[nn.Parameter, bool]]
 
@@ -20,7 +19,7 @@ def flags_of(model: nn.Module) -> Flags:
     return [(param, param.requires_grad) for param in model.parameters()]
 
 
-def add_destroy(engine: Any, model: nn.Module, flags: Flags) -> None:
+def add_destroy(engine: Any, flags: Flags) -> None:
     """Has the engine's `destroy` do what DeepSpeed's does and, besides, put the model back as it was.
 
     Hooks of the method and of the engine are off, ``requires_grad`` is what ``flags`` say, no gradient is left, and
@@ -49,6 +48,5 @@ def add_destroy(engine: Any, model: nn.Module, flags: Flags) -> None:
             for param, flag in flags:
                 param.requires_grad_(flag)
                 param.grad = None
-            forget(model)
 
     engine.destroy = destroy

@@ -42,8 +42,8 @@ class DeepSpeed:
     """The `Parallelism` of ZeRO-1, 2 and 3.
 
     Raises:
-        ConfigError: a JSON that contradicts the YAML or that GRASS cannot run with.
-        GrassError: DeepSpeed is not installed, or set to another device than torch finds.
+        ConfigError: the JSON contradicts the YAML, or GRASS cannot run with it.
+        GrassError: DeepSpeed is not installed, or it is set to another device than torch finds.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -61,10 +61,10 @@ class DeepSpeed:
         self.name, self._shards_weights = f"DeepSpeed ZeRO-{stage}", stage == 3
 
     def load(self, make: Callable[[RunConfig, torch.device], nn.Module] = load_model) -> nn.Module:
-        """Under ZeRO-3 each weight is cut into shards as it is loaded, so no rank's device ever holds the model.
+        """Loads the model. Under ZeRO-3 each weight is sharded as it is loaded, so no device holds the whole model.
 
         Args:
-            make: makes the model, where it is not a pretrained one.
+            make: makes the model, if it is not a pretrained one.
         """
         self._join()
         with self._zero3():
@@ -100,7 +100,7 @@ class DeepSpeed:
         return DeepSpeedRun(engine, optimizer, self._accumulation, clip, self._world, known)
 
     def _join(self) -> None:
-        """DeepSpeed takes over the process group that there is; zero.Init wants that before a model is made."""
+        """Has DeepSpeed take over the process group, which zero.Init needs before a model is made."""
         import deepspeed
 
         from grass_dist.backends.zero.jit import accelerator, spare_the_compiler
@@ -116,7 +116,7 @@ class DeepSpeed:
 
     @contextlib.contextmanager
     def _zero3(self) -> Iterator[None]:
-        """While it lasts, transformers knows that a model's weights are in shards, and loads them so."""
+        """Inside the block, transformers loads a model's weights in shards under ZeRO-3."""
         if not self._shards_weights:
             yield
             return

@@ -88,7 +88,7 @@ class TorchRun:
         return Stepped(total, norm, applied)
 
     def _is_finite(self, total: torch.Tensor, norm: float | None) -> bool:
-        """Whether the step may update: by the norm of all gradients, else by the loss of all ranks."""
+        """Whether the step may update, judged by the norm of all gradients or, without it, by the loss of all ranks."""
         if norm is not None:
             return math.isfinite(norm)
         if self.grass.config.offload.update_in_backward:
@@ -117,7 +117,7 @@ class TorchRun:
 
 
 def _early_updates(config: RunConfig) -> GrassConfig:
-    """States that are streamed go out under the backward where nothing is clipped, unless the user says otherwise."""
+    """Sets updates in the backward for streamed states without clipping, unless the user has decided."""
     offload = config.grass.offload
     if offload.mode != "stream" or config.train.clip_grad_norm or offload.update_in_backward is not None:
         return config.grass
@@ -148,7 +148,7 @@ def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) ->
 
 @contextlib.contextmanager
 def _reduce_only(model: nn.Module, *, last: bool):
-    """Leaves the reduction of gradients to the last micro-batch."""
+    """Reduces the gradients with the last micro-batch only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     with contextlib.ExitStack() as stack:

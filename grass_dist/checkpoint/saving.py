@@ -135,11 +135,6 @@ class Saver:
         self._outcome: Saved | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether the outcome of a save has not been taken yet."""
-        return self._thread is not None or self._outcome is not None
-
-    @property
     def done(self) -> bool:
         """Whether this rank knows the outcome of the save."""
         return self._outcome is not None and (self._thread is None or not self._thread.is_alive())
@@ -149,7 +144,7 @@ class Saver:
 
         The outcome of an earlier save must have been taken.
         """
-        assert not self.busy
+        assert self._thread is None and self._outcome is None
         began = time.perf_counter()
         try:
             snapshot = self._class.take(self._holdings, step, extra, self._copies)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from integration_tests.program import (
+from integration_tests.support.program import (
     ROOT,
     check_refused,
     events,

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from grass_dist.errors import GrassError
-from grass_dist.job.launchers import PORTS, Place, find_place, first_host, own_address
+from grass_dist.job.launchers import PORTS, Place, find_place, first_host, own_address, warning_of
 from grass_dist.job.seats import Seat, problem_of
 from grass_dist.job.world import World
 
@@ -61,6 +61,12 @@ WHERE = {"MASTER_ADDR": "node9", "MASTER_PORT": "4000"}
 )
 def test_the_place_that_a_launcher_tells(environ, place):
     assert find_place(environ) == place
+
+
+def test_only_a_plain_mpirun_is_warned_of():
+    assert "send mpirun a SIGUSR1, or start it by launch/mpirun.sh" in str(warning_of(OPEN_MPI))
+    for environ in ({}, TORCHRUN, SRUN, HYDRA, {**OPEN_MPI, "GRASS_DIST_SIGNAL": "SIGUSR1"}):
+        assert warning_of(environ) is None
 
 
 @pytest.mark.parametrize(
@@ -129,7 +135,7 @@ def test_a_node_list_that_names_no_host_is_refused(nodes):
         first_host(nodes)
 
 
-def test_steps_of_one_job_and_of_the_next_ones_meet_at_ports_of_their_own():
+def test_steps_of_a_job_and_of_the_next_meet_at_their_own_ports():
     def port(job: int, step: dict[str, str]) -> int | None:
         place = find_place({**SRUN, "SLURM_JOB_ID": str(job), **step})
         return place.port if place else None

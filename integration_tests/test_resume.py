@@ -151,7 +151,7 @@ def unwritten(folder: Path, optimizer: Any) -> list[str]:
 
 
 @pytest.mark.integration
-def test_what_is_saved_beside_the_steps_of_ones_own_loop_goes_on_to_the_bit(tmp_path):
+def test_a_loop_of_ones_own_saves_beside_its_steps_to_the_bit(tmp_path):
     pytest.importorskip("deepspeed")
     told = run_ranks(2, in_loops_of_ones_own, str(tmp_path), timeout=200)
     assert told == [{"fsdp2": [], "zero2": []}] * 2

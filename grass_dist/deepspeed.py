@@ -147,17 +147,19 @@ def _connect(
             given = {p for group in groups for p in group["params"] if p.requires_grad}
             layers, roles = choose_units(model, found, config, groups)
             still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
-            check_one_device([*layers, *roles], backend)
+            check_one_device([*layers, *roles], backend.sharding)
         except ConfigError as error:
             raise error if error.field == "optimizer" else error.under("grass") from None
         return found, layers, roles, still
 
     found, layers, roles, still = together(
-        backend, choose, lambda made: fingerprint(config, made[0], made[1], groups, type(zero.user_optimizer), kwargs)
+        backend.ranks,
+        choose,
+        lambda made: fingerprint(config, made[0], made[1], groups, type(zero.user_optimizer), kwargs),
     )
     zero.every = backend.groups_of([*layers, *roles])
     if told := frozen_layers(found, layers):
-        say(backend, told)
+        say(backend.ranks, told)
     # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
     never = backend.groups_of([Unit("never trained", None, still)]) if still and stage == 3 else []
     zero.states = place_states(zero, backend, config, layers, roles, never)

@@ -1,4 +1,4 @@
-"""What observers of a run are told."""
+"""What a run tells: its observers of refreshes and draws, and what moving states has cost."""
 
 from __future__ import annotations
 
@@ -28,9 +28,27 @@ class Sampled:
     round: int
     active_layers: tuple[int, ...]
     probabilities: tuple[float, ...]
-    """By which they were drawn."""
+    """The probabilities by which they were drawn."""
     drawn_at: int
     """`step` at which they were drawn: `draw_ahead` steps earlier, but for the first draw."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What the transfers of the states of this rank have cost since the start."""
+
+    bytes_to_device: int = 0
+    bytes_to_host: int = 0
+    copies: int = 0
+    seconds: float = 0.0
+    """Time in which copies ran, those that have ended; both directions added up."""
+    waited: float = 0.0
+    """Time in which the compute stood still because a state had not come."""
+
+    @property
+    def hidden(self) -> float:
+        """Share of the copies' time that ran beside the compute: 1 if nothing ever waited."""
+        return max(0.0, 1 - self.waited / self.seconds) if self.seconds else 1.0
 
 
 Event = Refreshed | Sampled

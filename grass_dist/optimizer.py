@@ -121,20 +121,20 @@ class GrassOptimizer(torch.optim.Optimizer):
             make_sampler(config, len(found.layers))
             groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
             layers, roles = choose_units(model, found, config, groups)
-            check_one_device([*layers, *roles], backend)
+            check_one_device([*layers, *roles], backend.sharding)
             if shard_states and optimizer_class in ELEMENTWISE:
-                backend.divide_states([*layers, *roles])
+                backend.sharding.divide_states([*layers, *roles])
             return found, groups, defaults, layers, roles
 
         found, groups, defaults, layers, roles = together(
-            backend,
+            backend.ranks,
             prepare,
             lambda made: fingerprint(
                 config, made[0], made[3], made[1], optimizer_class, kwargs, shard_states=shard_states
             ),
         )
         if told := frozen_layers(found, layers):
-            say(backend, told)
+            say(backend.ranks, told)
         super().__init__(groups, defaults)
         self._backend = backend
         trained = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
@@ -143,7 +143,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._model = model
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
-        self._states = place_states(self._layer_optimizers, self._role_optimizers, self.param_groups, backend, config)
+        self._states = place_states(
+            self._layer_optimizers, self._role_optimizers, self.param_groups, backend.sharding, config
+        )
         self._in_backward = config.offload.update_in_backward
         self._updated: set[int] = set()  # layers, since the last step ended
         if self._in_backward:
@@ -177,7 +179,7 @@ class GrassOptimizer(torch.optim.Optimizer):
                 with torch.profiler.record_function(f"GRASS::update ({optimizer.unit.name})"):
                     self._update(optimizer)
             self._states.finish()
-            self._backend.publish(self.grass.trainable_units())
+            self._backend.sharding.publish(self.grass.trainable_units())
         self.grass.advance()
         return loss
 
@@ -196,7 +198,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         self.grass.finish_gradients()
         trainable = {id(p) for unit in self.grass.trainable_units() for _, p in unit.params}
         params = [p for p in self._trained if id(p) in trainable and p.grad is not None]
-        return clip_grads(params, max_norm, norm_type, self._backend)
+        return clip_grads(params, max_norm, norm_type, self._backend.sharding)
 
     def detach(self) -> None:
         """Gives the model back as it was: no hook of the method, ``requires_grad`` as at the start, no gradient.
@@ -309,7 +311,6 @@ class GrassOptimizer(torch.optim.Optimizer):
         """What `grass_dist.checkpoint` saves and loads: the model's weights too, for any number of ranks."""
         return TorchHoldings(
             self._model,
-            self._backend,
             self._unit_optimizers,
             self.param_groups,
             self.grass,
@@ -365,8 +366,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         self, units: Sequence[Unit], optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]
     ) -> list[UnitOptimizer]:
         group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        sharding = self._backend.sharding
         return [
-            UnitOptimizer(unit, [group_of[id(p)] for _, p in unit.params], optimizer_class, kwargs, self._backend)
+            UnitOptimizer(unit, [group_of[id(p)] for _, p in unit.params], optimizer_class, kwargs, sharding)
             for unit in units
         ]
 

@@ -216,7 +216,7 @@ def foreign_states(rank: int, world_size: int) -> dict[str, str]:
         model, optimizer = divided(world_size, shard_states=shard_states)
         take_steps(model, optimizer, range(4))
         states[shard_states] = copy.deepcopy(optimizer.state_dict())
-    theirs = optimizer.grass.backend.gather_objects(states[True])[0]
+    theirs = optimizer.grass.backend.ranks.gather_objects(states[True])[0]
     fewer = {**states[True], "state": {i: {**s, "part": (rank, 2)} for i, s in states[True]["state"].items()}}
     return {
         "own": said(True, states[True]),

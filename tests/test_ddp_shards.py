@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist import GrassConfig, GrassOptimizer, UnsupportedModel
-from grass_dist.backends.ddp import DdpBackend, chunk, pack, part_of, unpack
+from grass_dist.backends.ddp import DdpSharding, chunk, pack, part_of, unpack
 from grass_dist.model.discovery import find_layers
+from grass_dist.ranks import Ranks
 from tests.tiny import take_steps, tiny
 
 RANKS = st.integers(1, 9)
@@ -65,24 +66,23 @@ def test_one_rank_divides_nothing(ddp):
     optimizer = GrassOptimizer(model, torch.optim.AdamW, {"lr": 1e-2}, config=CONFIG)
     take_steps(model, optimizer, range(3))
     tensor = torch.zeros(4, 3)
-    assert optimizer.grass.backend.state_shard(tensor) is tensor
+    assert optimizer.grass.backend.sharding.state_shard(tensor) is tensor
     state = optimizer.state_dict()["state"]
     params = optimizer.param_groups[0]["params"]
     assert state and all(s["exp_avg"].shape == params[i].shape and "part" not in s for i, s in state.items())
 
 
-class TwoRanks(DdpBackend):
+class TwoRanks(Ranks):
     """As if it were rank 1 of 2."""
 
     world_size, rank = 2, 1
 
 
-def test_a_parameter_that_is_not_contiguous_is_refused_by_name(ddp):
+def test_a_parameter_that_is_not_contiguous_is_refused_by_name():
     model = tiny()
     model.layers[1].up.weight = torch.nn.Parameter(torch.zeros(8, 16).t())
-    backend = TwoRanks(ddp(model), 1)
     with pytest.raises(UnsupportedModel, match=r"^1 parameters are not contiguous .*layers\.1\.up\.weight.*False\.$"):
-        backend.divide_states(find_layers(model).layers)
+        DdpSharding(TwoRanks()).divide_states(find_layers(model).layers)
 
 
 def trained(steps=3):

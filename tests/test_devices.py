@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from grass_dist import GrassConfig, GrassError, GrassOptimizer, UnsupportedModel
-from grass_dist.backends import backend_for
 from grass_dist.backends.base import device_of
 from grass_dist.backends.fsdp2 import check_offloaded_weights
 from grass_dist.backends.host_sums import HostSums
@@ -29,6 +28,7 @@ from grass_dist.job.launchers import Place
 from grass_dist.job.seats import own_seat
 from grass_dist.job.world import _take_device
 from grass_dist.model.discovery import Unit
+from grass_dist.model.sharding import Sharding
 from grass_dist.ranks import Ranks
 from grass_dist.states.plan import _free_device
 from grass_dist.states.slots import SlotPool
@@ -110,7 +110,7 @@ def test_the_device_of_a_model_is_that_of_its_parameters():
     with FakeTensorMode():
         model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ParameterList([torch.zeros(2, device=OTHER)])})
         assert device_of(model) == OTHER and device_of(model["a"]) == CPU
-        assert SingleBackend(model, 1).device == OTHER
+        assert SingleBackend(model, 1).ranks.device == OTHER
 
 
 def test_the_random_numbers_of_a_rank_are_of_its_models_device(fake_cuda: FakeCuda, monkeypatch):
@@ -158,13 +158,18 @@ def test_a_failed_registration_leaves_no_error_for_other_kernels(binding, fake_c
     assert not fake_cuda.pending and fake_cuda.calls[-1] == ("last error" if binding else "launch", 1)
 
 
-class OneOfTwo(SingleBackend):
+class TwoRanks(Ranks):
     """As if there were another rank, which reports what is put into ``theirs``."""
 
     theirs: str | None = None
 
     def gather_objects(self, item: Any) -> list[Any]:
         return [item, (self.theirs, item[1])] if isinstance(item, tuple) else [item, item]
+
+
+class OneOfTwo(SingleBackend):
+    def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
+        super().__init__(model, accumulation_steps, Sharding(TwoRanks()))
 
 
 @pytest.mark.parametrize("mine", [True, False], ids=["this rank", "the other rank"])
@@ -178,7 +183,7 @@ def test_a_rank_that_lacks_memory_for_the_probe_ends_all(mine, monkeypatch):
         monkeypatch.setattr("grass_dist.backends.base.HostSums", no_memory)
         said = r"^4,096 bytes of host memory cannot be pinned\.$"
     else:
-        monkeypatch.setattr(OneOfTwo, "set_trainable", set_after(OneOfTwo.set_trainable, "4,096 bytes"))
+        monkeypatch.setattr(OneOfTwo, "set_trainable", set_after(OneOfTwo.set_trainable, "rank 1: 4,096 bytes"))
         said = r"^rank 1: 4,096 bytes$"
     with pytest.raises(GrassError, match=said) as refusal:
         GrassOptimizer(tiny(), torch.optim.AdamW, {}, config=config, gradient_accumulation_steps=2)
@@ -188,7 +193,7 @@ def test_a_rank_that_lacks_memory_for_the_probe_ends_all(mine, monkeypatch):
 def set_after(method: Any, problem: str) -> Any:
     def changed(self: OneOfTwo, *args: Any, **kwargs: Any) -> None:
         method(self, *args, **kwargs)
-        self.theirs = problem
+        self.ranks.theirs = problem  # type: ignore[attr-defined]
 
     return changed
 
@@ -251,7 +256,7 @@ def test_a_loaded_state_is_on_the_device_that_its_class_uses(cls, kwargs, counts
     with FakeTensorMode(shape_env=ShapeEnv()):
         param = nn.Parameter(torch.zeros(4, 3, device=OTHER))
         unit = Unit("unit", 0, (("weight", param),))
-        optimizer = UnitOptimizer(unit, [0], cls, kwargs, backend_for(nn.ParameterDict({"weight": param}), 1))
+        optimizer = UnitOptimizer(unit, [0], cls, kwargs, Sharding(Ranks()))
         stock = cls([nn.Parameter(torch.zeros(4, 3, device=OTHER))], **kwargs)
         groups = [{**{k: v for k, v in stock.param_groups[0].items() if k != "params"}, "params": [param]}]
         param.grad = torch.zeros_like(param)
@@ -275,8 +280,7 @@ def test_a_class_that_says_nothing_keeps_its_step_like_torchs():
         for kwargs, device in (({}, CPU), ({"capturable": True}, OTHER)):
             param = nn.Parameter(torch.zeros(4, 3, device=OTHER))
             unit = Unit("unit", 0, (("weight", param),))
-            backend = backend_for(nn.ParameterDict({"weight": param}), 1)
-            optimizer = UnitOptimizer(unit, [0], Unwilling, kwargs, backend)
+            optimizer = UnitOptimizer(unit, [0], Unwilling, kwargs, Sharding(Ranks()))
             moment = torch.zeros(4, 3, device="cuda:0")
             optimizer.load_state(
                 [{"step": torch.zeros((), device="cuda:0"), "exp_avg": moment}], [{"lr": 0.1, **kwargs}]

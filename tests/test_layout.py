@@ -58,7 +58,7 @@ def loaded_by(statement):
     return set(done.stdout.split())
 
 
-def test_the_planner_and_the_doctor_load_neither_the_training_program_nor_the_controller():
+def test_plan_and_doctor_load_neither_program_nor_controller():
     loaded = loaded_by("import grass_dist.plan.command, grass_dist.doctor.command")
     assert "grass_dist.plan.simulate" in loaded
     assert not {m for m in loaded if m.startswith(("grass_dist.finetune", "grass_dist.method.controller"))}

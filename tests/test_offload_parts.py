@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer
-from grass_dist.backends import backend_for
 from grass_dist.model.discovery import Unit
+from grass_dist.model.sharding import Sharding
 from grass_dist.ranks import Ranks
 from grass_dist.states import plan
 from grass_dist.states.layout import Field, Layout
@@ -170,7 +170,7 @@ def test_a_state_is_made_as_predicted_and_as_the_class_makes_it(cls, kwargs, dty
     group = {k: v for k, v in alone.param_groups[0].items() if k != "params"}
     groups = [{**group, "params": list(params.values())}]
     unit = Unit("unit", 0, tuple(params.items()))
-    optimizer = UnitOptimizer(unit, [0] * len(params), cls, kwargs, backend_for(nn.ParameterDict(params), 1))
+    optimizer = UnitOptimizer(unit, [0] * len(params), cls, kwargs, Sharding(Ranks()))
 
     fields = optimizer.fields(groups)
     layout = Layout(fields)

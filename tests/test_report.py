@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import grass_dist.cli
 from grass_dist.errors import GrassError
-from grass_dist.events import Refreshed, Sampled
+from grass_dist.events import Refreshed, Sampled, Traffic
 from grass_dist.finetune.metrics import MetricsLog, StepCosts
 from grass_dist.report import build_report, load_run
 from grass_dist.report.costs import BARS, _bars
@@ -29,7 +29,6 @@ from grass_dist.report.drawing import byte_unit, envelope, rolling_mean
 from grass_dist.report.load import Interval, RefreshEvent, SampleEvent, relative
 from grass_dist.report.page import cards, layer_rows, numbers, pair_answers, render, untrained
 from grass_dist.report.plots import PLOTS, _columns, _held, _norm, plot_all
-from grass_dist.states.transfer import Traffic
 
 LAYERS, STEPS, PROBE, LAYER_NUMEL, ALWAYS = 30, 120, 6, 3_540_096, 28_312_128
 TOTAL = LAYERS * LAYER_NUMEL + ALWAYS

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from grass_dist.backends.base import Backend, GradientSink, HookedBackend
+from grass_dist.backends.base import HookedBackend
 from grass_dist.backends.ddp import DdpBackend
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
 from grass_dist.errors import UnsupportedModel
-
-__all__ = ["Backend", "GradientSink", "backend_for"]
 
 
 def backend_for(model: nn.Module, accumulation_steps: int) -> HookedBackend:

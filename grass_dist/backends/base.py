@@ -1,114 +1,23 @@
-"""What the engine asks of a backend, and the hooks that the PyTorch backends share."""
+"""The hooks into gradients that the backends of plain PyTorch share."""
 
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.errors import GrassError
+from grass_dist.method.interfaces import Arrived, GradientHooks, GradientSink
+from grass_dist.method.measurement import sum_of_squares
 from grass_dist.model.discovery import Unit
+from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import GradientHook
 from grass_dist.ranks import Ranks
-
-GradientSink = Callable[[int, int, torch.Tensor], None]
-"""(layer index, slot below the layer's number of parameters, this rank's part of the sum of squares: fp64 scalar on
-the device). A slot that is given twice in a step keeps the later value."""
-
-Arrived = Callable[[int | None], None]
-"""Told whenever a gradient has been made: index of the layer whose parameter it is of, None for a role."""
-
-
-class Backend(Ranks, ABC):
-    """How one way of wrapping a model reduces gradients.
-
-    The engine calls `attach` once, `set_trainable` whenever the trainable layers change, and `finish_gradients` at the
-    end of every optimizer step (and before it, if gradients are clipped). Between them the backend reports each
-    layer's reduced gradient to the sink, and in a probe frees it at once.
-    """
-
-    name: str
-    group: dist.ProcessGroup | None = None
-    """Ranks that train one model together; None is a process alone."""
-    device: torch.device | None = None
-    bytes_reduced: int = 0
-    """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
-    part: tuple[int, int] = (0, 1)
-    """(i, n): `state_shard` gives part i of n; (0, 1) where nothing is divided but by the wrapper itself."""
-
-    @abstractmethod
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
-        """Hooks into the gradients of ``layers`` and ``roles``."""
-
-    @abstractmethod
-    def detach(self) -> None:
-        """Takes all hooks off the model; nothing else is called after it."""
-
-    @abstractmethod
-    def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
-        """Lets ``units`` have gradients and nothing else; takes effect with the next forward.
-
-        Raises:
-            GrassError: this rank lacks the host memory for a probe; the other ranks do not know that yet.
-        """
-
-    @abstractmethod
-    def finish_gradients(self) -> None:
-        """Makes every gradient of the global batch final, before it is clipped or used."""
-
-    @abstractmethod
-    def counts(self, param: nn.Parameter) -> bool:
-        """Whether this rank's shard of ``param`` counts in a sum over the group: a replica is counted once."""
-
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of a parameter or gradient, sharing its memory."""
-        return tensor
-
-    def divide_states(self, units: Sequence[Unit]) -> None:
-        """Has `state_shard` and `publish` divide among the ranks what each of them holds whole, if there is any.
-
-        Called once at the start, with all that may ever train, if the update rule works entry by entry.
-        """
-        return
-
-    def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a parameter or gradient that this rank updates and keeps a state for, sharing its memory."""
-        return self.local(tensor)
-
-    def publish(self, units: Sequence[Unit]) -> None:
-        """Gives the other ranks what `state_shard` left this one to update; called after the updates of a step."""
-        return
-
-    def shard_of(self, param: nn.Parameter) -> torch.Tensor:
-        """This rank's shard of a parameter's weights, sharing their memory."""
-        return self.local(param.detach())
-
-    def start_of(self, param: nn.Parameter) -> int:
-        """Where the entries of `shard_of` begin in the flattened whole parameter, of which they are consecutive."""
-        return 0
-
-    def state_start_of(self, param: nn.Parameter) -> int:
-        """The same of `state_shard`."""
-        return self.start_of(param)
-
-    def replicates(self, param: nn.Parameter) -> bool:
-        """Whether every rank of the group has the whole of ``param``."""
-        return True
-
-    def check_before_step(self) -> None:
-        """Raises if gradients may have been clipped in part since the backward; called first in a step."""
-        return
-
-    def verify(self) -> None:
-        """Raises if what the model would train is no longer what `set_trainable` said; called before each draw."""
-        return
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -117,12 +26,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((device for device in sorted(devices, key=str) if device.type == "cuda"), torch.device("cpu"))
 
 
-def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
-    """Σ x² in fp64, a 0-dim tensor on the device; the entries are widened one by one, with no fp64 copy."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
-
-
-class HookedBackend(Backend):
+class HookedBackend(GradientHooks):
     """The way of a gradient in plain PyTorch: post-accumulate hook → (host sums, in a probe with accumulation) →
     reduction, by the subclass → sum of squares to the sink → freed, in a probe.
 
@@ -130,11 +34,16 @@ class HookedBackend(Backend):
     of the global batch, before any clipping. In a probe there is nothing to accumulate into on the device. There the
     micro-batches' gradients are summed in host memory (`HostSums`), 4 bytes for each parameter of the layers that
     this rank holds, and only where ``accumulation_steps > 1``.
+
+    Args:
+        model: as the training calls it.
+        accumulation_steps: micro-batches of a step.
+        sharding: None is that of a process alone.
     """
 
-    def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
-        self.model, self.device = model, device_of(model)
-        self.accumulation_steps = accumulation_steps
+    def __init__(self, model: nn.Module, accumulation_steps: int, sharding: Sharding | None = None) -> None:
+        self.model, self.accumulation_steps = model, accumulation_steps
+        self.sharding = sharding or Sharding(Ranks(None, device_of(model)))
         self._probing = self._measuring = False
         self._fired: Counter[tuple[str, int]] = Counter()
         self._sums: HostSums | None = None
@@ -207,9 +116,10 @@ class HookedBackend(Backend):
         elif self._sums is not None:
             self._sums.clear()
         else:
+            shard_of = self.sharding.shard_of
             self._sums = HostSums(
-                {(u.name, i): self.shard_of(p).shape for u in self._layers for i, (_, p) in enumerate(u.params)},
-                self.shard_of(self._layers[0].params[0][1]).device,
+                {(u.name, i): shard_of(p).shape for u in self._layers for i, (_, p) in enumerate(u.params)},
+                shard_of(self._layers[0].params[0][1]).device,
             )
 
     def finish_gradients(self) -> None:
@@ -224,12 +134,9 @@ class HookedBackend(Backend):
         self._final.clear()
         self._forwards = 0
 
-    def counts(self, param: nn.Parameter) -> bool:
-        return self.rank == 0
-
     def _on_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
         assert param.grad is not None
-        grad = self.local(param.grad)
+        grad = self.sharding.local(param.grad)
         if self._probing:
             key = (unit.name, slot)
             self._fired[key] += 1
@@ -248,7 +155,7 @@ class HookedBackend(Backend):
 
     def _reduce(self, unit: Unit, slot: int, param: nn.Parameter, grad: torch.Tensor) -> None:
         """Reduces ``grad`` over the ranks and delivers it; here it has been reduced before the hook fired."""
-        if self._measuring and unit.index is not None and self.counts(param):
+        if self._measuring and unit.index is not None and self.sharding.counts(param):
             self._sink(unit.index, slot, sum_of_squares(grad))
         if self._probing:
             param.grad = None

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from grass_dist.backends.base import Arrived, GradientSink, HookedBackend, sum_of_squares
+from grass_dist.backends.base import HookedBackend, device_of
 from grass_dist.errors import UnsupportedModel
+from grass_dist.method.interfaces import Arrived, GradientSink
+from grass_dist.method.measurement import sum_of_squares
 from grass_dist.model.discovery import Unit
+from grass_dist.model.sharding import Sharding
 from grass_dist.ranks import Ranks
 
 
@@ -78,11 +81,17 @@ def unpack(params: Sequence[torch.Tensor], packed: torch.Tensor, ranks: int) -> 
         start += size
 
 
-class _Gather:
-    """The updated parts of a bucket's parameters on their way to all ranks, by one all-gather."""
+def by_dtype(unit: Unit) -> Iterator[list[int]]:
+    """Slots of the parameters of each dtype of ``unit``, in their order."""
+    for dtype in dict.fromkeys(p.dtype for _, p in unit.params):
+        yield [slot for slot, (_, p) in enumerate(unit.params) if p.dtype == dtype]
 
-    def __init__(self, bucket: _Bucket, ranks: Ranks) -> None:
-        self.params, self.ranks = list(bucket.params.values()), ranks.world_size
+
+class _Gather:
+    """The updated parts of parameters of one dtype on their way to all ranks, by one all-gather."""
+
+    def __init__(self, params: Sequence[nn.Parameter], ranks: Ranks) -> None:
+        self.params, self.ranks = list(params), ranks.world_size
         self.mine = pack(self.params, ranks.rank, self.ranks)
         self.packed = self.mine.new_empty(self.ranks * self.mine.numel())
         self.work = dist.all_gather_into_tensor(self.packed, self.mine, group=ranks.group, async_op=True)
@@ -91,6 +100,45 @@ class _Gather:
         assert self.work is not None
         self.work.wait()
         unpack(self.params, self.packed, self.ranks)
+
+
+class DdpSharding(Sharding):
+    """Every rank has the whole model, and from `divide_states` on one of N equal parts of the states.
+
+    Each rank then updates its part of every flattened parameter and keeps the state of that; `publish` brings the
+    weights together. Over the wire, for each step of training: one all-gather a trainable unit (and dtype) of its
+    weights' bytes, a parameter padded to a multiple of N entries.
+    """
+
+    def divide_states(self, units: Sequence[Unit]) -> None:
+        if self.ranks.world_size == 1:
+            return
+        if odd := [name for unit in units for name, p in unit.params if not p.is_contiguous()]:
+            raise UnsupportedModel(
+                f"{len(odd)} parameters are not contiguous in memory ({odd[0]}, ...), so their states cannot be "
+                "divided among the ranks; make them contiguous, or pass GrassOptimizer shard_states=False."
+            )
+        self.part = (self.ranks.rank, self.ranks.world_size)
+
+    def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.part[1] == 1 else part_of(tensor, *self.part)
+
+    def state_start_of(self, param: nn.Parameter) -> int:
+        part, parts = self.part
+        return min(part * chunk(param.numel(), parts), param.numel())
+
+    def publish(self, units: Sequence[Unit]) -> None:
+        """Gathers what the ranks have updated. Two units' weights are on their way, and in memory twice, at a time."""
+        if self.part[1] == 1:
+            return
+        waiting: deque[_Gather] = deque()
+        for unit in units:  # in the same order on all ranks
+            for slots in by_dtype(unit):
+                if len(waiting) == 2:
+                    waiting.popleft().finish()
+                waiting.append(_Gather([unit.params[slot][1] for slot in slots], self.ranks))
+        for gather in waiting:
+            gather.finish()
 
 
 class DdpBackend(HookedBackend):
@@ -108,10 +156,6 @@ class DdpBackend(HookedBackend):
 
     Over the wire, for each synchronising micro-batch: an all-reduce of the trainable parameters' bytes. ``no_sync()``
     is honoured. A parameter that took no part in a forward gets a zero gradient.
-
-    After `divide_states` each rank updates one of N equal parts of every flattened parameter and keeps the state of
-    that; `publish` then brings the weights together. Over the wire, for each step of training: one all-gather a
-    trainable unit (and dtype) of its weights' bytes, a parameter padded to a multiple of N entries.
     """
 
     name = "ddp"
@@ -121,14 +165,13 @@ class DdpBackend(HookedBackend):
         return isinstance(model, DistributedDataParallel)
 
     def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
-        super().__init__(model, accumulation_steps)
         assert isinstance(model, DistributedDataParallel)
+        super().__init__(model, accumulation_steps, DdpSharding(Ranks(model.process_group, device_of(model))))
         if model.static_graph:
             raise UnsupportedModel(
                 "DistributedDataParallel(static_graph=True) expects every step to train the same parameters; "
                 "leave static_graph out."
             )
-        self.group = model.process_group
         self._sync = True
         self._handles += [
             model.register_forward_pre_hook(self._before_forward),
@@ -143,47 +186,13 @@ class DdpBackend(HookedBackend):
         tail = [u for u in roles if u.name != "embeddings"]
         head = [u for u in roles if u.name == "embeddings"]
         for unit in [*reversed(tail), *reversed(layers), *head]:  # the order in which the backward finishes them
-            dtypes = dict.fromkeys(p.dtype for _, p in unit.params)
-            for number, dtype in enumerate(dtypes):
-                slots = [i for i, (_, p) in enumerate(unit.params) if p.dtype == dtype]
-                self._all_buckets.append(_Bucket(unit, slots, number))
+            self._all_buckets += [_Bucket(unit, slots, number) for number, slots in enumerate(by_dtype(unit))]
         self._bucket_of = {(b.unit.name, slot): b for b in self._all_buckets for slot in b.params}
 
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
         super().set_trainable(units, probing=probing, measuring=measuring)
         on = {unit.name for unit in units}
         self._order = [b for b in self._all_buckets if b.unit.name in on]
-
-    def divide_states(self, units: Sequence[Unit]) -> None:
-        if self.world_size == 1:
-            return
-        if odd := [name for unit in units for name, p in unit.params if not p.is_contiguous()]:
-            raise UnsupportedModel(
-                f"{len(odd)} parameters are not contiguous in memory ({odd[0]}, ...), so their states cannot be "
-                "divided among the ranks; make them contiguous, or pass GrassOptimizer shard_states=False."
-            )
-        self.part = (self.rank, self.world_size)
-
-    def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.part[1] == 1 else part_of(tensor, *self.part)
-
-    def state_start_of(self, param: nn.Parameter) -> int:
-        part, parts = self.part
-        return min(part * chunk(param.numel(), parts), param.numel())
-
-    def publish(self, units: Sequence[Unit]) -> None:
-        """Gathers what the ranks have updated. Two units' weights are on their way, and in memory twice, at a time."""
-        if self.part[1] == 1:
-            return
-        names = {unit.name for unit in units}
-        waiting: deque[_Gather] = deque()
-        for bucket in self._all_buckets:  # in the same order on all ranks
-            if bucket.unit.name in names:
-                if len(waiting) == 2:
-                    waiting.popleft().finish()
-                waiting.append(_Gather(bucket, self))
-        for gather in waiting:
-            gather.finish()
 
     def finish_gradients(self) -> None:
         super().finish_gradients()
@@ -199,7 +208,7 @@ class DdpBackend(HookedBackend):
     def _complete(self) -> None:
         for bucket in self._order[self._sent :]:
             for slot in sorted(bucket.missing):
-                bucket.put(slot, bucket.params[slot].grad, self.world_size)
+                bucket.put(slot, bucket.params[slot].grad, self.ranks.world_size)
         self._send_full_buckets()
 
     def _before_forward(self, ddp: nn.Module, _: object) -> None:
@@ -216,14 +225,14 @@ class DdpBackend(HookedBackend):
     def _reduce(self, unit: Unit, slot: int, param: nn.Parameter, grad: torch.Tensor) -> None:
         if not (self._sync or self._probing):
             return
-        self._bucket_of[unit.name, slot].put(slot, grad, self.world_size)
+        self._bucket_of[unit.name, slot].put(slot, grad, self.ranks.world_size)
         self._send_full_buckets()
 
     def _send_full_buckets(self) -> None:
         while self._sent < len(self._order) and not self._order[self._sent].missing:
             bucket = self._order[self._sent]
             assert bucket.flat is not None
-            bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+            bucket.work = dist.all_reduce(bucket.flat, group=self.ranks.group, async_op=True)
             self.bytes_reduced += bucket.flat.nbytes
             self._sent += 1
             # A probe, and an update in the backward, hold two layers' gradients: this one's and the next one's.
@@ -241,7 +250,7 @@ class DdpBackend(HookedBackend):
         if self._measuring and bucket.unit.index is not None:
             # Every rank has the whole average, and adds 1/N of its sum: so every rank's measurements are the same, and
             # those that rank 0 saves (as Trainer does) are enough to resume from.
-            self._sink(bucket.unit.index, bucket.number, sum_of_squares(bucket.flat) / self.world_size)
+            self._sink(bucket.unit.index, bucket.number, sum_of_squares(bucket.flat) / self.ranks.world_size)
         bucket.work = bucket.flat = None
         bucket.missing = set(bucket.params)
         if self._probing:

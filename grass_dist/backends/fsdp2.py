@@ -13,68 +13,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from grass_dist.backends.base import Arrived, GradientSink, HookedBackend
+from grass_dist.backends.base import HookedBackend, device_of
 from grass_dist.errors import GrassError, UnsupportedModel
+from grass_dist.method.interfaces import Arrived, GradientSink
 from grass_dist.model.discovery import Unit
+from grass_dist.model.sharding import Sharding
+from grass_dist.ranks import Ranks
 
 
-class Fsdp2Backend(HookedBackend):
-    """FSDP2 and HSDP.
-
-    Over the wire, for each micro-batch that synchronises: a reduce-scatter of the trainable layers' gradients, by
-    FSDP2 itself, which skips every frozen parameter (under HSDP an all-reduce of the shards follows). The all-gathers
-    of the forward stay as they are. In a probe every micro-batch is reduced, also under
-    ``set_requires_gradient_sync(False)``: else FSDP2 would hold all layers' unsharded gradients.
-    """
-
-    name = "fsdp2"
-
-    @staticmethod
-    def knows(model: nn.Module) -> bool:
-        return any(isinstance(p, DTensor) for p in model.parameters())
-
-    def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
-        super().__init__(model, accumulation_steps)
-        if not any(isinstance(module, FSDPModule) for module in model.modules()):
-            raise UnsupportedModel(
-                "The parameters are DTensors but no module is sharded by fully_shard; "
-                "call fully_shard on the layers and on the model before GrassOptimizer."
-            )
-        plain = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
-        if plain:
-            raise UnsupportedModel(
-                f"{len(plain)} parameters are not sharded ({plain[0]}, ...) while others are; "
-                "call fully_shard(model) on the whole model after its layers, before GrassOptimizer."
-            )
-        meshes = {cast(DTensor, p).device_mesh for p in model.parameters()}
-        check_offloaded_weights(meshes, {p.device for p in model.parameters()}, torch.__version__)
-        mesh = max(meshes, key=lambda m: m.size())
-        if mesh.size() == dist.get_world_size():
-            self.group = dist.group.WORLD
-        elif mesh.ndim == 1:
-            self.group = mesh.get_group()
-        else:
-            raise UnsupportedModel(
-                f"The parameters' mesh {mesh} is of {mesh.ndim} dimensions and smaller than the world of "
-                f"{dist.get_world_size()} ranks; use a mesh over all ranks, or of one dimension."
-            )
-        self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
-        self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._handles += [
-            model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe),
-            self._first_forward,
-            *(m.register_forward_hook(self._reshard_after_evaluation) for m in _alone(self._sharded_modules, model)),
-        ]
-
-    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
-        super().attach(layers, roles, sink, arrived)
-        self._samples = [_place_of(self.model, unit.params[0][0]) for unit in self._units]
-        dtype = reduce_dtype(self.model)
-        self._wire_bytes = {
-            (u.name, i): _reduced_bytes(cast(DTensor, p), dtype or p.dtype)
-            for u in self._units
-            for i, (_, p) in enumerate(u.params)
-        }
+class Fsdp2Sharding(Sharding):
+    """Parameters are DTensors: a rank holds rows of each, and the states of these."""
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -105,6 +53,42 @@ class Fsdp2Backend(HookedBackend):
 
     def replicates(self, param: nn.Parameter) -> bool:
         return False
+
+
+class Fsdp2Backend(HookedBackend):
+    """FSDP2 and HSDP.
+
+    Over the wire, for each micro-batch that synchronises: a reduce-scatter of the trainable layers' gradients, by
+    FSDP2 itself, which skips every frozen parameter (under HSDP an all-reduce of the shards follows). The all-gathers
+    of the forward stay as they are. In a probe every micro-batch is reduced, also under
+    ``set_requires_gradient_sync(False)``: else FSDP2 would hold all layers' unsharded gradients.
+    """
+
+    name = "fsdp2"
+
+    @staticmethod
+    def knows(model: nn.Module) -> bool:
+        return any(isinstance(p, DTensor) for p in model.parameters())
+
+    def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
+        super().__init__(model, accumulation_steps, Fsdp2Sharding(Ranks(_group_of(model), device_of(model))))
+        self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
+        self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._handles += [
+            model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe),
+            self._first_forward,
+            *(m.register_forward_hook(self._reshard_after_evaluation) for m in _alone(self._sharded_modules, model)),
+        ]
+
+    def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
+        super().attach(layers, roles, sink, arrived)
+        self._samples = [_place_of(self.model, unit.params[0][0]) for unit in self._units]
+        dtype = reduce_dtype(self.model)
+        self._wire_bytes = {
+            (u.name, i): _reduced_bytes(cast(DTensor, p), dtype or p.dtype)
+            for u in self._units
+            for i, (_, p) in enumerate(u.params)
+        }
 
     def finish_gradients(self) -> None:
         super().finish_gradients()
@@ -175,6 +159,36 @@ class Fsdp2Backend(HookedBackend):
                     module.reshard()
         for param, flag in zip(params, trainable, strict=True):
             param.requires_grad_(flag)
+
+
+def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that train ``model`` together.
+
+    Raises:
+        UnsupportedModel: it is not sharded as a whole, or on a mesh that is neither of all ranks nor of one dimension.
+    """
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise UnsupportedModel(
+            "The parameters are DTensors but no module is sharded by fully_shard; "
+            "call fully_shard on the layers and on the model before GrassOptimizer."
+        )
+    plain = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if plain:
+        raise UnsupportedModel(
+            f"{len(plain)} parameters are not sharded ({plain[0]}, ...) while others are; "
+            "call fully_shard(model) on the whole model after its layers, before GrassOptimizer."
+        )
+    meshes = {cast(DTensor, p).device_mesh for p in model.parameters()}
+    check_offloaded_weights(meshes, {p.device for p in model.parameters()}, torch.__version__)
+    mesh = max(meshes, key=lambda m: m.size())
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    raise UnsupportedModel(
+        f"The parameters' mesh {mesh} is of {mesh.ndim} dimensions and smaller than the world of "
+        f"{dist.get_world_size()} ranks; use a mesh over all ranks, or of one dimension."
+    )
 
 
 def _place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

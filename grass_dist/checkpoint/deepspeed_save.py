@@ -102,7 +102,7 @@ def _write(engine: Any, folder: Path) -> None:
         engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
     if problems:
         raise problems[0]
-    rank = engine.grass.backend.rank
+    rank = engine.grass.backend.ranks.rank
     mine = [f"*zero_pp_rank_{rank}_mp_rank_00_*_states.pt", *([MODEL_FILE] if rank == 0 else [])]
     for file in (file for pattern in mine for file in (folder / TAG).glob(pattern)):
         read_file(file)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from grass_dist.backends.base import Backend
 from grass_dist.checkpoint.pieces import Piece
+from grass_dist.model.sharding import Sharding
 
 _WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -22,14 +22,14 @@ def fqn(name: str) -> str:
     return name
 
 
-def pieces_of(model: nn.Module, backend: Backend) -> list[Piece]:
+def pieces_of(model: nn.Module, sharding: Sharding) -> list[Piece]:
     """All parameters and persistent buffers that this rank holds, sharing their memory."""
     pieces = []
     for name, param in model.named_parameters():
-        shard = backend.shard_of(param).reshape(-1)
+        shard = sharding.shard_of(param).reshape(-1)
         numel = getattr(param, "ds_numel", param.numel())
-        pieces.append(Piece(fqn(name), numel, backend.start_of(param), shard, writes=backend.counts(param)))
-        if backend.replicates(param):
+        pieces.append(Piece(fqn(name), numel, sharding.start_of(param), shard, writes=sharding.counts(param)))
+        if sharding.replicates(param):
             pieces[-1] = replicated(pieces[-1])
     for name, buffer in persistent_buffers(model):
         flat = buffer.detach().view(-1) if buffer.is_contiguous() else buffer.detach().reshape(-1)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_dist.backends import Backend
 from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
@@ -33,23 +32,22 @@ class TorchHoldings:
     def __init__(
         self,
         model: nn.Module,
-        backend: Backend,
         optimizers: Sequence[UnitOptimizer],
         groups: Sequence[dict[str, Any]],
         grass: GrassController,
         settle: Callable[[], None],
         put: Put,
     ) -> None:
-        self.ranks = self._backend = backend
+        self.ranks, self._sharding = grass.backend.ranks, grass.backend.sharding
         self._model, self._optimizers, self._groups, self._grass = model, list(optimizers), groups, grass
         self._settle, self._put = settle, put
-        self.name, self.active = backend.name, grass.config.active_layers
+        self.name, self.active = grass.backend.name, grass.config.active_layers
 
     def unit_names(self) -> list[str]:
         return [fqn(optimizer.unit.name) for optimizer in self._optimizers]
 
     def weights(self) -> list[Piece]:
-        return pieces_of(self._model, self._backend)
+        return pieces_of(self._model, self._sharding)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return shapes_of(self._model)
@@ -112,24 +110,24 @@ class TorchHoldings:
                     out = torch.empty(shard.numel(), dtype=value)
                     value = read(state_key(fqn(name), key), self._start(optimizer, param), out).view(shard.shape)
                 state[key] = value
-            if state and optimizer.shards and self._backend.part != WHOLE:
-                state["part"] = self._backend.part
+            if state and optimizer.shards and self._sharding.part != WHOLE:
+                state["part"] = self._sharding.part
             states.append(state)
         return states
 
     def _piece(self, optimizer: UnitOptimizer, name: str, param: nn.Parameter, key: str, value: torch.Tensor) -> Piece:
-        flat = self._backend.local(value.detach()).reshape(-1)
+        flat = self._sharding.local(value.detach()).reshape(-1)
         if flat.numel() != optimizer.shard_of(param).numel():
             raise CheckpointError(
                 f"The {key} of {name} is of shape {tuple(value.shape)}, which is not the parameter's: a checkpoint "
                 "that any number of ranks can load needs states with an entry for each of the parameter's."
             )
-        shared = self._backend.replicates(param) and (not optimizer.shards or self._backend.part == WHOLE)
-        writes = self._backend.replicates(param) or self._backend.counts(param)
+        shared = self._sharding.replicates(param) and (not optimizer.shards or self._sharding.part == WHOLE)
+        writes = self._sharding.replicates(param) or self._sharding.counts(param)
         return Piece(state_key(fqn(name), key), param.numel(), self._start(optimizer, param), flat, writes, shared)
 
     def _start(self, optimizer: UnitOptimizer, param: nn.Parameter) -> int:
-        return self._backend.state_start_of(param) if optimizer.shards else self._backend.start_of(param)
+        return self._sharding.state_start_of(param) if optimizer.shards else self._sharding.start_of(param)
 
 
 def _like(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,15 +31,16 @@ class ZeroHoldings:
         self._zero: NarrowZero = engine.optimizer
         self._module: nn.Module = engine.module
         self._grass = engine.grass
-        self.ranks = self._backend = engine.grass.backend
-        self.name, self.active = f"zero{self._backend.stage}", engine.grass.config.active_layers
+        backend = engine.grass.backend
+        self.ranks, self._sharding, self._stage = backend.ranks, backend.sharding, backend.stage
+        self.name, self.active = f"zero{self._stage}", engine.grass.config.active_layers
         self._names = {param: fqn(name) for name, param in self._module.named_parameters()}
 
     def unit_names(self) -> list[str]:
         return [fqn(name) for name in self._by_unit()]
 
     def weights(self) -> list[Piece]:
-        return pieces_of(self._module, self._backend)
+        return pieces_of(self._module, self._sharding)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return shapes_of(self._module)
@@ -72,10 +73,10 @@ class ZeroHoldings:
         ]
         trained = {param for group in zero.every for param in group.params}
         frozen = [placed(param) for param in self._names if param not in trained]
-        return Layout(stage=self._backend.stage, groups=groups, frozen=frozen)
+        return Layout(stage=self._stage, groups=groups, frozen=frozen)
 
     def _placed(self, param: nn.Parameter) -> Placed:
-        shard = zero_shard(param).numel() if self._backend.stage == 3 else 0
+        shard = zero_shard(param).numel() if self._stage == 3 else 0
         return Placed(name=self._names[param], numel=numel_of(param), shard=shard)
 
     def check(
@@ -95,7 +96,7 @@ class ZeroHoldings:
 
     def _check_state(self, group: Group, saved: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> None:
         """Takes a step of the optimizer on six entries. A flat partition has one state for all its parameters."""
-        user, like = self._zero.user_optimizer, self._backend.shard_of(group.params[0])
+        user, like = self._zero.user_optimizer, self._sharding.shard_of(group.params[0])
         mine = user.param_groups[group.user_group]
         stand_in = nn.Parameter(torch.zeros(6, device=like.device))
         stand_in.grad = torch.zeros_like(stand_in)
@@ -170,11 +171,11 @@ class ZeroHoldings:
         settings = self._zero.user_optimizer.param_groups[group.user_group]
         if not torch.is_tensor(value) or not (settings.get("fused") or settings.get("capturable")):
             return value
-        return value.to(self._backend.shard_of(group.params[0]).device)
+        return value.to(self._sharding.shard_of(group.params[0]).device)
 
     def _extents(self, group: Group, partition: int) -> Iterator[Extent]:
         sizes = [(self._names[param], numel_of(param)) for param in self._zero.saved_order(group)]
-        shards = [zero_shard(p).numel() for p in self._zero.saved_order(group)] if self._backend.stage == 3 else None
+        shards = [zero_shard(p).numel() for p in self._zero.saved_order(group)] if self._stage == 3 else None
         return extents_of(sizes, self.ranks.rank, partition, shards)
 
 

@@ -1,4 +1,4 @@
-"""The engine: measures gradient norms, agrees on them with the other ranks, and says which layers train."""
+"""The controller: measures gradient norms, agrees on them with the other ranks, and says which layers train."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from grass_dist.backends import Backend
-from grass_dist.backends.base import sum_of_squares
 from grass_dist.config import GrassConfig, among_competing
 from grass_dist.errors import GrassError, RanksDisagree, shorten
-from grass_dist.events import Event, Observer, Refreshed, Sampled
+from grass_dist.events import Event, Observer, Refreshed, Sampled, Traffic
 from grass_dist.method.importance import ImportanceTracker
-from grass_dist.method.measurement import SquareSums
+from grass_dist.method.interfaces import GradientHooks, LayerStates
+from grass_dist.method.measurement import SquareSums, sum_of_squares
 from grass_dist.method.samplers import draw_layers, make_sampler, probe_steps
 from grass_dist.method.schedule import Phase, Schedule
 from grass_dist.method.watch import WAYS_OUT, GradientWatch
 from grass_dist.model.discovery import Unit
 from grass_dist.ranks import say, together
-from grass_dist.states.resident import LayerStates
-from grass_dist.states.transfer import Traffic
 
 
 class GrassController:
@@ -48,7 +45,7 @@ class GrassController:
         config: GrassConfig,
         layers: tuple[Unit, ...],
         roles: tuple[Unit, ...],
-        backend: Backend,
+        backend: GradientHooks,
         states: LayerStates,
         watch: GradientWatch,
         observers: Iterable[Observer] = (),
@@ -66,7 +63,7 @@ class GrassController:
         self._trained: set[int] = set()
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
         self._next: Sampled | None = None
-        device = backend.shard_of(layers[0].params[0][1]).device
+        device = backend.sharding.shard_of(layers[0].params[0][1]).device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
         backend.attach(layers, roles, self._sums.put, watch.arrived)
         if self.phase == "probe":
@@ -88,7 +85,7 @@ class GrassController:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of `layers` in the model's stack: 0 to L - 1, unless the user has frozen some."""
+        """The number of each of `layers` in the model's stack: 0 to L - 1, unless the user has frozen some."""
         return tuple(unit.number for unit in self.layers if unit.number is not None)
 
     @property
@@ -114,7 +111,7 @@ class GrassController:
 
     @property
     def unused(self) -> dict[int, int]:
-        """By layer, in how many first steps of a probe or round the model left it out on this rank."""
+        """For each layer, in how many first steps of a probe or round the model left it out on this rank."""
         return dict(sorted(self._watch.unused.items()))
 
     @property
@@ -160,7 +157,7 @@ class GrassController:
             )
             advice = "" if known else f" {WAYS_OUT}"
             say(
-                self.backend,
+                self.backend.ranks,
                 f"{self.layers[layer].name} is active and has no gradient in step {self.step + 1}, {why}; such steps "
                 f"are counted in `unused`.{advice}",
             )
@@ -196,7 +193,7 @@ class GrassController:
             self._refresh_from_weights()
         elif self._sums:
             squares, layers = self._sums.take()
-            self._tracker.observe(self.backend.sum_over_ranks(squares).cpu().numpy(), layers)
+            self._tracker.observe(self.backend.ranks.sum_over_ranks(squares).cpu().numpy(), layers)
         else:
             return
         self._tell(Refreshed(self.step, self.importances, self.probabilities, self.dropped))
@@ -205,14 +202,12 @@ class GrassController:
         if self._sampler.importance != "weight":
             return
         zero = torch.zeros((), dtype=torch.float64)
+        own = self.backend.sharding
         mine = [
-            sum(
-                (sum_of_squares(self.backend.shard_of(p)).cpu() for _, p in u.params if self.backend.counts(p)),
-                zero,
-            )
-            for u in self.layers
+            sum((sum_of_squares(own.shard_of(p)).cpu() for _, p in unit.params if own.counts(p)), zero)
+            for unit in self.layers
         ]
-        self._tracker.replace(self.backend.sum_over_ranks(torch.stack(mine)).numpy())
+        self._tracker.replace(self.backend.ranks.sum_over_ranks(torch.stack(mine)).numpy())
 
     def _draw(self) -> None:
         drawn = self.schedule.round_drawn(self.step)
@@ -241,7 +236,7 @@ class GrassController:
         importances = self._tracker.importances.astype("<f8").tobytes()
         choice = np.asarray([self.step, drawn, *chosen], dtype="<i8").tobytes()
         mine = bytes(32) if problem else hashlib.sha256(importances + choice).digest()
-        digests = self.backend.gather_bytes(mine)
+        digests = self.backend.ranks.gather_bytes(mine)
         if problem:
             raise problem
         if bytes(32) in digests:
@@ -261,7 +256,7 @@ class GrassController:
             self.backend.set_trainable(self.trainable_units(), probing=probing, measuring=self._measuring)
 
         if probing:  # it may lack host memory on one rank
-            together(self.backend, switch)
+            together(self.backend.ranks, switch)
         else:
             switch()
         self._watch.begin(self.active_layers)

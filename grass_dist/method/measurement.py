@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 
 
+def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """Σ x² in fp64, a 0-dim tensor on the device; the entries are widened one by one, with no fp64 copy."""
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+
+
 class SquareSums:
     """This rank's part of ||g||² of each layer, for each step since the last refresh, in fp64 on the device.
 
@@ -41,7 +46,7 @@ class SquareSums:
         self._scratch.zero_()
 
     def take(self) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
-        """All rows as one fp64 tensor (steps, γ) on the device, and the layers of each; begins anew."""
+        """All rows as one fp64 tensor (steps, γ) on the device, and the layers of each; then there are no rows."""
         rows, layers = torch.stack(self._rows), self._layers
         self._rows, self._layers = [], []
         return rows, layers

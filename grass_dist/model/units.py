@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,9 +13,7 @@ from torch import nn
 from grass_dist.config import GrassConfig, check_competing
 from grass_dist.errors import UnsupportedModel
 from grass_dist.model.discovery import LayerMap, Unit
-
-if TYPE_CHECKING:
-    from grass_dist.backends import Backend
+from grass_dist.model.sharding import Sharding
 
 
 class GradientHook:
@@ -111,7 +109,7 @@ def frozen_layers(found: LayerMap, layers: Sequence[Unit]) -> str | None:
     )
 
 
-def check_one_device(units: Sequence[Unit], backend: Backend) -> None:
+def check_one_device(units: Sequence[Unit], sharding: Sharding) -> None:
     """
     Raises:
         UnsupportedModel: what trains is on several devices of this rank.
@@ -119,7 +117,7 @@ def check_one_device(units: Sequence[Unit], backend: Backend) -> None:
     on: dict[torch.device, str] = {}
     for unit in units:
         for name, param in unit.params:
-            on.setdefault(backend.shard_of(param).device, name)
+            on.setdefault(sharding.shard_of(param).device, name)
     if len(on) > 1:
         shown = ", ".join(f"{name} on {device}" for device, name in on.items())
         raise UnsupportedModel(

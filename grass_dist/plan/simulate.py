@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from grass_dist.backends.base import HookedBackend
-from grass_dist.backends.ddp import part_of
+from grass_dist.backends.ddp import DdpSharding
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
 from grass_dist.backends.wrapping import shard, shard_mesh
@@ -27,11 +27,13 @@ from grass_dist.errors import GrassError
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.foreign import build
 from grass_dist.model.loss import summed_loss
+from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import always_active_roles
 from grass_dist.plan.adamw import GROUP, optimizer_of
 from grass_dist.plan.memory import Memory, states_of
 from grass_dist.plan.runs import Method, PlannedRun, grass_config
 from grass_dist.plan.shape import ModelShape
+from grass_dist.ranks import world
 from grass_dist.states.layout import Layout
 from grass_dist.states.unit_optimizer import UnitOptimizer
 
@@ -125,17 +127,6 @@ def _fake_world(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-class _Divided(SingleBackend):
-    """Rank 0 of DDP as far as its memory goes, with states in parts and two units of updated weights on their way."""
-
-    def __init__(self, model: nn.Module, ranks: int) -> None:
-        super().__init__(model, 1)
-        self.part = (0, ranks)
-
-    def state_shard(self, tensor: torch.Tensor) -> torch.Tensor:
-        return part_of(tensor, *self.part)
-
-
 def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[dict[str, int], int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -154,7 +145,8 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
         batch = {"input_ids": ids, "labels": ids}
         tracker, peak = track(model, mesh is not None)
         with tracker:
-            optimizers, states = _optimizers(units, backend)
+            backend.sharding.divide_states(units)
+            optimizers, states = _optimizers(units, backend.sharding)
             if mesh is None:
                 with torch.no_grad():
                     model(input_ids=ids[:, :1], use_cache=False)
@@ -171,11 +163,11 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
         return peak(), states
 
 
-def _optimizers(units: Sequence[Unit], backend: HookedBackend) -> tuple[list[UnitOptimizer], int]:
+def _optimizers(units: Sequence[Unit], sharding: Sharding) -> tuple[list[UnitOptimizer], int]:
     """Makes our optimizers of what trains, with memory for their states, and counts its bytes as the tracker does."""
     optimizers, states = [], 0
     for unit in units:
-        optimizer = optimizer_of(unit, backend)
+        optimizer = optimizer_of(unit, sharding)
         optimizer.layout = Layout(optimizer.fields([GROUP]))
         flat = torch.empty(optimizer.layout.device_bytes, dtype=torch.uint8)
         optimizer.bind(optimizer.layout.device_views(flat), resident=True)
@@ -197,9 +189,12 @@ def _training(layers: LayerMap, run: PlannedRun, method: Method) -> list[Unit]:
 
 
 def _wrapped(model: nn.Module, run: PlannedRun, mesh: Any) -> HookedBackend:
-    """Wraps the model as the training program does, and gives the backend that GrassOptimizer would take."""
+    """Wraps the model as the training program does, and gives the backend that GrassOptimizer would take.
+
+    DDP's own reducer needs real tensors: of DDP only the division of the states is simulated.
+    """
     if mesh is None:
-        return _Divided(model, run.gpus) if run.backend == "ddp" else SingleBackend(model, 1)
+        return SingleBackend(model, 1, DdpSharding(world()) if run.backend == "ddp" else None)
     shard(model, find_layers(model).stack, mesh)
     return Fsdp2Backend(model, 1)
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from grass_dist.events import Traffic
 from grass_dist.states.place import DONE, Movable, Place
 from grass_dist.states.slots import SlotPool
 from grass_dist.states.store import LayerStateStore
 from grass_dist.states.streams import Event
-from grass_dist.states.transfer import Traffic, TransferEngine
+from grass_dist.states.transfer import TransferEngine
 
 
 class MovingStates(ABC):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from grass_dist.backends import Backend
 from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
+from grass_dist.model.sharding import Sharding
 from grass_dist.ranks import together
 from grass_dist.states.build import build
 from grass_dist.states.layout import Field, Layout
@@ -23,7 +23,7 @@ def place_states(
     layers: Sequence[UnitOptimizer],
     roles: Sequence[UnitOptimizer],
     groups: Sequence[Mapping[str, Any]],
-    backend: Backend,
+    sharding: Sharding,
     config: GrassConfig,
 ) -> ResidentStates | MovingStates:
     """Chooses the mode and takes the memory for it, before anything trains.
@@ -41,10 +41,10 @@ def place_states(
     dtype = torch.bfloat16 if config.offload.host_dtype else None
     layouts = [Layout(own, dtype) for own in fields]
     sizes = [(layout.device_bytes, layout.host_bytes) for layout in layouts]
-    device = backend.shard_of(layers[0].unit.params[0][1]).device
-    plan = make_plan(backend, config, sizes, resident, device, fallback=fallback)
+    device = sharding.shard_of(layers[0].unit.params[0][1]).device
+    plan = make_plan(sharding.ranks, config, sizes, resident, device, fallback=fallback)
     if plan.mode == "none":
         return ResidentStates(layers)
     for optimizer, layout in zip(layers, layouts, strict=True):
         optimizer.layout = layout
-    return together(backend, lambda: build(plan, config, layers, device))
+    return together(sharding.ranks, lambda: build(plan, config, layers, device))

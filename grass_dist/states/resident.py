@@ -1,34 +1,13 @@
-"""What the engine asks of the states of the layers, and the mode in which they stay where they are."""
+"""The mode in which the states of the layers stay where they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
-from grass_dist.states.transfer import Traffic
+from grass_dist.events import Traffic
 from grass_dist.states.unit_optimizer import UnitOptimizer
-
-
-class LayerStates(Protocol):
-    """The states of all layers on this rank. Layers are named by index; calls come in the same order on all ranks."""
-
-    def expect(self, layers: Sequence[int], steps: int) -> None:
-        """``layers`` will train after ``steps`` more optimizer steps; told after each step once they are drawn."""
-        ...
-
-    def leave(self, active: Sequence[int]) -> None:
-        """Layers other than ``active`` train no more; called before the model is told."""
-        ...
-
-    def enter(self, active: Sequence[int]) -> None:
-        """``active`` train from the next step on; called after the model was told."""
-        ...
-
-    def harvest(self) -> Traffic:
-        """What moving states has cost this rank since the start."""
-        ...
 
 
 class ResidentStates:

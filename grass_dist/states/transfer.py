@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from grass_dist.errors import GrassError
+from grass_dist.events import Traffic
 from grass_dist.states.chaos import ChaosQueue, poison
 from grass_dist.states.streams import CudaQueue, Event, InlineQueue, Queue, ThreadQueue
 
 Run = tuple[torch.Tensor, torch.Tensor]
 """(device, host): two tensors of as many entries that hold the same values, before or after a copy."""
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What the transfers of this rank have cost since the start."""
-
-    bytes_to_device: int = 0
-    bytes_to_host: int = 0
-    copies: int = 0
-    seconds: float = 0.0
-    """Time in which copies ran, those that have ended; both directions added up."""
-    waited: float = 0.0
-    """Time in which the compute stood still because a state had not come."""
-
-    @property
-    def hidden(self) -> float:
-        """Share of the copies' time that ran beside the compute: 1 if nothing ever waited."""
-        return max(0.0, 1 - self.waited / self.seconds) if self.seconds else 1.0
 
 
 class TransferEngine:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_dist.backends import Backend
 from grass_dist.errors import GrassError
 from grass_dist.model.discovery import Unit
+from grass_dist.model.sharding import Sharding
 from grass_dist.states.fields import (
     Counts,
     Home,
@@ -34,7 +34,7 @@ HOW = frozenset(("capturable", "differentiable", "foreach", "fused"))
 """Entries of a parameter group that say how an optimizer computes, not what: a run keeps its own."""
 
 WHOLE = (0, 1)
-"""Part of a parameter: see `Backend.part`."""
+"""Part of a parameter: see `Sharding.part`."""
 
 LOW = (torch.bfloat16, torch.float16)
 """Dtypes of weights that are updated through an fp32 master."""
@@ -65,7 +65,7 @@ class UnitOptimizer:
         group_of: index of the user's parameter group for each parameter of ``unit``.
         optimizer_class: a `torch.optim.Optimizer` class with per-parameter state.
         kwargs: its arguments.
-        backend: says which part of a parameter this rank holds.
+        sharding: says which part of a parameter this rank holds.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class UnitOptimizer:
         group_of: Sequence[int],
         optimizer_class: type[torch.optim.Optimizer],
         kwargs: Mapping[str, Any],
-        backend: Backend,
+        sharding: Sharding,
     ) -> None:
         self.unit, self.name = unit, unit.name
         self.layout = Layout([])
         self._group_of = list(group_of)
-        self._class, self._kwargs, self._backend = optimizer_class, dict(kwargs), backend
+        self._class, self._kwargs, self._sharding = optimizer_class, dict(kwargs), sharding
         self._shards = optimizer_class in ELEMENTWISE
         self._kept: dict[tuple[int, str], torch.dtype] = {}  # what `fields` foretells, by position and key
         self._views: dict[tuple[int, str], torch.Tensor] = {}  # where the state is, by position and key; if it moves
@@ -98,7 +98,7 @@ class UnitOptimizer:
 
     def shard_of(self, param: nn.Parameter) -> torch.Tensor:
         """What it keeps a state for, of a parameter of the unit: plain, and without a graph."""
-        return self._backend.local(self._view(param))
+        return self._sharding.local(self._view(param))
 
     def fields(self, groups: Sequence[Mapping[str, Any]]) -> list[Field]:
         """The tensors of its state as they will be, for each parameter its master and what the class keeps.
@@ -109,7 +109,7 @@ class UnitOptimizer:
         fields, self._kept = [], {}
         for position, (name, param) in enumerate(self.unit.params):
             view = self._view(param)
-            if not self._shards and self._backend.local(view) is not view:
+            if not self._shards and self._sharding.local(view) is not view:
                 raise GrassError(f"{self._class.__name__} does not work entry by entry, and its state is of DTensors")
             entries = [("master", view.shape, torch.float32)] if view.dtype in LOW else []
             try:
@@ -161,7 +161,7 @@ class UnitOptimizer:
             if grad is None:
                 target.grad = None
             elif target is not param:
-                grad = self._backend.state_shard(grad) if self._shards else grad
+                grad = self._sharding.state_shard(grad) if self._shards else grad
                 target.grad = grad.to(target.dtype)
         homes = self._homes()
         with born_in(homes, self.inner.state):
@@ -191,7 +191,7 @@ class UnitOptimizer:
             return []
         masters = [t for (_, p), t in zip(self.unit.params, self.updated, strict=True) if _is_master(p, t)]
         states = [v for t in self.updated for v in self.inner.state[t].values() if torch.is_tensor(v)]
-        return [self._backend.local(t.detach()) for t in [*masters, *states]]
+        return [self._sharding.local(t.detach()) for t in [*masters, *states]]
 
     @property
     def nbytes(self) -> int:
@@ -204,7 +204,7 @@ class UnitOptimizer:
         (_, param), target = self.unit.params[position], self.updated[position]
         master = {"master": target.detach()} if _is_master(param, target) else {}
         state = {k: self._exact(position, k, v) for k, v in self.inner.state[target].items()} | master
-        return {**state, "part": self._backend.part} if state and self._backend.part != WHOLE else state
+        return {**state, "part": self._sharding.part} if state and self._sharding.part != WHOLE else state
 
     def load_state(self, states: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
         """Takes over what `state_of` gave for each position, after `check_parts`; all empty leaves the unit unborn."""
@@ -230,7 +230,7 @@ class UnitOptimizer:
         """
         group, like = self._stand_in(position, groups)
         view = self._view(self.unit.params[position][1])
-        if not self._shards and self._backend.local(view) is not view:
+        if not self._shards and self._sharding.local(view) is not view:
             return usual_counts(group, like)
         return counts_for(self._step_once, group, like, elementwise=self._shards)
 
@@ -243,7 +243,7 @@ class UnitOptimizer:
         for (name, param), state in zip(self.unit.params, states, strict=True):
             if not state:
                 continue
-            saved, mine = tuple(state.get("part", WHOLE)), self._backend.part
+            saved, mine = tuple(state.get("part", WHOLE)), self._sharding.part
             if saved != mine:
                 raise ValueError(
                     f"The saved state of {name} is {_named(saved)}, and this rank keeps {_named(mine)}: each rank "
@@ -260,7 +260,7 @@ class UnitOptimizer:
 
     def _view(self, param: torch.Tensor) -> torch.Tensor:
         detached = param.detach()
-        return self._backend.state_shard(detached) if self._shards else detached
+        return self._sharding.state_shard(detached) if self._shards else detached
 
     def _target(self, position: int, param: nn.Parameter) -> nn.Parameter:
         view = self._view(param)

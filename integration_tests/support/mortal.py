@@ -33,7 +33,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from grass_dist.backends.base import HookedBackend
-from grass_dist.backends.ddp import DdpBackend
+from grass_dist.backends.ddp import DdpSharding
 from grass_dist.checkpoint import disk, files, saving
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.pieces import Piece
@@ -120,7 +120,7 @@ def _in_steps(fate: Fate) -> None:
     fate.before("probe", HookedBackend, "_on_hook", lambda backend, *_: backend._probing)
     fate.before("backward", HookedBackend, "_on_hook", lambda backend, *_: not backend._probing)
     fate.after("update", UnitOptimizer, "step")
-    fate.before("publish", DdpBackend, "publish")
+    fate.before("publish", DdpSharding, "publish")
     fate.before("draw", engine, "draw_layers")
     fate.before("agree: before the gather", Ranks, "gather_bytes")
     fate.after("agree: after the gather", Ranks, "gather_bytes")

@@ -8,13 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from grass_dist.backends.base import Arrived, Backend, GradientSink, sum_of_squares
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.zero.groups import Group, groups_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.errors import GrassError
+from grass_dist.method.interfaces import Arrived, GradientHooks, GradientSink
+from grass_dist.method.measurement import sum_of_squares
 from grass_dist.model.discovery import Unit
+from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import GradientHook
+from grass_dist.ranks import Ranks
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
 
@@ -62,7 +65,29 @@ class _Bucket:
         return shard
 
 
-class ZeroBackend(Backend):
+class ZeroSharding(Sharding):
+    """ZeRO-3 cuts each flattened parameter into equal shards; stages 1 and 2 leave it whole on every rank.
+
+    Partitions of states are not a parameter's but a group's: `groups.extents` says where they lie.
+    """
+
+    def counts(self, param: nn.Parameter) -> bool:
+        return hasattr(param, "ds_tensor") or self.ranks.rank == 0
+
+    def shard_of(self, param: nn.Parameter) -> torch.Tensor:
+        if not hasattr(param, "ds_tensor"):
+            return param.detach()
+        shard = zero_shard(param)
+        return shard.detach()[: max(0, min(shard.numel(), numel_of(param) - self.ranks.rank * shard.numel()))]
+
+    def start_of(self, param: nn.Parameter) -> int:
+        return min(self.ranks.rank * zero_shard(param).numel(), numel_of(param)) if hasattr(param, "ds_tensor") else 0
+
+    def replicates(self, param: nn.Parameter) -> bool:
+        return not hasattr(param, "ds_tensor")
+
+
+class ZeroBackend(GradientHooks):
     """The way of a gradient under ZeRO.
 
     In training DeepSpeed's hooks take it, reduce it and keep this rank's part; `on_gradients` reads the parts before
@@ -84,7 +109,7 @@ class ZeroBackend(Backend):
     def __init__(
         self, zero: NarrowZero, group: dist.ProcessGroup, accumulation_steps: int, stage: int, wire_bytes: int
     ) -> None:
-        self.zero, self.group = zero, group
+        self.zero, self.sharding = zero, ZeroSharding(Ranks(group))
         self.accumulation_steps, self.stage, self._wire_bytes = accumulation_steps, stage, wire_bytes
         self._probing = self._measuring = False
         self._on: set[str] | None = None
@@ -95,9 +120,9 @@ class ZeroBackend(Backend):
         self._layers, self._units = list(layers), [*layers, *roles]
         self._sink, self._arrived = sink, arrived
         self._index = {unit.name: unit.index for unit in self._units}
-        self._buckets = {unit.name: _Bucket(unit, self.world_size) for unit in layers}
+        self._buckets = {unit.name: _Bucket(unit, self.ranks.world_size) for unit in layers}
         self._order = [self._buckets[unit.name] for unit in reversed(layers)]  # in which the backward finishes them
-        self._device = self.shard_of(layers[0].params[0][1]).device
+        self._device = self.sharding.shard_of(layers[0].params[0][1]).device
         self._sent = self._micro_batch = 0
         self._squares: list[torch.Tensor] = []
         self._hooks = [
@@ -124,7 +149,7 @@ class ZeroBackend(Backend):
             if self._sums is not None:
                 self._sums.clear()
             elif self.accumulation_steps > 1:
-                shapes = {name: torch.Size([b.padded // self.world_size]) for name, b in self._buckets.items()}
+                shapes = {name: torch.Size([b.padded // self.ranks.world_size]) for name, b in self._buckets.items()}
                 self._sums = HostSums(shapes, self._device)
         else:
             self._sums = None
@@ -135,21 +160,6 @@ class ZeroBackend(Backend):
 
     def finish_gradients(self) -> None:
         """DeepSpeed has made them final at the accumulation boundary."""
-
-    def counts(self, param: nn.Parameter) -> bool:
-        return hasattr(param, "ds_tensor") or self.rank == 0
-
-    def shard_of(self, param: nn.Parameter) -> torch.Tensor:
-        if not hasattr(param, "ds_tensor"):
-            return param.detach()
-        shard = zero_shard(param)
-        return shard.detach()[: max(0, min(shard.numel(), numel_of(param) - self.rank * shard.numel()))]
-
-    def start_of(self, param: nn.Parameter) -> int:
-        return min(self.rank * zero_shard(param).numel(), numel_of(param)) if hasattr(param, "ds_tensor") else 0
-
-    def replicates(self, param: nn.Parameter) -> bool:
-        return not hasattr(param, "ds_tensor")
 
     def verify(self) -> None:
         """Raises if the model's trainable parameters are not those that were set here."""
@@ -177,7 +187,7 @@ class ZeroBackend(Backend):
                 if parts:
                     self._sink(group.unit.index, group.slot, torch.stack(parts).sum() / scale)
         micro_batches = self.accumulation_steps if self.stage >= 2 else 1
-        if self.world_size > 1:
+        if self.ranks.world_size > 1:
             self.bytes_reduced += numel * self._wire_bytes * micro_batches
 
     # --- probe
@@ -191,12 +201,12 @@ class ZeroBackend(Backend):
         bucket = self._buckets[name]
         if slot not in bucket.missing:  # the next micro-batch, after one in which some parameters took no part
             self._send_rest()
-        bucket.put(slot, grad, self.world_size)
+        bucket.put(slot, grad, self.ranks.world_size)
         self._send(lambda bucket: not bucket.missing)
 
     def _send(self, ready: Callable[[_Bucket], bool]) -> None:
         while self._sent < len(self._order) and ready(self._order[self._sent]):
-            self.bytes_reduced += self._order[self._sent].send(self.group, self.world_size, self._device)
+            self.bytes_reduced += self._order[self._sent].send(self.ranks.group, self.ranks.world_size, self._device)
             self._sent += 1
             if self._sent > 1:  # two layers' gradients are held: this one's and the next one's
                 self._deliver(self._order[self._sent - 2])
@@ -234,7 +244,7 @@ class ZeroBackend(Backend):
         squares, self._squares = self._squares, []
         if not (self.zero.dynamic_loss_scale and squares):
             return False
-        return not torch.isfinite(self.sum_over_ranks(torch.stack(squares).sum())).item()
+        return not torch.isfinite(self.ranks.sum_over_ranks(torch.stack(squares).sum())).item()
 
     def _stand_in(self) -> Group:
         smallest = min(self._layers[0].params, key=lambda item: numel_of(item[1]))

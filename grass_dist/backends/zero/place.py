@@ -39,25 +39,25 @@ def place_states(
     Raises:
         ConfigError, GrassError: the states cannot be where the configuration wants them.
     """
-    device = backend.shard_of(layers[0].params[0][1]).device
+    device = backend.sharding.shard_of(layers[0].params[0][1]).device
     dtype = torch.bfloat16 if config.offload.host_dtype else None
     fallback: str | None = None
     kept: dict[int, Kept] = {}
     counts: dict[int, Counts] = {}
     for group in (*zero.every, *still):
         if group.user_group not in counts:
-            counts[group.user_group] = _counts(zero.user_optimizer, group, backend.world_size, device)
+            counts[group.user_group] = _counts(zero.user_optimizer, group, backend.ranks.world_size, device)
     try:
         for group in (*zero.every, *still):
             if group.user_group not in kept:
-                kept[group.user_group] = _kept(zero.user_optimizer, group, backend.world_size, device)
+                kept[group.user_group] = _kept(zero.user_optimizer, group, backend.ranks.world_size, device)
     except GrassError as error:
         fallback, kept = str(error), {}
 
     def state_of(group: Group) -> GroupState:
         in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
         own, of = kept.get(group.user_group, []), counts.get(group.user_group, {})
-        return GroupState(group, own, of, backend.world_size, has_master=not in_place)
+        return GroupState(group, own, of, backend.ranks.world_size, has_master=not in_place)
 
     made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
     for group in zero.every:
@@ -66,10 +66,10 @@ def place_states(
     staying = [UnitState(unit.name, made[unit.name], None) for unit in roles]
     sizes = [(state.layout.device_bytes, state.layout.host_bytes) for state in states]
     resident = sum(state.layout.device_bytes for state in staying)
-    plan = make_plan(backend, config, sizes, resident, device, fallback=fallback)
+    plan = make_plan(backend.ranks, config, sizes, resident, device, fallback=fallback)
     moving: MovingStates | None = None
     if plan.mode != "none":
-        moving = together(backend, lambda: build(plan, config, states, device, last_first=False, inline=True))
+        moving = together(backend.ranks, lambda: build(plan, config, states, device, last_first=False, inline=True))
     return ZeroStates(states, staying, moving, device, [state_of(group) for group in still])
 
 

@@ -12,10 +12,10 @@ import torch
 
 from grass_dist.backends.zero.groups import Group, capacity, device_of
 from grass_dist.errors import GrassError
+from grass_dist.events import Traffic
 from grass_dist.states.fields import Counts, Home, Kept, born_in, field, move_home, placed_count
 from grass_dist.states.layout import Layout
 from grass_dist.states.moving import MovingStates
-from grass_dist.states.transfer import Traffic
 
 MASTER = "master"
 

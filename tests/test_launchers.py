@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -199,3 +201,12 @@ def seat(local_rank, *visible, host="a", machine="m", takes=None):
 def test_ranks_on_each_others_seat_are_refused(seats, problem):
     said = problem_of(seats)
     assert said is None if problem is None else said is not None and said.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "start", [["-m", "grass_dist.finetune", "--config"], ["-m", "grass_dist.cli", "train"]], ids=str
+)
+def test_the_program_starts_from_the_package(tmp_path, start):
+    command = [sys.executable, *start, str(tmp_path / "none.yaml"), "name=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: --config="), done.stderr

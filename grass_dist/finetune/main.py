@@ -272,7 +272,7 @@ def _start(
     written: str,
     say: Callable[..., None],
 ) -> Position:
-    """Where the run begins, after what has changed since the checkpoint was looked at."""
+    """The position at which the run begins; warns of what has changed since the checkpoint was saved."""
     if checkpoint is None:
         return Position()
     for sentence in check_settings(config, checkpoint, data_is):
@@ -311,7 +311,7 @@ def _conclude(
     reporter: Reporter,
     log: MetricsLog,
 ) -> None:
-    """On the main rank: the answer of the saved model, and the report."""
+    """Writes the answer of the saved model, and the report; called on the main rank."""
     from grass_dist.report import build_report
 
     if config.save_model and before:

@@ -121,7 +121,7 @@ def train_zero(
         lambda number: train_step(engine, number, rank, world_size, 1),
         engine.grass,
         lambda: (states.device_bytes, states.host_bytes),
-        states._moving,
+        states.mode if offload["mode"] != "none" else None,
     )
     states.settle()
     told["states"] = {

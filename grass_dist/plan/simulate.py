@@ -32,7 +32,6 @@ from grass_dist.plan.job import Job, Method
 from grass_dist.plan.memory import Memory, states_of
 from grass_dist.plan.shape import ModelShape
 from grass_dist.ranks import world
-from grass_dist.states.layout import Layout
 from grass_dist.states.unit_optimizer import UnitOptimizer
 
 SIMULATED = ("single", "fsdp2", "hsdp", "ddp")
@@ -170,9 +169,10 @@ def _optimizers(units: Sequence[Unit], sharding: Sharding) -> tuple[list[UnitOpt
     optimizers, states = [], 0
     for unit in units:
         optimizer = UnitOptimizer(unit, [0] * len(unit.params), torch.optim.AdamW, _ADAMW, sharding)
-        optimizer.layout = Layout(optimizer.fields([_GROUP]))
-        flat = torch.empty(optimizer.layout.device_bytes, dtype=torch.uint8)
-        optimizer.bind(optimizer.layout.device_views(flat), resident=True)
+        optimizer.fields([_GROUP])
+        optimizer.state.lay_out()
+        flat = torch.empty(optimizer.state.layout.device_bytes, dtype=torch.uint8)
+        optimizer.state.bind(optimizer.state.layout.device_views(flat), resident=True)
         optimizers.append(optimizer)
         states += -(-flat.nbytes // _BLOCK) * _BLOCK
     return optimizers, states

@@ -250,7 +250,7 @@ def zero_states():
     pool = SlotPool(1, max(layer.layout.device_bytes for layer in layers), CPU, transfers.allocated)
     store = LayerStateStore([layer.layout.host_bytes for layer in layers], CPU)
     moving = IntervalStates(layers, pool, store, transfers, last_first=False, prefetch_steps=0)
-    return ZeroStates(layers, [], moving), [layer.targets[0] for layer in layers]
+    return ZeroStates(layers, [], moving, CPU), [layer.targets[0] for layer in layers]
 
 
 def narrow(states, own, param, state, layer):

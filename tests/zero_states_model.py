@@ -55,7 +55,7 @@ class Zero:
             moving = parts.moving.IntervalStates(layers, pool, store, transfers, last_first=False, prefetch_steps=ahead)
         else:
             moving = parts.moving.StreamedStates(layers, pool, store, transfers, last_first=False)
-        self.states = parts.states.ZeroStates(layers, roles, moving)
+        self.states = parts.states.ZeroStates(layers, roles, moving, self.device)
         self.count, self.units = active, all_units
         numbers = {key: own.group.params[0].numel() for key, own in self.states.of.items()}
         self.weights = {key: torch.full((n,), 1.0, device=self.device) for key, n in numbers.items()}
@@ -183,7 +183,7 @@ def drive_zero(parts: Any, mode: str, seed: int, *, cuda: LateCuda | None = None
     if rng.random() < 0.3:
         states.forget()
         states.settle()
-        assert not any(own.tensors() for own in states.of.values())
+        assert not any(own.tensors() for own in states.of.values()) and states.host_bytes == 0
 
 
 def drive_sums(parts: Any, seed: int, cuda: LateCuda) -> None:

@@ -70,10 +70,6 @@ class TargetState:
         if (param := self.param) is not None:  # which may change meanwhile: a copy that ends calls this, too
             param.data = master
 
-    def home_of(self, key: str) -> torch.Tensor | None:
-        """Memory that a loaded entry belongs in."""
-        return self.homes.get(key)
-
     def fill(self, state: Mapping[str, Any], counts: Counts) -> None:
         """Takes over copies of what an optimizer class has kept.
 
@@ -87,7 +83,7 @@ class TargetState:
         """A copy of a loaded entry, where it belongs; the tensor may lack the padding at its end."""
         if not torch.is_tensor(value):
             return value
-        if (home := self.home_of(key)) is not None:
+        if (home := self.homes.get(key)) is not None:
             flat = home.view(-1)
             flat[: value.numel()].copy_(value.reshape(-1))
             flat[value.numel() :].zero_()

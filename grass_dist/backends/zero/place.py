@@ -67,7 +67,7 @@ def place_states(
         last_first=False,
         inline=True,
     )
-    return ZeroStates(moving, staying, mode, [state_of(group) for group in still])
+    return ZeroStates(moving, staying, mode, device, [state_of(group) for group in still])
 
 
 def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Kept:

@@ -82,13 +82,9 @@ class GroupState(TargetState):
         """The master, wherever it is. While a group trains whose weights are their own masters, DeepSpeed has one."""
         return self.param.data if self.master is None and self.param is not None else self.master
 
-    def home_of(self, key: str) -> torch.Tensor | None:
-        """Memory that a loaded entry belongs in: what is bound, or where states stay on the device some of its own."""
-        if self.homes or key not in self.dtypes:
-            return super().home_of(key)
-        if key == MASTER and self.master is not None:
-            return self.master
-        return torch.empty(self._capacity, dtype=self.dtypes[key], device=self.device)
+    def stay(self, device: torch.device) -> None:
+        """Binds memory of its own on the device."""
+        self.bind([torch.empty(own.shape, dtype=own.dtype, device=device) for own in self.fields], resident=True)
 
     def replace(self, numel: int, master: torch.Tensor | None, state: Mapping[str, Any]) -> None:
         """Takes over copies of a state whose partition has ``numel`` elements."""
@@ -118,6 +114,7 @@ class ZeroStates:
     Args:
         layers, roles: states of all groups.
         mode: keeps the states of the layers, and moves them unless they stay on the device.
+        device: that trains.
         still: states of groups that never train, for `whole.with_still`.
     """
 
@@ -126,10 +123,11 @@ class ZeroStates:
         layers: Sequence[LayerState[GroupState]],
         roles: Sequence[LayerState[GroupState]],
         mode: ResidentStates | MovingStates,
+        device: torch.device,
         still: Sequence[GroupState] = (),
     ) -> None:
         self.mode, self._roles, self.still = mode, ResidentStates(roles), list(still)
-        self._layers, self._units = list(layers), [*layers, *roles]
+        self._layers, self._units, self._device = list(layers), [*layers, *roles], device
         self._kept_by: dict[str, tuple[ResidentStates | MovingStates, int]] = {
             **{unit.name: (mode, i) for i, unit in enumerate(layers)},
             **{unit.name: (self._roles, i) for i, unit in enumerate(roles)},
@@ -191,7 +189,7 @@ class ZeroStates:
         for index, unit in enumerate(self._layers):
             if any(own.numel and not own.homes for own in unit.targets):
                 made = [(own, own.numel, own.master, dict(own.state)) for own in unit.targets]
-                self.mode.keep(index, partial(_replace_all, made))
+                self.mode.keep(index, partial(self._fill, made))
 
     # --- for a caller between two steps
 
@@ -216,7 +214,13 @@ class ZeroStates:
     def put(self, name: str, made: Sequence[Made]) -> None:
         """Takes over the groups of the unit ``name``."""
         states, index = self._kept_by[name]
-        states.put(index, partial(_replace_all, made))
+        states.put(index, partial(self._fill, made))
+
+    def _fill(self, made: Sequence[Made]) -> None:
+        for own, numel, master, state in made:
+            if not own.homes:
+                own.stay(self._device)
+            own.replace(numel, master, state)
 
     def forget(self) -> None:
         """Throws all states away."""
@@ -238,8 +242,3 @@ class ZeroStates:
 
 Made = tuple[GroupState, int, torch.Tensor | None, Mapping[str, Any]]
 """A group's state: (where it goes, elements of the partition, master, state)."""
-
-
-def _replace_all(made: Sequence[Made]) -> None:
-    for own, numel, master, state in made:
-        own.replace(numel, master, state)

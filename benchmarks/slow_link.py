@@ -16,8 +16,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from integration_tests.hosts import Hosts, why_not
-from integration_tests.traffic import BACKENDS, run_apart
+from integration_tests.support.hosts import Hosts, why_not
+from integration_tests.support.traffic import BACKENDS, run_apart
 
 
 def main() -> None:

@@ -158,9 +158,9 @@ def wrappers_of(known: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]
 
 def with_methods(known: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """What is known of a wrapper, with what a run tells of some methods in place of it."""
-    anew = {method for found in told.values() for method in found}
+    new = {method for found in told.values() for method in found}
     return {
-        key: {method: it for method, it in known.get(key, {}).items() if method not in anew} | found
+        key: {method: it for method, it in known.get(key, {}).items() if method not in new} | found
         for key, found in told.items()
     }
 

@@ -1,16 +1,25 @@
-"""Full-weight fine-tuning at the memory of LoRA: GRASS layer sampling over DeepSpeed ZeRO, FSDP2, HSDP and DDP."""
+"""Full-weight fine-tuning at the memory of LoRA: GRASS layer sampling over DeepSpeed ZeRO, FSDP2, HSDP and DDP.
 
-from grass_dist.checkpoint.api import load_checkpoint, save_checkpoint
-from grass_dist.config import GrassConfig, OffloadConfig
-from grass_dist.deepspeed import initialize
-from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, UnsupportedModel
-from grass_dist.events import Observer, Refreshed, Sampled
-from grass_dist.huggingface import disable, enable
-from grass_dist.method.controller import GrassController as GrassController
-from grass_dist.method.samplers import RoundGenerator, register_sampler
-from grass_dist.model.discovery import find_layers
-from grass_dist.optimizer import GrassOptimizer
+A name is imported when it is first used, so that the ``grass-dist`` command, the planner and the doctor load no more
+than they need.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from grass_dist.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from grass_dist.checkpoint.api import load_checkpoint, save_checkpoint
+    from grass_dist.config import GrassConfig, OffloadConfig
+    from grass_dist.deepspeed import initialize
+    from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, UnsupportedModel
+    from grass_dist.events import Observer, Refreshed, Sampled
+    from grass_dist.huggingface import disable, enable
+    from grass_dist.method.controller import GrassController
+    from grass_dist.method.samplers import RoundGenerator, register_sampler
+    from grass_dist.model.discovery import find_layers
+    from grass_dist.optimizer import GrassOptimizer
 
 __all__ = [
     "CheckpointError",
@@ -34,6 +43,26 @@ __all__ = [
     "register_sampler",
     "save_checkpoint",
 ]
+
+_MODULES = {
+    "checkpoint.api": ("load_checkpoint", "save_checkpoint"),
+    "config": ("GrassConfig", "OffloadConfig"),
+    "deepspeed": ("initialize",),
+    "errors": ("CheckpointError", "ConfigError", "GrassError", "RanksDisagree", "UnsupportedModel"),
+    "events": ("Observer", "Refreshed", "Sampled"),
+    "huggingface": ("disable", "enable"),
+    "method.controller": ("GrassController",),
+    "method.samplers": ("RoundGenerator", "register_sampler"),
+    "model.discovery": ("find_layers",),
+    "optimizer": ("GrassOptimizer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"grass_dist.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The ``grass-dist`` command. What a subcommand needs is imported inside it, so that ``--help`` is quick."""
+"""Defines the ``grass-dist`` command. What a subcommand needs is imported inside it, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[section.field=value]...", help="Settings that replace the file's.")
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="auto|PATH", help="Go on with the run's newest good checkpoint, or this one.")
+        str | None, typer.Option(metavar="auto|PATH", help="Go on from the run's newest good checkpoint, or this one.")
     ] = None,
     _local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,  # deepspeed passes it
 ) -> None:
@@ -101,8 +101,8 @@ def convert(
 ) -> None:
     """Carry a checkpoint from DeepSpeed's own format to the one of all other backends, or the other way.
 
-    With --ds-config the checkpoint is written in DeepSpeed's format by --ranks CPU processes. The model is made of the
-    checkpoint's own sizes; only where transformers does not know it has it to be named by --model.
+    With --ds-config the checkpoint is written in DeepSpeed's format by --ranks CPU processes. The model is made from
+    the sizes in the checkpoint; name it by --model only where transformers does not know it.
     """
     with _one_sentence_errors():
         from grass_dist.checkpoint.export import find_checkpoint
@@ -190,9 +190,7 @@ def plan(
     gpus: Annotated[int, typer.Option(help="GPUs of the run, on all hosts.")],
     seq_len: Annotated[int, typer.Option(help="Tokens of a sequence.")],
     model: Annotated[str | None, typer.Option(help="Hugging Face name, folder, or config.json.")] = None,
-    params: Annotated[
-        str | None, typer.Option(help="Parameters of a Llama, e.g. 70B, in the place of --model.")
-    ] = None,
+    params: Annotated[str | None, typer.Option(help="Parameters of a Llama, e.g. 70B, instead of --model.")] = None,
     layers: Annotated[int | None, typer.Option(help="With --params: layers.")] = None,
     hidden: Annotated[int | None, typer.Option(help="With --params: width.")] = None,
     intermediate: Annotated[int | None, typer.Option(help="With --params: width of the feed-forward.")] = None,
@@ -205,17 +203,17 @@ def plan(
     micro_batch: Annotated[int, typer.Option(help="Sequences that a GPU takes at a time.")] = 1,
     accumulation: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
     backend: Annotated[str | None, typer.Option(help="fsdp2, hsdp, ddp, zero1, zero2, zero3 or single.")] = None,
-    replicate: Annotated[int | None, typer.Option(help="Of hsdp: replicas; left out, one on each host.")] = None,
+    replicate: Annotated[int | None, typer.Option(help="With hsdp: replicas; left out, one on each host.")] = None,
     offload: Annotated[str | None, typer.Option(help="interval, stream or none; left out, chosen.")] = None,
     checkpointing: Annotated[bool | None, typer.Option(help="Activation checkpointing; left out, chosen.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: bfloat16 or float32.")] = "bfloat16",
     always_active: Annotated[
         str, typer.Option(help="Roles that GRASS trains at every step, or none.")
     ] = "embeddings,final_norm,lm_head",
     sampling_interval: Annotated[int, typer.Option(help="Steps between two switches to other layers.")] = 50,
     doctor_json: Annotated[Path | None, typer.Option("--from", help="JSON of grass-dist doctor: its speeds.")] = None,
-    tflops: Annotated[float | None, typer.Option(help="Of a GPU by its data sheet.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Closed form alone, no simulation.")] = False,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a GPU by its data sheet.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Only the closed form, no simulation.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the recommended settings, for launch/finetune.py.")] = None,
     scale: Annotated[str | None, typer.Option(help="Numbers of GPUs to compare, e.g. 8..4096.")] = None,
     plot: Annotated[Path | None, typer.Option(help="With --scale: the picture, .png or .svg.")] = None,
@@ -224,17 +222,21 @@ def plan(
     """Tell before a run whether a model fits, what a step costs, and which settings to use. Needs no GPU."""
     given = dict(locals())
     with _one_sentence_errors():
-        from grass_dist.plan.command import Options, run
+        from grass_dist.plan.command import Options, plan_run
 
         sizes = {"gpu_bytes": ("--gpu-memory", "gpu_memory"), "host_bytes": ("--host-memory", "host_memory")}
         for name, (option, key) in sizes.items():
             text = given.pop(key)
             given[name] = None if text is None else _parse_size(option, text)
-        run(Options(doctor=given.pop("doctor_json"), **given), _warn)
+        plan_run(Options(doctor=given.pop("doctor_json"), **given), _warn)
+        if write is not None:  # the settings are read once as the training program will read them
+            from grass_dist.finetune.config_file import load_config
+
+            load_config(write)
 
 
 def _show_example(found: Mapping[str, Any]) -> None:
-    """What is learnt is green on a terminal, and stands between >>> and <<< elsewhere."""
+    """Prints an example; what is learnt is green on a terminal, and between >>> and <<< elsewhere."""
     from rich.console import Console
     from rich.text import Text
 
@@ -309,7 +311,7 @@ def _size(nbytes: int | None) -> str | None:
 
 
 def _parse_size(option: str, text: str) -> int:
-    """Bytes of a size such as 4GB (10^9) or 500MiB (2^20)."""
+    """Reads a size such as 4GB (10^9 bytes) or 500MiB (2^20)."""
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?\s*", text.upper(), re.ASCII)
     size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")) if found else 0
     if size < 1:
@@ -322,7 +324,7 @@ def _warn(problem: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """``text`` without characters by which a checkpoint that was handed to somebody could steer the terminal."""
+    """Returns ``text`` without characters by which a checkpoint from elsewhere could control the terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

@@ -28,7 +28,7 @@ class Sampled:
     round: int
     active_layers: tuple[int, ...]
     probabilities: tuple[float, ...]
-    """By which they were drawn."""
+    """The probabilities by which they were drawn."""
     drawn_at: int
     """`step` at which they were drawn: `draw_ahead` steps earlier, but for the first draw."""
 

@@ -3,7 +3,7 @@
 Four public functions of these libraries are wrapped, once, and `disable` puts them back:
 
 - `deepspeed.initialize`, which Accelerate looks up when it prepares, becomes `grass_dist.initialize`.
-- `accelerate.Accelerator.prepare` puts a `GrassOptimizer` in the place of the optimizer, without DeepSpeed.
+- `accelerate.Accelerator.prepare` replaces the optimizer by a `GrassOptimizer`, without DeepSpeed.
 - `transformers.Trainer.train` tells of its micro-batches: Trainer counts them itself and tells Accelerate of one.
 - `transformers.Trainer.log` adds the method's numbers to the logs.
 
@@ -47,7 +47,7 @@ class _Switch:
 
 
 _WRAPPED: dict[tuple[Any, str], Callable[..., Any]] = {}
-"""Our function in the place of an owner's attribute."""
+"""Our functions, by the owner and the name of the attribute that each replaces."""
 
 _TRAINING: list[Any] = []  # in Trainer.train, the innermost last
 
@@ -188,7 +188,7 @@ def _prepare(stock: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: 
 
 
 def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module], config: GrassConfig) -> None:
-    """Puts a `GrassOptimizer` in the place of the optimizer that ``accelerated`` wraps."""
+    """Replaces the optimizer that ``accelerated`` wraps by a `GrassOptimizer`."""
     if config.offload.update_in_backward:
         problem = "Trainer and Accelerate clip by calls of their own, which would come too late"
         raise ConfigError("grass.offload.update_in_backward", True, problem, "leave it out, or call GrassOptimizer")

@@ -18,7 +18,7 @@ log = logging.getLogger("grass_dist")
 
 
 class Ranks:
-    """Processes that must agree, and the collectives that they agree by.
+    """The processes that must agree, and the collectives by which they do.
 
     Args:
         group: None is a process alone.
@@ -64,7 +64,7 @@ class Ranks:
         return items
 
     def _wire_device(self) -> torch.device:
-        """Where the small tensors of these collectives are: under NCCL on the GPU that this rank's model is on."""
+        """The device of the small tensors of these collectives: under NCCL the GPU that this rank's model is on."""
         if "nccl" not in dist.get_backend(self.group):
             return torch.device("cpu")
         on_gpu = self.device is not None and self.device.type == "cuda"

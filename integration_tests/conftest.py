@@ -1,10 +1,10 @@
-"""The small run of launch/finetune.py that its tests share: a folder with model, data and configurations."""
+"""Fixtures: model, data and configurations of a small run of launch/finetune.py, and what a scenario returned."""
 
 import json
 
 import pytest
 
-from integration_tests.program import AUTO, make_config, make_data, make_model
+from integration_tests.support.program import AUTO, make_config, make_data, make_model
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +14,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder):
-    """Its YAML file; zero2.json and zero3.json lie beside it, for parallel.config."""
+    """The YAML file of the run; zero2.json and zero3.json lie beside it, for parallel.config."""
     for stage in (2, 3):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         (folder / f"zero{stage}.json").write_text(json.dumps({**AUTO, "zero_optimization": zero}))
     return make_config(folder, make_model(folder / "model"), make_data(folder / "data.jsonl"))
+
+
+@pytest.fixture
+def runs(request, tmp_path_factory):
+    """What the ranks returned from the test's scenario, by rank."""
+    scenario = request.param
+    return scenario.spawn.returned(scenario, request.session.items, lambda: tmp_path_factory.mktemp("scenario"))

@@ -14,14 +14,14 @@ from collections.abc import Callable
 import torch
 
 from grass_dist.backends.zero import private
-from integration_tests import zero_checks
-from integration_tests.parity import check_parity
-from integration_tests.ranks import run_ranks
-from integration_tests.reference import run_reference
-from integration_tests.zero import train_zero
-from integration_tests.zero_chain import grass_and_chain
+from integration_tests import test_zero
+from integration_tests.support.parity import check_parity
+from integration_tests.support.ranks import run_ranks
+from integration_tests.support.reference import run_reference
+from integration_tests.support.zero import train_zero
+from integration_tests.support.zero_chain import grass_and_chain
 
-SETTINGS, STEPS = zero_checks.SETTINGS, zero_checks.STEPS
+SETTINGS, STEPS = test_zero.SETTINGS, test_zero.STEPS
 
 
 def parity(rank: int, world_size: int, stage: int, folder: str) -> dict:
@@ -33,11 +33,11 @@ def chain(rank: int, world_size: int, stage: int, folder: str) -> None:
 
 
 def overflow(rank: int, world_size: int, stage: int, folder: str) -> None:
-    zero_checks.overflow(rank, world_size, stage)
+    test_zero.overflow(rank, world_size, stage)
 
 
 def checkpoint(rank: int, world_size: int, stage: int, folder: str) -> None:
-    zero_checks.checkpoint(rank, world_size, stage, folder, torch.bfloat16)
+    test_zero.checkpoint(rank, world_size, stage, folder, torch.bfloat16)
 
 
 def ask(rank: int, world_size: int, check: Callable, stage: int, folder: str) -> dict | None:

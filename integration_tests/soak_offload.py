@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from integration_tests.model import LAYERS
-from integration_tests.ranks import run_ranks
-from integration_tests.soak_trainings import Account, TorchTraining, ZeroTraining
+from integration_tests.support.model import LAYERS
+from integration_tests.support.ranks import run_ranks
+from integration_tests.support.soak_trainings import Account, TorchTraining, ZeroTraining
 
 BACKENDS = ("fsdp2", "ddp", "zero1", "zero2", "zero3")
 ROLES = ("embeddings", "final_norm", "lm_head")
@@ -94,7 +94,7 @@ def compared(rank: int, world_size: int, case: dict[str, Any]) -> tuple[list[str
 
 def soak(rank: int, world_size: int, backends: tuple[str, ...], seed: int, numbers: range, seconds: float) -> dict:
     """The trainings of ``numbers`` under ``backends``, until the time is over on rank 0."""
-    from integration_tests import zero  # noqa: F401  # its imports belong to no training
+    from integration_tests.support import zero  # noqa: F401  # its imports belong to no training
 
     began = time.monotonic()
     told: dict[str, Any] = {"wrong": 0, "bytes": [], "threads": [], "moved": 0}

@@ -9,9 +9,9 @@ import shlex
 
 import pytest
 
-from integration_tests.launched import Launched
-from integration_tests.program import ROOT
-from integration_tests.ranks import free_port
+from integration_tests.support.launched import Launched
+from integration_tests.support.program import ROOT
+from integration_tests.support.ranks import free_port
 
 EXAMPLES = ROOT / "examples"
 STEPS, PROBE, INTERVAL, ACTIVE, LAYERS = 20, 2, 3, 2, 6

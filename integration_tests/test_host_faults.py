@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.hosts import Host, Hosts, needs_hosts, needs_ssh
-from integration_tests.program import ROOT, events
-from integration_tests.test_launch_hosts import BIN, ENVIRONMENT
+from integration_tests.support.hosts import Host, Hosts, needs_hosts, needs_ssh
+from integration_tests.support.launched import BIN, ENVIRONMENT
+from integration_tests.support.program import ROOT, events
 
 pytestmark = [pytest.mark.timeout(170), pytest.mark.integration, needs_hosts]
 
@@ -140,7 +140,7 @@ def test_checkpoints_want_a_folder_that_all_hosts_share(hosts, config):
         assert [run.ends(number, 60) for number in range(2)] == [0, 0], run.said
 
 
-def test_when_a_host_loses_its_power_the_other_goes_on_with_half_the_world(hosts, config):
+def test_half_the_world_goes_on_when_a_host_loses_power(hosts, config):
     settings = ["train.timeout_seconds=10", "train.checkpoint={every: 2, async: false}", "train.max_steps=12"]
     elastic = {"NODES": "1:2", "RESTARTS": "2", "RESUME": "auto", "RDZV_CONF": "last_call_timeout=3"}
     with Run(hosts, config, "halved", *settings, **elastic) as run:

@@ -11,14 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.hosts import Hosts, needs_hosts
-from integration_tests.program import ROOT
+from integration_tests.support.hosts import Hosts, needs_hosts
+from integration_tests.support.program import ROOT
 
 pytestmark = [pytest.mark.timeout(60), needs_hosts]
 
 # Of its own session, as a daemon is: it does not end with the one that started it.
 DAEMON = ["setsid", "sh", "-c", "sleep 1000 & echo begun; sleep 1000"]
-HELD = "from integration_tests.hosts import Hosts\nwith Hosts(2) as h: print([x.pid for x in h], flush=True); input()"
+HELD = """
+from integration_tests.support.hosts import Hosts
+with Hosts(2) as hosts:
+    print([host.pid for host in hosts], flush=True)
+    input()
+"""
 
 
 def namespaces(pids: list[int]) -> set[str]:
@@ -74,7 +79,7 @@ def test_hosts_are_apart_and_nothing_is_left_of_them():
     daemon.stdout.close()
 
 
-def test_they_end_with_the_process_that_made_them_however_that_ends():
+def test_they_end_with_the_process_that_made_them_in_any_way():
     maker = subprocess.Popen(
         [sys.executable, "-c", HELD], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

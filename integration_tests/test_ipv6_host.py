@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.hosts import needs_hosts
+from integration_tests.support.hosts import needs_hosts
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.integration, needs_hosts]
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from integration_tests.kills import SETTINGS, Case, Death, Runs, Setting, odd_tensors, play
-from integration_tests.mortal import MODEL_IS_WRITTEN, start
-from integration_tests.program import ROOT
+from integration_tests.support.killed_runs import SETTINGS, Case, Death, Runs, Setting, odd_tensors, play
+from integration_tests.support.mortal import MODEL_IS_WRITTEN, start
+from integration_tests.support.program import ROOT
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -52,7 +52,7 @@ def test_runs_that_are_killed_at_random_times_go_on_to_the_bit(tmp_path):
     assert "4 resumed to the bit; 0 runs with something wrong" in done.stdout
 
 
-def test_a_signal_while_the_model_is_written_is_obeyed_when_it_is(runs: Runs):
+def test_a_signal_while_the_model_is_written_is_obeyed_then(runs: Runs):
     wanted, run = runs.undisturbed(INTERVAL), runs.run_folder("asked")
     asked = Death(MODEL_IS_WRITTEN, 1, 0).environment(runs.folder / "asked.signal") | {"MORTAL_SIGNAL": "15"}
     ended = start(runs.arguments(INTERVAL, "asked"), asked, runs.folder / "asked.out")

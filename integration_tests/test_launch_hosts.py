@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from integration_tests.hosts import Host, Hosts, needs_hosts, needs_ssh
-from integration_tests.program import ROOT, events, run_all
-from integration_tests.slurm import cluster, needs_slurm
+from integration_tests.support.hosts import Host, Hosts, needs_hosts, needs_ssh
+from integration_tests.support.launched import ENVIRONMENT
+from integration_tests.support.program import ROOT, events, run_all
+from integration_tests.support.slurm import cluster, needs_slurm
 
 pytestmark = [pytest.mark.timeout(150), needs_hosts, needs_ssh]
-
-BIN = Path(sys.executable).parent
-ENVIRONMENT = {
-    "PATH": f"{BIN}:{os.environ['PATH']}",
-    "HOME": os.environ.get("HOME", "/root"),
-    "PYTHON": sys.executable,
-    "RANKS": "2",
-    "HEAD": "grass1",
-    "NODES": "2",
-    "INTERFACE": "eth0",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "DS_ACCELERATOR": "cpu",
-    "PYTHONFAULTHANDLER": "1",
-}
 
 
 @pytest.fixture(scope="module")

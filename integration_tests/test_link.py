@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from integration_tests.hosts import Host, Hosts, needs_hosts
-from integration_tests.peers import GO, Scene, play_apart
+from integration_tests.support.hosts import Host, Hosts, needs_hosts
+from integration_tests.support.peers import GO, Scene, play_apart
 
 pytestmark = [pytest.mark.timeout(120), needs_hosts]
 
@@ -25,7 +25,7 @@ def hosts() -> Iterator[list[Host]]:
 @pytest.mark.parametrize(
     "patient", [False, pytest.param(True, marks=pytest.mark.integration)], ids=["with a timeout", "without"]
 )
-def test_both_sides_of_a_cut_link_end_by_the_timeout_and_name_the_other(hosts, tmp_path, patient):
+def test_both_sides_of_a_cut_link_end_and_name_the_other(hosts, tmp_path, patient):
     def cut() -> None:
         hosts[1].cut()
         (tmp_path / GO).touch()

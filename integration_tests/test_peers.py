@@ -17,9 +17,9 @@ import torch.distributed as dist
 from grass_dist.errors import GrassError
 from grass_dist.job.peers import Peers, lost_peer, of_collective
 from grass_dist.job.world import _agree_on_start
-from integration_tests.peers import Ended, Scene, play
-from integration_tests.program import ROOT
-from integration_tests.ranks import free_port
+from integration_tests.support.peers import Ended, Scene, play
+from integration_tests.support.program import ROOT
+from integration_tests.support.ranks import free_port
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -66,7 +66,7 @@ def test_a_rank_that_keeps_the_store_is_named_when_it_is_stopped(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_stopped_is_named_where_nothing_has_a_timeout(tmp_path, victim):
+def test_a_stopped_rank_is_named_where_nothing_has_a_timeout(tmp_path, victim):
     scene = Scene(3, victim=victim, blow=signal.SIGSTOP, answers_within=3, patient=True)
     ended = play(scene, tmp_path, within=60)
     keeps = "" if victim else ", which keeps the store of all ranks,"
@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_with_the_store_is_named(tmp_path):
 
 
 @pytest.mark.long
-def test_a_rank_that_is_stuck_elsewhere_is_named_with_what_it_does(tmp_path):
+def test_a_rank_stuck_elsewhere_is_named_with_what_it_does(tmp_path):
     ended = play(Scene(3, victim=1), tmp_path, within=40)
     said = rf"rank 1 \(on host {HOST}\) was still at reading the data of step 2\. {ADVICE}"
     for rank in (0, 2):
@@ -94,7 +94,7 @@ def test_a_rank_that_is_stuck_elsewhere_is_named_with_what_it_does(tmp_path):
 
 
 @pytest.mark.integration
-def test_a_rank_that_was_stopped_and_came_back_is_no_alarm_and_the_next_that_is_lost_is_named(tmp_path):
+def test_a_rank_that_came_back_is_no_alarm_but_the_next_lost_is(tmp_path):
     stopped = {"victim": 1, "blow": signal.SIGSTOP, "wakes_after": 8, "patient": True, "answers_within": 10}
     ended = play(Scene(3, next_victim=2, **stopped), tmp_path, within=90)
     assert ended[2].code == -signal.SIGKILL
@@ -105,7 +105,7 @@ def test_a_rank_that_was_stopped_and_came_back_is_no_alarm_and_the_next_that_is_
 
 def test_torchrun_restarts_the_ranks_after_one_is_killed(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2"]
-    command += ["--master-port", str(free_port()), "-m", "integration_tests.peers", str(tmp_path)]
+    command += ["--master-port", str(free_port()), "-m", "integration_tests.support.peers", str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
         try:
@@ -135,7 +135,7 @@ def test_ranks_that_take_each_others_seat_are_refused_on_each():
         assert said in rank.communicate(timeout=60)[1] and rank.returncode == 1
 
 
-def test_a_rank_does_not_wait_for_ever_for_a_store_that_takes_connections_and_never_answers():
+def test_a_rank_does_not_wait_for_ever_for_a_silent_store():
     join = "import datetime; from grass_dist.finetune import world; world._GRACE = 1; "
     join += "world.World.join(datetime.timedelta(seconds=1))"
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -161,7 +161,7 @@ def agreed(store: dist.Store, size: int) -> set[str]:
     return set(names)
 
 
-def test_ranks_agree_on_a_new_start_in_a_store_that_earlier_ones_have_used():
+def test_ranks_agree_on_a_start_in_a_store_already_used():
     store = dist.HashStore()
     starts = [agreed(store, size) for size in (3, 3, 2, 4)]
     assert all(len(names) == 1 for names in starts) and len(set.union(*starts)) == 4
@@ -226,7 +226,7 @@ def test_a_roll_that_all_answer_is_no_end_of_the_watch():
     assert sentence(1, ranks[1], ERRORS["reset"]) == said
 
 
-def test_a_rank_that_the_others_gave_up_says_so_when_it_comes_back():
+def test_a_rank_that_was_given_up_says_so_when_it_is_back():
     store = dist.HashStore()
     early = Peers(0, ["a", "b"], store, answers_within=0.2)
     assert sentence(0, early, ERRORS["network"]) == (

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import grass_dist
 from grass_dist.model.packaged import resolve_model
 from grass_dist.plan import memory
-from grass_dist.plan.job import Job, Method
+from grass_dist.plan.runs import Method, PlannedRun
 from grass_dist.plan.shape import shape_of_config, shape_of_model
-from integration_tests.model import wrapped
-from integration_tests.ranks import run_ranks
-from integration_tests.training import local
+from integration_tests.support.model import wrapped
+from integration_tests.support.ranks import run_ranks
+from integration_tests.support.training import local
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.integration]
 
@@ -123,7 +123,7 @@ def _torch(model: Any, rank: int, world_size: int, backend: str, offload: str, d
 
 def _zero(model: Any, rank: int, world_size: int, backend: str, offload: str, dtype: str) -> Iterable[dict[str, int]]:
     from grass_dist.deepspeed import initialize
-    from integration_tests.zero import ds_config
+    from integration_tests.support.zero import ds_config
 
     config = ds_config(int(backend[-1]), settings(offload), 1, getattr(torch, dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -151,11 +151,11 @@ def shapes():
     return {"smollm2": shape_of_model(MODEL), "llama": shape_of_config("llama", LLAMA)}
 
 
-def job_of(ranks: int, backend: str, offload: str, dtype: str) -> Job:
+def job_of(ranks: int, backend: str, offload: str, dtype: str) -> PlannedRun:
     replicate = 2 if backend == "hsdp" else 1
     same: dict[str, Any] = {"gpus": ranks, "gpus_per_host": ranks, "gpu_bytes": 24e9, "seq_len": TOKENS}
     more: dict[str, Any] = {"backend": backend, "replicate": replicate, "offload": offload, "dtype": dtype}
-    return Job(**same, **more)
+    return PlannedRun(**same, **more)
 
 
 @pytest.mark.parametrize(("ranks", "kind"), list(CASES))

@@ -7,11 +7,12 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from integration_tests.program import (
+from integration_tests.support.program import (
     ROOT,
     check_refused,
     events,
@@ -211,14 +212,16 @@ def test_an_earlier_run_is_not_written_over(config, two_ranks):
 
 
 def test_torchrun_starts_it(config):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "launch" / "finetune.py"), "--config", str(config), "name=torchrun", "train.max_steps=4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = ["name=torchrun", "train.max_steps=4"]
+    command = [*torchrun, str(ROOT / "launch" / "finetune.py"), "--config", str(config), *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "report: " in done.stdout and "step 4/4" in done.stdout
+    tool = str(Path(sys.executable).parent / "grass-dist")
     failed = subprocess.run(
-        [*command, "overwrite=true", "grass.active_layers=99"],
+        [*torchrun, "--no-python", tool, "train", str(config), *settings, "overwrite=true", "grass.active_layers=99"],
         capture_output=True,
         text=True,
         timeout=200,

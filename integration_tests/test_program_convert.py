@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from grass_dist.checkpoint.files import read_manifest
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.cli import app
-from integration_tests.program import check_refused, events, run_all, run_program
+from integration_tests.support.program import check_refused, events, run_all, run_program
 from tests.hostile import reseal
 
 pytestmark = pytest.mark.timeout(300)
@@ -45,7 +45,7 @@ def check_same_run(run: Path, whole: Path) -> None:
     assert [s["loss"] for s in mine] == pytest.approx([s["loss"] for s in theirs], abs=1e-5)
 
 
-def test_zero_saves_in_the_format_of_deepspeed_and_goes_on_to_the_bit(config, zero2):
+def test_zero_saves_deepspeeds_format_and_continues_to_the_bit(config, zero2):
     source = zero2 / "checkpoints" / "step-000003"
     manifest = read_manifest(source)
     assert manifest.kind == "deepspeed" and any(name.endswith("_optim_states.pt") for name in manifest.files)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from grass_dist.finetune.config_file import load_config
 from grass_dist.finetune.run_deepspeed import DeepSpeed
 from grass_dist.job.world import World
-from integration_tests.program import (
+from integration_tests.support.program import (
     AUTO,
     ROOT,
     check_refused,
@@ -24,7 +24,7 @@ from integration_tests.program import (
     run_all,
     run_program,
 )
-from integration_tests.ranks import free_port, run_ranks
+from integration_tests.support.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 

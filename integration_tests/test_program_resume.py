@@ -10,14 +10,14 @@ import subprocess
 import pytest
 
 from grass_dist.checkpoint.loading import newest_good
-from grass_dist.finetune.run_folder import LOCK
-from integration_tests.program import (
+from integration_tests.support.program import (
     check_refused,
     events,
     make_data,
     make_model,
     run_all,
     run_program,
+    tree_of,
 )
 
 pytestmark = pytest.mark.timeout(300)
@@ -50,12 +50,6 @@ def to_scratch(run) -> None:
         part.symlink_to(scratch / part.name)
 
 
-def tree_of(*folders) -> dict[str, tuple[int, bytes]]:
-    """Time and content of all files in folders, but of the lock that a start takes before it looks."""
-    paths = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
-
-
 def steps_of(run) -> list[tuple]:
     return [(s["step"], s["loss"], s["lr"], s["active_layers"]) for s in events(run, "step")]
 
@@ -64,7 +58,7 @@ def weights_of(run) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_record_that_was_cut_off_goes_on_where_the_checkpoint_was(config, whole):
+def test_a_record_that_was_cut_off_continues_at_the_checkpoint(config, whole):
     run = copy_of(whole, "auto")
     with (run / "metrics.jsonl").open("a") as record:
         record.write('{"event": "step", "st')  # as a kill in the midst of a line leaves it
@@ -97,7 +91,7 @@ def test_auto_goes_back_to_the_newest_good_one_and_says_so(config, whole):
     assert weights_of(run) == weights_of(whole)
 
 
-def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_aside(config, whole):
+def test_a_run_from_an_older_checkpoint_puts_newer_ones_aside(config, whole):
     run = copy_of(whole, "older")
     older = str(run / "checkpoints" / "step-000003")
     few = ["name=older", "train.checkpoint.every=4", "train.checkpoint.keep=1"]
@@ -107,7 +101,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_aside
     assert weights_of(run) == weights_of(whole)
 
 
-def test_auto_does_not_throw_away_checkpoints_of_which_none_is_good(config, whole):
+def test_auto_does_not_discard_checkpoints_if_none_is_good(config, whole):
     run = copy_of(whole, "none-good")
     for path in (run / "checkpoints").iterdir():
         (path / "state.json").write_text("{}")
@@ -156,7 +150,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(config, whole, number):
     assert steps_of(run) == steps_of(whole) and weights_of(run) == weights_of(whole)
 
 
-def test_a_second_signal_ends_a_rank_that_waits_for_another_at_once(config):
+def test_a_second_signal_ends_a_rank_that_waits_at_once(config):
     stopped = []
 
     def watch(rank, line, pids):
@@ -198,7 +192,7 @@ def test_other_examples_are_refused_and_another_rate_is_said(config, whole, fold
     assert "train.learning_rate is 0.001, and was 0.005 when the run was saved" in ended.out
 
 
-def test_ranks_with_other_models_or_versions_are_found_before_they_train(config, folder):
+def test_ranks_with_other_models_or_versions_are_found_early(config, folder):
     import yaml
 
     for place, layers in (("here", 6), ("there", 6)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,8 +12,8 @@ from torch.distributed.tensor import Replicate, distribute_module, distribute_te
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
-from integration_tests.model import ADAMW, global_batch, small_llama, wrapped
-from integration_tests.ranks import refused, run_ranks
+from integration_tests.support.model import ADAMW, global_batch, small_llama, wrapped
+from integration_tests.support.ranks import refused, run_ranks
 
 CONFIG = {"active_layers": 2, "probe_steps": 0, "sampling_interval": 2, "update_interval": 2}
 
@@ -51,55 +53,77 @@ def failing_draw(rank: int) -> str:
     return "not refused"
 
 
-def everything(rank: int, world_size: int) -> dict[str, str]:
-    mesh = init_device_mesh("cpu", (world_size,))
+def half_sharded() -> None:
+    mesh, model = init_device_mesh("cpu", (2,)), small_llama()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    optimizer_for(model)
 
-    def half_sharded():
-        model = small_llama()
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        optimizer_for(model)
 
-    def never_sharded():
-        def replicated(name, module, mesh):
-            for key, param in list(module.named_parameters(recurse=False)):
-                module.register_parameter(key, torch.nn.Parameter(distribute_tensor(param, mesh, [Replicate()])))
+def never_sharded() -> None:
+    mesh = init_device_mesh("cpu", (2,))
 
-        optimizer_for(distribute_module(small_llama(), mesh, replicated))
+    def replicated(name, module, mesh):
+        for key, param in list(module.named_parameters(recurse=False)):
+            module.register_parameter(key, torch.nn.Parameter(distribute_tensor(param, mesh, [Replicate()])))
 
-    return {
-        "seeds": refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), seed=rank)),
-        "rates": refused(lambda: optimizer_for(wrapped(small_llama(), "ddp", 2), {"lr": 0.1 * (rank + 1)})),
-        "models": refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), layers=[None, "nope"][rank])),
-        "one rank": refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), active_layers=2 + 90 * rank)),
-        "draw": disagreeing_draw(rank),
-        "failing draw": failing_draw(rank),
-        "half sharded": refused(half_sharded),
-        "never sharded": refused(never_sharded),
-        "static graph": refused(lambda: optimizer_for(DistributedDataParallel(small_llama(), static_graph=True))),
-    }
+    optimizer_for(distribute_module(small_llama(), mesh, replicated))
+
+
+def fsdp2(**config) -> str:
+    return refused(lambda: optimizer_for(wrapped(small_llama(), "fsdp2", 2), **config))
+
+
+CASES: dict[str, tuple[Callable[[int], str], str, str | None]] = {
+    "seeds": (lambda rank: fsdp2(seed=rank), "RanksDisagree: grass.seed is 1 on rank 1 and 0 on rank 0", None),
+    "rates": (
+        lambda rank: refused(lambda: optimizer_for(wrapped(small_llama(), "ddp", 2), {"lr": 0.1 * (rank + 1)})),
+        "RanksDisagree: optimizer is ",
+        None,
+    ),
+    "models": (
+        lambda rank: fsdp2(layers=[None, "nope"][rank]),
+        "GrassError: rank 1: layers='nope': ",
+        "ConfigError: layers='nope': ",
+    ),
+    "one rank": (
+        lambda rank: fsdp2(active_layers=2 + 90 * rank),
+        "GrassError: rank 1: active_layers=92: the model has 8 layers",
+        "ConfigError: active_layers=92: ",
+    ),
+    "draw": (disagreeing_draw, "RanksDisagree: Draw 1 at step 1 came out differently on the ranks: ", None),
+    "failing draw": (failing_draw, "GrassError: Draw 0 at step 0 failed on rank 1.", "RuntimeError: out of luck"),
+    "half sharded": (
+        lambda rank: refused(half_sharded),
+        "UnsupportedModel: 3 parameters are not sharded (model.embed_tokens.weight, ...)",
+        None,
+    ),
+    "never sharded": (
+        lambda rank: refused(never_sharded),
+        "UnsupportedModel: The parameters are DTensors but no module is sharded",
+        None,
+    ),
+    "static graph": (
+        lambda rank: refused(lambda: optimizer_for(DistributedDataParallel(small_llama(), static_graph=True))),
+        "UnsupportedModel: DistributedDataParallel(static_graph=True) expects",
+        None,
+    ),
+}
+"""What a rank does, and how the sentence begins that it hears: on rank 0, and on rank 1 if that is another."""
+
+
+def every_case(rank: int, world_size: int) -> dict[str, str]:
+    return {case: said(rank) for case, (said, *_) in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def sentences():
-    return run_ranks(2, everything, timeout=120)
+    return run_ranks(2, every_case, timeout=120)
 
 
-@pytest.mark.parametrize(
-    ("case", "on_rank_0", "on_rank_1"),
-    [
-        ("seeds", "RanksDisagree: grass.seed is 1 on rank 1 and 0 on rank 0", None),
-        ("rates", "RanksDisagree: optimizer is ", None),
-        ("models", "GrassError: rank 1: layers='nope': ", "ConfigError: layers='nope': "),
-        ("one rank", "GrassError: rank 1: active_layers=92: the model has 8 layers", "ConfigError: active_layers=92: "),
-        ("draw", "RanksDisagree: Draw 1 at step 1 came out differently on the ranks: ", None),
-        ("failing draw", "GrassError: Draw 0 at step 0 failed on rank 1.", "RuntimeError: out of luck"),
-        ("half sharded", "UnsupportedModel: 3 parameters are not sharded (model.embed_tokens.weight, ...)", None),
-        ("never sharded", "UnsupportedModel: The parameters are DTensors but no module is sharded", None),
-        ("static graph", "UnsupportedModel: DistributedDataParallel(static_graph=True) expects", None),
-    ],
-)
-def test_a_sentence_on_every_rank(sentences, case, on_rank_0, on_rank_1):
+@pytest.mark.parametrize("case", CASES)
+def test_a_sentence_on_every_rank(sentences, case):
+    _, on_rank_0, on_rank_1 = CASES[case]
     first, second = sentences[0][case], sentences[1][case]
     assert first.startswith(on_rank_0), first
     assert second.startswith(on_rank_1 or on_rank_0), second

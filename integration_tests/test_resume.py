@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from integration_tests.ranks import run_ranks
-from integration_tests.resume import Setting, exact, leg
+from integration_tests.support.ranks import run_ranks
+from integration_tests.support.resume import Setting, Training, leg
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -23,6 +27,30 @@ MOMENTS = {
     10: "after a refresh, with a draw that waits",
 }
 """Steps after which the trainings are saved."""
+
+
+def exact(rank: int, world_size: int, setting: Setting, steps: int, save_at: Sequence[int], folder: str) -> dict:
+    """Steps at which a training that was resumed differs in a bit from one that was not; empty if all is well."""
+    parent = Path(folder)
+    whole = Training(rank, world_size, setting).run(steps, save_at, parent)
+    wanted, drawn = whole.params(), whole.active
+    undisturbed = Training(rank, world_size, setting).run(steps).params()
+    odd: dict[Any, Any] = {}
+    if differ := _differing(wanted, undisturbed):
+        odd["saving disturbed"] = differ[:3]
+    for step in save_at:
+        resumed = Training(rank, world_size, setting).load(parent / f"step-{step:06d}").run(steps)
+        if differ := _differing(wanted, resumed.params()):
+            odd[step] = differ[:3]
+        if resumed.active != drawn[step:]:
+            odd[f"draws after {step}"] = resumed.active
+        if resumed.events != [(at, event) for at, event in whole.events if at > step]:
+            odd[f"importances after {step}"] = resumed.events
+    return odd
+
+
+def _differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 @pytest.mark.parametrize(

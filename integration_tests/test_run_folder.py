@@ -9,13 +9,12 @@ import subprocess
 
 import pytest
 
-from integration_tests.program import check_refused, events, run_program
-from integration_tests.test_program_resume import tree_of
+from integration_tests.support.program import check_refused, events, run_program, tree_of
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_a_second_start_of_a_run_is_refused_while_it_trains_and_after_its_end(config, folder):
+def test_a_second_start_is_refused_during_and_after_a_run(config, folder):
     argv = [["--config", str(config), "name=once", "--resume", "auto", "train.checkpoint=null"]] * 2
     second = []
 
@@ -42,7 +41,7 @@ def test_a_second_start_of_a_run_is_refused_while_it_trains_and_after_its_end(co
 
 
 @pytest.mark.integration
-def test_a_model_for_which_the_disk_is_too_small_is_written_by_going_on(config, folder):
+def test_a_model_too_large_for_the_disk_is_written_by_going_on(config, folder):
     run, room = folder / "runs" / "small-disk", folder / "room"
     room.mkdir()
     run.mkdir(parents=True)

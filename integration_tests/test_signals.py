@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from grass_dist.checkpoint.loading import newest_good
-from integration_tests.launched import PROGRAM, Launched, deepspeed, torchrun
-from integration_tests.program import ROOT, events, make_data, run_program
+from integration_tests.support.launched import PROGRAM, Launched, deepspeed, torchrun
+from integration_tests.support.program import ROOT, events, make_data, run_program
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -63,7 +64,7 @@ def test_survivors_name_a_rank_that_is_killed_at_the_start(config, tmp_path):
 
 
 @pytest.mark.integration
-def test_ranks_whose_launcher_is_killed_end_with_one_sentence_and_the_true_time(config, tmp_path):
+def test_ranks_whose_launcher_is_killed_end_with_one_sentence(config, tmp_path):
     with Launched([*torchrun(2), *arguments(config, "orphans")], tmp_path / "log") as run:
         run.reach("step 50/1000")
         run.process.kill()
@@ -76,12 +77,15 @@ def test_ranks_whose_launcher_is_killed_end_with_one_sentence_and_the_true_time(
 
 
 MPIRUN = ["bash", str(ROOT / "launch" / "mpirun.sh")]
+PLAIN = [str(Path(sys.executable).parent / "mpirun"), "--allow-run-as-root", "-n", "2"]
+PLAIN += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", sys.executable, PROGRAM]
 WAYS = {
     "Ctrl-C under torchrun": (torchrun(2), signal.SIGINT, True, "SIGINT"),
     "a closed terminal under torchrun": (torchrun(2), signal.SIGHUP, False, "SIGHUP"),
     "Ctrl-C under deepspeed": (deepspeed(2), signal.SIGINT, True, "SIG(INT|TERM)"),  # a rank may hear of it so first
     "Ctrl-C under mpirun": (MPIRUN, signal.SIGINT, True, "SIGUSR1"),
     "SIGTERM under mpirun": (MPIRUN, signal.SIGTERM, False, "SIGUSR1"),
+    "SIGUSR1 to a plain mpirun": (PLAIN, signal.SIGUSR1, False, "SIGUSR1"),
     "Ctrl-C without a launcher": ([sys.executable, PROGRAM], signal.SIGINT, True, "SIGINT"),
 }
 
@@ -103,11 +107,12 @@ def test_a_launcher_that_is_asked_to_end_lets_the_ranks_save(config, tmp_path, w
         saved = newest_good(config.parent / "runs" / folder / "checkpoints")
         assert saved is not None and f"step {saved.step}: saved in " in run.said and saved.step >= 50
         assert errors(run.said) == []
+        assert ("mpirun kills its ranks about half a second after" in run.said) == (command == PLAIN)
         check_nothing_broke(run.said)
 
 
 @pytest.mark.integration
-def test_a_second_signal_leaves_at_once_and_before_the_first_step_the_first_does(config, tmp_path):
+def test_a_second_or_an_early_signal_leaves_at_once(config, tmp_path):
     single = ["parallel=single", "train.micro_batch_size=8"]
     with Launched([sys.executable, PROGRAM, *arguments(config, "first", *single)], tmp_path / "first") as run:
         run.reach("step 50/1000")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from integration_tests.hosts import Hosts, needs_hosts
-from integration_tests.traffic import BACKENDS, run_apart
+from integration_tests.support.hosts import Hosts, needs_hosts
+from integration_tests.support.traffic import BACKENDS, run_apart
 
 pytestmark = [pytest.mark.timeout(150), pytest.mark.integration, needs_hosts]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import pytest
@@ -12,9 +14,9 @@ from deepspeed.moe.layer import MoE
 from torch import nn
 
 import grass_dist
-from integration_tests.model import ADAMW, decay_groups, small_llama
-from integration_tests.ranks import refused, run_ranks
-from integration_tests.zero import ds_config, make_engine, train_step
+from integration_tests.support.model import ADAMW, decay_groups, small_llama
+from integration_tests.support.ranks import refused, run_ranks
+from integration_tests.support.zero import ds_config, make_engine, train_step
 
 SETTINGS = {"active_layers": 2, "sampling_interval": 2, "probe_steps": 0, "sampler": "uniform"}
 
@@ -45,14 +47,14 @@ def experts() -> nn.Module:
     return model
 
 
-def changed_after_initialize() -> str:
+def changed_after_initialize(rank: int, folder: Path) -> str:
     engine = make_engine(ds_config(2, SETTINGS))
     for p in engine.module.parameters():
         p.requires_grad_(True)
-    return refused(lambda: train_step(engine, 0, torch.distributed.get_rank(), 2, 1))
+    return refused(lambda: train_step(engine, 0, rank, 2, 1))
 
 
-def saved_within_an_accumulation(rank: int, folder: str) -> str:
+def saved_within_an_accumulation(folder: str) -> str:
     engine = make_engine(ds_config(2, SETTINGS, 2))
     x = torch.ones(1, 8, dtype=torch.long)
     engine.backward(engine(input_ids=x, labels=x).loss)
@@ -90,100 +92,122 @@ def cut_off(rank: int, stage: int, settings: dict[str, object]) -> str:
     return told
 
 
-def tell(rank: int, world_size: int, folder: str) -> dict[str, str]:
-    fine = ds_config(2, SETTINGS)
-    without = {k: v for k, v in fine.items() if k != "train_micro_batch_size_per_gpu"}
-    nested = {**ds_config(2, None), "zero_optimization": {"stage": 2, "grass": SETTINGS}}
-    misspelt = {**ds_config(2, None), "gras": SETTINGS}
-    broken = Path(folder) / f"broken{rank}.json"
-    broken.write_text("{")
-    good = Path(folder) / f"good{rank}.json"
-    good.write_text(json.dumps(fine))
-    path = Path(folder) / "of_rank_1_missing.json" if rank == 1 else good
+def file_with(text: str, folder: Path, name: str) -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def made(folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    return str(folder)
+
+
+def started_with(optimizer: Callable[[nn.Module], Any]) -> str:
     model = small_llama()
-    twice = make_engine(fine).module
-    return {
-        "misspelt block": started(misspelt),
-        "block inside zero_optimization": started(nested),
-        "unknown field": started({**fine, "grass": {"activ_layers": 2}}),
-        "too many layers": started({**fine, "grass": {**SETTINGS, "active_layers": 9}}),
-        "no micro-batch": started(without),
-        "nvme": started(ds_config(3, SETTINGS, zero={"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}})),
-        "ZeRO++": started(ds_config(3, SETTINGS, zero={"zero_quantized_weights": True})),
-        "not JSON": started(str(broken)),
-        "file missing on one rank": started(str(path)),
-        "one rank's configuration differs": started({**fine, "grass": {**SETTINGS, "seed": rank}}),
-        "one rank's clipping differs": started({**fine, "gradient_clipping": 1.0 + rank}),
-        "pipeline": started(fine, model=pipeline(), optimizer=torch.optim.AdamW([nn.Parameter(torch.ones(1))])),
-        "experts": started(fine, model=experts()),
-        "no stack": started(fine, model=nn.Linear(4, 4), optimizer=torch.optim.AdamW([nn.Parameter(torch.ones(1))])),
-        "twice": started(fine, model=twice),
-        "Adagrad": started(fine, model=model, optimizer=torch.optim.Adagrad(model.parameters())),
-        "has states": started(fine, model=(m := small_llama()), optimizer=stepped_adamw(m)),
-        "LBFGS": started(fine, model=model, optimizer=torch.optim.LBFGS(model.parameters())),
-        "LBFGS made by a callable": refused(
-            lambda: grass_dist.initialize(model=small_llama(), optimizer=torch.optim.LBFGS, config=fine)
+    return started(FINE, model, optimizer(model))
+
+
+FINE = ds_config(2, SETTINGS)
+WITHOUT_GRASS = ds_config(2, None)
+
+
+def grass(**settings: Any) -> str:
+    return started({**FINE, "grass": settings})
+
+
+def zero3(**options: Any) -> str:
+    return started(ds_config(3, SETTINGS, zero=options))
+
+
+CASES: dict[str, tuple[Callable[[int, Path], str], str]] = {
+    "misspelt block": (lambda rank, folder: started({**WITHOUT_GRASS, "gras": SETTINGS}), "gras"),
+    "block inside zero_optimization": (
+        lambda rank, folder: started({**WITHOUT_GRASS, "zero_optimization": {"stage": 2, "grass": SETTINGS}}),
+        "top level",
+    ),
+    "unknown field": (lambda rank, folder: grass(activ_layers=2), "grass.activ_layers"),
+    "too many layers": (lambda rank, folder: grass(**{**SETTINGS, "active_layers": 9}), "grass.active_layers=9"),
+    "no micro-batch": (
+        lambda rank, folder: started({k: v for k, v in FINE.items() if k != "train_micro_batch_size_per_gpu"}),
+        "train_micro_batch_size_per_gpu",
+    ),
+    "nvme": (
+        lambda rank, folder: zero3(offload_optimizer={"device": "nvme", "nvme_path": "/x"}),
+        "zero_optimization.offload_optimizer",
+    ),
+    "ZeRO++": (lambda rank, folder: zero3(zero_quantized_weights=True), "zero_optimization.zero_quantized_weights"),
+    "not JSON": (lambda rank, folder: started(file_with("{", folder, f"broken{rank}.json")), "config"),
+    "file missing on one rank": (
+        lambda rank, folder: started(
+            str(folder / "of_rank_1_missing.json") if rank == 1 else file_with(json.dumps(FINE), folder, "good.json")
         ),
-        "no optimizer": refused(lambda: grass_dist.initialize(model=model, config=fine)),
-        "changed after initialize": changed_after_initialize(),
-        "saved within an accumulation": saved_within_an_accumulation(rank, _made(folder, f"a{rank}")),
-        "loaded with other groups": loaded_with_other_groups(_made(folder, "b")),
-        "cut off in a round": cut_off(rank, 3, {**SETTINGS, "always_active": ["final_norm", "lm_head"]}),
-        "cut off in a probe": cut_off(rank, 2, {"active_layers": 2, "probe_steps": 2}),
-    }
-
-
-def _made(folder: str, name: str) -> str:
-    (Path(folder) / name).mkdir(exist_ok=True)
-    return str(Path(folder) / name)
-
-
-WORDS = {
-    "misspelt block": "gras",
-    "block inside zero_optimization": "top level",
-    "unknown field": "grass.activ_layers",
-    "too many layers": "grass.active_layers=9",
-    "no micro-batch": "train_micro_batch_size_per_gpu",
-    "nvme": "zero_optimization.offload_optimizer",
-    "ZeRO++": "zero_optimization.zero_quantized_weights",
-    "not JSON": "config",
-    "file missing on one rank": "of_rank_1_missing.json",
-    "one rank's configuration differs": "grass.seed",
-    "one rank's clipping differs": "ds_config.gradient_clipping",
-    "pipeline": "PipelineModule",
-    "experts": "MoE",
-    "no stack": "Linear",
-    "twice": "already",
-    "Adagrad": "Adagrad",
-    "has states": "states",
-    "LBFGS": "LBFGS",
-    "LBFGS made by a callable": "LBFGS",
-    "no optimizer": "optimizer=None",
-    "changed after initialize": "requires_grad",
-    "saved within an accumulation": "1 of 2 micro-batches",
-    "loaded with other groups": "parameter groups",
-    "cut off in a round": "2 active layers (model.layers.",
-    "cut off in a probe": "8 active layers (model.layers.0, ",
+        "of_rank_1_missing.json",
+    ),
+    "one rank's configuration differs": (lambda rank, folder: grass(**SETTINGS, seed=rank), "grass.seed"),
+    "one rank's clipping differs": (
+        lambda rank, folder: started({**FINE, "gradient_clipping": 1.0 + rank}),
+        "ds_config.gradient_clipping",
+    ),
+    "pipeline": (
+        lambda rank, folder: started(FINE, pipeline(), torch.optim.AdamW([nn.Parameter(torch.ones(1))])),
+        "PipelineModule",
+    ),
+    "experts": (lambda rank, folder: started(FINE, experts()), "MoE"),
+    "no stack": (
+        lambda rank, folder: started(FINE, nn.Linear(4, 4), torch.optim.AdamW([nn.Parameter(torch.ones(1))])),
+        "Linear",
+    ),
+    "twice": (lambda rank, folder: started(FINE, make_engine(FINE).module), "already"),
+    "Adagrad": (lambda rank, folder: started_with(lambda model: torch.optim.Adagrad(model.parameters())), "Adagrad"),
+    "has states": (lambda rank, folder: started_with(stepped_adamw), "states"),
+    "LBFGS": (lambda rank, folder: started_with(lambda model: torch.optim.LBFGS(model.parameters())), "LBFGS"),
+    "LBFGS made by a callable": (lambda rank, folder: started_with(lambda model: torch.optim.LBFGS), "LBFGS"),
+    "no optimizer": (
+        lambda rank, folder: refused(lambda: grass_dist.initialize(model=small_llama(), config=FINE)),
+        "optimizer=None",
+    ),
+    "changed after initialize": (changed_after_initialize, "requires_grad"),
+    "saved within an accumulation": (
+        lambda rank, folder: saved_within_an_accumulation(made(folder / f"a{rank}")),
+        "1 of 2 micro-batches",
+    ),
+    "loaded with other groups": (
+        lambda rank, folder: loaded_with_other_groups(made(folder / "b")),
+        "parameter groups",
+    ),
+    "cut off in a round": (
+        lambda rank, folder: cut_off(rank, 3, {**SETTINGS, "always_active": ["final_norm", "lm_head"]}),
+        "2 active layers (model.layers.",
+    ),
+    "cut off in a probe": (
+        lambda rank, folder: cut_off(rank, 2, {"active_layers": 2, "probe_steps": 2}),
+        "8 active layers (model.layers.0, ",
+    ),
 }
+"""What a rank does with a folder that all share, and words of the sentence that it hears."""
+
+
+def every_case(rank: int, world_size: int, folder: str) -> dict[str, str]:
+    return {case: said(rank, Path(folder)) for case, (said, _) in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    return run_ranks(2, tell, str(tmp_path_factory.mktemp("refusals")), timeout=200)
+    return run_ranks(2, every_case, str(tmp_path_factory.mktemp("refusals")), timeout=200)
 
 
-@pytest.mark.parametrize("case", WORDS)
+@pytest.mark.parametrize("case", CASES)
 def test_refused_on_every_rank_with_one_sentence(told, case):
     for rank in told:
         sentence = rank[case]
-        assert sentence != "not refused" and WORDS[case] in sentence, sentence
+        assert sentence != "not refused" and CASES[case][1] in sentence, sentence
         assert "\n" not in sentence and sentence.endswith("."), sentence
-
-
-def test_without_a_block_it_is_deepspeed(tmp_path):
-    assert run_ranks(1, stock) == [True]
 
 
 def stock(rank: int, world_size: int) -> bool:
     engine = make_engine(ds_config(2, None))
     return type(engine.optimizer).__module__.startswith("deepspeed") and not hasattr(engine, "grass")
+
+
+def test_without_a_block_it_is_deepspeed(tmp_path):
+    assert run_ranks(1, stock) == [True]

@@ -24,7 +24,9 @@ if [ -n "$INTERFACE" ]; then
 fi
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-EXPORTS=()                             # mpirun hands on what it is told to, by name: values are on no command line
+# mpirun hands on what it is told to, by name: values are on no command line.
+export GRASS_DIST_SIGNAL=SIGUSR1       # what a signal to this script becomes; without it the ranks warn of mpirun
+EXPORTS=(-x GRASS_DIST_SIGNAL)
 NAMES_HERE=$(passed_names)             # see common.sh
 for name in $NAMES_HERE; do EXPORTS+=(-x "$name"); done
 nodes=1

@@ -52,7 +52,7 @@ def test_every_epoch_is_a_permutation_and_none_is_left_out(n, batch, seed):
 
 @settings(deadline=None)
 @given(n=st.integers(1, 40), batch=st.integers(1, 24), seed=SEEDS, k=st.integers(0, 30))
-def test_a_global_batch_does_not_depend_on_those_asked_for_before(n, batch, seed, k):
+def test_a_global_batch_does_not_depend_on_earlier_ones(n, batch, seed, k):
     used = GlobalBatches(n, batch, seed)
     in_order = [used.indices(step) for step in range(k + 1)]
     assert GlobalBatches(n, batch, seed).indices(k) == in_order[k]
@@ -87,7 +87,7 @@ def test_the_shares_of_the_ranks_make_up_the_global_batch(world, micro, accumula
 
 @settings(deadline=None, max_examples=50)
 @given(n=st.integers(1, 30), seed=SEEDS, streaming=st.booleans())
-def test_global_batches_are_the_same_for_any_number_of_ranks_and_micro_batch_size(n, seed, streaming):
+def test_global_batches_are_the_same_on_any_number_of_ranks(n, seed, streaming):
     def global_batches(world: int, micro: int) -> list[list[int]]:
         options = {"seed": seed, "global_batch_size": 8, "micro_batch_size": micro, "world_size": world}
         train = FakeStream(n) if streaming else examples(n)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.finetune.data import json_lines
-from grass_dist.finetune.data.config import DataConfig, fill
+from grass_dist.finetune.data.config import DataConfig, fill_template
 from grass_dist.finetune.data.loading import Data, Stream, load_data, load_rows
 from tests.test_data import QA, make_tokenizer, rows_of, write
 
@@ -295,7 +295,7 @@ def test_columns_of_mixed_kinds_are_put_into_words_as_they_stand(tmp_path, strea
                 on_bad_line="skip", eval_examples=3, eval=write(tmp_path / "e.jsonl", rows_of(3)))  # fmt: skip
     config = config_of(tmp_path / "d.jsonl", streaming=streaming, on_bad_line="skip")
     rows = list(load_rows(config, 0)[0])
-    assert [fill("a", row, "completion") for row in rows] == ["b", "3", "2.5", "true", "", str(2**70), "0"]
+    assert [fill_template("a", row, "completion") for row in rows] == ["b", "3", "2.5", "true", "", str(2**70), "0"]
     assert data.skipped == ()
 
 

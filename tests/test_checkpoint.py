@@ -34,7 +34,7 @@ def test_a_loop_of_ones_own_goes_on_to_the_bit(tmp_path):
     assert same(outcome(optimizer, model), outcome(other, again))
 
 
-def test_what_is_written_in_the_background_is_what_there_was_at_the_save(tmp_path, monkeypatch):
+def test_a_background_save_writes_what_there_was_at_the_save(tmp_path, monkeypatch):
     model, optimizer = make({})
     train(model, optimizer, range(5))
     before, may_write = [p.detach().clone() for p in model.parameters()], threading.Event()
@@ -74,7 +74,7 @@ def test_the_newest_stay_and_what_an_unfinished_save_left_goes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000005"]
 
 
-def test_a_checkpoint_stays_while_it_is_read_and_goes_with_the_next_save(tmp_path):
+def test_a_checkpoint_in_use_stays_and_goes_with_the_next_save(tmp_path):
     model, optimizer = make({})
     train(model, optimizer, range(3))
     save_checkpoint(tmp_path, optimizer, 3)

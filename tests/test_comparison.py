@@ -67,7 +67,7 @@ def test_uniform_draws_every_set_of_layers_equally_often():
     ],
     ids=["high", "middle", "low", "high diverges"],
 )
-def test_a_rate_is_found_by_two_or_three_trainings_and_two_seeds_follow(tmp_path, losses, tried, best):
+def test_a_rate_takes_two_or_three_trainings_then_two_seeds(tmp_path, losses, tried, best):
     rates = dict(zip(("low", "middle", "high"), LEARNERS["grass"][1], strict=True))
 
     def train(lr: float, seed: int) -> None:
@@ -116,7 +116,7 @@ def test_what_was_tried_is_what_the_names_say(tmp_path):
     assert set(TRIED).isdisjoint(LEARNERS)
 
 
-def test_a_table_of_step_times_has_medians_of_ratios_within_a_round():
+def test_a_table_of_step_times_has_medians_of_ratios_in_a_round():
     told = {
         "seconds": {"full": [2.0, 4.0, 8.0], "grass": [1.0, 2.4, 2.0]},
         "full": {"full": [2.0, 4.0, 8.0], "grass": [2.0, 4.0, 8.0]},

@@ -76,7 +76,7 @@ def test_any_input_is_taken_or_refused_in_one_sentence(settings):
         (5, 9, 4, 4),
     ],
 )
-def test_layers_are_drawn_two_steps_ahead_where_the_intervals_are_long_enough(sampling, update, given, lead):
+def test_layers_are_drawn_two_steps_ahead_if_intervals_allow_it(sampling, update, given, lead):
     assert GrassConfig(sampling_interval=sampling, update_interval=update, draw_ahead=given).lead == lead
 
 

@@ -29,7 +29,7 @@ def test_the_tables_and_the_schema_are_as_the_fields_say():
     assert generate.SCHEMA.read_text() == generate.schema_text(), REMEDY
 
 
-def test_each_section_has_a_table_and_each_link_of_a_table_has_a_heading():
+def test_each_section_has_a_table_and_each_link_a_heading():
     page = generate.PAGE.read_text()
     assert sorted(re.findall(r"<!-- fields of (\w+) -->", page)) == sorted(name for name, _, _ in generate.sections())
     headings = {re.sub(r"[^\w -]", "", line[1:]) for line in re.findall(r"^##+( .*)", page, re.MULTILINE)}
@@ -58,7 +58,7 @@ def test_a_table_shows_type_default_limits_and_links():
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
-def test_an_editor_finds_the_schema_of_a_shipped_file_and_nothing_wrong_with_it(file: Path):
+def test_an_editor_finds_the_schema_and_no_fault_in_our_files(file: Path):
     text = file.read_text()
     assert text.startswith(f"# yaml-language-server: $schema={generate.SCHEMA.name}\n")
     assert problems(text) == []

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.finetune.data.batches import collate, make_batches, pack
 from grass_dist.finetune.data.chat import Chat
-from grass_dist.finetune.data.config import DataConfig, check_packing, fill
+from grass_dist.finetune.data.config import DataConfig, check_packing, fill_template
 from grass_dist.finetune.data.loading import Examples, Stream, load_data, load_rows, render_prompt, tokenise
 from grass_dist.model import packaged as packaged_model
 
@@ -109,14 +109,14 @@ def test_settings_that_cannot_work(settings, field):
 
 def test_fill_a_column_or_a_template():
     row = {"q": "2 + 2", "n": 4, "none": None, "with space": "x", "list": [1]}
-    assert fill("q", row, "prompt") == "2 + 2"
-    assert fill("{q} is\n{n}{none}, {{literally}} {with space}", row, "prompt") == "2 + 2 is\n4, {literally} x"
+    assert fill_template("q", row, "prompt") == "2 + 2"
+    assert fill_template("{q} is\n{n}{none}, {{literally}} {with space}", row, "prompt") == "2 + 2 is\n4, {literally} x"
     with pytest.raises(ConfigError, match=r"^prompt='r': there is no column 'r'; the columns are q, n, none, with"):
-        fill("r", row, "prompt")
+        fill_template("r", row, "prompt")
     with pytest.raises(ConfigError, match=r"^completion='\{q\} \{r\}': there is no column 'r'; the columns are q, n"):
-        fill("{q} {r}", row, "completion")
+        fill_template("{q} {r}", row, "completion")
     with pytest.raises(ConfigError, match=r"^text='list': column 'list' holds a list; "):
-        fill("list", row, "text")
+        fill_template("list", row, "text")
 
 
 # --------------------------------------------------------------------------------------------------- tokenise
@@ -207,7 +207,7 @@ def test_of_a_very_long_turn_the_beginning_is_tokenised(template, prompt, answer
     assert example["labels"] == [-100, *(i if is_ else -100 for i, is_ in zip(ids[1:100], learnt[1:], strict=False))]
 
 
-def test_of_a_very_long_prompt_without_a_template_the_beginning_is_tokenised():
+def test_of_a_very_long_plain_prompt_the_beginning_is_tokenised():
     tokenizer: Any = Counting(byte_pairs())
     row = {"q": "the quick brown fox and the dog " * 8000, "a": "a"}
     example = tokenise(row, tokenizer, DataConfig(**QA, max_length=100))
@@ -215,7 +215,7 @@ def test_of_a_very_long_prompt_without_a_template_the_beginning_is_tokenised():
     assert example["input_ids"] == byte_pairs()(row["q"])["input_ids"][:100] and set(example["labels"]) == {-100}
 
 
-def test_a_very_long_answer_that_the_template_rewrites_is_refused_as_ever():
+def test_a_very_long_answer_that_a_template_rewrites_is_refused():
     """Also where its beginning alone would be written as it is."""
     tokenizer = byte_pairs()
     tokenizer.chat_template = TEMPLATES["plain"].replace("m['content']", "m['content'].split('END')[-1]")
@@ -401,7 +401,7 @@ def test_generated_rows():
 
 
 @needs_reasoning_gym
-def test_generated_rows_are_drawn_anew_for_every_seed_and_for_the_evaluation():
+def test_generated_rows_differ_by_seed_and_for_the_evaluation():
     """A task's example i is a function of its seed + i: neighbouring seeds would share all but one."""
     name = "reasoning-gym:chain_sum"
     config = DataConfig(name=name, prompt="question", completion="answer", size=40, eval=name, eval_examples=20)

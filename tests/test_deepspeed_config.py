@@ -230,7 +230,7 @@ def test_three_ways_to_name_it(tmp_path):
     assert load_config(tmp_path / "again" / "config.yaml") == long
 
 
-def test_it_lies_beside_the_yaml_or_else_where_the_program_was_started(tmp_path, monkeypatch):
+def test_it_lies_beside_the_yaml_or_in_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "yaml").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

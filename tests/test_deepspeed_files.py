@@ -182,7 +182,7 @@ def contents(reader: dcp.TensorReader) -> dict[str, torch.Tensor]:
     return {k: reader.read(k, 0, torch.empty(n, dtype=dtype)) for k, (n, dtype) in reader.tensors.items()}
 
 
-def test_every_weight_and_state_is_what_was_saved_and_no_layer_that_never_trained_has_one(checkpoint):
+def test_weights_and_states_are_as_saved_untrained_have_none(checkpoint):
     found, true = contents(checkpoint.tensors()), truth()
     assert set(found) == {*true, "@measured", "@rng"}
     assert all(torch.equal(found[key], true[key]) for key in true)
@@ -251,7 +251,7 @@ SHIFTS = {
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_a_description_of_other_partitions_is_refused_when_they_are_read(checkpoint, shift):
+def test_a_description_of_other_partitions_is_refused_on_reading(checkpoint, shift):
     with pytest.raises(CheckpointError, match="does not hold|holds no tensor|holds .* twice"):  # noqa: PT012
         reader = changed(checkpoint, SHIFTS[shift])
         if (shift, checkpoint.manifest.backend[-1] == "3") in (("a longer partition", True), ("longer shards", False)):
@@ -280,7 +280,7 @@ def test_a_file_that_would_execute_something_is_refused(tmp_path, monkeypatch, c
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_is_allowed_does_not_stay_allowed_and_is_not_executed(tmp_path):
+def test_what_is_allowed_is_not_executed_nor_allowed_for_long(tmp_path):
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
@@ -353,7 +353,7 @@ SMALL_AND_LARGE = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("what", SMALL_AND_LARGE)
-def test_a_description_that_takes_much_memory_is_refused_before_anything_is_made(tmp_path, monkeypatch, what):
+def test_a_description_that_takes_much_memory_is_refused_first(tmp_path, monkeypatch, what):
     pickled, reason = SMALL_AND_LARGE[what]
     file = archive(tmp_path / "x.pt", BEGIN + pickled + END)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch was given it"))
@@ -426,7 +426,7 @@ def test_what_torch_saves_is_read_as_it_reads_it(tmp_path):
 # --- converting
 
 
-def test_a_converted_checkpoint_holds_the_same_in_files_of_the_usual_size(checkpoint, tmp_path, monkeypatch):
+def test_a_converted_checkpoint_is_the_same_in_usual_files(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(dcp, "FILE_BYTES", 100)
     at_once: list[int] = []
     stock = DeepSpeedReader.read_data
@@ -443,7 +443,7 @@ def test_a_converted_checkpoint_holds_the_same_in_files_of_the_usual_size(checkp
     assert (made.folder / "model/config.json").read_text() == '{"hidden_size": 3}'
 
 
-def test_converting_leaves_nothing_where_it_fails_and_overwrites_nothing(checkpoint, tmp_path, monkeypatch):
+def test_converting_leaves_nothing_on_failure_overwrites_nothing(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="exists already"):
         to_dcp(checkpoint.folder, checkpoint.folder.parent)
     made = to_dcp(checkpoint.folder, tmp_path / "out")

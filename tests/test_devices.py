@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 # --- a model on another device than the current one
 
 
-def test_copies_and_updates_are_queued_on_the_device_of_the_model(fake_cuda: FakeCuda):
+def test_copies_and_updates_are_queued_on_the_models_device(fake_cuda: FakeCuda):
     transfers = TransferEngine(OTHER)
     device, host = torch.zeros(64, dtype=torch.uint8), torch.ones(64, dtype=torch.uint8)
     slot = SlotPool(1, 64, CPU, transfers.allocated).take()
@@ -63,7 +63,7 @@ def test_copies_and_updates_are_queued_on_the_device_of_the_model(fake_cuda: Fak
     assert {"Stream", "current_stream", "wait"} <= {name for name, _ in fake_cuda.calls}
 
 
-def test_mapped_memory_is_copied_on_a_stream_of_the_device_of_the_model(fake_cuda: FakeCuda):
+def test_mapped_memory_is_copied_on_a_stream_of_that_device(fake_cuda: FakeCuda):
     transfers = TransferEngine(OTHER, mapped=True)
     tensor = torch.zeros(64, dtype=torch.uint8)
     transfers.to_host("layer", [(tensor, tensor.clone())], [transfers.allocated(tensor)])
@@ -72,7 +72,7 @@ def test_mapped_memory_is_copied_on_a_stream_of_the_device_of_the_model(fake_cud
     assert fake_cuda.devices("Stream") == fake_cuda.devices("current_stream") == {1}
 
 
-def test_host_memory_is_registered_for_the_device_of_the_model_and_released_there(fake_cuda: FakeCuda):
+def test_host_memory_is_registered_and_released_on_that_device(fake_cuda: FakeCuda):
     store = LayerStateStore([100, 0, 5000], OTHER)
     assert fake_cuda.calls == [("synchronize", 1), ("register", 1)] * 2
     fake_cuda.calls.clear()
@@ -81,7 +81,7 @@ def test_host_memory_is_registered_for_the_device_of_the_model_and_released_ther
     assert fake_cuda.calls == [("synchronize", 1), ("unregister", 1)] * 2 and fake_cuda.current == 0
 
 
-def test_the_sums_of_a_probe_are_registered_for_the_device_of_the_model(fake_cuda: FakeCuda):
+def test_the_sums_of_a_probe_are_registered_for_that_device(fake_cuda: FakeCuda):
     sums = HostSums({"a": torch.Size([3, 2]), "b": torch.Size([]), "c": torch.Size([0])}, OTHER)
     assert fake_cuda.calls == [("synchronize", 1), ("register", 1)]
     parts = torch.arange(6.0).view(3, 2), torch.full((3, 2), 10.0)
@@ -113,14 +113,14 @@ def test_the_device_of_a_model_is_that_of_its_parameters():
         assert SingleBackend(model, 1).ranks.device == OTHER
 
 
-def test_the_random_numbers_of_a_rank_are_those_of_the_device_of_its_model(fake_cuda: FakeCuda, monkeypatch):
+def test_the_random_numbers_of_a_rank_are_of_its_models_device(fake_cuda: FakeCuda, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or torch.zeros(16).byte())
     per_rank.per_rank_pieces({"measured": {"rows": []}}, Ranks(None, OTHER))
     assert asked == [OTHER]
 
 
-def test_a_rank_takes_the_gpu_of_its_number_on_the_host_and_sees_where_it_sits(fake_cuda: FakeCuda, monkeypatch):
+def test_a_rank_takes_the_gpu_of_its_number_and_sees_where_it_is(fake_cuda: FakeCuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(fake_cuda, "current", index))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
@@ -144,7 +144,7 @@ def test_the_free_memory_is_that_of_the_device_of_the_model(fake_cuda: FakeCuda,
 
 
 @pytest.mark.parametrize("binding", [True, False], ids=["cudaGetLastError", "a kernel"])
-def test_a_registration_that_fails_leaves_no_error_for_the_next_kernel(binding, fake_cuda: FakeCuda, monkeypatch):
+def test_a_failed_registration_leaves_no_error_for_other_kernels(binding, fake_cuda: FakeCuda, monkeypatch):
     if not binding:
         del fake_cuda.cudart.cudaGetLastError
         monkeypatch.setattr(torch, "zeros", fake_cuda.launch)
@@ -226,7 +226,7 @@ class Mesh:
 
 
 @pytest.mark.parametrize("release", ["2.9.1", "2.12.1+cu130", "2.13.0.dev20260401"])
-def test_sharded_weights_in_host_memory_are_refused_where_hooks_see_unfinished_copies(release):
+def test_sharded_host_weights_are_refused_with_unfinished_copies(release):
     version = torch.torch_version.TorchVersion(release)
     said = rf"CPUOffloadPolicy.* torch {re.escape(release)} .*install torch 2\.13 or later"
     with pytest.raises(UnsupportedModel, match=said):
@@ -252,7 +252,7 @@ KINDS = [
 
 @pytest.mark.parametrize("comes_from", ["cpu", "cuda:1", "cuda:0"])
 @pytest.mark.parametrize(("cls", "kwargs", "counts"), KINDS, ids=lambda part: getattr(part, "__name__", str(part)))
-def test_a_loaded_state_is_on_the_device_where_its_class_keeps_it(cls, kwargs, counts, comes_from):
+def test_a_loaded_state_is_on_the_device_that_its_class_uses(cls, kwargs, counts, comes_from):
     with FakeTensorMode(shape_env=ShapeEnv()):
         param = nn.Parameter(torch.zeros(4, 3, device=OTHER))
         unit = Unit("unit", 0, (("weight", param),))
@@ -271,7 +271,7 @@ def test_a_loaded_state_is_on_the_device_where_its_class_keeps_it(cls, kwargs, c
         optimizer.step(groups)  # torch's fake tensors refuse what CUDA would crash on
 
 
-def test_a_class_that_tells_nothing_has_its_step_where_those_of_torch_have_it():
+def test_a_class_that_says_nothing_keeps_its_step_like_torchs():
     class Unwilling(torch.optim.AdamW):
         def step(self, closure=None):
             raise RuntimeError("a closure is needed")

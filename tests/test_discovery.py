@@ -365,7 +365,7 @@ def test_head_registered_before_the_embedding_it_is_tied_to() -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_single_norm_is_the_final_one_wherever_it_is_registered(before: bool) -> None:
+def test_a_single_norm_is_the_final_one_wherever_it_is(before: bool) -> None:
     model: Any = nn.Module()
     if before:
         model.norm = nn.LayerNorm(8)
@@ -375,7 +375,7 @@ def test_a_single_norm_is_the_final_one_wherever_it_is_registered(before: bool) 
     assert roles_of(find_layers(model)) == {"final_norm": with_bias("norm")}
 
 
-def test_of_two_norms_the_one_before_the_layers_is_the_embeddings() -> None:
+def test_of_two_norms_the_one_before_the_layers_is_an_embedding() -> None:
     model: Any = nn.Module()
     model.ln_in = nn.LayerNorm(8)
     model.layers = nn.ModuleList(Block() for _ in range(2))
@@ -593,7 +593,7 @@ def test_mlp_has_no_stack() -> None:
 
 
 @pytest.mark.parametrize("with_tower", [True, False])
-def test_mixed_layers_are_not_passed_over_for_what_is_in_or_beside_them(with_tower: bool) -> None:
+def test_mixed_layers_are_not_skipped_for_others_in_or_near_them(with_tower: bool) -> None:
     class WithExperts(Block):
         def __init__(self) -> None:
             super().__init__()

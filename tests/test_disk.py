@@ -13,7 +13,7 @@ import pytest
 from grass_dist.checkpoint import disk, folders
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.finetune.export import save_pretrained
-from integration_tests.program import make_model
+from integration_tests.support.program import make_model
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_what_cannot_be_removed_is_said_once_and_pruning_goes_on(tmp_path, mount
     assert names(tmp_path) == [stays.name, *(f"step-00000{n}" for n in (3, 4, 5))] and len(caplog.messages) == 1
 
 
-def test_a_checkpoint_that_is_read_is_not_pruned_before_that_has_ended(tmp_path):
+def test_a_checkpoint_that_is_read_is_pruned_only_afterwards(tmp_path):
     [first, *_] = make_checkpoints(tmp_path, 1, 2, 3)
     held = [folders.hold(first), folders.hold(first)]  # by two readers
     for descriptor in held:
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_is_read_is_not_pruned_before_that_has_ended(tmp_path)
     assert names(tmp_path) == ["step-000003"]
 
 
-def test_a_checkpoint_that_is_being_removed_is_not_begun_to_be_read(tmp_path):
+def test_a_checkpoint_that_is_being_removed_is_not_opened(tmp_path):
     [first, second] = make_checkpoints(tmp_path, 1, 2)
     with folders.unread(first) as free:
         assert free
@@ -103,7 +103,7 @@ def test_a_checkpoint_that_is_being_removed_is_not_begun_to_be_read(tmp_path):
     assert folders.hold(second) is None and folders.put_away(second)
 
 
-def test_a_checkpoint_that_was_put_away_before_it_was_held_is_not_read(tmp_path, monkeypatch):
+def test_a_checkpoint_moved_away_before_it_was_held_is_not_read(tmp_path, monkeypatch):
     [first, _] = make_checkpoints(tmp_path, 1, 2)
     lock = disk.lock
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_was_put_away_before_it_was_held_is_not_read(tmp_path,
     assert names(tmp_path) == ["step-000002"]
 
 
-def test_a_folder_that_is_written_beside_takes_the_place_when_it_is_whole(tmp_path):
+def test_a_folder_written_beside_replaces_the_old_when_complete(tmp_path):
     place = tmp_path / "scratch"
     (tmp_path / "model").symlink_to(place)
     for number in (1, 2):

@@ -78,7 +78,7 @@ def only(report: Report):
     return findings[0]
 
 
-def test_a_healthy_cluster_has_no_findings_and_all_of_it_is_in_the_json():
+def test_a_healthy_cluster_has_no_findings_and_a_complete_json():
     report = healthy()
     assert judge(report) == []
     found = json.loads(json.dumps(as_json(report, []), allow_nan=False))
@@ -115,7 +115,7 @@ def test_torchs_own_store_is_found_on_all_interfaces():
     assert set(bound_addresses(store.port)) & {"0.0.0.0", "::"}
 
 
-def test_a_store_on_all_interfaces_is_a_warning_and_on_one_is_not(capsys):
+def test_a_store_on_all_interfaces_is_a_warning_on_one_it_is_not(capsys):
     finding = only(changed(healthy(), 0, store_bound=("::",)))
     assert finding.kind == "store" and not finding.is_error
     for words in (
@@ -385,7 +385,7 @@ def test_the_address_is_that_of_gloo_and_nccl(environ, by_name, expected):
     assert bool(chosen.name_problem) == ("GLOO_SOCKET_IFNAME" not in environ and by_name != "10.0.0.1")
 
 
-def test_an_interface_that_is_not_there_is_named_with_those_that_are():
+def test_a_missing_interface_is_named_with_those_that_exist():
     chosen = choose_address(
         {"GLOO_SOCKET_IFNAME": "eth7"}, INTERFACES, by_name=None, by_route="10.1.0.1", toward="node9"
     )

@@ -28,7 +28,7 @@ from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.cli import _parse_size, app
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
 from grass_dist.ranks import Ranks
-from integration_tests.program import make_model
+from integration_tests.support.program import make_model
 
 GRASS = GrassConfig(active_layers=2, probe_steps=2, sampling_interval=3, update_interval=3, draw_ahead=1)
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8], [10, 11, 12, 3, 4, 1]])
@@ -147,7 +147,7 @@ def test_the_exported_model_is_the_trained_one_to_the_bit(tmp_path: Path, tied: 
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
-def test_several_files_are_named_and_filled_as_save_pretrained_does(trained: Trained, tmp_path: Path) -> None:
+def test_several_files_are_named_and_filled_as_by_transformers(trained: Trained, tmp_path: Path) -> None:
     limit = 40_000
     done = export(trained.folder, tmp_path / "out", max_shard_bytes=limit)
     check_loads(tmp_path / "out", trained)
@@ -284,7 +284,7 @@ def test_links_are_not_followed(run: Trained, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_whose_folder_and_checkpoints_are_links_to_another_disk_is_exported(run: Trained, tmp_path: Path) -> None:
+def test_a_run_whose_folders_are_links_is_exported(run: Trained, tmp_path: Path) -> None:
     newest = open_checkpoint(checkpoints_in(run.checkpoints)[0]).step
     run.checkpoints.rename(tmp_path / "elsewhere")
     run.checkpoints.symlink_to(tmp_path / "elsewhere")
@@ -303,7 +303,7 @@ def test_a_checkpoint_of_the_library_alone_has_no_model(run: Trained, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_in_out_stays_unless_it_is_a_model_and_may_be_replaced(trained: Trained, tmp_path: Path) -> None:
+def test_what_is_in_out_stays_unless_it_is_a_replaceable_model(trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     export(trained.folder, out)  # an empty folder is fine
@@ -353,7 +353,7 @@ def test_a_failure_leaves_nothing(trained: Trained, tmp_path: Path, monkeypatch:
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == 0
 
 
-def test_a_disk_that_is_too_full_is_said_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
@@ -407,7 +407,7 @@ def test_a_configuration_that_is_none_is_refused(run: Trained, tmp_path: Path, c
     assert not (tmp_path / "new").exists()
 
 
-def test_weights_and_adapters_beside_the_configuration_are_not_copied(run: Trained, tmp_path: Path) -> None:
+def test_other_weights_and_adapters_in_the_folder_are_not_copied(run: Trained, tmp_path: Path) -> None:
     folder = run.checkpoints / "step-000006"
     names = ["pytorch_model.bin", "model.safetensors", "model.safetensors.index.json", "adapter_config.json"]
     for name in [*names, "chat_template.jinja"]:

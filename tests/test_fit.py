@@ -129,7 +129,7 @@ def test_an_eos_token_without_weights_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_token_without_weights_is_named_in_the_middle_of_a_stream(tmp_path, packing):
+def test_a_token_without_weights_is_named_within_a_stream(tmp_path, packing):
     added = tokenizer(eos_token="</s>")
     added.add_tokens(["<tool>"])
     config = run_of(tmp_path, "a <tool> call", streaming=True, shuffle_buffer=0, packing=packing)

@@ -20,7 +20,7 @@ from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
 from grass_dist.cli import app
 from grass_dist.finetune.config_file import load_config
 from grass_dist.ranks import Ranks
-from integration_tests.program import make_config, make_data
+from integration_tests.support.program import make_config, make_data
 from tests import hostile
 from tests.foreign_commands import SITE
 from tests.test_export import GRASS, Trained, train
@@ -235,9 +235,7 @@ def test_what_a_command_says(told: dict[tuple[str, ...], Any], words: tuple[str,
         assert SENTENCES[words] in " ".join(answer["output"].split()), answer["output"]
 
 
-def test_a_fine_tune_that_goes_on_loads_what_its_own_configuration_names(
-    there: Path, trained: Trained, tmp_path: Path
-) -> None:
+def test_a_resumed_fine_tune_loads_what_its_configuration_names(there: Path, trained: Trained, tmp_path: Path) -> None:
     config = make_config(tmp_path, trained.folder.parents[1] / "source", make_data(tmp_path / "data.jsonl"))
     trusts = ["parallel=single", "model.trust_remote_code=true"]  # its own model, and not that of the checkpoint
     argv = ["launch/finetune.py", "--config", str(config), *trusts, "--resume", str(there / "known")]
@@ -255,6 +253,6 @@ def test_a_fine_tune_that_goes_on_loads_what_its_own_configuration_names(
         (["--ds-config", "x", "--trust-remote-code"], "--trust-remote-code=True: it allows the code of the model"),
     ],
 )
-def test_code_is_allowed_for_a_model_that_is_named_and_for_no_other(options: list[str], sentence: str) -> None:
+def test_code_is_allowed_for_a_named_model_and_no_other(options: list[str], sentence: str) -> None:
     done = CliRunner().invoke(app, ["convert", "run", "out", *options])
     assert done.exit_code == 1 and sentence in " ".join(done.output.split())

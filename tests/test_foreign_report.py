@@ -103,7 +103,7 @@ def test_nothing_is_written_or_read_through_a_link(run_dir: Path) -> None:
     assert not list(run_dir.rglob(".*"))
 
 
-def test_a_configuration_that_is_a_pipe_or_too_large_is_left_out_with_a_note(run_dir: Path) -> None:
+def test_a_configuration_that_is_a_pipe_or_too_large_is_left_out(run_dir: Path) -> None:
     piped("config.yaml")(run_dir)
     assert any("config.yaml was not read: it is not a file" in note for note in load_run(run_dir).notes)
     (run_dir / "config.yaml").unlink()
@@ -129,7 +129,7 @@ NUMBERS: list[Any] = [-1, 0, 10**30, 10**400, 1e308, -1e308, math.inf, math.nan,
 
 
 @pytest.mark.parametrize("kind", ["step", "eval", "refresh", "sample", "end"])
-def test_any_value_in_a_record_is_read_or_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
+def test_any_value_in_a_record_is_read_or_refused(tmp_path: Path, kind: str) -> None:
     record = events()
     at = next(i for i, event in enumerate(record) if event["event"] == kind and event.get("step", 0) > 20)
     for key in record[at]:

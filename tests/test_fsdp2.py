@@ -95,12 +95,12 @@ def test_an_evaluation_between_backward_and_step_changes_nothing(between, clip, 
 
 @pytest.mark.parametrize("reshard", [None, False])
 @pytest.mark.parametrize("clip", ["torch's", ""])
-def test_a_forward_with_gradients_there_is_refused_where_clipping_may_have_left_parameters_out(clip, reshard):
+def test_a_forward_that_clipping_may_have_missed_is_refused(clip, reshard):
     with pytest.raises(GrassError, match=r"^FSDP2 has parameters gathered .* clip by optimizer\.clip_grad_norm_"):
         trained(with_gradients, clip, reshard=reshard)
 
 
-def test_an_evaluation_lets_go_of_modules_that_are_sharded_together_once(monkeypatch):
+def test_an_evaluation_releases_modules_sharded_together_once(monkeypatch):
     """As a group, norm and head are gathered before the first of them runs, and are let go of after the last."""
     model, mesh = tiny(), init_device_mesh("cpu", (1,))
     for module in (*model.layers, [model.norm, model.head], model):
@@ -137,6 +137,6 @@ def test_weights_in_host_memory_train_as_on_the_device():
 
 
 @pytest.mark.parametrize("roles", [["embeddings", "final_norm", "lm_head"], []])
-def test_a_training_that_keeps_layers_gathered_until_their_backward_is_as_any(roles, monkeypatch):
+def test_a_training_that_keeps_layers_gathered_is_as_any(roles, monkeypatch):
     monkeypatch.setitem(globals(), "CONFIG", CONFIG.model_copy(update={"always_active": tuple(roles)}))
     assert all(map(torch.equal, trained(None, "torch's", reshard=False)[1], trained(None, "torch's")[1]))

@@ -76,7 +76,7 @@ def test_fsdp2_over_nccl_takes_the_way_of_the_cpu():
         dist.destroy_process_group()
 
 
-def test_host_sums_are_pinned_and_give_the_sum_back_on_the_device():
+def test_host_sums_are_pinned_and_return_the_sum_on_the_device():
     shard = torch.zeros(1000, device="cuda")
     sums = HostSums({"p": shard.shape}, shard.device)
     parts = [torch.randn(1000, device="cuda") for _ in range(3)]
@@ -159,7 +159,7 @@ def test_a_step_asks_the_device_for_no_large_memory(offload):
     assert len(set(seen[10:])) == 1
 
 
-def test_a_slot_in_memory_that_queued_kernels_still_read_is_not_written_to_before_they_have():
+def test_a_slot_that_queued_kernels_read_is_not_overwritten():
     size = 4 * 2**20
     store, transfers = LayerStateStore([size], CUDA), TransferEngine(CUDA)
     store[0].fill_(0)
@@ -186,7 +186,7 @@ def test_states_that_are_away_are_pinned():
         assert moments and all(t.is_pinned() for t in moments)
 
 
-def test_host_buffers_are_pinned_as_long_as_their_store_lives_and_not_rounded_up():
+def test_host_buffers_stay_pinned_with_their_store_and_unrounded():
     store = LayerStateStore([5_000_000, 1000, 0], CUDA)
     buffers = [store[i] for i in range(3)]
     assert [buffer.numel() for buffer in buffers] == [5_000_000, 1000, 0] and store.nbytes == 5_001_000

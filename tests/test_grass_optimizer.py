@@ -64,7 +64,7 @@ TOLD = {
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, None])
-def test_layers_are_drawn_ahead_by_the_probabilities_of_then_and_train_from_the_switch_on(ahead):
+def test_a_draw_ahead_uses_the_probabilities_of_its_own_time(ahead):
     model, seen, trained = tiny(), [], []
     optimizer = grass(model, update_interval=4, draw_ahead=ahead, observers=[seen.append])
     for step in range(12):
@@ -137,7 +137,7 @@ def test_a_probe_with_accumulation_measures_the_whole_batch():
     assert two.grass.importances == pytest.approx(one.grass.importances, rel=1e-5)
 
 
-def test_a_probe_whose_last_batch_has_fewer_micro_batches_measures_what_there_was():
+def test_a_probe_with_fewer_last_micro_batches_measures_them():
     model, reference = tiny(), tiny()
     optimizer, other = grass(model, accumulation=3), grass(reference)
     for step in range(2):
@@ -171,7 +171,7 @@ def test_importance_is_of_the_gradient_before_any_clipping():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_never_reaches_the_probabilities(bad):
+def test_a_step_that_is_not_finite_never_reaches_probabilities(bad):
     model, seen = tiny(), []
     optimizer = grass(model, probe_steps=0, draw_ahead=0, kwargs={"lr": 0.0}, observers=[seen.append])
     for step in range(3):
@@ -208,7 +208,7 @@ def test_schedulers_and_groups_drive_every_layer():
     assert not torch.equal(model.norm.weight, before["norm.weight"])
 
 
-def test_state_is_born_at_the_first_activation_and_kept_with_its_own_step():
+def test_state_is_made_at_first_activation_with_its_own_step():
     model = tiny()
     optimizer = grass(model, sampler="cyclic", probe_steps=0, active_layers=4, sampling_interval=2)
     take_steps(model, optimizer, range(2))
@@ -300,7 +300,7 @@ def loaded(file, **config):
 
 
 @pytest.mark.parametrize("steps", [5, 6, 7, 10, 11])
-def test_a_run_saved_between_a_draw_and_its_switch_continues_to_the_bit(steps):
+def test_a_run_saved_before_its_switch_continues_to_the_bit(steps):
     model, seen = tiny(), []
     optimizer = grass(model, observers=[seen.append], **AHEAD)
     take_steps(model, optimizer, range(steps))
@@ -317,7 +317,7 @@ def test_a_run_saved_between_a_draw_and_its_switch_continues_to_the_bit(steps):
     assert new == seen[told:] and [e.drawn_at for e in new if isinstance(e, Sampled)][-2:] == [10, 15]
 
 
-def test_a_state_of_before_layers_were_drawn_ahead_is_drawn_for_at_its_switch():
+def test_a_state_without_early_draws_is_drawn_for_at_its_switch():
     model, seen = tiny(), []
     optimizer = grass(model, observers=[seen.append], **AHEAD)
     take_steps(model, optimizer, range(6))
@@ -337,7 +337,7 @@ def test_a_state_of_before_layers_were_drawn_ahead_is_drawn_for_at_its_switch():
 
 
 @pytest.mark.parametrize("offload", OFFLOADS, ids=str)
-def test_layers_and_weights_do_not_depend_on_where_states_are_or_when_they_come(offload):
+def test_layers_and_weights_do_not_depend_on_where_states_are(offload):
     def run(**config):
         model, seen = tiny(torch.bfloat16), []
         optimizer = grass(model, observers=[seen.append], active_layers=4, **AHEAD, **config)
@@ -424,7 +424,7 @@ def test_always_active_roles():
     assert {n.split(".")[1] for n in none} == {"4", "6"}
 
 
-def test_the_backward_ends_at_the_lowest_active_layer_without_embeddings():
+def test_without_embeddings_backward_ends_at_the_lowest_layer():
     model = tiny()
     grass(model, probe_steps=0, sampler="fixed", fixed_layers=(4, 6), always_active=[])
     outputs = {}
@@ -480,7 +480,7 @@ def test_clipping_returns_the_norm_and_binds():
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
 
 
-def test_clipping_of_16_bit_gradients_takes_the_norm_in_high_precision():
+def test_clipping_takes_16_bit_gradients_norm_in_high_precision():
     model = tiny(torch.bfloat16)
     optimizer = grass(model, probe_steps=0, active_layers=8)
     loss_of(model, 0).backward()

@@ -98,7 +98,7 @@ def test_another_configuration_is_found():
     assert differs(tiny(), with_config(hidden=8)) == {CONFIG}
 
 
-def test_settings_that_json_does_not_know_are_the_same_in_every_process():
+def test_settings_unknown_to_json_are_the_same_in_every_process():
     one = with_config(dtype=torch.bfloat16, names={"b", "a", "c"}, extra=object())
     assert differs(one, with_config(dtype=torch.bfloat16, names={"c", "a", "b"}, extra=object())) == set()
     assert differs(one, with_config(dtype=torch.float16, names={"a", "b", "c"}, extra=object())) == {CONFIG}
@@ -114,7 +114,7 @@ def test_a_real_configuration():
     assert differs(one, other) == {CONFIG}
 
 
-def test_parameters_that_zero3_holds_in_shards_are_counted_but_not_read():
+def test_parameters_that_zero3_shards_are_counted_but_not_read():
     whole, sharded = tiny(), tiny()
     for parameter in sharded.parameters():
         parameter.ds_id, parameter.ds_shape, parameter.ds_numel = 1, parameter.shape, parameter.numel()

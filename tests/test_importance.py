@@ -26,7 +26,7 @@ def test_probabilities_by_hand():
     assert got == pytest.approx([x / sum(e) for x in e], rel=1e-14)
 
 
-def test_probabilities_without_scaling_are_the_formula_to_the_letter():
+def test_probabilities_without_scaling_are_exactly_the_formula():
     got = sampling_probabilities(np.array([1.0, 3.0]), temperature=2.0, scale="none")
     assert got[1] / got[0] == pytest.approx(math.exp(1.0), rel=1e-14)
 
@@ -41,7 +41,7 @@ def test_importances_of_zero_give_equal_probabilities():
     assert sampling_probabilities(np.zeros(5), temperature=0.01) == pytest.approx([0.2] * 5)
 
 
-def test_a_probability_that_underflows_is_an_error_whose_fix_works():
+def test_a_probability_that_underflows_is_an_error_with_a_fix():
     m = np.array([1.0, 1.0, 40.0])
     with pytest.raises(ConfigError, match=r"temperature=0.001: .*layer 0 underflows.*at least 0.00464") as caught:
         sampling_probabilities(m, temperature=0.001)
@@ -50,7 +50,7 @@ def test_a_probability_that_underflows_is_an_error_whose_fix_works():
 
 
 @given(importance_arrays, st.floats(0.05, 100))
-def test_probabilities_are_a_distribution_ordered_as_the_importances(m, temperature):
+def test_probabilities_are_a_distribution_ordered_by_importance(m, temperature):
     p = sampling_probabilities(m, temperature=max(temperature, len(m) / 500))
     assert p.sum() == pytest.approx(1.0, abs=1e-12) and (p > 0).all()
     order = np.argsort(m, kind="stable")
@@ -81,12 +81,12 @@ def test_effective_layers_by_hand():
 
 
 @given(importance_arrays)
-def test_effective_layers_are_between_one_and_all_and_fewer_when_it_is_colder(m):
+def test_effective_layers_are_between_one_and_all(m):
     at = [effective_layers(sampling_probabilities(m, temperature=t)) for t in (0.5, 1.0, 2.0)]
     assert 1 - 1e-9 <= at[0] <= at[1] * (1 + 1e-9) and at[1] <= at[2] * (1 + 1e-9) <= len(m) * (1 + 1e-8)
 
 
-def test_the_probe_sets_importances_and_training_moves_those_of_active_layers():
+def test_a_probe_sets_all_importances_training_those_of_active():
     tracker = ImportanceTracker([1, 4], ema_alpha=0.25)
     tracker.observe(np.array([[4.0, 16.0], [16.0, 64.0]]), [(0, 1), (0, 1)])
     assert tracker.importances.tolist() == [3.0, 3.0]  # means of (2, 4) and (2, 4)
@@ -95,7 +95,7 @@ def test_the_probe_sets_importances_and_training_moves_those_of_active_layers():
     assert tracker.importances.tolist() == [4.5, 3.0]
 
 
-def test_layers_that_changed_within_the_window_are_averaged_over_their_own_steps():
+def test_layers_that_changed_in_a_window_average_their_own_steps():
     tracker = ImportanceTracker([1, 1, 1], ema_alpha=1.0)
     tracker.observe(np.array([[1.0, 4.0], [9.0, 16.0], [25.0, 36.0]]), [(0, 1), (1, 2), (1, 2)])
     assert tracker.importances.tolist() == [1.0, (2 + 3 + 5) / 3, (4 + 6) / 2]
@@ -110,7 +110,7 @@ def test_a_step_that_is_not_finite_is_dropped_whole_and_counted(bad):
     assert tracker.importances.tolist() == [3.0, 5.0] and tracker.dropped == 2
 
 
-def test_a_probe_without_a_finite_step_leaves_importances_unknown_and_p_uniform():
+def test_a_probe_without_a_finite_step_leaves_p_uniform():
     tracker = ImportanceTracker([1, 1], ema_alpha=1.0)
     tracker.observe(np.array([[nan, 1.0]]), [(0, 1)])
     assert np.isnan(tracker.importances).all()
@@ -126,7 +126,7 @@ def test_the_moving_average_stays_between_old_and_new(old, new, alpha):
     assert min(old, new) * (1 - 1e-9) <= got <= max(old, new) * (1 + 1e-9)
 
 
-def test_replace_sets_all_importances_and_refuses_what_is_not_finite():
+def test_replace_sets_all_importances_and_refuses_non_finite():
     tracker = ImportanceTracker([4, 1], ema_alpha=0.5)
     tracker.replace(np.array([16.0, 9.0]))
     assert tracker.importances.tolist() == [2.0, 3.0]

@@ -84,7 +84,7 @@ def test_the_numbers_are_the_optimizers(tmp_path: Path, dtype: torch.dtype) -> N
     assert good["state_bytes"] == sum(unit["state_bytes"] for unit in [*good["layers"], *good["roles"]])
 
 
-def test_how_often_layers_trained_is_the_same_by_the_record_and_by_the_states(run: Trained) -> None:
+def test_record_and_states_agree_how_often_layers_trained(run: Trained) -> None:
     wanted = times_of(run, 10)
     assert sum(wanted) == 2 * 8
     good = by_cli(run.folder)["newest_good"]

@@ -149,20 +149,20 @@ def test_any_answer_is_learnt_whole(prompt, answer):
 
 
 @pytest.mark.parametrize("answer", ["<think>\nso</think>e", "<think>so</think>e"])
-def test_an_answer_that_writes_the_opening_itself_does_not_get_it_twice(answer):
+def test_an_answer_with_its_own_opening_does_not_get_it_twice(answer):
     tokenizer = TOKENIZERS["opens think"]
     example = tokenise({"q": "?", "a": answer}, tokenizer, DataConfig(**QA))
     text = str(tokenizer.decode(example["input_ids"]))
     assert text.endswith("assistant\n<think>\nso</think>e<|im_end|>") and text.count("<think>") == 1
 
 
-def test_an_answer_with_reasoning_is_learnt_without_the_tag_that_the_model_is_given():
+def test_an_answer_with_reasoning_is_learnt_without_a_given_tag():
     answer = "<think>\nI add.\n</think>\n\nIt is 4."
     assert learns(TOKENIZERS["reasons"], {"q": "2+2?", "a": answer}) == answer.removeprefix("<think>\n") + "<|im_end|>"
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
-def test_no_space_comes_before_an_answer_that_goes_on_after_an_opening(scheme):
+def test_no_space_precedes_an_answer_that_continues_an_opening(scheme):
     """Tokenizers of the sentencepiece kind put a space before a text of its own."""
     inner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
@@ -247,7 +247,7 @@ SOME = {
 
 
 @pytest.mark.parametrize(("part", "line", "spoilt", "kept"), SOME.values(), ids=list(SOME))
-def test_a_template_that_spoils_some_rows_is_refused_at_the_first_of_them(tmp_path, part, line, spoilt, kept):
+def test_a_template_that_spoils_rows_is_refused_at_the_first(tmp_path, part, line, spoilt, kept):
     tokenizer = make_tokenizer(each(TURN.replace("{{ m.content }}", line)) + OPENS)
     rows = [dict(zip("qa", row, strict=True)) for row in (kept, spoilt)]
     assert learns(tokenizer, rows[0]).endswith(kept[1] + "<|im_end|>")
@@ -467,14 +467,14 @@ def test_a_file_without_any_answer_is_refused(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_identity_of_examples_is_that_of_yesterday_where_the_template_writes_the_day(tmp_path, packing):
+def test_examples_keep_their_identity_if_a_template_has_the_day(tmp_path, packing):
     config = config_of(tmp_path, [{"q": "?", "a": "b"}] * 3, packing=packing)
     dated = [make_tokenizer("{{ strftime_now('') }}" + day + TEMPLATES["chatml"]) for day in ("Mon", "Tuesday")]
     identities = [data_identity(load_data(config, tokenizer, 0).train) for tokenizer in dated]
     assert identities[0] == identities[1] != data_identity(load_data(config, TOKENIZERS["chatml"], 0).train)
 
 
-def test_held_out_rows_of_which_none_can_be_used_are_told_as_such(tmp_path):
+def test_unusable_held_out_rows_are_reported_as_held_out(tmp_path):
     rows = [{"q": "?", "a": "b"}] * 4
     held = config_of(tmp_path, rows).model_copy(update={"eval": str(tmp_path / "e.jsonl"), "eval_examples": 2})
     (tmp_path / "e.jsonl").write_text('{"q": "?", "a": null}\n{"q": "?", "a": ""}\n')

@@ -111,7 +111,7 @@ def as_pdsh_does(text: str, host: str = "node1") -> str:
     return out
 
 
-def test_a_remote_shell_gets_what_is_listed_to_the_letter_and_no_secret(tmp_path: Path) -> None:
+def test_a_remote_shell_gets_what_is_listed_and_no_secret(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     at = programs(tmp_path, "pdsh", "ssh", "remote")
     (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
 from grass_dist.errors import GrassError
-from grass_dist.job.launchers import PORTS, Place, find_place, first_host, own_address
+from grass_dist.job.launchers import PORTS, Place, find_place, first_host, own_address, warning_of
 from grass_dist.job.seats import Seat, problem_of
 from grass_dist.job.world import World
 
@@ -61,6 +63,12 @@ WHERE = {"MASTER_ADDR": "node9", "MASTER_PORT": "4000"}
 )
 def test_the_place_that_a_launcher_tells(environ, place):
     assert find_place(environ) == place
+
+
+def test_only_a_plain_mpirun_is_warned_of():
+    assert "send mpirun a SIGUSR1, or start it by launch/mpirun.sh" in str(warning_of(OPEN_MPI))
+    for environ in ({}, TORCHRUN, SRUN, HYDRA, {**OPEN_MPI, "GRASS_DIST_SIGNAL": "SIGUSR1"}):
+        assert warning_of(environ) is None
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ def test_a_node_list_that_names_no_host_is_refused(nodes):
         first_host(nodes)
 
 
-def test_steps_of_one_job_and_of_the_next_ones_meet_at_ports_of_their_own():
+def test_steps_of_a_job_and_of_the_next_meet_at_their_own_ports():
     def port(job: int, step: dict[str, str]) -> int | None:
         place = find_place({**SRUN, "SLURM_JOB_ID": str(job), **step})
         return place.port if place else None
@@ -193,3 +201,12 @@ def seat(local_rank, *visible, host="a", machine="m", takes=None):
 def test_ranks_on_each_others_seat_are_refused(seats, problem):
     said = problem_of(seats)
     assert said is None if problem is None else said is not None and said.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "start", [["-m", "grass_dist.finetune", "--config"], ["-m", "grass_dist.cli", "train"]], ids=str
+)
+def test_the_program_starts_from_the_package(tmp_path, start):
+    command = [sys.executable, *start, str(tmp_path / "none.yaml"), "name=x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: --config="), done.stderr

@@ -1,6 +1,7 @@
 """Imports go one way, and what a module may know follows from its room."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,11 +51,41 @@ def test_only_backends_know_how_a_model_is_wrapped():
             assert not [i for i in imports(path) if i.startswith(("torch.distributed", "torch.nn.parallel"))], path
 
 
+def loaded_by(statement):
+    """Names of all modules that a new interpreter has after ``statement``."""
+    code = f"{statement}; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(done.stdout.split())
+
+
+def test_plan_and_doctor_load_neither_program_nor_controller():
+    loaded = loaded_by("import grass_dist.plan.command, grass_dist.doctor.command")
+    assert "grass_dist.plan.simulate" in loaded
+    assert not {m for m in loaded if m.startswith(("grass_dist.finetune", "grass_dist.method.controller"))}
+
+
+def test_the_command_starts_without_torch():
+    assert "torch" not in loaded_by("import grass_dist.cli")
+
+
 def test_importing_the_package_imports_no_extra():
-    code = "import grass_dist, sys; print(sorted({m.split('.')[0] for m in sys.modules}))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout
+    loaded = loaded_by("from grass_dist import *")
+    assert "grass_dist.optimizer" in loaded
     for extra in ("transformers", "datasets", "deepspeed", "matplotlib", "rich", "typer", "yaml"):
-        assert f"'{extra}'" not in out
+        assert extra not in loaded
+
+
+def test_every_module_begins_with_a_sentence():
+    for path, _ in modules():
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        assert first.endswith(".") and not first[:1].islower(), path
+
+
+def test_names_of_tests_have_at_most_60_characters():
+    files = [file for folder in ("tests", "integration_tests") for file in (PACKAGE.parent / folder).glob("test_*.py")]
+    names = re.findall(r"^def (test_\w+)", "\n".join(file.read_text() for file in files), re.MULTILINE)
+    assert len(names) > 700
+    assert not [name for name in names if len(name) > 60]
 
 
 def test_modules_fit_in_one_sitting():
@@ -74,7 +105,7 @@ def test_every_configuration_that_we_ship_is_valid(file, tmp_path):
 
 @pytest.mark.parametrize("file", sorted((PACKAGE.parent / "configs").glob("*zero*.json")), ids=lambda f: f.name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_deepspeed_configuration_that_we_ship_is_one_that_grass_runs_with(file, dtype):
+def test_every_shipped_deepspeed_configuration_runs_with_grass(file, dtype):
     from grass_dist.config import GrassConfig
     from grass_dist.finetune.config import TrainConfig
     from grass_dist.finetune.deepspeed_config import check, fill, read_json

@@ -86,7 +86,7 @@ BYTES = [2 * 768, 2 * 1280, 2 * 1856]
     ],
     ids=lambda mode: " ".join(map(str, mode.values())),
 )
-def test_fifty_steps_take_the_slots_and_host_bytes_that_they_must(mode):
+def test_fifty_steps_take_the_expected_slots_and_host_bytes(mode):
     model, optimizer = make(mode)
     states, grass, longest, streams = optimizer._states, optimizer.grass, BYTES[2], mode.get("slots") == 2
     assert [own.state.layout.device_bytes for own in optimizer._layer_optimizers] == [BYTES[i % 3] for i in range(8)]
@@ -126,7 +126,7 @@ def test_every_streamed_layer_has_been_brought_before_its_update(ahead, monkeypa
     assert not late
 
 
-def test_a_run_in_which_all_layers_train_has_a_slot_for_each_and_none_to_land_in():
+def test_with_all_layers_each_has_a_slot_and_none_is_for_landing():
     _, optimizer = make({"mode": "interval", "prefetch_steps": 2}, active_layers=8)
     assert optimizer._states.pool.count == 8
 
@@ -152,7 +152,7 @@ def wide() -> nn.Module:
 
 @pytest.mark.parametrize("steps", [12, 13])  # in the middle of an interval, and when a layer has come ahead
 @pytest.mark.parametrize("source", PLACES)
-def test_a_checkpoint_is_no_larger_than_the_states_and_goes_on_in_any_mode(source, steps, tmp_path):
+def test_a_checkpoint_is_as_small_as_states_and_fits_any_mode(source, steps, tmp_path):
     model, optimizer = make(PLACES[source], model=wide())
     train(model, optimizer, range(steps))
     saved = optimizer.state_dict()
@@ -172,7 +172,7 @@ def test_a_checkpoint_is_no_larger_than_the_states_and_goes_on_in_any_mode(sourc
         assert same(outcome(resumed, other), expected), target
 
 
-def test_a_checkpoint_in_memory_is_not_overwritten_by_the_layers_that_come_next():
+def test_a_checkpoint_in_memory_is_not_overwritten_by_new_layers():
     model, optimizer = make(PLACES["interval"])
     train(model, optimizer, range(12))
     saved, active = optimizer.state_dict()["state"], optimizer.grass.active_layers
@@ -187,7 +187,7 @@ def test_a_checkpoint_in_memory_is_not_overwritten_by_the_layers_that_come_next(
 
 
 @pytest.mark.parametrize("mode", PLACES)
-def test_an_update_in_the_backward_frees_the_gradients_and_leaves_the_same(mode):
+def test_an_update_in_backward_frees_gradients_and_is_the_same(mode):
     def train_two(offload, check):
         model = uneven()
         config = GrassConfig(offload=offload, **SETTINGS)
@@ -217,7 +217,7 @@ def test_an_update_in_the_backward_frees_the_gradients_and_leaves_the_same(mode)
     assert same(ours, theirs) and copies == expected  # no layer comes once more for `step`
 
 
-def test_what_cannot_be_updated_in_the_backward_is_refused_in_one_sentence():
+def test_what_cannot_be_updated_in_backward_is_refused():
     model, optimizer = make({"mode": "interval", "update_in_backward": True})
     train(model, optimizer, range(3))
     with pytest.raises(GrassError) as refusal:
@@ -319,7 +319,7 @@ class Broken(torch.optim.AdamW):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: " ".join(map(str, mode.values())))
-def test_what_an_optimizer_class_raises_reaches_the_user_as_it_is(mode, monkeypatch):
+def test_what_an_optimizer_class_raises_reaches_the_user(mode, monkeypatch):
     model, optimizer = make(mode, cls=Broken)
     train(model, optimizer, range(8))
     before = by_layer(model, optimizer)
@@ -353,7 +353,7 @@ def torn(optimizer, direction: str, number: int, *, late: bool) -> None:
     [PLACES["interval"], PLACES["stream"], {**PLACES["stream"], "update_in_backward": True}],
     ids=["interval", "stream", "in backward"],
 )
-def test_a_copy_that_fails_is_told_by_the_update_that_needs_it_and_no_state_is_lost(mode, direction, late):
+def test_a_failed_copy_is_reported_by_its_update_no_state_lost(mode, direction, late):
     model, optimizer = make(mode)
     other, exact = make({"mode": "none"})
     torn(optimizer, direction, 5, late=late)
@@ -385,7 +385,7 @@ def test_a_copy_that_fails_is_told_by_the_update_that_needs_it_and_no_state_is_l
 
 
 @pytest.mark.parametrize("mode", [*PLACES.values(), MODES[2]], ids=[*PLACES, "in backward"])
-def test_an_optimizer_that_is_dropped_gives_its_memory_back_and_ends_its_threads(mode):
+def test_a_dropped_optimizer_frees_memory_and_ends_its_threads(mode):
     def threads():
         return {thread for thread in threading.enumerate() if thread.name.startswith("grass_dist")}
 

@@ -77,7 +77,7 @@ host_dtypes = st.sampled_from([None, torch.bfloat16])
 
 
 @given(fields_of, host_dtypes)
-def test_fields_are_disjoint_and_aligned_and_leave_no_more_room_than_that_takes(fields, dtype):
+def test_fields_are_disjoint_aligned_and_leave_no_more_room(fields, dtype):
     layout = Layout(fields, dtype)
     narrow = [field.narrow and dtype is not None for field in fields]
     padded = [-(-field.nbytes // 64) * 64 for field in fields]
@@ -100,7 +100,7 @@ def test_fields_are_disjoint_and_aligned_and_leave_no_more_room_than_that_takes(
 
 
 @given(fields_of, host_dtypes, st.integers(0, 99))
-def test_a_round_trip_is_exact_for_masters_and_rounds_moments_once(fields, dtype, seed):
+def test_a_round_trip_keeps_masters_and_rounds_moments_once(fields, dtype, seed):
     layout = Layout(fields, dtype)
     slot, host = (torch.zeros(n, dtype=torch.uint8) for n in (layout.device_bytes, layout.host_bytes))
     numbers = [torch.randn(f.shape, generator=torch.Generator().manual_seed(seed)).to(f.dtype) for f in fields]
@@ -161,7 +161,7 @@ RULES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("cls", "kwargs"), RULES, ids=lambda part: getattr(part, "__name__", None) or str(part))
-def test_a_state_is_born_as_foretold_where_it_belongs_and_as_the_class_alone_has_it(cls, kwargs, dtype):
+def test_a_state_is_made_as_predicted_and_as_the_class_makes_it(cls, kwargs, dtype):
     generator = torch.Generator().manual_seed(1)
     sizes = {"weight": (4, 3), "bias": (4,), **({"gain": (1,)} if cls in ELEMENTWISE else {})}
     params = {name: nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for name, size in sizes.items()}
@@ -207,7 +207,7 @@ class Unwilling(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_a_class_that_cannot_step_on_a_stand_in_keeps_its_states_on_the_device(caplog):
+def test_a_class_that_needs_real_parameters_stays_on_the_device(caplog):
     def made(**offload):
         config = GrassConfig(active_layers=2, offload=offload)
         return GrassOptimizer(tiny(), Unwilling, {"lr": 0.1}, config=config)
@@ -283,7 +283,7 @@ def test_a_full_disk_is_refused_in_one_sentence(memory_disk):
     assert list(memory_disk.iterdir()) == [] and mapped() == []
 
 
-def test_a_folder_that_cannot_be_written_is_refused_in_one_sentence(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder, problem in (
         (str(tmp_path / "file"), "File exists"),
@@ -310,7 +310,7 @@ def done(memory: torch.Tensor) -> ThreadEvent:
     return ThreadEvent(done=True)
 
 
-def test_slots_are_handed_on_in_the_order_in_which_they_were_given_back():
+def test_slots_are_reused_in_the_order_of_their_return():
     pool = SlotPool(3, 100, CPU, done)
     first, second = pool.take(), pool.take()
     assert (len(pool), pool.count, pool.nbytes) == (1, 3, 300)
@@ -323,7 +323,7 @@ def test_slots_are_handed_on_in_the_order_in_which_they_were_given_back():
     assert [pool.take(), pool.take()] == [second, first] and len(pool) == 0
 
 
-def test_a_slot_is_free_when_what_had_its_memory_before_has_ended():
+def test_a_slot_is_free_when_its_last_user_has_ended():
     events = {}
 
     def allocated(memory: torch.Tensor) -> ThreadEvent:
@@ -359,7 +359,7 @@ def test_no_room_for_slots_is_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["leave", "put"])
-def test_what_a_caller_has_queued_on_a_state_is_done_before_its_slot_changes(way):
+def test_what_a_caller_queued_on_a_state_is_done_before_it_moves(way):
     """The compute takes its jobs in their order, and late, as a CUDA stream does."""
     transfers = TransferEngine(CPU)
     transfers._compute = ThreadQueue(CPU)
@@ -422,7 +422,7 @@ def test_what_the_compute_does_not_wait_for_is_hidden():
     assert transfers.harvest().seconds == seconds  # nothing is counted twice
 
 
-def test_a_failure_is_that_of_all_that_wait_for_it_and_of_nothing_else():
+def test_a_failure_reaches_all_that_wait_for_it_and_no_other():
     transfers = TransferEngine(CPU)
     slot, host = torch.zeros(64, dtype=torch.uint8), torch.ones(64, dtype=torch.uint8)
     ran = []
@@ -438,7 +438,7 @@ def test_a_failure_is_that_of_all_that_wait_for_it_and_of_nothing_else():
     assert ran == [] and slot.sum() == 8
 
 
-def test_threads_end_with_their_queue_when_they_have_done_what_is_queued():
+def test_threads_end_with_their_queue_after_what_is_queued():
     def threads() -> int:
         return sum(thread.name.startswith("grass_dist") for thread in threading.enumerate())
 
@@ -504,7 +504,7 @@ def test_what_each_mode_costs():
     ("free", "mode"),
     [(12600 * MB, "none"), (12600 * MB - 1, "interval"), (4200 * MB, "interval"), (4200 * MB - 1, "stream")],
 )
-def test_auto_takes_the_first_that_a_quarter_of_the_free_memory_holds(free, mode):
+def test_auto_takes_the_first_that_fits_a_quarter_of_memory(free, mode):
     auto = {"mode": "auto", "slots": 2}
     least = Reports(PLENTY, {**PLENTY, "device": free}, PLENTY)
     assert planned(least, device=CUDA, offload=auto).mode == mode
@@ -598,7 +598,7 @@ def v2(limit, at="", own="/"):
         ({"/proc/meminfo": "MemTotal: 9000 kB\n"}, None),
     ],
 )
-def test_free_host_memory_is_that_of_the_machine_and_of_the_control_group(files, free, monkeypatch):
+def test_free_host_memory_is_of_machine_and_control_group(files, free, monkeypatch):
     def read(path, *args, **kwargs):
         if str(path) not in files:
             raise FileNotFoundError(path)

@@ -55,7 +55,7 @@ def test_the_main_rank_speaks_on_the_terminal(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "tells"), [(2, False), (3, True)], ids=["third of its host", "first of its host"])
-def test_another_rank_speaks_in_its_file_and_its_own_errors_reach_the_terminal(tmp_path, rank, tells):
+def test_another_rank_has_a_file_and_errors_on_the_terminal(tmp_path, rank, tells):
     out, err, log = run(rank, tmp_path)
     me = f"rank {rank} (on host {'b' if rank == 3 else 'a'})"
     own = [
@@ -72,7 +72,7 @@ def test_another_rank_speaks_in_its_file_and_its_own_errors_reach_the_terminal(t
 
 
 @pytest.mark.parametrize(("first", "tell"), [(0, {0}), (1, {1}), (3, {0, 3})], ids=["rank 0", "its host", "another"])
-def test_a_lost_rank_is_told_once_on_each_terminal_and_in_every_file(tmp_path, first, tell):
+def test_a_lost_rank_is_reported_per_terminal_and_in_each_file(tmp_path, first, tell):
     lost = "error: somebody is lost."
     for rank in (0, 1, 3):
         _, err, log = run(rank, tmp_path, str(first))

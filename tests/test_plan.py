@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GemmaConfig, GPT2Config, LlamaConfig
+from typer.testing import CliRunner
 
+from grass_dist.cli import app
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.plan import cost, memory, speeds
 from grass_dist.plan.choose import candidates, choose, nearest_to_fitting, remedies, row_of
-from grass_dist.plan.command import Options, run
-from grass_dist.plan.job import Job, Method, lora_elements, methods_of, traversed
+from grass_dist.plan.command import Options, plan_run
 from grass_dist.plan.memory import memory_of, states_of, weights_of
+from grass_dist.plan.runs import Method, PlannedRun, lora_elements, methods_of, traversed
 from grass_dist.plan.scale import parse_scale, scale
 from grass_dist.plan.shape import parse_count, shape_of_config, shape_of_model, shape_of_params
 from grass_dist.plan.simulate import _PART_OF_KIND, _fake_world, can_simulate, simulate, track
@@ -48,7 +50,7 @@ def seven():
 
 
 def job_of(**changes):
-    return Job(**{"gpus": 8, "gpus_per_host": 8, "gpu_bytes": 24e9, "seq_len": 256, **changes})
+    return PlannedRun(**{"gpus": 8, "gpus_per_host": 8, "gpu_bytes": 24e9, "seq_len": 256, **changes})
 
 
 # --- shapes and bytes by hand
@@ -104,7 +106,7 @@ def test_hsdp_shards_within_a_replica(small):
     assert weights_of(small, job) == pytest.approx(2 * small.numel / 4)
 
 
-def test_zero2_keeps_the_whole_gradient_of_a_parameter_that_is_cut():
+def test_zero2_keeps_the_whole_gradient_of_a_cut_parameter():
     # Two runs of 50: the first parameter lies in the first, the second in both, the third in the second.
     assert memory._overlapping(((40,), (20,), (40,)), 2) == [60, 60]
     assert memory._overlapping(((100,),), 4) == [100] * 4
@@ -282,7 +284,7 @@ def test_deepspeed_estimates_the_same_states(seven):
         assert ours == pytest.approx(theirs - 4 * largest - 2 * count / gpus, rel=1e-4)
 
 
-def test_memory_falls_with_fewer_layers_more_ranks_and_recomputation(seven):
+def test_memory_falls_with_fewer_layers_more_ranks_recomputation(seven):
     def total(gamma=4, **changes):
         return memory_of(seven, job_of(**{"seq_len": 1024, **changes}), Method("grass", gamma)).total
 
@@ -304,7 +306,7 @@ def test_all_layers_cost_what_full_fine_tuning_costs(seven):
     job, rates = job_of(offload="none"), speeds.Speeds()
     full, grass = (cost.step_time(seven, job, m, rates) for m in (Method("full", 32), Method("grass", 32)))
     assert grass == full
-    assert cost.traffic_of(seven, job, Method("grass", 32)) == cost.traffic_of(seven, job, Method("full", 32))
+    assert cost.step_bytes(seven, job, Method("grass", 32)) == cost.step_bytes(seven, job, Method("full", 32))
 
 
 @pytest.mark.parametrize("gamma", [1, 4, 16, 32])
@@ -328,12 +330,12 @@ def test_frozen_embeddings_end_the_backward_at_the_lowest_layer(seven):
 def test_bytes_on_the_wire_by_hand(small):
     job = job_of(gpus=4, gpus_per_host=2, backend="ddp", dtype="float32")
     trains = 2 * small.layer_numel + 2 * 256_000 + 256
-    traffic = cost.traffic_of(small, job, Method("grass", 2))
+    moved = cost.step_bytes(small, job, Method("grass", 2))
     # An all-reduce and an all-gather: three passes of 3/4 of the bytes over each of four links, two between hosts.
-    assert traffic.across == traffic.within == pytest.approx(3 * 4 * trains * 3 / 4 * 2)
+    assert moved.across == moved.within == pytest.approx(3 * 4 * trains * 3 / 4 * 2)
     hsdp = replace(job, backend="hsdp", replicate=2)
-    assert cost.traffic_of(small, hsdp, Method("grass", 2)).across == pytest.approx(2 * 2 * 4 * trains / 2)
-    assert cost.traffic_of(small, replace(job, gpus=1, backend="single"), Method("grass", 2)).across == 0
+    assert cost.step_bytes(small, hsdp, Method("grass", 2)).across == pytest.approx(2 * 2 * 4 * trains / 2)
+    assert cost.step_bytes(small, replace(job, gpus=1, backend="single"), Method("grass", 2)).across == 0
 
 
 def test_what_hides_and_what_does_not(seven):
@@ -384,7 +386,7 @@ def test_what_would_make_it_fit_does(seven):
     assert not near.fits
     told = remedies(seven, near, speeds.Speeds())
     assert told[0].startswith("It would fit with --backend fsdp2 (")
-    assert row_of(seven, replace(near.job, backend="fsdp2"), Method("grass", 1), speeds.Speeds()).fits
+    assert row_of(seven, replace(near.run, backend="fsdp2"), Method("grass", 1), speeds.Speeds()).fits
     short = job_of(gpu_bytes=6e9, seq_len=8192)
     near = nearest_to_fitting(seven, candidates(short, offload=True, checkpointing=True), speeds.Speeds())
     for sentence in remedies(seven, near, speeds.Speeds()):
@@ -394,7 +396,7 @@ def test_what_would_make_it_fit_does(seven):
 def test_host_memory_counts(seven):
     rates = replace(speeds.Speeds(), pinnable_bytes=50e9)
     row = row_of(seven, job_of(), Method("grass", 4), rates)
-    assert row.memory.total < row.job.gpu_bytes and not row.fits  # 77.7 GB pinned
+    assert row.memory.total < row.run.gpu_bytes and not row.fits  # 77.7 GB pinned
     assert row_of(seven, job_of(offload="none"), Method("grass", 4), rates).fits
 
 
@@ -522,7 +524,7 @@ def test_bad_input_is_one_sentence(changes, said, tmp_path, monkeypatch):
     given = {"gpus": 8, "seq_len": 1024, "params": "7B", "gpu_bytes": 24e9, "fast": True, **changes}
     given |= {name: Path(given[name]) for name in ("plot", "json_file") if name in given}
     with pytest.raises(ConfigError, match=said) as caught:
-        run(Options(**given), lambda sentence: None)
+        plan_run(Options(**given), lambda sentence: None)
     assert str(caught.value).count("\n") == 0 and len(str(caught.value)) < 400
 
 
@@ -530,7 +532,7 @@ def test_bad_input_is_one_sentence(changes, said, tmp_path, monkeypatch):
 def test_the_bytes_of_rings_are_those_of_a_list_of_hosts(seven, gpus, per_host, replicas):
     """What is counted by arithmetic is what goes through the ranks one by one."""
     backend = "hsdp" if replicas > 1 else "fsdp2"
-    job = Job(gpus=gpus, gpus_per_host=per_host, gpu_bytes=80e9, seq_len=64, backend=backend, replicate=replicas)
+    job = PlannedRun(gpus=gpus, gpus_per_host=per_host, gpu_bytes=80e9, seq_len=64, backend=backend, replicate=replicas)
     counted = cost._links(gpus, per_host, replicas)
     hosts = [str(rank // per_host) for rank in range(gpus)]
     group = gpus // replicas
@@ -538,13 +540,13 @@ def test_the_bytes_of_rings_are_those_of_a_list_of_hosts(seven, gpus, per_host, 
     over_each, over_replicas = (group - 1) / group, 2 / group * (replicas - 1) / replicas
     found = [counted[0][place] * over_each + counted[1][place] * over_replicas for place in (0, 1)]
     assert found == pytest.approx([walked.within, walked.across])
-    traffic = cost.traffic_of(seven, job, Method("full", seven.num_layers))
-    assert traffic.within + traffic.across > 0
+    moved = cost.step_bytes(seven, job, Method("full", seven.num_layers))
+    assert moved.within + moved.across > 0
 
 
 def test_a_million_gpus_are_planned(seven):
-    job = Job(gpus=2**20, gpus_per_host=8, gpu_bytes=80e9, seq_len=64)
-    assert cost.traffic_of(seven, job, Method("full", seven.num_layers)).across > 0
+    job = PlannedRun(gpus=2**20, gpus_per_host=8, gpu_bytes=80e9, seq_len=64)
+    assert cost.step_bytes(seven, job, Method("full", seven.num_layers)).across > 0
 
 
 def test_an_unknown_model_is_one_sentence(tmp_path, monkeypatch):
@@ -563,7 +565,7 @@ def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     config = llama().to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
     told = []
-    run(
+    plan_run(
         Options(
             gpus=2,
             seq_len=128,
@@ -597,11 +599,20 @@ def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     ][:3] == ["full fine-tuning", "LoRA r=16", "LISA γ=2"]
 
 
+def test_the_command_reads_the_settings_that_it_wrote(tmp_path):
+    """Under ZeRO a file named .json gets DeepSpeed's settings, which the training program cannot read."""
+    given = ["plan", "--gpus", "8", "--seq-len", "128", "--params", "1B", "--gpu-memory", "80GB", "--fast"]
+    given += ["--backend", "zero2", "--write"]
+    done = {name: CliRunner().invoke(app, [*given, str(tmp_path / name)]) for name in ("mine.yaml", "other.json")}
+    assert done["mine.yaml"].exit_code == 0 and (tmp_path / "mine.json").is_file()
+    assert done["other.json"].exit_code == 1 and "this setting is required" in done["other.json"].output
+
+
 def test_nothing_fits_is_told_with_what_would(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     given = {"gpus": 8, "seq_len": 4096, "params": "7B", "gpu_bytes": 20e9, "backend": "ddp", "fast": True}
-    run(Options(**given), lambda sentence: None)
+    plan_run(Options(**given), lambda sentence: None)
     printed = " ".join(capsys.readouterr().out.split())
     assert "Nothing fits. Nearest is GRASS γ=1 (ddp" in printed and "It would fit with --backend fsdp2 (" in printed
     with pytest.raises(GrassError, match="nothing fits, so there are no settings"):
-        run(Options(**given, write=Path("mine.yaml")), lambda sentence: None)
+        plan_run(Options(**given, write=Path("mine.yaml")), lambda sentence: None)

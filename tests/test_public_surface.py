@@ -25,7 +25,7 @@ def test_the_package_shows_its_public_names_and_no_others():
     assert grass_dist.__all__ == sorted(grass_dist.__all__, key=lambda name: (name[0].islower(), name))
 
 
-def test_the_public_names_are_enough_for_a_training_that_is_watched():
+def test_the_public_names_are_enough_for_a_watched_training():
     seen = []
     watcher: Observer = seen.append
     model = tiny()
@@ -37,7 +37,7 @@ def test_the_public_names_are_enough_for_a_training_that_is_watched():
     assert isinstance(seen[0], Refreshed) and len(seen[0].importances) == len(find_layers(model).layers)
 
 
-def test_the_wheel_says_that_the_package_is_typed_and_has_the_template_of_the_report(tmp_path):
+def test_the_wheel_is_typed_and_has_the_template_of_the_report(tmp_path):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "grass_dist", tmp_path / "grass_dist", ignore=shutil.ignore_patterns("__pycache__"))

@@ -213,7 +213,7 @@ def test_layers_of_different_sizes_and_speed(tmp_path: Path) -> None:
     assert (found.state_peak, found.state_full) == (350, 350 * 65 / 35)
 
 
-def test_full_state_is_reckoned_from_what_trains_wherever_states_are(tmp_path: Path) -> None:
+def test_full_state_counts_what_trains_wherever_states_are(tmp_path: Path) -> None:
     """10 bytes a parameter: states that stay, that go to host memory at the switch, and those of a slot at a time."""
     for name, held in (
         ("none", [(150, 0), (350, 0), (650, 0)]),
@@ -277,13 +277,13 @@ def test_costs_of_a_step_are_what_came_since_the_last_one() -> None:
     assert costs.of_step() == {**dict.fromkeys(first, 0), "bytes_to_host": 1, "wait_seconds": 0.5, "state_bytes": 10}
 
 
-def test_share_before_the_first_training_step_is_that_of_the_configuration(tmp_path: Path) -> None:
+def test_share_before_the_first_step_is_of_the_configuration(tmp_path: Path) -> None:
     found = numbers(load_run(small_run(tmp_path, [step(1, [0, 1, 2], "probe")])))
     assert found.share == pytest.approx((20 + 5) / 65)
     assert found.tokens_per_second is None and found.bytes_train is None and found.state_full is None
 
 
-def test_layer_table_shows_the_last_importances_and_probabilities(tmp_path: Path) -> None:
+def test_layer_table_shows_last_importances_and_probabilities(tmp_path: Path) -> None:
     record = [
         {"event": "refresh", "step": 1, "importances": [9, 9, 9], "probabilities": [0.4, 0.3, 0.3], "dropped": 0},
         {"event": "refresh", "step": 2, "importances": [1, 3, None], "probabilities": [0.2, 0.7, 0.1], "dropped": 1},
@@ -294,7 +294,7 @@ def test_layer_table_shows_the_last_importances_and_probabilities(tmp_path: Path
     assert [(row.index, row.name, row.numel) for row in rows][2] == (2, "layers.2", 30)
 
 
-def test_probabilities_are_those_of_the_last_refresh_also_where_layers_were_drawn_before_it(tmp_path: Path) -> None:
+def test_probabilities_of_an_early_draw_are_of_the_last_refresh(tmp_path: Path) -> None:
     older, newer = [0.5, 0.3, 0.2], [0.2, 0.7, 0.1]
     refresh = {"event": "refresh", "importances": [1, 1, 1], "dropped": 0}
     record = [
@@ -425,7 +425,7 @@ def test_a_heatmap_holds_the_values_of_the_last_refresh(run_dir: Path) -> None:
         assert (held == np.array(refresh.probabilities)[:, None]).all()
 
 
-def test_colours_are_on_a_log_scale_only_where_the_values_differ_much() -> None:
+def test_colours_are_logarithmic_only_where_values_differ_much() -> None:
     assert (_norm(np.array([[1.0, 7.0, np.nan]])).vmin, _norm(np.array([[1.0, 7.0]])).vmax) == (0, 7)
     assert (_norm(np.array([[0.0, 1.0, 9.0]])).vmin, _norm(np.array([[1.0, 9.0]])).vmax) == (1, 9)
     assert _norm(np.array([[1e-9, 1.0]])).vmin == pytest.approx(1e-3)
@@ -730,7 +730,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_command_ends_with_one_sentence_where_there_is_no_run(tmp_path: Path, kind: str) -> None:
+def test_the_command_ends_with_one_sentence_without_a_run(tmp_path: Path, kind: str) -> None:
     result = CliRunner().invoke(grass_dist.cli.app, ["report", str(no_run(tmp_path / "run", kind))])
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -765,7 +765,7 @@ def test_version_and_help() -> None:
     assert "report" in CliRunner().invoke(grass_dist.cli.app, ["--help"]).stdout
 
 
-def test_the_command_imports_heavy_libraries_only_when_it_needs_them() -> None:
+def test_the_command_imports_heavy_libraries_only_when_needed() -> None:
     code = "import sys, grass_dist.cli; print([m for m in ('matplotlib', 'jinja2.environment') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

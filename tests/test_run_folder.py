@@ -93,7 +93,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda c: c.replace(" ", "-"))
-def test_what_an_earlier_run_has_left_is_refused_and_stays_as_it_is(open_folder, run, case):
+def test_what_an_earlier_run_left_is_refused_and_not_changed(open_folder, run, case):
     resume, names, text, message = REFUSED[case]
     write(run, *names, text=text)
     before = tree(run)
@@ -110,7 +110,7 @@ def test_a_file_in_the_place_of_the_run_is_refused(open_folder, run):
     assert run.read_text() == "mine"
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew_by_auto(open_folder, run):
+def test_auto_restarts_a_run_stopped_before_its_first_checkpoint(open_folder, run):
     write(run, "plots/loss.png")
     write(
         run, RECORD, text=json.dumps({"event": "checkpoint", "step": 3, "error": "the disk was full"}) + '\n{"event": '
@@ -119,7 +119,7 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew_by_auto(
     assert sorted(path.name for path in run.iterdir()) == [LOCK, "config.yaml"]
 
 
-def test_overwrite_replaces_all_of_a_run_and_keeps_links_and_what_is_not_of_a_run(open_folder, run, tmp_path):
+def test_overwrite_replaces_a_run_and_keeps_links_and_others(open_folder, run, tmp_path):
     write(run, RECORD, MODEL, STEP, "report.html", "notes.txt", "tensorboard/a/events")
     (run / "checkpoints").rename(tmp_path / "scratch")
     (run / "checkpoints").symlink_to(tmp_path / "scratch")
@@ -193,7 +193,7 @@ def test_the_lock_of_a_host_that_is_gone_can_be_removed(open_folder, run):
         begin(open_folder())
 
 
-def test_a_lock_on_a_file_that_was_removed_before_it_came_does_not_count(open_folder, run, monkeypatch):
+def test_a_lock_on_a_file_that_was_removed_does_not_count(open_folder, run, monkeypatch):
     lock, late = disk.lock, []
 
     def lock_late(descriptor: int, how: int) -> bool:
@@ -208,7 +208,7 @@ def test_a_lock_on_a_file_that_was_removed_before_it_came_does_not_count(open_fo
     assert late
 
 
-def test_a_process_of_another_host_is_waited_for_since_that_host_may_be_gone(open_folder, run, monkeypatch, caplog):
+def test_a_process_of_another_host_is_waited_for(open_folder, run, monkeypatch, caplog):
     first = open_folder()
     first.__enter__()
     (run / LOCK).write_text("process 7 on host far, since yesterday\n")
@@ -237,7 +237,7 @@ def test_a_file_system_without_locks_is_said_once(open_folder, run, monkeypatch,
     assert told.startswith(f"{run}/{LOCK}: its file system has no locks ({os.strerror(number)})")
 
 
-def test_a_checkpoint_that_is_in_the_way_and_read_by_another_is_refused_before_anything_changes(open_folder, run):
+def test_a_checkpoint_in_the_way_and_in_use_is_refused_at_once(open_folder, run):
     later = "checkpoints/step-000006/checkpoint.json"
     write(run, RECORD, STEP, later)
     checkpoint = SimpleNamespace(folder=run / "checkpoints" / "step-000003")

@@ -32,7 +32,7 @@ def test_single_draws_have_the_softmax_frequencies():
     assert stats.chisquare([counts[i] for i in range(5)], p * 20_000).pvalue > 1e-3
 
 
-def test_pairs_have_the_frequencies_of_successive_draws_without_replacement():
+def test_pairs_have_the_frequencies_of_successive_draws():
     config = GrassConfig(active_layers=2, temperature=0.7, seed=11)
     p = sampling_probabilities(IMPORTANCES, temperature=0.7)
     expected = {
@@ -44,7 +44,7 @@ def test_pairs_have_the_frequencies_of_successive_draws_without_replacement():
     assert stats.chisquare([counts[k] for k in expected], [v * 20_000 for v in expected.values()]).pvalue > 1e-3
 
 
-def test_inclusion_frequencies_are_those_of_numpys_choice_without_replacement():
+def test_inclusion_frequencies_are_those_of_numpys_choice():
     config = GrassConfig(active_layers=3, seed=5)
     p = sampling_probabilities(IMPORTANCES, temperature=1.0)
     reference = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_a_cycle_trains_every_layer(name, num_layers, count):
         assert sum(seen.values()) == blocks * count and max(seen.values()) <= 2
 
 
-def test_cyclic_goes_up_in_order_and_random_cyclic_reshuffles_each_cycle():
+def test_cyclic_goes_in_order_and_random_cyclic_reshuffles():
     config = GrassConfig(active_layers=2, sampler="cyclic")
     assert draws(config, 4, np.ones(6)) == [(0, 1), (2, 3), (4, 5), (0, 1)]
     orders = {
@@ -119,7 +119,7 @@ def test_fixed_trains_the_given_layers():
     assert draws(config, 3) == [(1, 4)] * 3
 
 
-def test_more_important_layers_are_drawn_more_often_and_temperature_flattens():
+def test_important_layers_are_drawn_more_temperature_flattens():
     hot = Counter(itertools.chain.from_iterable(draws(GrassConfig(active_layers=1, temperature=100.0), 3000)))
     cold = Counter(itertools.chain.from_iterable(draws(GrassConfig(active_layers=1, temperature=0.2), 3000)))
     assert cold[0] > 0.7 * 3000 > 0.25 * 3000 > hot[0] > 0.15 * 3000

@@ -46,7 +46,7 @@ def test_without_a_probe_the_first_step_trains():
 
 
 @given(clocks())
-def test_each_round_is_drawn_once_and_lead_steps_before_it_trains(clock):
+def test_each_round_is_drawn_once_lead_steps_before_it_trains(clock):
     steps = range(clock.probe_steps + 6 * clock.sampling_interval)
     drawn = [(s, clock.round_drawn(s)) for s in steps if clock.draw_due(s)]
     switched = [s for s in steps if clock.switch_due(s)]
@@ -65,7 +65,7 @@ def test_rounds_change_exactly_at_switches_and_draws(clock, step):
 
 
 @given(clocks())
-def test_refreshes_are_update_interval_steps_apart_and_the_first_has_lead_less(clock):
+def test_refreshes_are_update_interval_apart_the_first_lead_less(clock):
     refreshed = [s for s in range(clock.probe_steps + 6 * clock.update_interval) if clock.refresh_due(s)]
     assert refreshed[0] == clock.probe_steps + clock.update_interval - clock.lead
     assert len(refreshed) >= 5

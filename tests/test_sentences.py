@@ -21,7 +21,7 @@ def test_a_long_value_keeps_its_beginning_and_its_end():
     assert value.startswith("'/scratch/long") and value.endswith("/train.jsonl'") and len(value) == 80
 
 
-def test_ranks_that_differ_at_the_end_of_a_long_value_are_shown_so():
+def test_ranks_that_differ_at_the_end_of_a_long_value_are_shown():
     path = "/scratch/" + "long/" * 40
     with pytest.raises(RanksDisagree, match=r"/a.jsonl' on rank 1 and '/scratch.*/b.jsonl' on rank 0"):
         raise_if_ranks_differ([{"data.name": repr(path + end)} for end in ("b.jsonl", "a.jsonl")])

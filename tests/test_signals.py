@@ -48,7 +48,7 @@ def run(*argv: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
-def test_the_first_is_noted_a_second_leaves_and_those_of_children_and_nohup_are_left_alone(number):
+def test_a_second_signal_leaves_and_foreign_handlers_stay(number):
     code, out, err = run("held", str(int(number)))
     assert code == 128 + signal.SIGTERM
     assert out == f"15 None\n{int(number)} {int(number)}\n"

@@ -61,7 +61,7 @@ def test_wraps_once_and_undoes_it(stock):
     assert now() == stock
 
 
-def test_what_another_library_has_wrapped_around_ours_is_left_and_passes_on(stock, monkeypatch):
+def test_what_another_library_wraps_around_ours_is_left_alone(stock, monkeypatch):
     enable(CONFIG)
     ours = transformers.Trainer.log
 
@@ -202,7 +202,7 @@ def test_an_accelerate_loop_is_a_loop_over_grass_optimizer(order):
     assert optimizer.optimizer.grass.importances == ours.grass.importances
 
 
-def test_gradients_are_finished_before_they_are_clipped_at_the_end_of_a_step_only():
+def test_gradients_are_finished_before_clipping_at_a_steps_end():
     enable(CONFIG)
     accelerator, model, optimizer, *_ = prepared([("model", "optimizer")])
     calls = []
@@ -228,7 +228,7 @@ def test_trainer_says_how_many_micro_batches_a_step_has(monkeypatch):
     assert not trainer._TRAINING
 
 
-def test_what_is_prepared_again_is_left_and_nothing_is_done_without_a_config():
+def test_what_is_prepared_twice_or_has_no_config_is_left_alone():
     enable()
     accelerator, model, optimizer, inner, _ = prepared([("model", "optimizer")])
     assert optimizer.optimizer is inner

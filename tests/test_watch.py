@@ -45,7 +45,7 @@ class CallsCheckpoint(Tiny):
 
 
 @pytest.mark.parametrize("make", [lambda: wrapped(CheckpointImpl.REENTRANT), CallsCheckpoint], ids=["wrapper", "call"])
-def test_layers_that_reentrant_checkpointing_cuts_off_end_the_run(make):
+def test_layers_that_reentrant_checkpointing_cuts_off_end_a_run(make):
     model = make()
     optimizer = optimizer_of(model, sampler="uniform", always_active=["final_norm", "lm_head"])
     before = [p.detach().clone() for p in model.parameters()]
@@ -67,7 +67,7 @@ def test_clipping_says_it_first():
 
 @pytest.mark.parametrize("make", [lambda: wrapped(CheckpointImpl.REENTRANT), CallsCheckpoint], ids=["wrapper", "call"])
 @pytest.mark.parametrize("settings", [{}, {"sampler": "uniform", "always_active": []}], ids=["probe", "layers only"])
-def test_where_nothing_would_need_a_gradient_the_sentence_comes_before_torchs_error(make, settings):
+def test_without_any_gradient_the_sentence_precedes_torchs_error(make, settings):
     model = make().train()
     optimizer_of(model, **settings)
     with pytest.raises(GrassError, match=rf"active layers \(layers\..* have run, and nothing .*{WAYS_OUT}"):
@@ -127,7 +127,7 @@ class Leaves(Tiny):
         return self.head(self.norm(x))
 
 
-def test_a_layer_that_the_model_leaves_out_is_counted_and_told_once(caplog):
+def test_a_layer_that_the_model_leaves_out_is_reported_once(caplog):
     torch.manual_seed(0)
     model = Leaves()
     optimizer = optimizer_of(model, sampler="fixed", fixed_layers=[1, 5])
@@ -167,7 +167,7 @@ def test_a_layer_that_leaves_itself_out_is_counted(how):
     assert optimizer.grass.unused == {5: 1}
 
 
-def test_a_model_whose_active_layers_all_lead_nowhere_ends_the_run():
+def test_a_model_whose_active_layers_lead_nowhere_ends_the_run():
     model = tiny()
     model.layers = nn.ModuleList(SkipsItself(layer, "drops") for layer in model.layers)
     optimizer = optimizer_of(model, sampler="uniform", always_active=["lm_head"])
@@ -194,7 +194,7 @@ def test_each_round_is_looked_at():
         take_steps(model, optimizer, range(4, 5))
 
 
-def test_a_step_without_a_backward_is_not_the_one_that_is_looked_at():
+def test_a_step_without_a_backward_is_not_the_one_watched():
     model = wrapped(CheckpointImpl.REENTRANT)
     optimizer = optimizer_of(model, sampler="uniform", always_active=["lm_head"])
     with torch.no_grad():
@@ -220,7 +220,7 @@ def hooks_on(model: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
-def test_hooks_are_on_the_modules_in_the_steps_that_are_looked_at_alone():
+def test_hooks_are_on_the_modules_in_watched_steps_alone():
     model = tiny()
     optimizer = optimizer_of(model)
     counts = []
@@ -240,7 +240,7 @@ def test_a_copy_of_the_model_has_hooks_that_do_nothing():
 
 
 @pytest.mark.parametrize("how", ["layers", "model"])
-def test_compiled_layers_get_no_hooks_and_are_cut_off_if_no_layer_has_a_gradient_twice(how, caplog):
+def test_compiled_layers_are_cut_off_if_twice_without_gradient(how, caplog):
     model = CallsCheckpoint()
     compiled = torch.compile(model, backend="eager") if how == "model" else model
     if how == "layers":
@@ -256,7 +256,7 @@ def test_compiled_layers_get_no_hooks_and_are_cut_off_if_no_layer_has_a_gradient
         optimizer.step()
 
 
-def test_compiled_layers_that_the_model_leaves_out_once_do_not_end_the_run():
+def test_compiled_layers_left_out_once_do_not_end_the_run():
     model = Leaves()
     for layer in model.layers:
         layer.compile(backend="eager")
@@ -281,7 +281,7 @@ def test_what_was_left_out_is_in_a_checkpoint(tmp_path):
     assert found is not None and found[0] == 3 and again.grass.unused == optimizer.grass.unused == {5: 2}
 
 
-def test_an_older_release_has_not_noted_which_layers_have_trained():
+def test_an_older_release_did_not_note_which_layers_trained():
     optimizer = optimizer_of(tiny(), sampler="cyclic", active_layers=3)
     take_steps(optimizer._model, optimizer, range(4))
     state = optimizer.state_dict()

@@ -48,7 +48,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_throughput_is_measured_and_only_its_deepspeed_wrappers_are_refused(tmp_path: Path, model: Path) -> None:
+def test_throughput_refuses_only_its_deepspeed_wrappers(tmp_path: Path, model: Path) -> None:
     sizes = ["--model", str(model), "--rounds", "2", "--active", "2", "--length", "8"]
     what = ["--methods", "full", "grass", "--backends", "fsdp2", "zero2", "--json", str(tmp_path / "found.json")]
     ended = run(tmp_path, "-m", "benchmarks.throughput", *sizes, *what)

@@ -41,7 +41,7 @@ def units():
     return a, b
 
 
-def test_the_table_of_private_names_holds_on_the_installed_release():
+def test_the_table_of_private_names_holds_on_this_release():
     private.check_classes(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, deepspeed.__version__)
     import deepspeed.runtime.engine as engine
     import deepspeed.runtime.zero.stage3 as stage3
@@ -81,7 +81,7 @@ def test_a_release_that_passed_or_is_newer_is_let_in(version):
 
 
 @pytest.mark.parametrize("name", [*private.LINKED, private.MAPPING])
-def test_a_release_that_binds_other_methods_to_a_parameter_is_refused_by_name(name):
+def test_a_release_that_binds_other_methods_is_refused_by_name(name):
     param = nn.Parameter(torch.ones(1))
     for other in {*private.LINKED, private.MAPPING} - {name}:
         setattr(param, other, None)
@@ -132,7 +132,7 @@ def test_one_group_for_each_unit_and_group_of_the_user():
     ]
 
 
-def test_the_users_optimizer_steps_over_the_groups_of_the_interval_and_keeps_its_own():
+def test_the_users_optimizer_steps_the_groups_of_the_interval():
     a, b = units()
     user = torch.optim.SGD(
         [{"params": [p for _, p in a.params]}, {"params": [p for _, p in b.params], "lr": 5.0}], lr=1.0
@@ -188,7 +188,7 @@ def stands_in(param, numel):
     return form == ((numel,), torch.float32, 4) and bool(param.isnan().all())
 
 
-def test_a_newborn_group_is_taken_over_and_a_born_one_given_what_there_is():
+def test_a_new_group_is_adopted_and_a_known_one_gets_its_state():
     [a, _] = states_of_units()
     [own] = a.targets
     param, state = made(3, 10)
@@ -236,7 +236,7 @@ def test_padding_that_a_checkpoint_lacks_is_zero():
     assert all(home[4:].eq(0).all() and home.numel() == 74 for home in own.homes.values())
 
 
-def test_a_partition_that_is_padded_further_than_foreseen_is_refused():
+def test_a_partition_padded_further_than_foreseen_is_refused():
     [a, b] = states_of_units()
     assert [capacity(unit.targets[0].group, 2) for unit in (a, b)] == [91, 74]
     a.targets[0].adopt(*made(91, 0))
@@ -345,7 +345,7 @@ def test_on_a_cpu_nothing_is_compiled(tmp_path, monkeypatch):
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
 
 
-def test_deepspeeds_own_enums_and_models_are_read_as_what_they_mean():
+def test_deepspeeds_enums_and_models_are_read_by_their_meaning():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
     from deepspeed.runtime.zero.offload_config import (
         DeepSpeedZeroOffloadOptimizerConfig,

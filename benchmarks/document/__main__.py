@@ -1,7 +1,7 @@
-"""Runs the benchmarks and makes docs/benchmarks.md and its plots anew.
+"""Runs the benchmarks and makes docs/benchmarks.md and its plots again.
 
     python -m benchmarks.document --run all --data math_train.json      # hours on two cores; the comparison most of it
-    python -m benchmarks.document --run throughput checkpoint           # these anew, the others as they were
+    python -m benchmarks.document --run throughput checkpoint           # these again, the others as they were
     python -m benchmarks.document                                       # no run, from the results that there are
 
 A part writes its results to benchmarks/results, and what it ran on beside them. The parts run one after the other;

@@ -1,4 +1,4 @@
-"""``python -m grass_dist.doctor``: the same as ``grass-dist doctor``, in the form that launchers start."""
+"""Runs ``grass-dist doctor`` as ``python -m grass_dist.doctor``, which launchers can start."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How fast the ranks talk: collectives over all of them and within each host, and every link between two hosts.
+"""Measures collectives over all ranks and within each host, and every link between two hosts.
 
-What goes over the wire, at most: for each kind of collective some seven times ``--size`` a rank, for each link three
-times. Less where it is slow: a small message goes first, and tells how much fits into a second or two.
+Each kind of collective sends at most some seven times ``--size`` a rank over the wire, each link three times. It is
+less where the wire is slow: a small message goes first, and shows how much fits into a second or two.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from grass_dist.job.world import World
 KINDS = ("all_reduce", "reduce_scatter")
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
 PROBE = 256 << 10
-"""Bytes of the message that goes first."""
+"""Bytes of the small message that goes first."""
 COLLECTIVE_SECONDS = 2.0
-"""That each measure of a collective may take, about."""
+"""Approximate time budget of each measurement of a collective."""
 LINKS_SECONDS = 40.0
-"""That all links together may take, about."""
+"""Approximate time budget of all links together."""
 REPEATS = 5
 
 
@@ -33,16 +33,16 @@ class Part:
     """Some ranks that measure among themselves."""
 
     name: str
-    """As of `Collective.over`."""
+    """Name of the ranks, as in `Collective.over`."""
     group: dist.ProcessGroup | None
-    """None: all ranks."""
+    """Their process group; None for all ranks."""
     control: dist.ProcessGroup
-    """The same ranks by gloo, on CPU memory."""
+    """A gloo group of the same ranks, for tensors in host memory."""
     ranks: int
 
 
 def affordable(wanted: int, probe: int, probe_seconds: float, budget: float) -> int:
-    """Bytes of a message that takes ``budget`` seconds at the speed of the probe: ``wanted`` at most, no less than it.
+    """Bytes of a message that takes ``budget`` seconds at the speed of the probe, from ``probe`` to ``wanted``.
 
     Args:
         probe: bytes of the message that took ``probe_seconds``.
@@ -51,19 +51,19 @@ def affordable(wanted: int, probe: int, probe_seconds: float, budget: float) -> 
 
 
 def measure_all(world: World, nbytes: int) -> list[Collective]:
-    """Over all ranks. Collective."""
+    """Measures the collectives over all ranks. Collective."""
     part = Part("all", None, world.background, world.size)
     return [_measure(world, part, kind, nbytes) for kind in KINDS]
 
 
 def measure_hosts(world: World, hosts: dict[str, list[int]], nbytes: int) -> list[Collective]:
-    """Within each host of two ranks or more, all hosts at once. Collective over all ranks.
+    """Measures the collectives within each host of two ranks or more, all hosts at once. Collective over all ranks.
 
     Args:
         hosts: ranks by host, the same on all ranks.
 
     Returns:
-        those of this rank's host.
+        The measurements of this rank's host.
     """
     mine: Part | None = None
     for host, ranks in hosts.items():
@@ -77,15 +77,15 @@ def measure_hosts(world: World, hosts: dict[str, list[int]], nbytes: int) -> lis
 
 
 def measure_links(world: World, firsts: Sequence[tuple[str, int]], nbytes: int) -> list[Link]:
-    """Between the first ranks of each two hosts, one direction after the other, disjoint pairs at once.
+    """Measures the links between the first ranks of each two hosts, one direction after the other.
 
-    Collective over all ranks.
+    Disjoint pairs send at the same time. Collective over all ranks.
 
     Args:
         firsts: host and first rank of each, the same on all ranks.
 
     Returns:
-        those that this rank sent over.
+        The links that this rank sent over.
     """
     links, played = [], rounds(len(firsts))
     budget = min(1.0, LINKS_SECONDS / max(1, 2 * len(played)))
@@ -100,9 +100,9 @@ def measure_links(world: World, firsts: Sequence[tuple[str, int]], nbytes: int) 
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """All pairs of ``count`` players in as few rounds as can be, each player in one pair of a round at most.
+    """Arranges all pairs of ``count`` players in as few rounds as possible; a player is in one pair of a round at most.
 
-    As a tournament is set up: one player stays, the others go round a table.
+    A tournament is set up like this: one player stays, and the others go round a table.
     """
     table: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     played = []
@@ -119,15 +119,15 @@ def _measure(world: World, part: Part, kind: str, nbytes: int) -> Collective:
     if kind == "reduce_scatter":
         out, each = torch.zeros(1, device=world.device), torch.zeros(part.ranks, device=world.device)
         latency = statistics.median(_times(world, lambda: _reduce_scatter(out, each, group=part.group), 20, warm=3))
-    probe = _slowest(part, min(_times(world, _job(world, part, kind, PROBE), 2, warm=1)))
+    probe = _slowest(part, min(_times(world, _call(world, part, kind, PROBE), 2, warm=1)))
     size = affordable(nbytes, PROBE, probe, COLLECTIVE_SECONDS / 2)
     count = max(1, min(REPEATS, int(COLLECTIVE_SECONDS / (probe * size / PROBE))))
-    seconds = statistics.median(_times(world, _job(world, part, kind, size), count, warm=1 if count > 1 else 0))
+    seconds = statistics.median(_times(world, _call(world, part, kind, size), count, warm=1 if count > 1 else 0))
     whole = _numel(size, part.ranks) * 4
     return Collective(kind, part.name, part.ranks, whole, _slowest(part, seconds), _slowest(part, latency))
 
 
-def _job(world: World, part: Part, kind: str, nbytes: int) -> Callable[[], object]:
+def _call(world: World, part: Part, kind: str, nbytes: int) -> Callable[[], object]:
     values = torch.zeros(_numel(nbytes, part.ranks), device=world.device)
     if kind == "all_reduce":
         return lambda: dist.all_reduce(values, group=part.group)
@@ -136,24 +136,24 @@ def _job(world: World, part: Part, kind: str, nbytes: int) -> Callable[[], objec
 
 
 def _numel(nbytes: int, ranks: int) -> int:
-    """Elements of four bytes, as many for each rank."""
+    """Number of elements of four bytes, the same for each rank."""
     return max(1, nbytes // 4 // ranks) * ranks
 
 
-def _times(world: World, job: Callable[[], object], count: int, *, warm: int) -> list[float]:
-    """Seconds of each of ``count`` runs, after ``warm`` more."""
+def _times(world: World, call: Callable[[], object], count: int, *, warm: int) -> list[float]:
+    """Measures the seconds of each of ``count`` calls, after ``warm`` others."""
     taken = []
     for _ in range(warm + count):
         _synchronize(world)
         began = time.perf_counter()
-        job()
+        call()
         _synchronize(world)
         taken.append(time.perf_counter() - began)
     return taken[warm:]
 
 
 def _slowest(part: Part, seconds: float) -> float:
-    """Of all ranks, so that they agree on what follows."""
+    """Returns the longest time of all ranks, so that they agree on what follows."""
     carried = torch.tensor([seconds], dtype=torch.float64)
     dist.all_reduce(carried, dist.ReduceOp.MAX, group=part.control)
     return carried.item()
@@ -169,7 +169,7 @@ def _send(world: World, me: str, host: str, to: int, nbytes: int, budget: float)
 
 
 def _sent(world: World, to: int, nbytes: int) -> float:
-    """Seconds from the first byte until the receiver says that it has all."""
+    """Measures the seconds from the first byte until the receiver says that it has all."""
     _tell(to, nbytes)
     values = torch.zeros(nbytes // 4, device=world.device)
     answer = torch.zeros(1)

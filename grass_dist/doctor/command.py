@@ -1,7 +1,7 @@
-"""The command: finds, measures and tells, on one process or on all ranks of a launcher. It always ends.
+"""Runs the doctor in one process or on all ranks of a launcher: it finds, measures and tells, and it always ends.
 
-Nothing waits without a time limit: the exchanges and collectives have theirs, each step that has none is watched by a
-timer that ends the process, and an alarm of the system stands behind all of it.
+Nothing waits without a time limit. Exchanges and collectives have their own; a timer that ends the process watches each
+step that has none; and the system's alarm ends the process if all of these fail.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ T = TypeVar("T")
 DISK_BYTES = 64 << 20
 DISK_SECONDS = 5.0
 ROLL_SECONDS = 30.0
-"""In which rank 0 finds out who is lost, and tells."""
+"""Time in which rank 0 finds out who is lost, and tells."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of the command, the same on all ranks."""
+    """The options of the command, which are the same on all ranks."""
 
     json_file: Path | None = None
     folder: Path = Path()
     interface: str | None = None
-    """For gloo and NCCL, in place of what the environment says."""
+    """Network interface for gloo and NCCL; None leaves it to the environment."""
     nbytes: int = 16_000_000
-    """Of the messages that are measured, at most."""
+    """Size of the largest message that is measured."""
     timeout: float = 60.0
-    """Seconds, of meeting and of every collective."""
+    """Time limit of the meeting and of every collective, in seconds."""
 
 
 def diagnose(options: Options) -> int:
     """Runs on every rank; rank 0 prints, and writes the JSON file.
 
     Returns:
-        the exit status, the same on all ranks: 1 if something would break or cripple a run.
+        The exit status, the same on all ranks: 1 if something would break or cripple a run.
 
     Raises:
         GrassError: the launcher's variables contradict each other, or this rank cannot meet the others; rich is not
@@ -161,7 +161,7 @@ def _meet(place: Place, options: Options, report: Report) -> Meeting:
 
 
 def _try_others(report: Report, rank: int, tokens: dict[int, bytes]) -> list[Reach]:
-    """The first rank of a host tries those of all other hosts, and every rank of another host tries rank 0."""
+    """The first rank of each host tries those of all other hosts, and every rank on another host tries rank 0."""
     firsts = [ranks[0] for ranks in report.hosts.values()]
     mine = report.host_of(rank)
     targets = [facts for facts in firsts if report.host_of(facts.rank) != mine]
@@ -172,7 +172,7 @@ def _try_others(report: Report, rank: int, tokens: dict[int, bytes]) -> list[Rea
 
 
 def _measure(report: Report, options: Options) -> World | None:
-    """Puts into ``report`` what is measured, up to the step that fails, and the sentence of that."""
+    """Puts into ``report`` what is measured, up to a step that fails, and the sentence about it."""
     try:
         with _limited("joining the process group", 4 * options.timeout + ROLL_SECONDS):
             world = World.join(datetime.timedelta(seconds=options.timeout))
@@ -244,7 +244,7 @@ def _tell(report: Report, options: Options) -> int:
 
 @contextlib.contextmanager
 def _limited(what: str, seconds: float, cause: str = "") -> Iterator[None]:
-    """Ends the process if the block takes longer: it may hang where nothing of torch's would notice.
+    """Ends the process if the block takes longer than that: it may hang where nothing in torch would notice.
 
     Args:
         cause: a sentence that says more.
@@ -265,7 +265,7 @@ def _limited(what: str, seconds: float, cause: str = "") -> Iterator[None]:
 
 
 def _say_own(text: str) -> None:
-    """What this rank alone may know."""
+    """Prints what this rank alone may know."""
     where = f"rank {os.environ.get('RANK', '0')} (on host {socket.gethostname()})"
     print(f"error: {where}: {text}", file=sys.stderr, flush=True)
 

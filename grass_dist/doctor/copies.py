@@ -1,4 +1,4 @@
-"""How fast a rank copies between its device and pinned host memory; without a GPU, within host memory."""
+"""Measures how fast a rank copies between its device and pinned host memory; without a GPU, within host memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from grass_dist.errors import GrassError
 from grass_dist.states.plan import free_host_memory
 
 ON_GPU, ON_CPU = 256 << 20, 64 << 20
-"""Bytes of a copy."""
+"""Bytes of one copy."""
 REPEATS = 5
 
 
 def measure_copies(
     rank: int, device: torch.device, *, turn: int, turns: int, ranks_here: int, barrier: Callable[[], object]
 ) -> Copies:
-    """Copies alone on its host, then at the same time as the host's other ranks. Collective over all ranks.
+    """Copies alone on the host, then at the same time as the host's other ranks. Collective over all ranks.
 
     Args:
         turn: number of this rank on its host.
-        turns: ranks on the host that has most.
-        barrier: of all ranks.
+        turns: number of ranks on the host that has most.
+        barrier: waits for all ranks.
 
     Raises:
         GrassError: the memory cannot be pinned.
@@ -53,7 +53,7 @@ def measure_copies(
 
 
 def _speeds(host: torch.Tensor, there: torch.Tensor) -> tuple[float, float]:
-    """Bytes/s to the device and back."""
+    """Measures bytes/s to the device and back."""
     return _speed(there, host), _speed(host, there)
 
 

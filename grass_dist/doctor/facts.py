@@ -1,4 +1,4 @@
-"""What the ranks have found: plain data, in seconds, bytes and bytes/s throughout."""
+"""Holds what the ranks have found, as plain data in seconds, bytes and bytes/s."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from grass_dist.job.seats import Seat
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What one rank is."""
+    """What one rank says about itself and its host."""
 
     rank: int
     seat: Seat
     """Its host and device."""
     launcher: str
     versions: dict[str, str]
-    """By package; "none" for what is not installed."""
+    """Version of each package; "none" for what is not installed."""
     device: str
     """Name of its GPU, or "CPU"."""
     device_bytes: int
@@ -26,30 +26,30 @@ class Facts:
     unused_gpu: bool
     """Whether the host has a driver for NVIDIA GPUs, and torch sees none of them."""
     cores: int
-    """That this process may run on."""
+    """Number of cores that this process may run on."""
     host_cores: int
     omp_threads: int
     interfaces: dict[str, str]
-    """Address by name, of those that have one."""
+    """Address of each interface that has one, by the name of the interface."""
     interface: str
-    """That this rank is reached by; "" if unknown."""
+    """Interface by which others reach this rank; "" if unknown."""
     address: str
     port: int
-    """Where it listens while the doctor runs; 0 if it cannot."""
+    """Port on which it listens while the doctor runs; 0 if it cannot."""
     chosen_by: str
-    """E.g. "GLOO_SOCKET_IFNAME", "the host name" or "the route to grass1"."""
+    """What chose the interface, e.g. "GLOO_SOCKET_IFNAME", "the host name" or "the route to grass1"."""
     interface_problem: str
-    """A sentence; "" if the interface is there."""
+    """Sentence on an interface that is not there; "" if it is."""
     name_problem: str
     """What is wrong with the address of the host's own name, which gloo listens on unless it is told an interface."""
     available_bytes: int | None
     """Host memory that this process may still take: MemAvailable, or what its control groups leave."""
     memlock_bytes: int | None
-    """RLIMIT_MEMLOCK of this process; None: no limit, or CAP_IPC_LOCK, to which none applies."""
+    """RLIMIT_MEMLOCK of this process; None without a limit, or with CAP_IPC_LOCK, to which none applies."""
     infiniband: bool
     """Whether the host has adapters for RDMA."""
     store_bound: tuple[str, ...] = ()
-    """Addresses of this host at which the ranks' store listens; "0.0.0.0" and "::" are all. Empty where it does not."""
+    """Addresses of this host at which the ranks' store listens; "0.0.0.0" and "::" mean all. Empty if it does not."""
 
     @property
     def host(self) -> str:
@@ -67,14 +67,14 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """One try of a rank to connect to another."""
+    """One attempt of a rank to connect to another."""
 
     rank: int
     to: int
     seconds: float | None = None
     """The shortest round trip; None if it failed."""
     clock_offset_seconds: float | None = None
-    """This rank's clock minus the other's; right to half the round trip."""
+    """This rank's clock minus the other's, with an error of up to half the round trip."""
     problem: str = ""
 
 
@@ -85,14 +85,14 @@ class Collective:
     kind: str
     """Which one: "all_reduce" or "reduce_scatter"."""
     over: str
-    """Whose: "all", or the name of a host."""
+    """Its ranks: "all", or the name of a host."""
     ranks: int
     nbytes: int
-    """S: of the input of each rank."""
+    """Bytes of the input of each rank (S)."""
     seconds: float
-    """t: the median of several, on the slowest rank."""
+    """Median of several, on the slowest rank (t)."""
     latency_seconds: float
-    """Of one element."""
+    """Seconds for one element."""
 
     @property
     def algorithm_bytes_per_s(self) -> float:
@@ -111,9 +111,9 @@ class Link:
     receiver: str
     nbytes: int
     seconds: float
-    """Until the receiver's answer of one element has come back."""
+    """Time until the receiver's answer of one element has come back."""
     latency_seconds: float
-    """Of one element there and one back, halved."""
+    """Half of the time for one element there and one back."""
 
     @property
     def bytes_per_s(self) -> float:
@@ -122,53 +122,53 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Pinned copies of one rank, in bytes/s; on CPU pageable copies within host memory, the same in both fields."""
+    """Bytes/s of one rank's pinned copies. On CPU they are within pageable host memory, the same in both fields."""
 
     rank: int
     nbytes: int
     h2d_alone: float
     d2h_alone: float
     h2d_together: float = 0.0
-    """While all ranks of the host copy."""
+    """Bytes/s while all ranks of the host copy."""
     d2h_together: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Of the first rank of a host, in ``folder``; bytes/s."""
+    """Bytes/s of the disk that the first rank of a host sees at ``folder``."""
 
     host: str
     folder: str
     nbytes: int = 0
     write: float = 0.0
-    """fsync included."""
+    """Bytes/s with fsync."""
     read: float = 0.0
-    """After the file has been dropped from the page cache, where the system does so when asked."""
+    """Bytes/s after the file has been dropped from the page cache, where the system does so when asked."""
     free_bytes: int = 0
     problem: str = ""
 
 
 @dataclass(slots=True)
 class Report:
-    """Everything, in rank order; empty where it was not measured."""
+    """Everything that was found, in rank order; empty where it was not measured."""
 
     size: int
     timeout: float
     meets_at: str = ""
-    """``address:port`` of the store; "" for one process."""
+    """Where the ranks meet, ``address:port`` of the store; "" for one process."""
     ranks: list[Facts] = field(default_factory=list)
-    """Of those who came."""
+    """Facts of the ranks that came."""
     reach: list[Reach] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
     copies: list[Copies] = field(default_factory=list)
     disks: list[Disk] = field(default_factory=list)
     failed: str = ""
-    """The sentence of a step that failed; later ones were not tried."""
+    """Sentence on a step that failed; later ones were not tried."""
 
     @property
     def hosts(self) -> dict[str, list[Facts]]:
-        """The ranks of each host. Hosts of one name, in containers, are told apart: "node", "node (2)"."""
+        """Returns the ranks of each host. Hosts of one name, in containers, are told apart: "node", "node (2)"."""
         machines: dict[tuple[str, str], list[Facts]] = {}
         for facts in self.ranks:
             machines.setdefault((facts.host, facts.seat.machine), []).append(facts)
@@ -183,12 +183,12 @@ class Report:
 
 
 def algorithm_bandwidth(nbytes: int, seconds: float) -> float:
-    """S / t, in bytes/s: the input of each rank, over the time of the collective."""
+    """S / t in bytes/s: the input of each rank over the time of the collective."""
     return nbytes / seconds
 
 
 def bus_bandwidth(kind: str, ranks: int, nbytes: int, seconds: float) -> float:
-    """What each rank sends in a ring, over the time: S / t times 2 (n - 1) / n for all_reduce, (n - 1) / n otherwise.
+    """What each rank sends in a ring over the time: S / t times 2 (n - 1) / n for all_reduce, (n - 1) / n otherwise.
 
     It can be compared with the speed of the wire, and between numbers of ranks.
     """

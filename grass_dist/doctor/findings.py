@@ -1,7 +1,7 @@
-"""What looks wrong, judged from the facts alone: each a sentence with the host or rank, the value and the fix.
+"""Judges from the facts alone what looks wrong, each in a sentence with the host or rank, the value and the fix.
 
 An error breaks or cripples a run, and makes the exit status 1. One that `Finding.stops` would make collectives hang or
-fail, so that none is tried. What was measured is judged in `measured`, by the rules that stand there.
+fail, so none is tried. `measured` judges what was measured, by rules of its own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from grass_dist.job.interfaces import is_loopback
 from grass_dist.job.seats import problem_of
 
 CLOCKS_DIFFER = 5.0
-"""Seconds."""
+"""Seconds by which the clocks of two hosts may differ."""
 MEMLOCK_AT_LEAST = 1 << 30
-"""Bytes."""
+"""Bytes that a rank should be able to lock."""
 
 
 def judge(report: Report) -> list[Finding]:
-    """Everything that looks wrong, errors first."""
+    """Returns everything that looks wrong, errors first."""
     found = [*judge_meeting(report), *_versions(report), *_host_facts(report), *_clocks(report)]
     if report.failed:
         found.append(Finding("failed", "all", report.failed))
@@ -31,7 +31,7 @@ def judge(report: Report) -> list[Finding]:
 
 
 def judge_meeting(report: Report) -> list[Finding]:
-    """What keeps the ranks from working together; the part that has to be known before the first collective."""
+    """Returns what keeps the ranks from working together, which has to be known before the first collective."""
     found = [*_missing(report), *_interfaces(report), *_addresses(report), *_unreachable(report), *_devices(report)]
     return [Finding(kind, where, sentence, stops=True) for kind, where, sentence in found]
 
@@ -69,7 +69,7 @@ def _interfaces(report: Report) -> Said:
 
 
 def _addresses(report: Report) -> Said:
-    """Addresses that every host has, as those of docker0."""
+    """Finds addresses that every host has, such as those of docker0."""
     seen: dict[str, str] = {}
     for host, ranks in report.hosts.items():
         address = ranks[0].address

@@ -1,4 +1,4 @@
-"""What one rank can say about itself and its host, without the others."""
+"""Gathers what one rank can say about itself and its host, without the others."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from grass_dist.version import __version__
 CHUNK = 4 << 20
 _CAP_IPC_LOCK = 14
 NONE = "none"
-"""Of a package that is not installed."""
+"""Version of a package that is not installed."""
 
 
 def choose_own_address(place: Place) -> Chosen:
-    """By which the other ranks reach this one."""
+    """Chooses the address by which the other ranks reach this one."""
     toward = place.address or "rank 0"
     return choose_address(
         os.environ,
@@ -41,10 +41,10 @@ def choose_own_address(place: Place) -> Chosen:
 
 
 def own_facts(place: Place, chosen: Chosen, port: int) -> Facts:
-    """Of this rank.
+    """Returns the facts of this rank.
 
     Args:
-        port: where it listens; 0 if it does not.
+        port: the one on which it listens; 0 if it does not.
     """
     device = own_device(place)
     name, nbytes = "CPU", 0
@@ -76,7 +76,7 @@ def own_facts(place: Place, chosen: Chosen, port: int) -> Facts:
 
 
 def own_device(place: Place) -> torch.device:
-    """As `World.join` takes it; the last GPU for a rank that finds none of its own, which `findings` refuses."""
+    """Returns the device that `World.join` takes; for a rank without its own GPU the last, which `findings` refuses."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -84,7 +84,7 @@ def own_device(place: Place) -> torch.device:
 
 
 def find_versions() -> dict[str, str]:
-    """By the names that a sentence shows."""
+    """Returns the versions of the packages, by the names that a sentence shows."""
     return {
         "grass-dist": __version__,
         "python": platform.python_version(),
@@ -98,10 +98,10 @@ def find_versions() -> dict[str, str]:
 
 
 def try_disk(host: str, folder: Path, nbytes: int, seconds: float) -> Disk:
-    """Writes a temporary file in ``folder``, which has no name and so is gone whatever happens, and reads it again.
+    """Writes a temporary file in ``folder`` and reads it. It has no name, so it is gone whatever happens.
 
     Args:
-        nbytes: written at most; less where ``seconds`` are over before.
+        nbytes: the most that is written; less where ``seconds`` are over before.
     """
     chunk = os.urandom(CHUNK)  # some file systems compress
     try:
@@ -138,7 +138,7 @@ def _version(package: str) -> str:
 
 
 def _mpi_version() -> str:
-    """Of the library that mpi4py is bound to, e.g. "Open MPI v5.0.11"; asked without entering MPI."""
+    """Returns the version of the library that mpi4py is bound to, e.g. "Open MPI v5.0.11", without entering MPI."""
     try:
         import mpi4py
 

@@ -1,9 +1,9 @@
-"""What looks wrong in what was measured. The rules:
+"""Judges what was measured, by these rules.
 
 - a link between two hosts ten times slower than the median of all other links is an error; two hosts have two links,
   one each way
 - an all-reduce over all hosts whose bus bandwidth is ten times lower than that within a host is a warning, since some
-  clusters are built so, and it can be lived with
+  clusters are built so, and work
 - links that are all slower than 1 Gbit/s, and a host whose own all-reduce is four times slower than the other hosts'
   median, are warnings
 - a GPU whose pinned copies are less than half as fast as the median of all GPUs is a warning
@@ -28,12 +28,12 @@ FULL_DISK = 1e9
 
 
 def judge_measures(report: Report) -> list[Finding]:
-    """Of all measures that were made."""
+    """Judges all measurements that were made."""
     return [*_links(report.links), *_across(report), *_hosts(report), *_copies(report), *_disks(report)]
 
 
 def slow_links(links: list[Link]) -> list[tuple[Link, float]]:
-    """Links that are ten times slower than the median of all others, each with that median, in bytes/s."""
+    """Finds links that are ten times slower than the median of all others, each with that median in bytes/s."""
     found = []
     for link in links:
         others = [other.bytes_per_s for other in links if other is not link]

@@ -1,4 +1,4 @@
-"""How the ranks exchange what they found without any collective: over the store that `World.join` will use."""
+"""Lets the ranks exchange what they found without a collective, over the store that `World.join` will use."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from grass_dist.job.interfaces import find_interfaces
 from grass_dist.job.launchers import Place
 
 GRACE = 10.0
-"""Seconds that the others wait longer than rank 0, which waits for the last of them."""
+"""Seconds by which the others wait longer than rank 0, which waits for the last of them."""
 
 
 class Meeting:
-    """All ranks over a store. Nothing here waits longer than ``timeout`` and a little.
+    """Connects all ranks by a store. Nothing here waits much longer than ``timeout``.
 
-    The same server serves `World.join` later: that of torchrun's agent, or one in rank 0's process, which torch shares
+    The same server serves `World.join` later. It is torchrun's agent's, or one in rank 0's process, which torch shares
     between all stores of a process at one port.
 
     Args:
-        timeout: seconds, of joining and of each exchange.
+        timeout: limit of joining and of each exchange, in seconds.
 
     Raises:
-        GrassError: the store does not answer, in a sentence of this rank's view.
+        GrassError: the store does not answer; the sentence says how it looks from this rank.
     """
 
     def __init__(self, place: Place, timeout: float) -> None:
@@ -61,10 +61,10 @@ class Meeting:
         self._store = dist.PrefixStore(f"doctor/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def exchange(self, key: str, value: Any) -> list[Any]:
-        """What all ranks gave, in rank order and the same on each; None for those who did not come in time.
+        """Returns what all ranks gave, in rank order and the same on each; None for those that did not come in time.
 
         Args:
-            value: anything that JSON holds.
+            value: anything that JSON can hold.
 
         Raises:
             GrassError: rank 0 is gone.
@@ -78,11 +78,11 @@ class Meeting:
         return json.loads(self._from_rank_0(f"{key}/all", self.timeout + GRACE))
 
     def end(self, code: int | None, seconds: float) -> int:
-        """Rank 0's exit status, on all ranks: a launcher ends the others when one ends with another than 0.
+        """Returns rank 0's exit status on all ranks: a launcher ends the others when one ends with another than 0.
 
         Args:
-            code: rank 0's; None on the others.
-            seconds: that the others wait for rank 0.
+            code: the status on rank 0; None on the others.
+            seconds: how long the others wait for rank 0.
 
         Raises:
             GrassError: rank 0 is gone.
@@ -98,7 +98,7 @@ class Meeting:
         return code
 
     def _wait_for(self, key: str, seconds: float) -> set[int]:
-        """The expected ranks whose ``key`` has come in time."""
+        """Returns the expected ranks whose ``key`` has come in time."""
         present: set[int] = set()
         deadline = time.monotonic() + seconds
         while True:
@@ -118,7 +118,7 @@ class Meeting:
 
 
 def _wait_for_port(place: Place, timeout: float) -> None:
-    """By a plain connection first: one of torch's to a host that is not there takes its own time to fail."""
+    """Connects plainly first: torch's own connection to a host that is not there takes long to fail."""
     assert place.address is not None
     where, deadline = f"{place.address}:{place.port}", time.monotonic() + timeout
     while True:

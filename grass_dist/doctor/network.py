@@ -1,4 +1,4 @@
-"""The address that others reach this rank by, and whether they do: plain TCP with short time limits."""
+"""Finds the address by which others reach this rank, and tries it by plain TCP with short time limits."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from grass_dist.doctor.facts import Reach
 from grass_dist.job.interfaces import is_loopback
 
 CONNECTS_WITHIN = 5.0
-"""Seconds."""
+"""Time limit of a connection, in seconds."""
 ROUND_TRIPS = 8
 _TOKEN = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The address by which a rank is reached, and why that."""
+    """The address by which a rank is reached, and why this one."""
 
     address: str
     interface: str
     chosen_by: str
     problem: str = ""
-    """What is wrong with the interface that was asked for, in a sentence."""
+    """Sentence on what is wrong with the interface that was asked for."""
     name_problem: str = ""
     """What is wrong with the address of the host name, without a full stop."""
 
@@ -37,7 +37,7 @@ class Chosen:
 def choose_address(
     environ: Mapping[str, str], interfaces: Mapping[str, str], *, by_name: str | None, by_route: str, toward: str
 ) -> Chosen:
-    """As gloo and NCCL would choose: the interface that is asked for, else the host name's address, else the route's.
+    """Chooses as gloo and NCCL would: the interface that is asked for, else the host name's address, else the route's.
 
     Args:
         by_name: what this host's own name resolves to; None if it does not.
@@ -63,12 +63,12 @@ def choose_address(
 
 
 ALL = ("0.0.0.0", "::")
-"""What a socket is bound to that listens on every interface."""
+"""Addresses that a socket is bound to if it listens on every interface."""
 _LISTENS = "0A"
 
 
 def bound_addresses(port: int) -> tuple[str, ...]:
-    """The addresses of this host at which somebody listens on a TCP port, by the kernel's own list."""
+    """Returns the addresses of this host at which some process listens on a TCP port, by the kernel's own list."""
     found: set[str] = set()
     for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         try:
@@ -85,13 +85,13 @@ def bound_addresses(port: int) -> tuple[str, ...]:
 
 
 def shown(interfaces: Mapping[str, str]) -> str:
-    """E.g. "eth0 (10.77.0.2), lo (127.0.0.1)": those that lead elsewhere first."""
+    """Writes e.g. "eth0 (10.77.0.2), lo (127.0.0.1)", with those that lead elsewhere first."""
     ordered = sorted(interfaces.items(), key=lambda pair: (is_loopback(pair[1]), pair[0]))
     return ", ".join(f"{name} ({address})" for name, address in ordered) or "none"
 
 
 def address_of_name() -> str | None:
-    """What this host's own name resolves to."""
+    """Returns the address that this host's own name resolves to."""
     try:
         return str(socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -99,7 +99,7 @@ def address_of_name() -> str | None:
 
 
 def address_of_route(host: str) -> str:
-    """The address that packets to ``host`` leave by; that of the loopback if there is no way."""
+    """Returns the address by which packets to ``host`` leave; that of the loopback if there is no way."""
     with contextlib.suppress(OSError):
         family, _, _, _, where = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -112,7 +112,7 @@ class Listener:
     """Answers every byte with ``token`` and the time, from threads of its own, until the process ends.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: it cannot listen on the address.
     """
 
     def __init__(self, address: str, token: bytes) -> None:
@@ -139,7 +139,7 @@ def reach(rank: int, to: int, address: str, port: int, token: bytes, seconds: fl
     """Tries to connect to the listener of rank ``to``; several round trips tell the difference of the clocks.
 
     Returns:
-        after a few times ``seconds`` at most; never raises.
+        The outcome, after a few times ``seconds`` at most. It never raises.
     """
     best, offset = None, None
     try:
@@ -161,7 +161,7 @@ def reach(rank: int, to: int, address: str, port: int, token: bytes, seconds: fl
 
 
 def reason(error: OSError, seconds: float) -> str:
-    """Why a connection failed, without a full stop."""
+    """Says why a connection failed, without a full stop."""
     if isinstance(error, TimeoutError):
         return f"no answer within {seconds:g} s"
     return error.strerror or str(error)
@@ -177,7 +177,7 @@ def _read(line: socket.socket, count: int) -> bytes:
 
 
 def _matching(wanted: str, interfaces: Mapping[str, str], *, exact: bool) -> str:
-    """The first interface that a variable means: gloo takes whole names, NCCL prefixes, "=name" and "^prefix"."""
+    """Returns the first interface that a variable means. gloo takes names, NCCL prefixes, "=name" and "^prefix"."""
     if exact:
         names = wanted.split(",")
         return names[0] if all(name in interfaces for name in names) else ""

@@ -1,7 +1,7 @@
-"""The JSON file: everything that was found, for a planner. Units are in the names: bytes, bytes_per_s, seconds.
+"""Writes everything that was found as JSON, for the planner. Units are in the names: bytes, bytes_per_s, seconds.
 
-version        1; another where a field changes its meaning
-size           number of ranks that the launcher tells
+version        1; another number where a field changes its meaning
+size           number of ranks, as the launcher tells it
 ranks          each rank that came: rank, local_rank, host, device, device_bytes (0 on CPU), cores, omp_threads,
                interface, address, store_bound (addresses at which the ranks' store listens on its host; 0.0.0.0 and ::
                are all interfaces), versions, clock_offset_seconds (against rank 0), memlock_bytes (null: no limit),
@@ -33,7 +33,7 @@ VERSION = 1
 
 
 def as_json(report: Report, findings: Sequence[Finding]) -> dict[str, Any]:
-    """What the module describes; holds what JSON can."""
+    """Returns the object that the module describes, with values that JSON can hold."""
     return {
         "version": VERSION,
         "size": report.size,
@@ -53,17 +53,17 @@ def as_json(report: Report, findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def clock_offset(report: Report, rank: int) -> float | None:
-    """Against rank 0; 0 on its host, whose clock it is. None if they could not talk."""
+    """Seconds by which a rank's clock is ahead of rank 0's; 0 on rank 0's host. None if the two could not talk."""
     if report.host_of(rank) == report.host_of(0):
         return 0.0
     return next((one.clock_offset_seconds for one in report.reach if (one.rank, one.to) == (rank, 0)), None)
 
 
 def pinnable_bytes(ranks: Sequence[Facts], copies: Sequence[Copies]) -> int | None:
-    """Host memory that the ranks of a host together may pin: what is free, or what each of them may lock.
+    """Bytes that the ranks of a host together may pin: what is free, or what each of them may lock.
 
-    CUDA's drivers as a rule do not count what they pin against RLIMIT_MEMLOCK. So the limit is left out where a rank
-    has pinned more for its ``copies``. None where nobody says what is free.
+    CUDA's drivers usually do not count what they pin against RLIMIT_MEMLOCK, so the limit is left out where a rank has
+    pinned more for its ``copies``. None where the host does not say what is free.
     """
     free = [facts.available_bytes for facts in ranks if facts.available_bytes is not None]
     if not free:

@@ -1,4 +1,4 @@
-"""What rank 0 prints: tables of ranks, hosts and speeds, then what looks wrong."""
+"""Prints on rank 0 the tables of ranks, hosts and speeds, then what looks wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grass_dist.doctor.schema import clock_offset, pinnable_bytes
 from grass_dist.doctor.words import Finding, by_value, duration, listed, size, speed
 
 LINKS_SHOWN = 16
-"""The slowest, of more."""
+"""Number of links that are shown, the slowest ones."""
 
 
 def show(report: Report, findings: Sequence[Finding]) -> None:
@@ -126,7 +126,7 @@ def _speeds(report: Report) -> Iterable[Any]:
 
 
 def _store(report: Report) -> Iterable[str]:
-    """Where the store listens, by which all ranks meet."""
+    """Says where the store listens by which all ranks meet."""
     for host, ranks in report.hosts.items():
         if bound := ranks[0].store_bound:
             where = "all interfaces" if any(address in ALL for address in bound) else listed(bound)
@@ -134,7 +134,7 @@ def _store(report: Report) -> Iterable[str]:
 
 
 def _versions(report: Report) -> Iterable[str]:
-    """In one line what all hosts have; what differs is a finding."""
+    """Writes in one line the versions that all hosts have; one that differs is a finding."""
     if not report.ranks:
         return
     names = report.ranks[0].versions
@@ -164,7 +164,7 @@ def _verdict(findings: Sequence[Finding]) -> Iterable[str]:
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
-    """Without the columns that are empty in all rows."""
+    """Makes a table without the columns that are empty in all rows."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""One answer before and after, so that a person sees what the fine-tune did."""
+"""Lets the model answer before and after the fine-tune, so that a person sees what it did."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from grass_dist.finetune.hub import loading_options
 
 @torch.no_grad()
 def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
-    """The model's greedy continuation of ``prompt_ids``, up to its end-of-sequence token.
+    """Returns the model's greedy continuation of ``prompt_ids``, up to its end-of-sequence token.
 
-    It ends where the model has no more positions, and is a sentence in parentheses where the prompt fills them all, or
+    It ends where the model has no more positions. It is a sentence in parentheses where the prompt fills them all, or
     where the model's generation_config.json holds something that cannot be used.
     """
     positions = learnt_positions(model)
@@ -53,7 +53,7 @@ def answer_from_folder(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool,
 ) -> str:
-    """The same from a Hugging Face folder or name, loaded as anybody would load it, in its own dtype or another."""
+    """Returns the same for a Hugging Face folder or name, loaded as any user loads it, in its own dtype or another."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(

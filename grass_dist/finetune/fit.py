@@ -1,6 +1,6 @@
-"""Whether a tokenizer, its special tokens and the length of the examples fit the model that is to be trained.
+"""Checks whether a tokenizer, its special tokens and the length of the examples fit the model that is trained.
 
-Where they do not, a lookup in an embedding fails in the middle of the run: on a GPU as an assertion on the device.
+Where they do not, a lookup in an embedding fails in the middle of the run; on a GPU it is an assertion of the device.
 """
 
 from __future__ import annotations
@@ -18,40 +18,44 @@ from grass_dist.finetune.data.loading import Data, Stream
 
 
 class Padding(NamedTuple):
-    """What short examples of a batch are filled up with; it has no loss, and no example attends to it."""
+    """The token that fills up short examples of a batch; it has no loss, and no example attends to it."""
 
     id: int
     told: str | None = None
-    """A sentence for the user where it is not the tokenizer's own pad token."""
+    """Sentence for the user if it is not the tokenizer's own pad token."""
 
 
 class Vocabulary(NamedTuple):
     """The ids that a model has weights for."""
 
     model: str
-    """Its name, as ``model.name`` gives it."""
+    """Name of the model, as ``model.name`` gives it."""
 
     tokenizer: Any
 
     inputs: int
-    """Rows of the table of its input embeddings."""
+    """Number of rows of the input embeddings."""
 
     labels: int
-    """Rows of its head."""
+    """Number of rows of the head."""
 
     def check(self, example: Example) -> None:
-        """Checks one example. Raises: `ConfigError`, which names the token that has no weights."""
+        """Checks one example.
+
+        Raises:
+            ConfigError: a token has no weights; the error names it.
+        """
         self.check_ids(example["input_ids"], self.inputs)
         self.check_ids(example["labels"], self.labels)
 
     def check_ids(self, ids: Sequence[int], rows: int | None = None) -> None:
-        """The same of ids alone; rows: those that there are, left out: of the input embeddings."""
+        """Checks ids alone, against ``rows`` rows of a table; None takes those of the input embeddings."""
         rows = self.inputs if rows is None else rows
         if (largest := max(ids, default=0)) >= rows:
             raise self._outside(largest, rows)
 
     def check_all(self, examples: Examples) -> None:
-        """The same of all examples in memory."""
+        """Checks all examples in memory."""
         for key, rows in (("input_ids", self.inputs), ("labels", self.labels)):
             if (largest := examples.largest(key)) >= rows:
                 raise self._outside(largest, rows)
@@ -64,10 +68,10 @@ class Vocabulary(NamedTuple):
 
 
 def check_fit(config: RunConfig, model: nn.Module, tokenizer: Any, data: Data) -> Padding:
-    """Checks that the model can train on the examples, those in memory now and those of a stream as they are made.
+    """Checks that the model can train on the examples: those in memory now, those of a stream as they are made.
 
     Returns:
-        What to pad batches with: the tokenizer's pad token, or another one where the model has no weights for it.
+        The token to pad batches with: the tokenizer's pad token, or another one if the model has no weights for it.
 
     Raises:
         ConfigError: ``data.max_length`` is beyond the positions that the model has learnt, the tokenizer names neither
@@ -89,14 +93,14 @@ def check_fit(config: RunConfig, model: nn.Module, tokenizer: Any, data: Data) -
 
 
 def vocabulary_of(name: str, model: nn.Module, tokenizer: Any) -> Vocabulary:
-    """The `Vocabulary` of a transformers model, whole or in the shards of ZeRO-3."""
+    """Returns the `Vocabulary` of a transformers model, whole or in the shards of ZeRO-3."""
     inputs = _rows(model.get_input_embeddings())  # type: ignore[operator]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     return Vocabulary(name, tokenizer, inputs, inputs if head is None else _rows(head))
 
 
 def padding_of(vocabulary: Vocabulary) -> Padding:
-    """What to pad with.
+    """Chooses the token to pad with.
 
     Raises:
         ConfigError: the tokenizer names neither a pad nor an eos token.
@@ -126,9 +130,10 @@ _TABLE = re.compile(
 
 
 def learnt_positions(model: nn.Module) -> int | None:
-    """The tokens that an input can have; None where positions are computed (rotary ones, ALiBi), without a limit.
+    """Returns how many tokens an input can have; None, no limit, where positions are computed (rotary ones, ALiBi).
 
-    Such a table is known by its name and by its rows, which are as many as the configuration says, or a few more.
+    A table of positions is known by its name and by the number of its rows, which is that of the configuration or
+    slightly more.
     """
     settings: Any = getattr(model, "config", None)
     configured = getattr(settings.get_text_config() if settings else None, "max_position_embeddings", None)

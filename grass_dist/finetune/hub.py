@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached: where not, its client tries for most of a minute."""
+"""Finds out whether the Hugging Face Hub can be reached; where not, its client would try for most of a minute."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 SECONDS = 3.0
-"""Within which a connection is made, or the Hub counts as out of reach."""
+"""Seconds in which a connection must be made, or the Hub counts as out of reach."""
 
 
 def loading_options(name: str) -> dict[str, Any]:
-    """What ``from_pretrained`` gets besides a model's name: the disk alone where the Hub is out of reach."""
+    """Returns options of ``from_pretrained``, which restrict it to the disk where the Hub is out of reach."""
     return {"local_files_only": True} if hub_problem(name) else {}
 
 
 def hub_problem(name: str) -> str | None:
-    """Why the Hub cannot be asked for a model's name; None where it can be, or where nobody has to ask it.
+    """Says why the Hub cannot be asked for a model; None where it can be, or need not be.
 
     The answer for the first name that is not a folder here holds for the rest of the process.
     """
@@ -35,7 +35,7 @@ def hub_problem(name: str) -> str | None:
 
 @lru_cache
 def _connection_problem(endpoint: str, seconds: float) -> str | None:
-    """Why no connection can be made to a server, or to the proxy that the environment names for it."""
+    """Says why no connection can be made to a server, or to the proxy that the environment names for it."""
     where = urlsplit(endpoint)
     if not where.hostname:
         return None  # the client says what is wrong with it

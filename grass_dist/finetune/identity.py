@@ -1,4 +1,4 @@
-"""What must be the same on all ranks: versions, model and data, as short texts for `World.together` to compare."""
+"""Describes what must be the same on all ranks: versions, model and data, in short texts that ranks compare."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from grass_dist.finetune.data.loading import Stream
 from grass_dist.version import __version__
 
 SAMPLE = 256
-"""Elements that are read of each parameter, at most."""
+"""Most elements that are read of a parameter."""
 
 
 def versions(*, deepspeed: bool = False) -> dict[str, str]:
-    """Versions of the packages that decide about what is computed, by the names that an error shows.
+    """Returns the versions of the packages that decide what is computed, by the names that an error shows.
 
     Args:
         deepspeed: whether the backend needs it.
@@ -34,9 +34,9 @@ def versions(*, deepspeed: bool = False) -> dict[str, str]:
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:
-    """What tells two models apart within milliseconds: their parameters, configurations and a sample of the weights.
+    """Tells two models apart within milliseconds, by parameters, configurations and a sample of the weights.
 
-    Called before the model is wrapped. Of a model that ZeRO-3 has loaded in shards the weights are not read.
+    Call it before the model is wrapped. The weights of a model that ZeRO-3 has loaded in shards are not read.
     """
     parameters = list(model.named_parameters())
     described = "\n".join(f"{name} {_shape(p)} {p.dtype}" for name, p in parameters)
@@ -49,9 +49,9 @@ def model_identity(model: nn.Module) -> dict[str, str]:
 
 
 def data_identity(examples: Examples | Stream, name: str = "training examples") -> dict[str, str]:
-    """Number and hash of tokenised examples; of a stream, which nobody has read yet, `Stream.identity`.
+    """Returns number and hash of tokenised examples; for a stream, which is not read yet, `Stream.identity`.
 
-    Reads all tokens once: some 7 s for each billion of tokens.
+    It reads all tokens once, in some 7 s for each billion of them.
 
     Raises:
         ConfigError: a row or a file of a stream cannot be read.
@@ -81,7 +81,7 @@ def _is_whole(parameter: nn.Parameter) -> bool:
 
 
 def _sample(parameter: nn.Parameter) -> bytes:
-    """The exact bytes of elements at a fixed stride; of a tensor that is not contiguous, without a copy of all."""
+    """Returns the exact bytes of elements at a fixed stride, without a copy of a tensor that is not contiguous."""
     count = parameter.numel()
     stride = max(1, -(-count // SAMPLE))
     taken = torch.take(parameter.detach(), torch.arange(0, count, stride, device=parameter.device))
@@ -89,14 +89,14 @@ def _sample(parameter: nn.Parameter) -> bytes:
 
 
 def _settings(model: nn.Module) -> str:
-    """The Hugging Face configuration without what depends on where and by whom it was loaded; "" without one."""
+    """Returns the Hugging Face configuration without what depends on where and how it was loaded; "" without one."""
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return json.dumps(_lasting(settings), sort_keys=True, default=_as_text)
 
 
 def _lasting(value: Any) -> Any:
-    """Without volatile entries, at any depth: those with a leading underscore are transformers' own bookkeeping."""
+    """Drops volatile entries at any depth: those with a leading underscore are transformers' own bookkeeping."""
     if isinstance(value, dict):
         kept = {str(key): _lasting(entry) for key, entry in value.items()}
         return {key: entry for key, entry in kept.items() if not key.startswith("_") and key != "transformers_version"}

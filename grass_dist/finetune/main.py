@@ -40,7 +40,7 @@ from grass_dist.finetune.checkpoints import (
 )
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.config_file import flat_settings, load_config
-from grass_dist.finetune.data.config import check_packing, fill
+from grass_dist.finetune.data.config import check_packing, fill_template
 from grass_dist.finetune.data.first_ids import LONG
 from grass_dist.finetune.data.loading import Data, Stream, load_data, render_prompt
 from grass_dist.finetune.data.shown import shown
@@ -54,6 +54,7 @@ from grass_dist.finetune.parallel import Parallelism
 from grass_dist.finetune.progress import Reporter
 from grass_dist.finetune.run_folder import MODEL, RunFolder
 from grass_dist.job.guard import Guard, steady_streams
+from grass_dist.job.launchers import warning_of
 from grass_dist.job.output import Output, record_for_launcher
 from grass_dist.job.peers import lost_peer
 from grass_dist.job.signals import LeaveSignals, exit_code
@@ -164,6 +165,8 @@ def finetune(
     transformers.logging.disable_progress_bar()
     parallel = world.together(lambda: choose_parallelism(config, world))
     say = print if world.is_main else lambda *_: None
+    if told := warning_of(os.environ):
+        say(told)
     if config.model.trust_remote_code:
         say(f"the code that comes with {config.model.name} may run: model.trust_remote_code is true")
     with RunFolder(config, world, resume) as folder:
@@ -269,7 +272,7 @@ def _start(
     written: str,
     say: Callable[..., None],
 ) -> Position:
-    """Where the run begins, after what has changed since the checkpoint was looked at."""
+    """The position at which the run begins; warns of what has changed since the checkpoint was saved."""
     if checkpoint is None:
         return Position()
     for sentence in check_settings(config, checkpoint, data_is):
@@ -308,7 +311,7 @@ def _conclude(
     reporter: Reporter,
     log: MetricsLog,
 ) -> None:
-    """On the main rank: the answer of the saved model, and the report."""
+    """Writes the answer of the saved model, and the report; called on the main rank."""
     from grass_dist.report import build_report
 
     if config.save_model and before:
@@ -350,10 +353,10 @@ def _question(config: RunConfig, data: Data) -> dict[str, Any] | None:
     if prompt is None:
         if config.data.prompt is None or config.data.completion is None or not data.held_out_rows:
             return None
-        filled = ((fill(config.data.prompt, row, "prompt"), row) for row in data.held_out_rows)
+        filled = ((fill_template(config.data.prompt, row, "prompt"), row) for row in data.held_out_rows)
         longest = LONG * config.data.max_length
         prompt, row = next(((prompt, row) for prompt, row in filled if len(prompt) <= longest), (None, None))
         if prompt is None or row is None:
             return None
-        expected = fill(config.data.completion, row, "completion")
+        expected = fill_template(config.data.completion, row, "completion")
     return {"prompt": prompt, "expected": expected}

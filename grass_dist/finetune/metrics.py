@@ -1,4 +1,4 @@
-"""The record of a run: run.json, config.yaml, metrics.jsonl and TensorBoard files in the run's folder."""
+"""Keeps the record of a run: run.json, config.yaml, metrics.jsonl and TensorBoard files in the run's folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from grass_dist.version import __version__
 def describe_run(
     config: RunConfig, world: World, backend: str, layers: LayerMap, data: Data, model: nn.Module
 ) -> dict[str, Any]:
-    """run.json: what does not change during the run."""
+    """Returns the content of run.json, which does not change during the run."""
     always = always_active_roles(layers, config.grass)
     kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     return {
@@ -60,12 +60,12 @@ def describe_run(
 
 
 class MetricsLog:
-    """Hands each event to its writers, metrics.jsonl and TensorBoard, under one guard. On the main rank only.
+    """Hands each event to its writers, metrics.jsonl and TensorBoard, under one guard, on the main rank only.
 
     Args:
-        keep: bytes of an earlier record that it goes on after: what came after a checkpoint happens again.
-        step: that the run begins with.
-        guard: a writer's error is told by it, and costs the run nothing.
+        keep: number of bytes of an earlier record that stay; what came after the checkpoint happens again.
+        step: the step with which the run begins.
+        guard: tells an error of a writer, which costs the run nothing.
     """
 
     def __init__(
@@ -80,17 +80,17 @@ class MetricsLog:
 
     @property
     def nbytes(self) -> int:
-        """Of metrics.jsonl up to now, which is on the disk then."""
+        """Returns the bytes of metrics.jsonl up to now, which are on the disk then."""
         return self._lines.nbytes
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """One event."""
+        """Writes one event."""
         for name, writer in self._writers.items():
             with self._guarded(name, step):
                 writer.write(event, step, values)
 
     def observe(self, event: Event) -> None:
-        """An observer of the method: refreshes, and the draws as they begin to train."""
+        """Writes refreshes, and draws as they begin to train, as an observer of the method."""
         if isinstance(event, Refreshed):
             p = event.probabilities
             self.write(
@@ -112,7 +112,7 @@ class MetricsLog:
             )
 
     def saved(self, saved: Saved) -> None:
-        """How a checkpoint went."""
+        """Writes how a checkpoint went."""
         error = str(saved.error) if saved.error else None
         costs = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds, "bytes": saved.nbytes}
         self.write("checkpoint", saved.step, error=error, **costs)
@@ -127,8 +127,7 @@ class MetricsLog:
 
 
 class Later:
-    """An observer of the method that keeps its events until there is somebody to tell: a run is made before its record
-    is begun."""
+    """An observer of the method that keeps its events until the record is begun, after the run is made."""
 
     def __init__(self) -> None:
         self._kept: list[Event] = []
@@ -141,7 +140,7 @@ class Later:
             observer(event)
 
     def begin(self, observers: Sequence[Observer], *, going_on: bool) -> None:
-        """Tells ``observers`` from now on, and what it has kept unless the run goes on from a later step."""
+        """Tells ``observers`` from now on, and first what it has kept, unless the run goes on from a later step."""
         self._observers = observers
         for event in () if going_on else self._kept:
             self(event)
@@ -150,7 +149,7 @@ class Later:
 
 @contextlib.contextmanager
 def timed() -> Iterator[Callable[[], float]]:
-    """Gives a function that says how many seconds the block has taken."""
+    """Gives a function that returns how many seconds the block has taken."""
     began, ended = time.perf_counter(), None
     try:
         yield lambda: (ended or time.perf_counter()) - began
@@ -159,9 +158,9 @@ def timed() -> Iterator[Callable[[], float]]:
 
 
 class StepCosts:
-    """What each step has cost this rank in communication and in optimizer states, from sums since the start.
+    """Counts what each step costs this rank in communication and optimizer states, from sums since the start.
 
-    Asked after every step on every rank: it also lets go of what has been measured.
+    Ask it after every step on every rank: it also frees what has been measured.
     """
 
     def __init__(self, run: Run) -> None:
@@ -169,7 +168,7 @@ class StepCosts:
         self._before = self._sums()
 
     def of_step(self) -> dict[str, Any]:
-        """What came since it was last asked; a copy's time counts in the step in which its end is noticed."""
+        """Returns what came since it was last asked; a copy's time counts in the step in which its end is noticed."""
         now, before = self._sums(), self._before
         self._before = now
         spent = {name: now[name] - before[name] for name in now}

@@ -1,4 +1,4 @@
-"""What a person sees while a fine-tune runs: a bar on a terminal, lines elsewhere, on the main rank only."""
+"""Shows a person how a fine-tune goes: a bar on a terminal, lines elsewhere, on the main rank only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from grass_dist.job.guard import Guard
 
 
 class Reporter:
-    """Shows steps and, as they change, the active layers. Use as a context manager.
+    """Shows steps and, as they change, the active layers. It is a context manager.
 
     Args:
-        guard: an error of the display is told by it, and costs the run nothing.
+        guard: tells an error of the display, which costs the run nothing.
     """
 
     def __init__(self, max_steps: int, num_layers: int, *, speaks: bool, guard: Guard | None = None) -> None:
@@ -57,7 +57,7 @@ class Reporter:
             self._console.print(text, markup=False)
 
     def observe(self, event: Event) -> None:
-        """An observer of the method."""
+        """Shows an event of the method, as its observer."""
         if isinstance(event, Refreshed):
             likeliest = sorted(range(len(event.probabilities)), key=lambda i: -event.probabilities[i])[:5]
             shown = ", ".join(f"{i} ({event.probabilities[i]:.1%})" for i in likeliest)
@@ -73,24 +73,24 @@ class Reporter:
         self.say(f"step {step}: held-out loss {loss:.4f}")
 
     def bad_step(self, step: int, loss: float, norm: float | None) -> None:
-        """``step`` is not counted: see `StepResult.applied`."""
+        """Says that ``step`` is not counted: see `StepResult.applied`."""
         what = f"loss {loss:.4g}" + (f", gradient norm {norm:.4g}" if norm is not None else "")
         self.say(f"step {step}: {what}: not finite, nothing is updated")
 
     def resumed(self, step: int, folder: str, exact: bool) -> None:
-        """The run goes on after ``step``."""
+        """Says that the run goes on after ``step``."""
         how = "" if exact else "; on another number of ranks, so dropout differs"
         self.say(f"step {step}: goes on from {folder}{how}")
 
     def saved(self, saved: Saved) -> None:
-        """How a checkpoint went."""
+        """Says how a checkpoint went."""
         if saved.error:
             self.say(f"warning: {saved.error}")
         else:
             self.say(f"step {saved.step}: saved in {saved.seconds:.1f} s; training waited {saved.stall_seconds:.2f} s")
 
     def step(self, step: int, phase: str, loss: float, seconds: float) -> None:
-        """``step`` steps are done; the last one was of ``phase`` and took ``seconds``."""
+        """Shows that ``step`` steps are done; the last one was of ``phase`` and took ``seconds``."""
         numbers = f"loss {loss:.3f}" + (f"  held out {self._held_out:.3f}" if self._held_out is not None else "")
         with self._guarded():
             self._bar.update(self._task, completed=step, description=phase, numbers=numbers)

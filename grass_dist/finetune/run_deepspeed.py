@@ -34,9 +34,9 @@ from grass_dist.finetune.setup import (
     parameter_groups,
     weight_dtype,
 )
-from grass_dist.finetune.steps import summed_loss
 from grass_dist.job.world import World
 from grass_dist.model.discovery import LayerMap
+from grass_dist.model.loss import summed_loss
 from grass_dist.model.packaged import resolve_model
 from grass_dist.ranks import Ranks
 

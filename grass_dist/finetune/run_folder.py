@@ -202,7 +202,7 @@ def _has_model(folder: Path) -> bool:
 
 
 def _why_kept(folder: Path) -> str | None:
-    """What a run has that is not to be made anew; None if it was stopped before there was anything."""
+    """What a run has that a new start must not replace; None if it was stopped before there was anything."""
     if _has_model(folder):
         return f"has ended (its model is in {folder / MODEL})"
     why = None

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from grass_dist.backends.wrapping import shard, shard_mesh
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.checkpoint.saving import Snapshot, take_snapshot
 from grass_dist.config import GrassConfig
@@ -25,9 +25,9 @@ from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.export import gather_torch, save_pretrained
 from grass_dist.finetune.parallel import Batch, Copy, Stepped
 from grass_dist.finetune.setup import accumulation_steps, adamw_settings, check_ranks, load_model, parameter_groups
-from grass_dist.finetune.steps import summed_loss
 from grass_dist.job.world import World
 from grass_dist.model.discovery import LayerMap
+from grass_dist.model.loss import summed_loss
 from grass_dist.optimizer import GrassOptimizer
 from grass_dist.ranks import Ranks
 
@@ -142,16 +142,7 @@ def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) ->
     if backend == "ddp":
         model = model.to(world.device)
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
-    if replicate == 1:
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
-    else:
-        shape = (replicate, world.size // replicate)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-    low = next(model.parameters()).dtype != torch.float32
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
-    for layer in model.get_submodule(layers.stack).children():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    shard(model, layers.stack, shard_mesh(world.device.type, world.size, replicate))
     return model
 
 

@@ -1,4 +1,4 @@
-"""From a `RunConfig` to a model and its optimizer: load, check the ranks, group the parameters, schedule the rate."""
+"""Sets up the model and the optimizer of a `RunConfig`: it loads, checks the ranks, and groups the parameters."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ log = logging.getLogger("grass_dist")
 
 
 def weight_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the weights: as configured, else bf16 on a GPU that has it and fp32 elsewhere."""
+    """Returns the dtype of the weights: as configured, else bf16 on a GPU that has it and fp32 elsewhere."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer; its eos token pads where it names no pad token.
+    """Loads the model's tokenizer; its eos token pads where it names no pad token.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: there is no such model.
     """
     from transformers import AutoTokenizer
 
@@ -58,11 +58,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """The pretrained causal language model, in host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
+    """Loads the pretrained causal language model into host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
 
     Raises:
-        ConfigError: no such model, one whose files lack some of its weights (see `ModelConfig.allow_missing_weights`),
-            or settings of ``grass`` that do not fit it.
+        ConfigError: there is no such model, its files lack some of its weights (see
+            `ModelConfig.allow_missing_weights`), or settings of ``grass`` do not fit it.
         UnsupportedModel: it has no layer stack.
     """
     from transformers import AutoModelForCausalLM
@@ -120,17 +120,17 @@ def check_ranks(config: RunConfig, world: World) -> None:
 
 
 def accumulation_steps(config: RunConfig, world: World) -> int:
-    """Micro-batches of a step on each rank."""
+    """Returns the number of micro-batches of a step on each rank."""
     return config.train.global_batch_size // (world.size * config.train.micro_batch_size)
 
 
 def adamw_settings(train: TrainConfig) -> dict[str, Any]:
-    """Arguments of `torch.optim.AdamW`, weight decay aside: that goes by parameter group."""
+    """Returns the arguments of `torch.optim.AdamW`, except the weight decay, which depends on the parameter group."""
     return {"lr": train.learning_rate, "betas": train.betas, "eps": train.eps}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices, none on vectors (norms, biases)."""
+    """Groups the parameters: matrices have weight decay, vectors (norms, biases) have none."""
     matrices, vectors = [], []
     for param in model.parameters():
         shape = getattr(param, "ds_shape", param.shape)  # ZeRO-3 leaves an empty vector in the parameter
@@ -142,7 +142,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def learning_rate_factor(train: TrainConfig, update_steps: int) -> Callable[[int], float]:
-    """Factor on the learning rate for update number k of ``update_steps``: linear warm-up, then the schedule."""
+    """Factor of the learning rate at update number k of ``update_steps``: linear warm-up, then the schedule."""
 
     def factor(step: int) -> float:
         if step < train.warmup_steps:
@@ -156,7 +156,11 @@ def learning_rate_factor(train: TrainConfig, update_steps: int) -> Callable[[int
 
 
 def _check_depth(source: str, config: ModelConfig) -> None:
-    """Raises: `ConfigError`, the model has more layers than can be made."""
+    """Checks the number of layers.
+
+    Raises:
+        ConfigError: the model has more layers than can be made.
+    """
     from transformers import PreTrainedConfig
 
     try:
@@ -169,10 +173,10 @@ def _check_depth(source: str, config: ModelConfig) -> None:
 
 
 def _check_dropout(config: ModelConfig, settings: Mapping[str, Any]) -> None:
-    """Checks what would fail in the first forward alone.
+    """Checks what would only fail in the first forward.
 
     Raises:
-        ConfigError: a rate of dropout is none.
+        ConfigError: a rate of dropout is no such rate.
     """
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -186,7 +190,7 @@ def _check_dropout(config: ModelConfig, settings: Mapping[str, Any]) -> None:
 
 
 def _check_complete(config: ModelConfig, found: dict[str, Any]) -> None:
-    """Checks what `from_pretrained` tells of the weights; one that is tied to another that is there is not missing.
+    """Checks what `from_pretrained` tells of the weights. One that is tied to another that is there is not missing.
 
     Raises:
         ConfigError: some are missing or have another shape, and this is not allowed.
@@ -219,7 +223,7 @@ def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
 
 
 def _denied(error: BaseException | None) -> str | None:
-    """The path that could not be written, or read, where this is why something failed."""
+    """Returns the path that could not be written or read, if that is why something failed."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return str(error.filename or "the present one")

@@ -1,4 +1,4 @@
-"""The steps of a fine-tune: one optimizer step over a rank's micro-batches, and an evaluation."""
+"""Runs the steps of a fine-tune: an optimizer step over a rank's micro-batches, and an evaluation."""
 
 from __future__ import annotations
 
@@ -10,39 +10,31 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 
-from grass_dist.finetune.data.batches import IGNORED, Example, collate
+from grass_dist.finetune.data.batches import Example, collate
 from grass_dist.finetune.parallel import Run
 from grass_dist.job.world import World
+from grass_dist.model.loss import IGNORED, summed_loss
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Of the global batch."""
+    """What a step on the global batch gave."""
 
     loss: float
-    """Mean over all target tokens."""
+    """Mean loss over all target tokens."""
     grad_norm: float | None
-    """Before clipping; None in the probe and without clipping."""
+    """Norm of the gradients before clipping; None in the probe and without clipping."""
     tokens: int
-    """Target tokens."""
+    """Number of target tokens."""
     applied: bool
-    """False: a loss or gradient was not finite, and nothing was updated."""
+    """Whether anything was updated: nothing is where a loss or gradient is not finite."""
     flags: list[float]
-    """Sums over the ranks of what each gave."""
+    """Sums over the ranks of the flags that each gave."""
 
     @property
     def bad(self) -> bool:
         return not (self.applied and math.isfinite(self.loss))
-
-
-def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy of the next token, summed over the target tokens of a micro-batch, fp32."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def train_step(
@@ -53,15 +45,15 @@ def train_step(
     step: int,
     flags: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
-    """One optimizer step over the micro-batches of this rank.
+    """Takes one optimizer step over the micro-batches of this rank.
 
     The loss is the mean over the target tokens of the *global* batch, so it does not depend on how the batch was cut
-    into ranks and micro-batches. Over the wire, besides the gradients: an all-reduce of 8 bytes and one of 8 bytes for
-    the loss and for each flag.
+    into ranks and micro-batches. Besides the gradients, an all-reduce of 8 bytes goes over the wire, and one of 8 bytes
+    for the loss and for each flag.
 
     Args:
         step: its number, for errors.
-        flags: asked at the end of the step for numbers that the ranks add up.
+        flags: gives at the end of the step the numbers that the ranks add up.
     """
     batches = [
         {name: t.to(world.device, non_blocking=True) for name, t in collate(micro, pad_token_id).items()}
@@ -91,13 +83,13 @@ def evaluate(
     world: World,
     leaves: Callable[[], bool],
 ) -> float | None:
-    """Mean loss over the target tokens of ``examples``, shared among the ranks.
+    """Computes the mean loss over the target tokens of ``examples``, which the ranks share.
 
     Args:
-        leaves: asked on every rank before each micro-batch whether it ends here: the same on all.
+        leaves: says on every rank, before each micro-batch, whether it ends here; the same on all.
 
     Returns:
-        None if it has ended before its end.
+        The loss, or None if it has been left before its end.
     """
     examples = list(examples)
     micro = [examples[at : at + micro_batch_size] for at in range(0, len(examples), micro_batch_size)]

@@ -1,4 +1,4 @@
-"""Writers of a run's record: each takes down every event in its own way."""
+"""Writes the record of a run: each writer takes down every event in its own way."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Writer(Protocol):
     """Takes down events. `MetricsLog` guards it: what it raises is told once, and costs the run nothing."""
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """One event after ``step`` steps."""
+        """Writes one event after ``step`` steps."""
         ...
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """A line of metrics.jsonl for each event, at once; floats that are not finite become null.
+    """Writes a line of metrics.jsonl for each event, at once; floats that are not finite become null.
 
     A line that does not fit on the disk is left out as a whole, and the next one is tried again.
 
     Args:
-        keep: bytes of an earlier record that it goes on after.
+        keep: number of bytes of an earlier record that stay, after which it goes on.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
@@ -38,7 +38,7 @@ class JsonLines:
 
     @property
     def nbytes(self) -> int:
-        """Of the record up to now, which is on the disk then: what goes on from a checkpoint begins there."""
+        """Returns the bytes of the record up to now, which are on the disk then; a resumed run goes on after them."""
         with contextlib.suppress(OSError):  # as in `write`
             os.fsync(self._file.fileno())
         return self._nbytes
@@ -56,10 +56,10 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars of each event in TensorBoard's files, and the importance and probability of each layer.
+    """Writes scalars of each event into TensorBoard's files, and the importance and probability of each layer.
 
     Args:
-        step: that the run begins with: what an earlier one has of later steps is not shown.
+        step: the step with which the run begins; what an earlier run has of later steps is not shown.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:

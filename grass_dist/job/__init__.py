@@ -1,1 +1,1 @@
-"""The processes of a job: how they find, watch and lose each other, and how they end."""
+"""Holds what the processes of a job need to find, watch and lose each other, and to end."""

@@ -1,4 +1,4 @@
-"""Who is to blame when ranks lose each other, as a sentence that a person can act on."""
+"""Says who is to blame when ranks lose each other, in a sentence that a person can act on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grass_dist.errors import GrassError
 
 
 class Known(Protocol):
-    """What a rank knows of all: `Peers`."""
+    """What a rank knows of all ranks, as `Peers` has it."""
 
     @property
     def rank(self) -> int: ...
@@ -19,7 +19,7 @@ class Known(Protocol):
 
     @property
     def keeper(self) -> str:
-        """Who keeps the store, as a sentence names it."""
+        """The process that keeps the store, as a sentence names it."""
         ...
 
     @property
@@ -34,7 +34,7 @@ class Answer:
 
     doing: str
     failed: bool
-    """Whether it has an error of its own, or else the roll has found it in the middle of its work."""
+    """Whether it has an error of its own; otherwise the roll has found it in the middle of its work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ class Roll:
     caller: int
     """The rank whose error came first."""
     answers: dict[int, Answer]
-    """By rank; those who are missing did not answer in time."""
+    """Answer of each rank; a rank that is missing did not answer in time."""
     waited: float = 0.0
-    """Seconds for which nobody had heard of those who are missing."""
+    """Seconds for which no rank had heard of those that are missing."""
 
 
 def blame(peers: Known, roll: Roll | None, doing: str, *, timed_out: bool) -> str | None:
-    """Who is to blame, and what for; None if nobody is."""
+    """Finds who is to blame, and what for; None if nobody is."""
     if roll is None:
         silence = "" if peers.launcher_silence is None else f" (for {peers.launcher_silence:.0f} s)"
         return f"{peers.keeper}, which keeps the store of all ranks, does not answer{silence}" if peers.keeper else None
@@ -69,7 +69,7 @@ def blame(peers: Known, roll: Roll | None, doing: str, *, timed_out: bool) -> st
 
 
 def sentence(doing: str, happened: str, cause: str, then: str) -> GrassError:
-    """The error that says it all: what was being done, what came of it, who is to blame, and what to do."""
+    """Writes the error: what was being done, what came of it, who is to blame, and what to do."""
     look = ""
     if not cause.startswith("all ranks are there"):
         look = "Look at their logs" if " do not answer" in cause else "Look at its log"
@@ -79,7 +79,7 @@ def sentence(doing: str, happened: str, cause: str, then: str) -> GrassError:
 
 
 def _names(peers: Known, ranks: list[int]) -> str:
-    """E.g. "rank 1 (on host b)" or "ranks 1 to 3 (on hosts b, c)"."""
+    """Writes ranks with their hosts, e.g. "rank 1 (on host b)" or "ranks 1 to 3 (on hosts b, c)"."""
     hosts = list(dict.fromkeys(peers.hosts[rank] for rank in ranks))
     if len(ranks) == 1:
         return f"rank {ranks[0]} (on host {hosts[0]})"

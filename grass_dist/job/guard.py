@@ -1,4 +1,4 @@
-"""What only watches a run must not end it: its errors are told once, and the run goes on."""
+"""Keeps what only watches a run from ending it: its errors are told once, and the run goes on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any, TextIO
 from grass_dist.errors import shorten
 
 READER_SECONDS = 1.0
-"""That a terminal which takes nothing for the moment is waited for."""
+"""Seconds that are waited for a terminal which takes nothing for the moment."""
 
 
 class Guard:
-    """Stands around writers and displays: whatever one of them raises is told once, in its name, and dropped.
+    """Stands around writers and displays: what one of them raises is told once, in its name, and dropped.
 
     Args:
         tell: takes a sentence; by default it goes to stderr as a warning.
@@ -33,7 +33,7 @@ class Guard:
 
     @contextlib.contextmanager
     def around(self, what: str, then: str) -> Iterator[None]:
-        """Ends the block at its first error. Threads that were begun in it are ``what``'s: so are their errors.
+        """Ends the block at its first error. Threads that were begun in it, and their errors, belong to ``what``.
 
         Args:
             what: a name, e.g. "TensorBoard".
@@ -52,7 +52,7 @@ class Guard:
             _BLOCKS.remove(block)
 
     def note(self, what: str, then: str, error: BaseException) -> None:
-        """Tells an error, the first of ``what``."""
+        """Tells an error if it is the first of ``what``."""
         if what not in self._told:
             self._told.add(what)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -61,11 +61,11 @@ class Guard:
 
 
 def steady_streams() -> None:
-    """Lets stdout and stderr of this process fail: full, closed, of a terminal that is gone, without some characters.
+    """Lets stdout and stderr fail without an error: full, closed, of a terminal that is gone, without some characters.
 
-    The first failure of one is told on the other; each later text is tried again, for a disk may have room by then. In
-    their place come streams of the same encoding, over the same descriptors. A descriptor that was closed is opened
-    for nothing: else the next file or connection would get its number, and what is printed.
+    The first failure of one is told on the other. Each later text is tried again, since a disk may have room by then.
+    They are replaced by streams of the same encoding, over the same descriptors. A descriptor that was closed is opened
+    on nothing: else the next file or connection would get its number, and what is printed.
     """
     streams = {1: sys.stdout, 2: sys.stderr}
     for descriptor in (0, 1, 2):
@@ -93,13 +93,13 @@ _REPLACED: list[TextIO] = []
 
 
 def steady_text(descriptor: int, encoding: str | None = None) -> io.TextIOWrapper:
-    """A stream of lines over ``descriptor`` like those of `steady_streams`, which leaves it open at its own end."""
+    """Makes a stream of lines over ``descriptor`` like those of `steady_streams`, and leaves it open at its own end."""
     file = io.BufferedWriter(_SteadyFile(descriptor, "w", closefd=False))
     return io.TextIOWrapper(file, encoding=encoding, errors="backslashreplace", line_buffering=True)
 
 
 class _SteadyFile(io.FileIO):
-    """A descriptor to which all can be written, whether it arrives or not."""
+    """A descriptor to which everything can be written, whether it arrives or not."""
 
     _told = False
 
@@ -124,17 +124,17 @@ class _SteadyFile(io.FileIO):
 
 @dataclass(eq=False, slots=True)
 class _Block:
-    """What runs under a guard."""
+    """A block that runs under a guard."""
 
     before: set[threading.Thread]
-    """Threads that were there before it."""
+    """Threads that existed before it."""
     note: Callable[[BaseException], None]
 
 
 _BLOCKS: list[_Block] = []
-"""Those that run now."""
+"""The blocks that run now."""
 _OWNERS: weakref.WeakKeyDictionary[threading.Thread, _Block] = weakref.WeakKeyDictionary()
-"""In which a thread was begun, of those that live on."""
+"""The block in which each living thread was begun."""
 
 
 def _on_thread_error(args: threading.ExceptHookArgs) -> None:

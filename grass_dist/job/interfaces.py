@@ -1,4 +1,4 @@
-"""The network interfaces of this host, and their addresses."""
+"""Finds the network interfaces of this host, and their addresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def find_interfaces() -> dict[str, str]:
-    """Address by name, of all interfaces that have one: its first IPv4 address, else its IPv6 address."""
+    """Returns the address of each interface that has one, by name: its first IPv4 address, else its IPv6 address."""
     found = {name: address for address, name in reversed(_ipv6_addresses())}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -27,7 +27,7 @@ def is_loopback(address: str | None) -> bool:
 
 
 def _ipv6_addresses() -> list[tuple[str, str]]:
-    """(address, interface), without those that hold on one link alone."""
+    """Returns (address, interface) pairs, without addresses that are valid on one link alone."""
     try:
         lines = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
     except OSError:

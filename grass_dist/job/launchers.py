@@ -1,4 +1,4 @@
-"""Which rank of how many this process is, whoever has started it: torchrun, deepspeed, MPI or SLURM."""
+"""Finds which rank of how many this process is, whether torchrun, deepspeed, MPI or SLURM has started it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from grass_dist.errors import GrassError, shorten
 from grass_dist.job.interfaces import find_interfaces
 
 PORTS = range(20_000, 30_000)
-"""Among which the port of a SLURM step is chosen by its number and its job's: the tasks cannot tell each other of a
-free one."""
+"""Ports of SLURM steps. The numbers of the step and its job choose one, since the tasks cannot tell each other a free
+one."""
 
 _BETWEEN_STEPS = 7919
-"""How far apart the ports of two steps of one job are, so that the next job's first step takes another one than either;
-it has no divisor in common with the number of ports."""
+"""Distance between the ports of two steps of one job, so that the next job's first step takes another port than both.
+It has no divisor in common with the number of ports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +25,13 @@ class Place:
     """Where a process stands in its world."""
 
     launcher: str
-    """As a sentence names it, e.g. "torchrun" or "Open MPI"."""
+    """Its name in a sentence, e.g. "torchrun" or "Open MPI"."""
     rank: int
     local_rank: int
-    """Among the ranks of its host."""
+    """Its number among the ranks of its host."""
     size: int
     address: str | None = None
-    """Where rank 0 waits for the others; None until MPI has told it (`meet_by_mpi`)."""
+    """Address at which rank 0 waits for the others; None until MPI has told it (`meet_by_mpi`)."""
     port: int | None = None
 
     @property
@@ -39,7 +39,7 @@ class Place:
         return self.address is not None and self.port is not None
 
     def variables(self) -> dict[str, str]:
-        """The environment that torch and DeepSpeed read, as torchrun would have set it."""
+        """Returns the environment that torch and DeepSpeed read, as torchrun would have set it."""
         found = {"RANK": self.rank, "LOCAL_RANK": self.local_rank, "WORLD_SIZE": self.size}
         if self.knows_address:
             found |= {"MASTER_ADDR": self.address, "MASTER_PORT": self.port}
@@ -47,11 +47,11 @@ class Place:
 
 
 def find_place(environ: Mapping[str, str]) -> Place | None:
-    """The place that the launcher has told by environment variables; None for a process that nobody has launched.
+    """Returns the place that environment variables of the launcher tell; None for a process that nobody has launched.
 
     Raises:
-        GrassError: a variable is missing or no number, or two launchers contradict each other: processes that each
-            think they are alone would train, and write, the same run.
+        GrassError: a variable is missing or no number, or two launchers contradict each other. Processes that each
+            think they are alone would train and write the same run.
     """
     started = _by_variables(environ)
     around = _by_mpi(environ) or _by_slurm(environ)
@@ -65,7 +65,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
 
 
 def meet_by_mpi(place: Place) -> Place:
-    """Rank 0's address and a port that is free there, told to all by MPI, and the local rank as MPI counts it.
+    """Lets MPI tell all ranks rank 0's address and a port that is free there, and count the local ranks.
 
     MPI is ended again before this returns: a rank that fails later can leave, and `mpirun` ends the others then,
     where a rank inside MPI would wait for them.
@@ -99,7 +99,7 @@ def meet_by_mpi(place: Place) -> Place:
 
 
 def own_address() -> str:
-    """An address of this host by which others reach it: that of its name, else the one packets leave by."""
+    """Returns an address by which others reach this host: that of its name, else the one by which packets leave."""
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
     except OSError:
@@ -114,7 +114,7 @@ def own_address() -> str:
 
 
 def _leaves_by(family: int, away: str) -> str | None:
-    """The address of this host that packets leave by; None where there is no way."""
+    """Returns the address of this host by which packets leave; None where there is no way."""
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((away, 9))
@@ -128,7 +128,7 @@ def _has_ipv4() -> bool:
 
 
 def let_gloo_find_this_host(environ: MutableMapping[str, str]) -> None:
-    """Names gloo's interface on a host without IPv4 whose name does not resolve: gloo takes 127.0.0.1 there, and fails.
+    """Names gloo's interface on a host without IPv4 whose name does not resolve, where gloo takes 127.0.0.1 and fails.
 
     What the user has set stays.
     """
@@ -143,6 +143,16 @@ def let_gloo_find_this_host(environ: MutableMapping[str, str]) -> None:
             environ["GLOO_SOCKET_IFNAME"] = named[0]
 
 
+def warning_of(environ: Mapping[str, str]) -> str | None:
+    """A sentence on a launcher that ends its ranks before they can have saved, if this one does; None otherwise."""
+    if "OMPI_COMM_WORLD_RANK" not in environ or "GRASS_DIST_SIGNAL" in environ:
+        return None
+    return (
+        "warning: mpirun kills its ranks about half a second after a Ctrl-C, SIGTERM or SIGHUP, before they can have "
+        "saved: to end this run with a checkpoint, send mpirun a SIGUSR1, or start it by launch/mpirun.sh, which does"
+    )
+
+
 def free_port() -> int:
     with socket.socket(socket.AF_INET if _has_ipv4() else socket.AF_INET6) as probe:
         probe.bind(("", 0))
@@ -150,7 +160,7 @@ def free_port() -> int:
 
 
 def first_host(nodes: str) -> str:
-    """The first name of a SLURM node list: ``rack[0-1]n[03-07,12]-ib0,gpu1`` gives ``rack0n03-ib0``.
+    """Returns the first name of a SLURM node list: ``rack[0-1]n[03-07,12]-ib0,gpu1`` gives ``rack0n03-ib0``.
 
     Raises:
         GrassError: the list names no host.
@@ -162,7 +172,7 @@ def first_host(nodes: str) -> str:
 
 
 def _by_variables(environ: Mapping[str, str]) -> Place | None:
-    """As torchrun, deepspeed and whoever imitates them tell it."""
+    """Reads the place that torchrun, deepspeed and launchers like them tell."""
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return None
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "the launcher"
@@ -199,7 +209,7 @@ def _by_mpi(environ: Mapping[str, str]) -> Place | None:
 
 
 def _by_slurm(environ: Mapping[str, str]) -> Place | None:
-    """A task that srun has started."""
+    """Reads the place of a task that srun has started."""
     if "SLURM_PROCID" not in environ or "SLURM_STEP_NODELIST" not in environ:
         return None
     rank, local = (_number(environ, name, "srun") for name in ("SLURM_PROCID", "SLURM_LOCALID"))
@@ -224,7 +234,7 @@ def _check_not_in_batch_script(environ: Mapping[str, str]) -> None:
 
 
 def _check_one_world(started: Place, around: Place, environ: Mapping[str, str]) -> None:
-    """``started`` told its place itself, in one of the processes of ``around``."""
+    """Checks ``started``, which told its place itself, against the launcher ``around`` whose process it is in."""
     if started.launcher == "torchrun":  # one launcher in each process of the other
         # With restarts a world may have shrunk to one node: --nnodes 1:2.
         if environ.get("GROUP_WORLD_SIZE") == "1" and environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":

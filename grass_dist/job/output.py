@@ -1,4 +1,4 @@
-"""Where the ranks write, so that a person can read it: rank 0 on the terminal, each other one in a file of its own."""
+"""Decides where the ranks write: rank 0 on the terminal, each other rank in a file of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grass_dist.job.world import World
 
 
 class Output:
-    """What one rank says. Errors of any rank reach the terminal, once, with the rank and its host.
+    """The output of one rank. Errors of any rank reach the terminal once, with the rank and its host.
 
     They are also written where torchrun looks for them, for its report.
     """
@@ -28,7 +28,7 @@ class Output:
         self._file: Path | None = None
 
     def to_file(self, run: Path) -> None:
-        """From now on a rank that is not the main one writes to ``run/logs/rank_N.log``, and so do its libraries."""
+        """Makes a rank that is not the main one, and its libraries, write to ``run/logs/rank_N.log`` from now on."""
         if not self._world.is_main:
             file = run / "logs" / f"rank_{self._world.rank}.log"
             with self._guard.around(str(file), "the run goes on, and this rank writes on the terminal"):
@@ -62,7 +62,7 @@ class Output:
             record_for_launcher(str(error))
 
     def lost(self, error: GrassError) -> None:
-        """Tells that a rank is lost, which others notice too: one of them tells it on the terminal."""
+        """Tells that a rank is lost. Others notice it too, and one of them tells it on the terminal."""
         self._tell(str(error), on_terminal=self._world.peers.tells)
 
     @property

@@ -1,4 +1,4 @@
-"""What a rank knows of the other ranks beside the collectives: who of them is lost when a collective fails."""
+"""Finds out, without collectives, which rank is lost when a collective fails."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from grass_dist.errors import GrassError
 from grass_dist.job.blame import Answer, Roll, blame, sentence
 
 LOOKS_EVERY = 1.0
-"""Seconds between two looks into the store, whether a rank has called the roll."""
+"""Seconds between two looks into the store for a roll that a rank has called."""
 ANSWERS_WITHIN = 10.0
 """Seconds in which a rank that lives answers."""
 LINGERS = 3.0
-"""Seconds for which the rank that keeps the store stays at most after the roll, for the others to read it."""
+"""Most seconds for which the rank that keeps the store stays after the roll, so that the others can read it."""
 BEATS = 10
 """Signs of life that a rank gives in the time after which it counts as lost."""
 FINDS_OUT_WITHIN = 5.0
@@ -37,17 +37,17 @@ _TIMED_OUT = re.compile(r"(?:Timed out waiting|timeout after|ran for) (\d+) ?m(?
 class Peers:
     """The ranks and their hosts; a thread answers for this rank, however long its collective hangs.
 
-    Without the thread a rank could only be heard after its own error. But a peer that is killed is noticed at once by
-    those alone who exchange bytes with it; the others wait until the timeout, and would seem as silent as the dead.
+    Without the thread a rank could only be heard after its own error. A peer that is killed is noticed at once only by
+    the ranks that exchange bytes with it. The others wait until the timeout, and would seem as silent as the dead.
 
     Args:
         hosts: host names by rank.
         line: the store, over a connection that nothing else uses: others may hold theirs for as long as the timeout.
             None for ranks that cannot ask each other.
-        keeper: who keeps the store, as a sentence names it.
+        keeper: the process that keeps the store, as a sentence names it.
         keeps: whether that is this process.
         launched: whether the launcher keeps it, and no rank.
-        answers_within: seconds.
+        answers_within: seconds in which a living rank answers.
         lost_after: seconds of silence after which a rank is lost.
     """
 
@@ -86,9 +86,9 @@ class Peers:
 
     @contextlib.contextmanager
     def during(self, what: str) -> Iterator[None]:
-        """Says what is being done, for the sentence of an error: "the backward of step 12". May be nested.
+        """Says what is being done, for the sentence of an error, e.g. "the backward of step 12". It may be nested.
 
-        An error that passes keeps the innermost as a note.
+        An error that passes through keeps the innermost one as a note.
         """
         before, shown = self.doing, threading.current_thread() is threading.main_thread()
         if shown:
@@ -128,17 +128,18 @@ class Peers:
         self._wake.set()
 
     def all_here(self, within: float) -> bool:
-        """Whether the roll that `ask` has called finds all ranks there; waits up to ``within`` seconds for that."""
+        """Waits up to ``within`` seconds for the roll that `ask` has called, and says whether all ranks are there."""
         return self._thread is None or self._all_here.wait(within)
 
     def guard(self, end: Callable[[GrassError], None], then: str = "") -> None:
-        """Calls ``end`` once a rank or the store has been silent for ``lost_after``, from a thread, if this one waits.
+        """Calls ``end`` from a thread once a rank or the store has been silent for ``lost_after``, if this one waits.
 
-        For the waits without a timeout of their own (`World.patient`): a host that has lost its power never closes its
-        connections, so that those who wait for it are not told. One who has the error of a collective is left alone.
+        It guards the waits without a timeout of their own (`World.patient`): a host that has lost its power never
+        closes its connections, so the ranks that wait for it are not told. A rank that has the error of a collective is
+        left alone.
 
         Args:
-            then: as of `lost_peer`.
+            then: as in `lost_peer`.
         """
         if self._thread is not None and self._lost_after < math.inf:
             self._guards.append(threading.Thread(target=self._guard, args=(end, then), name="guard", daemon=True))
@@ -146,9 +147,9 @@ class Peers:
 
     @property
     def tells(self) -> bool:
-        """Whether it is on this rank to tell a person of a lost one: the first who noticed, else some on each host.
+        """Whether this rank is to tell a person of a lost one: the first that noticed, else some on each host.
 
-        Rank 0 tells it too where the first is on another host, which may have another terminal.
+        Rank 0 also tells it where the first is on another host, which may have another terminal.
         """
         if self._roll is not None:
             caller = self._roll.caller
@@ -158,13 +159,13 @@ class Peers:
 
     @property
     def launcher_silence(self) -> float | None:
-        """Seconds for which the launcher has not been heard of, if it keeps the store."""
+        """Seconds since the launcher was last heard of, if it keeps the store."""
         return time.monotonic() - self._store_heard if self._launched else None
 
     def stop(self) -> None:
         """Ends the threads: before the process that keeps the store ends, and before the interpreter does.
 
-        One that lets go of a process group while the interpreter ends aborts the process.
+        A thread that lets go of a process group while the interpreter ends aborts the process.
         """
         self._stopped = True
         self._known.set()
@@ -173,7 +174,7 @@ class Peers:
             thread.join(2 * LOOKS_EVERY)  # it hangs where the store's host is gone
 
     def _watch(self, line: dist.Store) -> None:
-        """Looks after the others until one is lost. After a false alarm, to which all have answered, it begins anew."""
+        """Looks after the others until one is lost. It begins again after a false alarm, to which all have answered."""
         number = 0
         try:
             while True:
@@ -193,7 +194,7 @@ class Peers:
             self._store_heard = time.monotonic()
 
     def _next_lives(self, line: dist.Store) -> bool:
-        """Gives a sign of life now and then, and looks for that of the next rank: in a ring each is looked after."""
+        """Gives a sign of life now and then, and looks for that of the next rank, so that each rank is looked after."""
         now = time.monotonic()
         if now - self._beaten < self._lost_after / BEATS:
             return True
@@ -221,10 +222,10 @@ class Peers:
         end(sentence(doing, f"waited {waited:.0f} s in vain", blamed or "", then))
 
     def _hold_roll(self, line: dist.Store, number: int) -> bool:
-        """Calls roll ``number``, or answers it; all ranks come to one outcome, that of the first who knows.
+        """Calls roll ``number``, or answers it. All ranks come to one outcome: that of the first that knows it.
 
         Returns:
-            Whether a rank is lost or has failed; else it was a false alarm.
+            Whether a rank is lost or has failed; otherwise it was a false alarm.
         """
         self._asked = False
         began = time.monotonic()
@@ -258,7 +259,7 @@ class Peers:
             self._wake.set()
 
     def _wait_for(self, line: dist.Store, key: str, ranks: Sequence[int], seconds: float) -> set[int]:
-        """Waits for ``key/<rank>`` of all ranks, unless this one leaves; those whose is not there in time."""
+        """Waits for ``key/<rank>`` of all ranks, unless this one leaves. Returns those that did not come in time."""
         missing, deadline = set(ranks), time.monotonic() + seconds
         while True:
             missing = {rank for rank in missing if not line.check([f"{key}/{rank}"])}
@@ -268,16 +269,16 @@ class Peers:
 
 
 def lost_peer(peers: Peers, error: BaseException, then: str = "") -> GrassError | None:
-    """The sentence for an error of a collective: what was being done, and which rank it waited for.
+    """Makes the sentence for an error of a collective: what was being done, and which rank it waited for.
 
-    Takes up to 15 s, in which the ranks are asked who is still there. Afterwards the process can only leave, by
+    It takes up to 15 s, in which the ranks are asked who is still there. Afterwards the process can only leave, by
     `World.abandon`: ending the process group may hang.
 
     Args:
         then: what the user can do, without a full stop, e.g. "the run can go on with --resume auto".
 
     Returns:
-        None if ``error`` is not one of a collective. Otherwise an error of this rank, which each of the others has too.
+        None if ``error`` does not come from a collective. Otherwise an error that each of the other ranks has too.
     """
     if len(peers.hosts) == 1 or not of_collective(error):
         return None
@@ -292,7 +293,7 @@ def lost_peer(peers: Peers, error: BaseException, then: str = "") -> GrassError 
 
 
 def of_collective(error: BaseException) -> bool:
-    """Whether an error comes from a collective or the store that failed, whoever has wrapped it."""
+    """Whether an error comes from a collective or a store that failed, however it is wrapped."""
     return _is_of_collective(_origin(error))
 
 
@@ -303,7 +304,7 @@ def _is_of_collective(error: BaseException) -> bool:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The error of a collective that ``error`` is, or was raised from; else ``error``."""
+    """Returns the error of a collective that ``error`` is, or was raised from; else ``error``."""
     at: BaseException | None = error
     for _ in range(10):  # a chain may be a ring
         if at is None:
@@ -315,7 +316,7 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def _noted(error: BaseException) -> str | None:
-    """What was being done when it was raised, as `Peers.during` has noted it."""
+    """Returns what was being done when an error was raised, as `Peers.during` has noted it."""
     for note in getattr(error, "__notes__", ()):
         if note.startswith(_DURING):
             return note.removeprefix(_DURING)

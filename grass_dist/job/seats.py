@@ -1,4 +1,4 @@
-"""Where each rank sits: its host and its device. Ranks that sit on each other's device are refused."""
+"""Finds where each rank sits, its host and its device, and refuses ranks that sit on the same device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Seat:
 
     host: str
     machine: str
-    """Of this boot of the machine: hosts of one name, in containers, are told apart by it."""
+    """Identity of this boot of the machine, which tells hosts of one name, in containers, apart."""
     local_rank: int
     device: str | None
-    """UUID of its GPU; None on CPU."""
+    """UUID of its GPU; None on a CPU."""
     visible: tuple[str, ...]
-    """UUIDs of the GPUs that it could take, in its order."""
+    """UUIDs of the GPUs that it could take, in the order in which it sees them."""
 
 
 def own_seat(local_rank: int, device: torch.device) -> Seat:
@@ -35,7 +35,7 @@ def own_seat(local_rank: int, device: torch.device) -> Seat:
 
 
 def problem_of(seats: Sequence[Seat]) -> str | None:
-    """What is wrong with the seats of all ranks, in rank order, in a sentence; None if nothing is."""
+    """Says in a sentence what is wrong with the seats of all ranks, in rank order; None if nothing is."""
     for rank, seat in enumerate(seats):
         for other, before in enumerate(seats[:rank]):
             same_host = (seat.host, seat.machine) == (before.host, before.machine)
@@ -45,7 +45,7 @@ def problem_of(seats: Sequence[Seat]) -> str | None:
 
 
 def _contradict(one: Seat, two: Seat) -> str | None:
-    """What two ranks of one host contradict each other in."""
+    """Says in what two ranks of one host contradict each other."""
     if one.device is not None and one.device == two.device:
         return f"both use the GPU {one.device}; start one rank for each GPU at most."
     if one.local_rank == two.local_rank:

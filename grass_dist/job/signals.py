@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: it saves first, at the next step boundary, on all ranks together."""
+"""Handles signals that ask a run to leave: it saves first, at the next step boundary, on all ranks together."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ECHO_SECONDS = 1.0
 job, and the launcher passes it on, maybe as SIGTERM."""
 
 TELLS_WITHIN = 30.0
-"""Seconds in which it is told who is lost, before a process that has nothing to save leaves."""
+"""Seconds to tell who is lost, before a process that has nothing to save leaves."""
 
 
 class LeaveSignals:
     """Notes the first signal; a second one ends the process at once, whatever it is doing. A context manager.
 
-    Before `hold` the first one ends it too, for there is nothing to save. All are seen by a thread of its own, since a
-    Python handler waits for the main thread, which may be inside a collective. A signal that was ignored when the
-    process began stays so: ``nohup``.
+    Before `hold` the first one ends it too, since there is nothing to save. A thread of its own sees all signals: a
+    handler in Python waits for the main thread, which may be inside a collective. A signal that was ignored when the
+    process began, as under ``nohup``, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -57,20 +57,20 @@ class LeaveSignals:
         self._write.close()
 
     def meet(self, peers: Peers) -> None:
-        """From now on a signal has the roll called: a launcher may send it because a rank has died."""
+        """Makes a signal call the roll from now on: a launcher may send it because a rank has died."""
         self._peers = peers
 
     def hold(self) -> None:
-        """From now on there is something to save: the first signal is noted, and waits for `agreed`."""
+        """Says that there is something to save from now on: the first signal is noted, and waits for `agreed`."""
         self._holds = True
 
     def flags(self) -> list[float]:
-        """1 for the signal that has come, 0 for the others: to be summed over the ranks."""
+        """Returns 1 for the signal that has come and 0 for the others, to be summed over the ranks."""
         return [float(self.asked == number) for number in ASKS]
 
     @staticmethod
     def agreed(flags: list[float]) -> int | None:
-        """The signal that some rank has got, from the sums of `flags`: the same on all ranks."""
+        """Returns the signal that some rank has got, from the sums of `flags`: the same on all ranks."""
         return next((number for number, count in zip(ASKS, flags, strict=True) if count), None)
 
     def _restore(self) -> None:
@@ -95,13 +95,13 @@ class LeaveSignals:
             _exit(number, "a second time: leaving at once")
 
     def _leave(self, number: int) -> None:
-        """Leaves, unless a rank is lost: `Peers.guard` tells that, and ends the process."""
+        """Leaves, unless a rank is lost, which `Peers.guard` tells before it ends the process."""
         self._peers.all_here(TELLS_WITHIN)
         _exit(number, "before the first step: leaving, there is nothing to save")
 
 
 def exit_code(number: int) -> int:
-    """What a shell, SLURM and Kubernetes take for an end by this signal."""
+    """Returns the exit code that a shell, SLURM and Kubernetes take for an end by this signal."""
     return 128 + number
 
 

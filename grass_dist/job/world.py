@@ -1,4 +1,4 @@
-"""The ranks of a fine-tune: who they are, and how they fail together."""
+"""Joins the ranks of a fine-tune, and makes them fail together."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from grass_dist.ranks import Ranks, together
 
 T = TypeVar("T")
 _STDERR = 2
-"""By its number: what is in the place of sys.stderr may have none."""
+"""Its number: an object that replaces sys.stderr may have none."""
 _GRACE = 10.0
-"""Seconds beyond a timeout, until a process that hangs is ended."""
+"""Seconds after a timeout before a process that hangs is ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class World:
     size: int
     device: torch.device
     patient: dist.ProcessGroup
-    """All ranks again, for waiting where one of them works alone (saving, answering): the timeout is a day.
+    """Group of all ranks that waits where one of them works alone (saving, answering): its timeout is a day.
 
-    A peer that is killed is noticed in it at once, one that is stopped or cut off by `Peers.guard`.
+    It notices a killed peer at once. `Peers.guard` notices one that is stopped or cut off.
     """
     background: dist.ProcessGroup = field(default_factory=lambda: cast(dist.ProcessGroup, dist.group.WORLD))
-    """All ranks again, by gloo, for the one thread beside the main one that has collectives of its own."""
+    """gloo group of all ranks for the one thread beside the main one that has collectives of its own."""
     store: dist.Store = field(default_factory=dist.HashStore)
-    """Of this start of the ranks alone: what an earlier one has left in the launcher's store is not in it."""
+    """Store of this start of the ranks alone, without what an earlier start has left in the launcher's store."""
     peers: Peers = field(default_factory=Peers)
 
     @classmethod
@@ -57,11 +57,11 @@ class World:
         The environment holds RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT afterwards.
 
         Args:
-            timeout: of joining, and of every collective that is not `patient`'s.
+            timeout: limit of joining, and of every collective outside `patient`.
 
         Raises:
-            GrassError: launchers that contradict each other, more ranks than GPUs, or a rank that does not come: each
-                rank speaks for itself. Ranks that share a device: on every rank.
+            GrassError: launchers contradict each other, there are more ranks than GPUs, or a rank does not come; each
+                rank speaks for itself. On every rank, if two ranks share a device.
         """
         place = find_place(os.environ) or Place("nobody", 0, 0, 1)
         if place.size > 1 and not place.knows_address:
@@ -110,32 +110,32 @@ class World:
     def together(self, work: Callable[[], T], **must_agree: Any) -> T:
         """Does ``work`` on every rank; if it fails on one, every rank raises, before any goes on.
 
-        The others wait for the slowest up to a day, because some work is legitimately long on one rank alone: the
-        first download of a model (`in_turn`), an answer, a save. See `patient` for a peer that is lost meanwhile.
+        The others wait for the slowest up to a day, because some work takes one rank long: the first download of a
+        model (`in_turn`), an answer, a save. See `patient` for a peer that is lost meanwhile.
 
         Args:
             must_agree: values that have to be equal on all ranks, by the names that an error shows.
 
         Raises:
-            GrassError: this rank's error, or the first other rank's, named. An `OSError` becomes one; any other
-                error is raised as it is on its own rank.
+            GrassError: this rank's error, or that of the first other rank, which is named. An `OSError` becomes one;
+                any other error is raised as it is on its own rank.
         """
         return together(Ranks(self.patient), work, must_agree)
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """As `together`, but the first rank of each host does ``work`` before the others: it may fill a cache."""
+        """Does ``work`` as `together`, but first on the first rank of each host, which may fill a cache."""
         first = self.together(lambda: work() if self.local_rank == 0 else None)
         other = self.together(lambda: work() if self.local_rank != 0 else None)
         return first if self.local_rank == 0 else other  # type: ignore[return-value]
 
     def sum(self, *values: float) -> list[float]:
-        """Sums of host numbers over all ranks."""
+        """Sums numbers over all ranks, and returns them in host memory."""
         carried = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(carried)
         return carried.tolist()
 
     def during(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Says what is being done, for the sentence of a lost peer: "the backward of step 12". May be nested."""
+        """Says what is being done, for the sentence of a lost peer: "the backward of step 12". It may be nested."""
         return self.peers.during(what)
 
     def leave(self) -> None:
@@ -144,12 +144,12 @@ class World:
         self.close()
 
     def close(self) -> None:
-        """Ends the process group without waiting: after an error that every rank has."""
+        """Ends the process group without waiting, after an error that every rank has."""
         self.peers.stop()
         dist.destroy_process_group()
 
     def abandon(self, code: int) -> NoReturn:
-        """Ends the process at once, without any teardown: that may hang where a peer is lost."""
+        """Ends the process at once, without any teardown, which may hang where a peer is lost."""
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
                 stream.flush()
@@ -158,10 +158,10 @@ class World:
 
 @contextlib.contextmanager
 def _destroyed_on_error() -> Iterator[None]:
-    """Ends the process group that an error leaves behind: whoever catches the error has no World to close.
+    """Ends the process group that an error leaves behind, since who catches the error has no World to close.
 
-    The frames of the error hold the groups' threads, and one of these may hold a tensor still, for which it needs the
-    interpreter's lock: an interpreter that ends meanwhile aborts the process.
+    The frames of the error hold the groups' threads. One of these may still hold a tensor, for which it needs the
+    interpreter's lock, and an interpreter that ends meanwhile aborts the process.
     """
     try:
         yield
@@ -173,10 +173,10 @@ def _destroyed_on_error() -> Iterator[None]:
 
 
 def _take_device(place: Place) -> torch.device:
-    """A GPU of this rank's own where there are any.
+    """Takes a GPU for this rank alone where there are any.
 
     Raises:
-        GrassError: more ranks than GPUs.
+        GrassError: there are more ranks than GPUs.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -192,7 +192,7 @@ def _take_device(place: Place) -> torch.device:
 
 
 def _meet(place: Place, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
-    """The store that the launcher or rank 0 keeps, for this start alone, and a second connection to it.
+    """Connects twice to the store that the launcher or rank 0 keeps, for this start alone.
 
     After a restart of the ranks torchrun's store is the same as before, and full of the addresses of dead ranks.
     """
@@ -209,7 +209,7 @@ def _meet(place: Place, timeout: datetime.timedelta) -> tuple[dist.Store, dist.S
 
 @contextlib.contextmanager
 def _bounded(timeout: datetime.timedelta) -> Iterator[None]:
-    """Ends the process if what is done takes far longer than ``timeout``: with the place where it stands, on stderr.
+    """Ends the process if the block takes far longer than ``timeout``, and says on stderr where it stands.
 
     A connection to a process that hangs holds the interpreter's lock beyond any timeout of torch's.
     """
@@ -225,10 +225,10 @@ def _launcher_keeps_store() -> bool:
 
 
 def _agree_on_start(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> str:
-    """A name for this start of the ranks, equal on all of them, that no earlier start had.
+    """Agrees on a name for this start of the ranks, which no earlier start had.
 
-    Rank 0 makes it and answers everyone who asks. TORCHELASTIC_RESTART_COUNT would not do: where a node has joined or
-    left, the other nodes' launchers restart without counting it.
+    Rank 0 makes it and answers every rank that asks. TORCHELASTIC_RESTART_COUNT would not do: where a node has joined
+    or left, the other nodes' launchers restart without counting it.
 
     Raises:
         GrassError: on rank 0, a rank did not ask in time.
@@ -256,10 +256,10 @@ def _agree_on_start(store: dist.Store, rank: int, size: int, timeout: datetime.t
 def _enter(
     backend: str, timeout: datetime.timedelta, store: dist.Store, place: Place, device: torch.device
 ) -> tuple[tuple[dist.ProcessGroup, dist.ProcessGroup], list[Seat]]:
-    """Initialises the process group: `_gloo_groups`, and where the ranks sit.
+    """Initialises the process group, makes `_gloo_groups`, and exchanges where the ranks sit.
 
     Raises:
-        GrassError: on every rank, two ranks sit in one seat.
+        GrassError: on every rank, if two ranks sit in one seat.
     """
     dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
     groups = _gloo_groups(timeout)
@@ -272,21 +272,21 @@ def _enter(
 
 
 def _gloo_groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Two groups of all ranks: `World.patient` and `World.background`."""
+    """Makes two groups of all ranks, `World.patient` and `World.background`."""
     patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     background = dist.new_group(backend="gloo", timeout=timeout)
     return cast(dist.ProcessGroup, patient), cast(dist.ProcessGroup, background)
 
 
 def _seats(place: Place, device: torch.device, group: dist.ProcessGroup) -> list[Seat]:
-    """Of all ranks."""
+    """Gathers the seats of all ranks."""
     seats: list[Any] = [None] * place.size
     dist.all_gather_object(seats, own_seat(place.local_rank, device), group=group)
     return seats
 
 
 def _acquaint(rank: int, hosts: list[str], line: dist.Store, timeout: datetime.timedelta) -> Peers:
-    """What a rank knows of the others, by rank."""
+    """Makes what this rank knows of the others."""
     by_launcher = _launcher_keeps_store()
     keeper = f"the launcher on {os.environ['MASTER_ADDR']}" if by_launcher else f"rank 0 (on host {hosts[0]})"
     return Peers(

@@ -85,7 +85,7 @@ class GrassController:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of `layers` in the model's stack: 0 to L - 1, unless the user has frozen some."""
+        """The number of each of `layers` in the model's stack: 0 to L - 1, unless the user has frozen some."""
         return tuple(unit.number for unit in self.layers if unit.number is not None)
 
     @property
@@ -111,7 +111,7 @@ class GrassController:
 
     @property
     def unused(self) -> dict[int, int]:
-        """By layer, in how many first steps of a probe or round the model left it out on this rank."""
+        """For each layer, in how many first steps of a probe or round the model left it out on this rank."""
         return dict(sorted(self._watch.unused.items()))
 
     @property

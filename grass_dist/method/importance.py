@@ -59,7 +59,7 @@ def sampling_probabilities(importances: FloatArray, *, temperature: float, scale
 
 
 def entropy(probabilities: Sequence[float] | FloatArray) -> float:
-    """In nats, of probabilities of shape (L,); ln L if they are equal."""
+    """The entropy of probabilities of shape (L,), in nats; it is ln L if they are equal."""
     p = np.asarray(probabilities, dtype=np.float64)
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())

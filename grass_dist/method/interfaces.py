@@ -37,7 +37,7 @@ class GradientHooks(ABC):
 
     @property
     def ranks(self) -> Ranks:
-        """Those that train one model together."""
+        """The ranks that train one model together."""
         return self.sharding.ranks
 
     @abstractmethod

@@ -46,7 +46,7 @@ class SquareSums:
         self._scratch.zero_()
 
     def take(self) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
-        """All rows as one fp64 tensor (steps, γ) on the device, and the layers of each; begins anew."""
+        """All rows as one fp64 tensor (steps, γ) on the device, and the layers of each; then there are no rows."""
         rows, layers = torch.stack(self._rows), self._layers
         self._rows, self._layers = [], []
         return rows, layers

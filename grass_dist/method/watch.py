@@ -123,7 +123,7 @@ class GradientWatch:
         self._known.clear()
 
     def _is_cut_off(self, layer: int, *, none: bool) -> bool:
-        """Of a layer without a gradient; ``none``: as all that are active."""
+        """Whether a layer without a gradient was cut off; ``none`` says that no active layer has one."""
         if layer not in self._known:
             return none and self._blind > 1
         return (none and layer in self._ran) or (layer in self._without and layer not in self._ran)

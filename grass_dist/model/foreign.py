@@ -23,7 +23,7 @@ LARGEST = 2**22
 """Bytes of a ``config.json``, at most."""
 MOST_LAYERS = 10_000
 CODE = "auto_map"
-"""Where a configuration names the code that comes with it."""
+"""The key by which a configuration names the code that comes with it."""
 
 _NAMES_CODE = {CODE, "custom_pipelines", "kernel_config", "use_kernels", "_commit_hash", "dtype", "torch_dtype"}
 _NAMES_CODE |= {"_name_or_path", "name_or_path", "attn_implementation", "_attn_implementation"}
@@ -116,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 def _elsewhere(value: Any) -> tuple[str, str] | None:
-    """Where settings name a model whose configuration transformers, or timm, would ask the Hub for."""
+    """The key and value by which settings name a model whose configuration transformers, or timm, would ask the Hub for."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             if isinstance(entry, str) and (key == "backbone" or (key == "architecture" and ":" in entry)):

@@ -51,7 +51,7 @@ def resolve_model(name: str, cache_dir: Path | None = None) -> str:
 
 
 def _package_folder() -> Path:
-    """Where the package lies, without importing it: that would need packages of its own."""
+    """The folder of the package. It is not imported, since that would need packages of its own."""
     spec = find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     for folder in map(Path, folders):

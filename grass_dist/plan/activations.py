@@ -1,44 +1,44 @@
-"""Bytes that a forward leaves for its backward, by a closed form over a decoder's shapes.
+"""Counts the bytes that a forward keeps for its backward, by a closed form over a decoder's shapes.
 
-Counted from what transformers' Llama keeps with ``attention="sdpa"``: per token, of a layer of width h, queries q, keys
-and values k, feed-forward i, in weights of w bytes:
+The form counts what transformers' Llama keeps with ``attention="sdpa"``. Per token, a layer of width h, with q
+entries of queries, k of keys and of values, and i in the feed-forward, keeps for weights of w bytes:
 
     two norms          each an fp32 copy of its input, 4 h, and one number; if trained the normed and the scaled, 2 w h
     attention          queries, keys, values, output: w (2 q + 2 k), and one fp32 number a head
     feed-forward       gate, up and the activated gate: 3 w i; if trained the product that goes down, w i
 
-The output keeps a norm's, and the log-probabilities in fp32. Where a layer is frozen its inputs need not be kept; below
-the lowest layer that trains nothing is.
+The output keeps what a norm keeps, and the log-probabilities in fp32. A frozen layer need not keep its inputs, and the
+layers below the lowest one that trains keep nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grass_dist.plan.job import Job
+from grass_dist.plan.runs import PlannedRun
 from grass_dist.plan.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes of one micro-batch on a rank."""
+    """Bytes of the activations of one micro-batch on a rank."""
 
     trained_layer: float
     frozen_layer: float
-    """Of a layer that a gradient passes through."""
+    """A frozen layer that a gradient passes through."""
     kept_layer: float
-    """What stays of a layer from forward to backward under activation checkpointing: its input."""
+    """What a layer keeps from forward to backward under activation checkpointing: its input."""
     head: float
-    """Of what comes after the layers, without the loss."""
+    """What comes after the layers, without the loss."""
     loss: float
-    """At most: log-probabilities and the gradients that the loss makes of them."""
+    """Upper bound: log-probabilities and the gradients that the loss makes of them."""
     flow: float
     """Gradients of activations that pass through a layer in the backward."""
 
 
-def activations_of(shape: ModelShape, job: Job) -> Activations:
-    """By the closed form; see the module."""
-    w, h, i, tokens = job.weight_bytes, shape.hidden, shape.intermediate, job.tokens
+def activations_of(shape: ModelShape, run: PlannedRun) -> Activations:
+    """Computes them by the closed form that the module describes."""
+    w, h, i, tokens = run.weight_bytes, shape.hidden, shape.intermediate, run.tokens
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = w * (2 * queries + 2 * keys) + 4 * shape.heads
     inner = (3 if shape.gated else 2) * w * i

@@ -1,4 +1,4 @@
-"""``grass-dist plan``: from options to tables, files and pictures."""
+"""Runs ``grass-dist plan``, from its options to tables, files and pictures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from grass_dist.plan.choose import (
     remedies,
     row_of,
 )
-from grass_dist.plan.job import Job, Method, methods_of, trained_roles
 from grass_dist.plan.memory import Memory, states_of
+from grass_dist.plan.runs import Method, PlannedRun, methods_of, trained_roles
 from grass_dist.plan.scale import Point, assumptions, draw_scale, parse_scale, scale
 from grass_dist.plan.schema import as_json, most_layers
 from grass_dist.plan.shape import ModelShape, parse_count, shape_of_model, shape_of_params
@@ -39,7 +39,7 @@ BUDGET_S = 40.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """As the command line gives them; None is left out."""
+    """The options of the command line; None is an option that was left out."""
 
     gpus: int
     seq_len: int
@@ -72,23 +72,23 @@ class Options:
     json_file: Path | None = None
 
 
-def run(options: Options, tell: Callable[[str], None]) -> None:
+def plan_run(options: Options, tell: Callable[[str], None]) -> None:
     """Plans, prints, and writes what was asked for.
 
     Args:
         tell: takes sentences about what is under way.
 
     Raises:
-        ConfigError: options that cannot be.
+        ConfigError: an option has a value that cannot be used.
         GrassError: no settings fit, and a file of them was asked for.
     """
     speeds = _speeds(options)
     counts = parse_scale(options.scale) if options.scale else []
     if options.plot and not counts:
         raise ConfigError("--plot", str(options.plot), "it shows what --scale counts", "add e.g. --scale 8..4096")
-    job, shape = _job(options, speeds), _shape(options, tell)
-    check_weights(shape, job)
-    choice = plan(shape, job, speeds, options, tell)
+    run, shape = _planned_run(options, speeds), _shape(options, tell)
+    check_weights(shape, run)
+    choice = plan(shape, run, speeds, options, tell)
     points, assumed = _points(shape, choice, speeds, counts)
     show(shape, choice, speeds, points, assumed)
     if points:
@@ -104,17 +104,17 @@ def run(options: Options, tell: Callable[[str], None]) -> None:
             tell(f"{file}: written")
 
 
-def plan(shape: ModelShape, job: Job, speeds: Speeds, options: Options, tell: Callable[[str], None]) -> Choice:
-    """Every method under the settings that are given or, where they are left open, chosen."""
-    jobs = candidates(job, offload=options.offload is None, checkpointing=options.checkpointing is None)
-    chosen, method = choose(shape, jobs, speeds)
+def plan(shape: ModelShape, run: PlannedRun, speeds: Speeds, options: Options, tell: Callable[[str], None]) -> Choice:
+    """Plans every method under the settings that are given or, where they are left open, chosen."""
+    runs = candidates(run, offload=options.offload is None, checkpointing=options.checkpointing is None)
+    chosen, method = choose(shape, runs, speeds)
     if method is None:
-        chosen = nearest_to_fitting(shape, jobs, speeds).job
+        chosen = nearest_to_fitting(shape, runs, speeds).run
     rows: tuple[Row, ...] = ()
     recommended: Row | None = None
     taken = chosen
     # The simulation may find more than the closed form by which the first was chosen.
-    for tried in [chosen, *jobs[jobs.index(chosen) + 1 :]]:
+    for tried in [chosen, *runs[runs.index(chosen) + 1 :]]:
         first = method or Method("grass", 1, tried.roles)
         memories = {} if options.fast else _simulated(shape, tried, first, tell)
         found = tuple(row_of(shape, tried, m, speeds, memories.get(m)) for m in methods_of(shape, tried))
@@ -123,29 +123,29 @@ def plan(shape: ModelShape, job: Job, speeds: Speeds, options: Options, tell: Ca
             taken, rows = tried, found
         if recommended or method is None:
             break
-    sentences = _sentences(shape, jobs, rows, recommended, speeds, options)
+    sentences = _sentences(shape, runs, rows, recommended, speeds, options)
     return Choice(taken, rows, recommended, tuple(sentences))
 
 
 def _recommended(rows: tuple[Row, ...]) -> Row | None:
-    """GRASS with the usual γ if that fits, else with the largest one below it that does."""
+    """Returns GRASS with the usual γ if that fits, else with the largest smaller one that does."""
     fits = [row for row in rows if row.method.name == "grass" and row.fits]
     usual = [row for row in fits if row.method.active_layers <= USUAL_GAMMA] or fits[:1]
     return max(usual, key=lambda row: row.method.active_layers, default=None)
 
 
-def _simulated(shape: ModelShape, job: Job, first: Method, tell: Callable[[str], None]) -> dict[Method, Memory]:
-    """The peaks by simulation, of as many methods as there is time for, what matters most first."""
+def _simulated(shape: ModelShape, run: PlannedRun, first: Method, tell: Callable[[str], None]) -> dict[Method, Memory]:
+    """Simulates as many methods as there is time for, those that matter most first."""
     steps: dict[Any, Memory] = {}
     found: dict[Method, Memory] = {}
-    methods = [first, *sorted(methods_of(shape, job), key=lambda m: (m.name != "full", m.active_layers))]
+    methods = [first, *sorted(methods_of(shape, run), key=lambda m: (m.name != "full", m.active_layers))]
     began, longest = monotonic(), 0.0
     for method in methods:
         key = method.active_layers, tuple(trained_roles(shape, method))
-        if not can_simulate(job, method):
+        if not can_simulate(run, method):
             continue
         if key in steps:  # the same step but for the states, which are there all the time
-            found[method] = replace(steps[key], states=states_of(shape, job, method)[0])
+            found[method] = replace(steps[key], states=states_of(shape, run, method)[0])
             continue
         started = monotonic()
         if started - began + longest > BUDGET_S:
@@ -153,7 +153,7 @@ def _simulated(shape: ModelShape, job: Job, first: Method, tell: Callable[[str],
         if not steps:
             tell("simulating training steps ...")
         try:
-            found[method] = steps[key] = simulate(shape, job, method)
+            found[method] = steps[key] = simulate(shape, run, method)
         except GrassError as error:
             tell(f"{error} The closed form answers alone.")
             break
@@ -162,15 +162,20 @@ def _simulated(shape: ModelShape, job: Job, first: Method, tell: Callable[[str],
 
 
 def _sentences(
-    shape: ModelShape, jobs: list[Job], rows: tuple[Row, ...], recommended: Row | None, speeds: Speeds, options: Options
+    shape: ModelShape,
+    runs: list[PlannedRun],
+    rows: tuple[Row, ...],
+    recommended: Row | None,
+    speeds: Speeds,
+    options: Options,
 ) -> list[str]:
-    job = rows[0].job
+    run = rows[0].run
     if recommended is None:
-        near = nearest_to_fitting(shape, jobs, speeds)
-        short = near.memory.total - near.job.gpu_bytes
+        near = nearest_to_fitting(shape, runs, speeds)
+        short = near.memory.total - near.run.gpu_bytes
         lacking = f"{gb(short)} more than there are" if short > 0 else f"{gb(near.host_bytes)} pinned on each host"
         takes = f"{gb(near.memory.total)} a GPU, {lacking}"
-        first = f"Nothing fits. Nearest is {near.method.label} ({_named(near.job)}): {takes}."
+        first = f"Nothing fits. Nearest is {near.method.label} ({_named(near.run)}): {takes}."
         return [first, *remedies(shape, near, speeds)]
     time = recommended.time.total / rows[0].time.total
     most, gamma = most_layers(rows), recommended.method.active_layers
@@ -180,27 +185,27 @@ def _sentences(
     by_choice = f" ({' and '.join(opened)} chosen)" if opened else ""
     return [
         f"GRASS fits with up to γ={most} of {shape.num_layers} layers at a time{also}.",
-        f"Recommended: γ={gamma}, {_named(job)}{by_choice}: {gb(recommended.memory.total)} of {gb(job.gpu_bytes)} "
+        f"Recommended: γ={gamma}, {_named(run)}{by_choice}: {gb(recommended.memory.total)} of {gb(run.gpu_bytes)} "
         f"a GPU, {gb(recommended.host_bytes)} pinned on each host, {time:.2f} × the "
         "step time of full fine-tuning.",
     ]
 
 
-def _named(job: Job) -> str:
-    return f"{job.backend}, offload {job.offload}, {_checkpointing(job)}"
+def _named(run: PlannedRun) -> str:
+    return f"{run.backend}, offload {run.offload}, {_checkpointing(run)}"
 
 
-def _checkpointing(job: Job) -> str:
-    return f"activation checkpointing {'on' if job.checkpointing else 'off'}"
+def _checkpointing(run: PlannedRun) -> str:
+    return f"activation checkpointing {'on' if run.checkpointing else 'off'}"
 
 
 def _points(shape: ModelShape, choice: Choice, speeds: Speeds, counts: list[int]) -> tuple[list[Point], str]:
     if not counts:
         return [], ""
     gamma = min(USUAL_GAMMA, shape.num_layers)
-    method = choice.recommended.method if choice.recommended else Method("grass", gamma, choice.job.roles)
-    text = assumptions(shape, choice.job, method, speeds)
-    return scale(shape, choice.job, method, speeds, counts), text
+    method = choice.recommended.method if choice.recommended else Method("grass", gamma, choice.run.roles)
+    text = assumptions(shape, choice.run, method, speeds)
+    return scale(shape, choice.run, method, speeds, counts), text
 
 
 def _speeds(options: Options) -> Speeds:
@@ -212,7 +217,7 @@ def _speeds(options: Options) -> Speeds:
     return replace(speeds, pinnable_bytes=options.host_bytes) if options.host_bytes is not None else speeds
 
 
-def _job(options: Options, speeds: Speeds) -> Job:
+def _planned_run(options: Options, speeds: Speeds) -> PlannedRun:
     gpu_bytes = options.gpu_bytes or speeds.device_bytes
     if gpu_bytes is None:
         fix = "write e.g. --gpu-memory 24GB, or give a report of GPUs by --from"
@@ -222,7 +227,7 @@ def _job(options: Options, speeds: Speeds) -> Job:
     replicate = options.replicate or (hosts if backend == "hsdp" else 1)
     if replicate > 1 and backend != "hsdp":
         raise ConfigError("--replicate", replicate, f"{backend} has no replicas to choose", "use --backend hsdp")
-    return Job(
+    return PlannedRun(
         gpus=options.gpus,
         gpus_per_host=options.gpus_per_host,
         gpu_bytes=gpu_bytes,

@@ -1,8 +1,9 @@
-"""What a step costs: FLOPs, bytes on PCIe and on the wire, and seconds by lane with what is hidden.
+"""Counts what a step costs: FLOPs, bytes on PCIe and on the wire, and seconds by lane with what is hidden.
 
-Compute as docs/plan.md has it: of a parameter and token, 2 FLOP for the forward, 2 for the gradients of the activations
-in layers that a gradient passes through, 2 for the gradients of the weights that train. To that come attention, the
-output head, and the forward once more under activation checkpointing. Communication goes in rings, as in `report.wire`.
+Compute is counted as docs/plan.md says. A parameter takes, for each token, 2 FLOP for the forward, 2 for the gradients
+of the activations in layers that a gradient passes through, and 2 for the gradients of the weights that train.
+Attention, the output head, and the second forward of activation checkpointing come on top. Collectives go in rings, as
+in `report.wire`.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ from functools import lru_cache
 
 import numpy as np
 
-from grass_dist.plan.job import SLOTS, Job, Method, head_trains, lora_elements, trained_roles, traversed
-from grass_dist.plan.memory import states_of
+from grass_dist.plan.memory import slots_of, states_of
+from grass_dist.plan.runs import Method, PlannedRun, head_trains, lora_elements, trained_roles, traversed
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
 UPDATE_BYTES = 30
-"""Of the GPU's memory that AdamW reads and writes for each entry: master and moments both ways, gradient, weight."""
+"""Bytes of GPU memory that AdamW reads and writes for each entry: master and moments both ways, gradient, weight."""
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes of one step."""
+class StepBytes:
+    """Bytes that one step moves."""
 
     pcie: float
-    """Each way, of a GPU, on average over a sampling interval."""
+    """Bytes that a GPU copies each way, on average over a sampling interval."""
     within: float
-    """That all ranks together send to ranks of their host."""
+    """Bytes that all ranks together send to ranks of their own host."""
     across: float
-    """That all ranks together send to other hosts."""
+    """Bytes that all ranks together send to other hosts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class StepTime:
     pcie: float
     pcie_hidden: float
     tokens: float
-    """Of all ranks."""
+    """Tokens of all ranks."""
 
     @property
     def total(self) -> float:
@@ -57,75 +58,77 @@ class StepTime:
 
 
 def relative_compute(gamma: int, layers: int, f_above: float = 1.0) -> float:
-    """Step time over that of full fine-tuning, of the layers' FLOPs alone: (2 + 2 f_above + 2 γ/L) / 6."""
+    """Step time relative to full fine-tuning, counting the layers' FLOPs alone: (2 + 2 f_above + 2 γ/L) / 6."""
     return (2 + 2 * f_above + 2 * gamma / layers) / 6
 
 
-def flops(shape: ModelShape, job: Job, method: Method) -> tuple[float, float]:
-    """FLOP of one micro-batch on a rank: of the forward, and of the backward."""
+def flops(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, float]:
+    """FLOP of one micro-batch on a rank: those of the forward, and those of the backward."""
     layers, f = shape.num_layers, traversed(shape, method)
     matrices, head = shape.layer_matrices * layers, shape.head_matrix
     # A causal query meets half of the keys on average; products with keys and with values, 2 FLOP each.
-    attention = 2 * job.seq_len * shape.heads * shape.head_dim * layers
+    attention = 2 * run.seq_len * shape.heads * shape.head_dim * layers
     adapters = lora_elements(shape) * layers if method.name == "lora" else 0
     forward = 2 * (matrices + head + adapters) + attention
     share = 0.0 if method.name == "lora" else method.active_layers / layers
     backward = f * (2 * (matrices + adapters) + 2 * attention) + 2 * share * matrices + 2 * adapters
     backward += 2 * head * (2 if head_trains(shape, method) else 1)
-    if job.checkpointing:
+    if run.checkpointing:
         backward += f * (2 * (matrices + adapters) + attention)
-    return forward * job.tokens, backward * job.tokens
+    return forward * run.tokens, backward * run.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class _Wire:
-    """Bytes that a rank puts into the collectives of one micro-batch, and of the step's end."""
+    """Bytes that a rank puts into the collectives of one micro-batch, and into those at the end of the step."""
 
     gather_forward: float
     gather_backward: float
     reduce_layers: float
-    """Under the backward."""
+    """What is reduced while the backward runs."""
     reduce_last: float
     """What is left to reduce when the backward has ended."""
     gather_end: float
-    """Updated weights."""
+    """Updated weights that are gathered."""
 
 
-def _wire(shape: ModelShape, job: Job, method: Method) -> _Wire:
-    w, r = job.weight_bytes, job.reduce_bytes
+def _wire(shape: ModelShape, run: PlannedRun, method: Method) -> _Wire:
+    w, r = run.weight_bytes, run.reduce_bytes
     roles, f = trained_roles(shape, method), traversed(shape, method)
     layer = lora_elements(shape) if method.name == "lora" else shape.layer_numel
     layers = method.active_layers * layer
-    tail = sum(roles.values()) if job.backend in ("fsdp2", "hsdp") else roles.get("embeddings", 0)
+    tail = sum(roles.values()) if run.backend in ("fsdp2", "hsdp") else roles.get("embeddings", 0)
     early = layers + sum(roles.values()) - tail
-    if job.backend in ("fsdp2", "hsdp", "zero3"):
+    if run.backend in ("fsdp2", "hsdp", "zero3"):
         gather = w * shape.layers_numel * f
         return _Wire(w * shape.numel, gather, r * early, r * tail, 0)
     return _Wire(0, 0, w * early, w * tail, w * (layers + sum(roles.values())))
 
 
-def traffic_of(shape: ModelShape, job: Job, method: Method) -> Traffic:
+def step_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> StepBytes:
     """Bytes on PCIe and on the wire in a step."""
-    if job.gpus == 1:
-        return Traffic(_pcie_bytes(shape, job, method), 0.0, 0.0)
-    wire, m = _wire(shape, job, method), job.accumulation
-    reduces = m if job.backend in ("zero2", "zero3") else 1
+    if run.gpus == 1:
+        return StepBytes(_pcie_bytes(shape, run, method), 0.0, 0.0)
+    wire, m = _wire(shape, run, method), run.accumulation
+    reduces = m if run.backend in ("zero2", "zero3") else 1
     reduced = reduces * (wire.reduce_layers + wire.reduce_last)
     gathered = m * (wire.gather_forward + wire.gather_backward) + wire.gather_end
-    whole = job.backend in ("ddp", "zero1", "zero2")
-    group, replicas = _group(job), job.replicate
+    whole = run.backend in ("ddp", "zero1", "zero2")
+    group, replicas = _group(run), run.replicate
     over_each = ((2 if whole else 1) * reduced + gathered) * (group - 1) / group
     over_replicas = 2 * reduced / group * (replicas - 1) / replicas
-    (in_group, from_group), (in_replicas, from_replicas) = _links(job.gpus, job.gpus_per_host, replicas)
+    (in_group, from_group), (in_replicas, from_replicas) = _links(run.gpus, run.gpus_per_host, replicas)
     within = in_group * over_each + in_replicas * over_replicas
     across = from_group * over_each + from_replicas * over_replicas
-    return Traffic(_pcie_bytes(shape, job, method), within, across)
+    return StepBytes(_pcie_bytes(shape, run, method), within, across)
 
 
 @lru_cache(maxsize=64)
 def _links(gpus: int, per_host: int, replicas: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Links within hosts, and between them, of all rings as in `grass_dist.report.wire.sent`: those of the shard groups
-    and those of the replicas."""
+    """Counts the links of all rings, within hosts and between hosts: those of the shard groups, and of the replicas.
+
+    The rings are those of `grass_dist.report.wire.sent`.
+    """
     ranks, group = np.arange(gpus), gpus // replicas
     following = (ranks // group * group + (ranks + 1) % group, (ranks + group) % gpus)
     same = [ranks // per_host == others // per_host for others in following]
@@ -133,54 +136,54 @@ def _links(gpus: int, per_host: int, replicas: int) -> tuple[tuple[int, int], tu
     return (in_group, from_group), (in_replicas, from_replicas)
 
 
-def _group(job: Job) -> int:
-    return job.gpus // job.replicate
+def _group(run: PlannedRun) -> int:
+    return run.gpus // run.replicate
 
 
-def _pcie_bytes(shape: ModelShape, job: Job, method: Method) -> float:
-    """States that move each way: all active ones in each step, or those that change at a switch."""
-    if method.name != "grass" or job.offload == "none":
+def _pcie_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> float:
+    """Bytes of states that move each way: all active ones in each step, or those that change at a switch."""
+    if method.name != "grass" or run.offload == "none":
         return 0.0
-    layer = states_of(shape, job, method)[1] / shape.num_layers
+    layer = states_of(shape, run, method)[1] / shape.num_layers
     gamma, total = method.active_layers, shape.num_layers
-    if job.offload == "stream" and gamma > SLOTS:
+    if run.offload == "stream" and gamma > slots_of(shape, run, method):
         return gamma * layer
-    return layer * gamma * (1 - gamma / total) / job.sampling_interval
+    return layer * gamma * (1 - gamma / total) / run.sampling_interval
 
 
-def step_time(shape: ModelShape, job: Job, method: Method, speeds: Speeds) -> StepTime:
-    """Seconds of a step.
+def step_time(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds) -> StepTime:
+    """Estimates the seconds of a step.
 
-    Gathers run beside the compute but for the first layer's, reductions beside the backward but for those of the roles
-    that the backward ends with; updated weights (DDP, ZeRO-1 and 2) are gathered with nothing beside them. States move
-    beside forward and backward; of "stream", those for which there is no slot move between the updates.
+    Gathers run beside the compute, except the first layer's. Reductions run beside the backward, except those of the
+    roles that the backward ends with. Updated weights (DDP, ZeRO-1 and 2) are gathered with nothing beside them. States
+    move beside forward and backward; under "stream" those for which there is no slot move between the updates.
     """
-    reach, m = speeds.flop_per_s * speeds.flop_share, job.accumulation
-    forward, backward = (flop / reach for flop in flops(shape, job, method))
-    elements = states_of(shape, job, method)[0] / job.bytes_of_state
+    reach, m = speeds.flop_per_s * speeds.flop_share, run.accumulation
+    forward, backward = (flop / reach for flop in flops(shape, run, method))
+    elements = states_of(shape, run, method)[0] / run.bytes_of_state
     if method.name == "grass":
         roles = sum(trained_roles(shape, method).values())
-        elements = (method.active_layers * shape.layer_numel + roles) / job.state_shards
+        elements = (method.active_layers * shape.layer_numel + roles) / run.state_shards
     update = UPDATE_BYTES * elements / speeds.device_bytes_per_s
-    network, hidden = _network(shape, job, method, speeds, forward, backward)
-    pcie, pcie_hidden = _pcie(shape, job, method, speeds, m * (forward + backward))
-    tokens = job.gpus * m * job.tokens
+    network, hidden = _network(shape, run, method, speeds, forward, backward)
+    pcie, pcie_hidden = _pcie(shape, run, method, speeds, m * (forward + backward))
+    tokens = run.gpus * m * run.tokens
     return StepTime(m * (forward + backward), update, network, hidden, pcie, pcie_hidden, tokens)
 
 
 def _network(
-    shape: ModelShape, job: Job, method: Method, speeds: Speeds, forward: float, backward: float
+    shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, forward: float, backward: float
 ) -> tuple[float, float]:
-    """Seconds of communication in a step, and how many of them the compute hides."""
-    if job.gpus == 1:
+    """Estimates the seconds of communication in a step, and how many of them the compute hides."""
+    if run.gpus == 1:
         return 0.0, 0.0
-    wire, layers, m = _wire(shape, job, method), shape.num_layers, job.accumulation
-    in_forward = _ring(wire.gather_forward, layers + 1, 1, job, speeds)
-    in_backward = _ring(wire.gather_backward, layers, 1, job, speeds)
-    every = job.backend in ("zero2", "zero3")
-    reduce = _reduce(wire.reduce_layers, method.active_layers, job, speeds)
-    last = _reduce(wire.reduce_last, 1, job, speeds)
-    end = _ring(wire.gather_end, method.active_layers + 1, 1, job, speeds)
+    wire, layers, m = _wire(shape, run, method), shape.num_layers, run.accumulation
+    in_forward = _ring(wire.gather_forward, layers + 1, 1, run, speeds)
+    in_backward = _ring(wire.gather_backward, layers, 1, run, speeds)
+    every = run.backend in ("zero2", "zero3")
+    reduce = _reduce(wire.reduce_layers, method.active_layers, run, speeds)
+    last = _reduce(wire.reduce_last, 1, run, speeds)
+    end = _ring(wire.gather_end, method.active_layers + 1, 1, run, speeds)
     first = in_forward / (layers + 1)
     total = hidden = 0.0
     for reduces, times in ((True, m if every else 1), (False, 0 if every else m - 1)):
@@ -190,40 +193,44 @@ def _network(
     return total + end, hidden
 
 
-def _reduce(nbytes: float, calls: int, job: Job, speeds: Speeds) -> float:
-    """Seconds to reduce ``nbytes`` of each rank."""
-    whole = job.backend in ("ddp", "zero1", "zero2")
-    seconds = _ring(nbytes, calls, 2 if whole else 1, job, speeds)
-    if job.backend == "hsdp":
+def _reduce(nbytes: float, calls: int, run: PlannedRun, speeds: Speeds) -> float:
+    """Estimates the seconds to reduce ``nbytes`` of each rank."""
+    whole = run.backend in ("ddp", "zero1", "zero2")
+    seconds = _ring(nbytes, calls, 2 if whole else 1, run, speeds)
+    if run.backend == "hsdp":
         # Each rank of a shard group sums its shard with its replicas; the rings of a host share its network.
-        ranks = job.replicate
-        crossing = speeds.across_bytes_per_s / job.ranks_per_host if job.num_hosts > 1 else speeds.within_bytes_per_s
-        hop = speeds.across_latency_s if job.num_hosts > 1 else speeds.within_latency_s
+        ranks = run.replicate
+        crossing = speeds.across_bytes_per_s / run.ranks_per_host if run.num_hosts > 1 else speeds.within_bytes_per_s
+        hop = speeds.across_latency_s if run.num_hosts > 1 else speeds.within_latency_s
         bandwidth = min(crossing, speeds.within_bytes_per_s)
-        seconds += 2 * (ranks - 1) * (nbytes / job.shards / ranks / bandwidth + calls * hop)
+        seconds += 2 * (ranks - 1) * (nbytes / run.shards / ranks / bandwidth + calls * hop)
     return seconds
 
 
-def _ring(nbytes: float, calls: int, passes: int, job: Job, speeds: Speeds) -> float:
-    """Seconds for rings over a shard group (all ranks, but for hsdp) to carry ``nbytes`` in ``calls`` collectives."""
-    ranks = _group(job)
+def _ring(nbytes: float, calls: int, passes: int, run: PlannedRun, speeds: Speeds) -> float:
+    """Estimates the seconds of ``calls`` collectives that carry ``nbytes``, in rings over a shard group.
+
+    A shard group has all ranks, except under hsdp.
+    """
+    ranks = _group(run)
     if ranks == 1 or nbytes == 0:
         return 0.0
-    hosts = -(-ranks // job.gpus_per_host)
+    hosts = -(-ranks // run.gpus_per_host)
     crossing = hosts if hosts > 1 else 0
     bandwidth = min(speeds.within_bytes_per_s, speeds.across_bytes_per_s) if crossing else speeds.within_bytes_per_s
     latency = crossing * speeds.across_latency_s + max(0, ranks - 1 - crossing) * speeds.within_latency_s
     return passes * (nbytes * (ranks - 1) / ranks / bandwidth + calls * latency)
 
 
-def _pcie(shape: ModelShape, job: Job, method: Method, speeds: Speeds, compute: float) -> tuple[float, float]:
-    """Seconds that copies run in a step (both ways at once), and how many of them the compute hides."""
-    each = _pcie_bytes(shape, job, method) / speeds.pcie_bytes_per_s
+def _pcie(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, compute: float) -> tuple[float, float]:
+    """Estimates the seconds that copies run in a step (both ways at once), and how many of them the compute hides."""
+    each = _pcie_bytes(shape, run, method) / speeds.pcie_bytes_per_s
     if not each:
         return 0.0, 0.0
-    if job.offload == "stream" and method.active_layers > SLOTS:
-        early = each * SLOTS / method.active_layers
+    gamma, slots = method.active_layers, slots_of(shape, run, method)
+    if run.offload == "stream" and gamma > slots:
+        early = each * slots / gamma
         # Without a slot that is free a state waits for another's way out: in and out come one after the other.
         return early + 2 * (each - early), min(early, compute)
     # At a switch they run beside the two steps around it.
-    return each, min(each, 2 * compute / job.sampling_interval)
+    return each, min(each, 2 * compute / run.sampling_interval)

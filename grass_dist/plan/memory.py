@@ -1,8 +1,8 @@
-"""Peak memory of a GPU and pinned memory of a host, by a closed form over shapes.
+"""Computes the peak memory of a GPU and the pinned memory of a host, by a closed form over shapes.
 
-A step has moments at which memory can peak; the closed form adds up what is there at each of them and takes the largest
-sum. So the parts belong to one moment and add up. Layers are taken as large as the largest, and the draw of the layers
-as the worst: those at the top, whose gradients are there while most activations still are.
+A step has moments at which memory can peak. The closed form adds up what there is at each of them and takes the largest
+sum, so the parts belong to one moment and add up. Every layer is taken to be as large as the largest, and the draw to
+be the worst: the layers at the top, whose gradients exist while most activations still do.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import math
 from dataclasses import dataclass, fields, replace
 
 from grass_dist.plan.activations import Activations, activations_of
-from grass_dist.plan.job import SLOTS, Job, Method, lora_elements, trained_roles
+from grass_dist.plan.runs import Method, PlannedRun, grass_config, lora_elements, trained_roles
 from grass_dist.plan.shape import ModelShape, Shapes, numel
+from grass_dist.states.plan import slot_count
 
 FRAGMENTATION_SHARE = 0.08
-"""Of what is allocated and freed in a step (gradients, activations, buffers), lost between blocks of the allocator."""
+"""Share of what a step allocates and frees (gradients, activations, buffers) that is lost to fragmentation."""
 RUNTIME_BYTES = 0.8e9
-"""CUDA context, kernels, cuBLAS workspace and NCCL's channels: what a process takes before it allocates anything."""
+"""What a process takes before it allocates anything: CUDA context, kernels, cuBLAS workspace and NCCL's channels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,9 @@ class Memory:
     states: float
     activations: float
     buffers: float
-    """Of communication (gathered layers, buckets) and of the update."""
+    """Buffers of communication (gathered layers, buckets) and of the update."""
     moment: str
-    """When the peak is."""
+    """The part of the step in which the peak is."""
     simulated: bool = False
 
     @property
@@ -53,55 +54,59 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """What the GPU must have."""
+        """What the GPU must have, at least."""
         return self.allocated + self.allowance + self.runtime
 
 
 PARTS = tuple(f.name for f in fields(Memory) if f.type == "float")
 
 
-def weights_of(shape: ModelShape, job: Job) -> float:
+def weights_of(shape: ModelShape, run: PlannedRun) -> float:
     """Bytes of the weights that rest on a rank."""
     everything = (*shape.layers, *shape.roles.values(), shape.other)
-    return job.weight_bytes * sum(_held(shapes, job) for shapes in everything) + _persistent(shape, job)
+    return run.weight_bytes * sum(_held(shapes, run) for shapes in everything) + _persistent(shape, run)
 
 
-def states_of(shape: ModelShape, job: Job, method: Method) -> tuple[float, float]:
-    """Bytes of optimizer states on a rank: on the device at most, and in host memory (a buffer for each layer)."""
-    size = job.bytes_of_state
-    each = [size * _state_elements(layer, job) for layer in shape.layers]
-    longest, roles = max(each), sum(size * n for n in _role_state_elements(shape, job, method))
+def states_of(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, float]:
+    """Bytes of optimizer states on a rank: the most on the device, and in host memory (a buffer for each layer)."""
+    size = run.bytes_of_state
+    each = [size * _state_elements(layer, run) for layer in shape.layers]
+    longest, roles = max(each), sum(size * n for n in _role_state_elements(shape, run, method))
     total, gamma = shape.num_layers, method.active_layers
     if method.name == "lora":
-        return size * total * -(-lora_elements(shape) // job.state_shards), 0.0
+        return size * total * -(-lora_elements(shape) // run.state_shards), 0.0
     if method.name == "full":
         return sum(each) + roles, 0.0
     if method.name == "lisa":
         return gamma * longest + roles, 0.0
-    if job.offload == "none":
+    if run.offload == "none":
         return sum(each) + roles, 0.0
-    slots = min(SLOTS, gamma) if job.offload == "stream" else min(gamma + 1, total)
-    return slots * longest + roles, sum(each)
+    return slots_of(shape, run, method) * longest + roles, sum(each)
 
 
-def gradients_of(shape: ModelShape, job: Job, method: Method) -> float:
+def slots_of(shape: ModelShape, run: PlannedRun, method: Method) -> int:
+    """Number of layers whose states are on the device at a time, where states move."""
+    return slot_count(grass_config(run, method), run.offload, shape.num_layers)
+
+
+def gradients_of(shape: ModelShape, run: PlannedRun, method: Method) -> float:
     """Bytes of reduced gradients on a rank at the end of a backward."""
-    layer, roles = _gradient_elements(shape, job, method)
-    return job.weight_bytes * (method.active_layers * layer + roles)
+    layer, roles = _gradient_elements(shape, run, method)
+    return run.weight_bytes * (method.active_layers * layer + roles)
 
 
-def host_bytes(shape: ModelShape, job: Job, method: Method) -> float:
+def host_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> float:
     """Pinned memory of a host: the states of all layers of its ranks, and the sums of a probe with accumulation."""
-    states = states_of(shape, job, method)[1]
-    probes = method.name == "grass" and job.accumulation > 1
-    divided = job.gpus if job.backend.startswith("zero") else job.shards
+    states = states_of(shape, run, method)[1]
+    probes = method.name == "grass" and run.accumulation > 1
+    divided = run.gpus if run.backend.startswith("zero") else run.shards
     sums = 4 * shape.layers_numel / divided if probes else 0.0
-    return job.ranks_per_host * (states + sums)
+    return run.ranks_per_host * (states + sums)
 
 
-def zero_settings(shape: ModelShape, job: Job) -> dict[str, int | bool]:
-    """The ``zero_optimization`` block that the plan counts with and writes: buckets as long as a layer."""
-    stage, layer = int(job.backend[-1]), max(shape.layer_numel, 10**6)
+def zero_settings(shape: ModelShape, run: PlannedRun) -> dict[str, int | bool]:
+    """Returns the ``zero_optimization`` that the plan counts with and writes, whose buckets are as long as a layer."""
+    stage, layer = int(run.backend[-1]), max(shape.layer_numel, 10**6)
     common: dict[str, int | bool] = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": layer}
     if stage < 3:
         return {**common, "allgather_bucket_size": layer}
@@ -114,49 +119,49 @@ def zero_settings(shape: ModelShape, job: Job) -> dict[str, int | bool]:
     }
 
 
-def memory_of(shape: ModelShape, job: Job, method: Method) -> Memory:
-    """The peak on a rank, by the closed form."""
-    acts = activations_of(shape, job)
-    counts = _Counts(shape, job, method, acts)
-    weights, states = weights_of(shape, job), states_of(shape, job, method)[0]
+def memory_of(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
+    """Computes the peak on a rank by the closed form."""
+    acts = activations_of(shape, run)
+    counts = _Counts(shape, run, method, acts)
+    weights, states = weights_of(shape, run), states_of(shape, run, method)[0]
     moments = [
         replace(part, weights=weights, states=states)
         for part in (counts.loss(), counts.reducing(1), counts.reducing(method.active_layers), counts.recomputing())
     ]
     moments += [replace(part, weights=weights, states=states) for part in (counts.backward_end(), counts.update())]
-    if job.backend.startswith("zero"):
-        masters = 4 * counts.trained / job.gpus
+    if run.backend.startswith("zero"):
+        masters = 4 * counts.trained / run.gpus
         moments.append(Memory(weights, 0.0, states, 0.0, masters, "switch to other layers"))
     return max(moments, key=lambda moment: moment.allocated)
 
 
 class _Counts:
-    """What there is at each moment, weights and states left out."""
+    """Counts what there is at each moment, without weights and states."""
 
-    def __init__(self, shape: ModelShape, job: Job, method: Method, acts: Activations) -> None:
-        self.shape, self.job, self.method, self.acts = shape, job, method, acts
-        w, total, gamma = job.weight_bytes, shape.num_layers, method.active_layers
+    def __init__(self, shape: ModelShape, run: PlannedRun, method: Method, acts: Activations) -> None:
+        self.shape, self.run, self.method, self.acts = shape, run, method, acts
+        w, total, gamma = run.weight_bytes, shape.num_layers, method.active_layers
         self.layer = shape.layer_numel
         self.roles = trained_roles(shape, method)
         self.layer_trained = lora_elements(shape) if method.name == "lora" else self.layer
         self.trained = gamma * self.layer_trained + sum(self.roles.values())
         head = self.roles.get("embeddings" if shape.tied else "lm_head", 0)
         self.head_grad = w * head
-        of_each = _gradient_elements(shape, job, method, in_backward=True)
+        of_each = _gradient_elements(shape, run, method, in_backward=True)
         self.reduced_layer, self.reduced_roles = (w * n for n in of_each)
-        if job.checkpointing:
+        if run.checkpointing:
             self.layers = total * acts.kept_layer
         else:
             self.layers = gamma * acts.trained_layer + (total - gamma) * acts.frozen_layer
-        self.gathered_root = w * sum(map(numel, shape.roles.values())) if job.backend in ("fsdp2", "hsdp") else 0
+        self.gathered_root = w * sum(map(numel, shape.roles.values())) if run.backend in ("fsdp2", "hsdp") else 0
         self.held = self._accumulated()
 
     def _accumulated(self) -> float:
-        """Gradients that are there during all of a backward: of micro-batches before the last, or ZeRO-3's buffer."""
-        if self.job.accumulation == 1 and self.job.backend != "zero3":
+        """Bytes of gradients that exist during a whole backward: sums of earlier micro-batches, or ZeRO-3's buffer."""
+        if self.run.accumulation == 1 and self.run.backend != "zero3":
             return 0.0
-        if self.job.backend in ("fsdp2", "hsdp"):
-            return self.job.reduce_bytes * self.trained  # unsharded, in the dtype of the reduction
+        if self.run.backend in ("fsdp2", "hsdp"):
+            return self.run.reduce_bytes * self.trained  # unsharded, in the dtype of the reduction
         return self.reduced_layer * self.method.active_layers + self.reduced_roles
 
     def loss(self) -> Memory:
@@ -166,51 +171,51 @@ class _Counts:
 
     def reducing(self, done: int) -> Memory:
         """The gradients of trained layer number ``done`` from the top are being reduced."""
-        w, r, shards = self.job.weight_bytes, self.job.reduce_bytes, self.job.shards
+        w, r, shards = self.run.weight_bytes, self.run.reduce_bytes, self.run.shards
         acts = self.layers + self.acts.flow
-        acts -= done * (self.acts.kept_layer if self.job.checkpointing else self.acts.trained_layer)
+        acts -= done * (self.acts.kept_layer if self.run.checkpointing else self.acts.trained_layer)
         buffers = self.gathered_root + self.head_grad + self._buckets()
-        if self.job.backend in ("fsdp2", "hsdp"):
+        if self.run.backend in ("fsdp2", "hsdp"):
             buffers += 2 * w * self.layer + (w + r * (1 + 1 / shards)) * self.layer_trained
-        elif self.job.backend in ("zero3", "ddp", "single"):
-            buffers += w * self.layer_trained if self.job.backend == "zero3" else w * self._largest()
+        elif self.run.backend in ("zero3", "ddp", "single"):
+            buffers += w * self.layer_trained if self.run.backend == "zero3" else w * self._largest()
         gradients = max(self.held, done * self.reduced_layer)
         return Memory(0, gradients, 0, acts, buffers, "backward")
 
     def recomputing(self) -> Memory:
-        """The backward is within a layer, all of whose activations are there; FSDP2 reduces those of the one above."""
-        again = self.acts.trained_layer if self.job.checkpointing else 0.0
+        """The backward is within a layer whose activations all exist; FSDP2 reduces the gradients of the one above."""
+        again = self.acts.trained_layer if self.run.checkpointing else 0.0
         buffers = self.gathered_root + self.head_grad + self._buckets()
         acts, gradients = self.layers + again + self.acts.flow, self.held
-        if self.job.backend in ("fsdp2", "hsdp"):
-            buffers += 2 * self.job.weight_bytes * self.layer
+        if self.run.backend in ("fsdp2", "hsdp"):
+            buffers += 2 * self.run.weight_bytes * self.layer
             if self.method.active_layers > 1:
-                buffers += self.job.reduce_bytes * self.layer_trained
-                acts -= self.acts.kept_layer if self.job.checkpointing else self.acts.trained_layer
+                buffers += self.run.reduce_bytes * self.layer_trained
+                acts -= self.acts.kept_layer if self.run.checkpointing else self.acts.trained_layer
                 gradients = max(gradients, self.reduced_layer)
         return Memory(0, gradients, 0, acts, buffers, "recomputation" if again else "backward")
 
     def backward_end(self) -> Memory:
-        """The roles' gradients are being reduced, which FSDP2 does last, together."""
-        w, r, roles = self.job.weight_bytes, self.job.reduce_bytes, sum(self.roles.values())
+        """The roles' gradients are being reduced. FSDP2 does that last, and all together."""
+        w, r, roles = self.run.weight_bytes, self.run.reduce_bytes, sum(self.roles.values())
         gradients = self.method.active_layers * self.reduced_layer + self.reduced_roles
         buffers = self.gathered_root + self._buckets()
-        if self.job.backend in ("fsdp2", "hsdp"):
+        if self.run.backend in ("fsdp2", "hsdp"):
             gradients -= self.reduced_roles
-            buffers += (w + r * (1 + 1 / self.job.shards)) * roles
-        elif self.job.backend in ("ddp", "single"):
+            buffers += (w + r * (1 + 1 / self.run.shards)) * roles
+        elif self.run.backend in ("ddp", "single"):
             buffers += w * self._largest()
         return Memory(0, gradients, 0, 0, buffers, "end of the backward")
 
     def update(self) -> Memory:
-        """The unit with most entries is updated: gradients in fp32, and what AdamW computes on the way."""
-        job, shape = self.job, self.shape
-        units = [-(-self.layer_trained // job.state_shards), *_role_state_elements(shape, job, self.method)]
-        buffers = job.update_bytes * max(units) + self._resting_buckets()
-        gradients = gradients_of(shape, job, self.method)
-        if job.backend == "ddp":
+        """The unit with most entries is updated, with its gradients in fp32 and what AdamW computes on the way."""
+        run, shape = self.run, self.shape
+        units = [-(-self.layer_trained // run.state_shards), *_role_state_elements(shape, run, self.method)]
+        buffers = run.update_bytes * max(units) + self._resting_buckets()
+        gradients = gradients_of(shape, run, self.method)
+        if run.backend == "ddp":
             whole = max(self.layer_trained, *self.roles.values(), 0)
-            buffers = max(buffers, 2 * job.weight_bytes * whole * (1 + 1 / job.gpus) + self._resting_buckets())
+            buffers = max(buffers, 2 * run.weight_bytes * whole * (1 + 1 / run.gpus) + self._resting_buckets())
         return Memory(0, gradients, 0, 0, buffers, "update")
 
     def _largest(self) -> int:
@@ -220,76 +225,76 @@ class _Counts:
         return self.layer_trained if self.method.name == "lora" else max(map(math.prod, shapes))
 
     def _resting_buckets(self) -> float:
-        """What a wrapper allocates once: stock DDP's buckets, which GRASS and stock DDP never free."""
-        if self.job.backend != "ddp":
+        """Bytes that a wrapper allocates once: DDP's buckets, which are never freed, with GRASS or without."""
+        if self.run.backend != "ddp":
             return 0.0
         trains = self.trained if self.method.name == "lora" else self.shape.numel
-        return self.job.weight_bytes * trains
+        return self.run.weight_bytes * trains
 
     def _buckets(self) -> float:
-        if not self.job.backend.startswith("zero"):
+        if not self.run.backend.startswith("zero"):
             return self._resting_buckets()
-        settings, w = zero_settings(self.shape, self.job), self.job.weight_bytes
+        settings, w = zero_settings(self.shape, self.run), self.run.weight_bytes
         bucket = w * min(settings["reduce_bucket_size"], self.trained)
-        if self.job.backend != "zero3":
+        if self.run.backend != "zero3":
             return 2 * bucket  # one fills while the other is on its way
         return bucket + w * min(settings["stage3_max_live_parameters"], self.shape.numel)
 
 
-def _held(shapes: Shapes, job: Job) -> int:
-    """Elements of a unit's weights on the rank that has most: FSDP2 cuts rows, ZeRO-3 flattened parameters."""
-    if job.backend in ("fsdp2", "hsdp"):
-        return sum(-(-s[0] // job.shards) * math.prod(s[1:]) for s in shapes)
-    return sum(-(-math.prod(s) // job.shards) for s in shapes)
+def _held(shapes: Shapes, run: PlannedRun) -> int:
+    """Elements of a unit's weights on the rank that has most. FSDP2 cuts rows, ZeRO-3 flattened parameters."""
+    if run.backend in ("fsdp2", "hsdp"):
+        return sum(-(-s[0] // run.shards) * math.prod(s[1:]) for s in shapes)
+    return sum(-(-math.prod(s) // run.shards) for s in shapes)
 
 
-def _state_elements(shapes: Shapes, job: Job) -> int:
-    if job.backend in ("fsdp2", "hsdp"):
-        return _held(shapes, job)
-    return sum(-(-math.prod(s) // job.state_shards) for s in shapes)
+def _state_elements(shapes: Shapes, run: PlannedRun) -> int:
+    if run.backend in ("fsdp2", "hsdp"):
+        return _held(shapes, run)
+    return sum(-(-math.prod(s) // run.state_shards) for s in shapes)
 
 
-def _role_state_elements(shape: ModelShape, job: Job, method: Method) -> list[int]:
-    return [_state_elements(shape.roles[name], job) for name in trained_roles(shape, method)]
+def _role_state_elements(shape: ModelShape, run: PlannedRun, method: Method) -> list[int]:
+    return [_state_elements(shape.roles[name], run) for name in trained_roles(shape, method)]
 
 
 def _gradient_elements(
-    shape: ModelShape, job: Job, method: Method, *, in_backward: bool = False
+    shape: ModelShape, run: PlannedRun, method: Method, *, in_backward: bool = False
 ) -> tuple[float, float]:
     """Elements of gradients on a rank, of one layer and of all roles that train.
 
     Args:
-        in_backward: before the backward has ended: ZeRO-1 reduces after it, and has whole ones until then.
+        in_backward: whether the backward has not ended; ZeRO-1 reduces after it, and has whole ones until then.
     """
     roles = [shape.roles[name] for name in trained_roles(shape, method)]
-    divided = job.backend == "zero2" or (job.backend == "zero1" and not in_backward)
+    divided = run.backend == "zero2" or (run.backend == "zero1" and not in_backward)
     if method.name == "lora":
-        return -(-lora_elements(shape) // (job.gpus if divided else job.shards)), 0.0
+        return -(-lora_elements(shape) // (run.gpus if divided else run.shards)), 0.0
     if divided:
-        per_rank = zip(*(_overlapping(role, job.gpus) for role in roles), strict=True)
-        layer = max(max(_overlapping(layer, job.gpus)) for layer in shape.layers)
+        per_rank = zip(*(_overlapping(role, run.gpus) for role in roles), strict=True)
+        layer = max(max(_overlapping(layer, run.gpus)) for layer in shape.layers)
         return layer, max(map(sum, per_rank), default=0)
-    return max(_held(layer, job) for layer in shape.layers), sum(_held(role, job) for role in roles)
+    return max(_held(layer, run) for layer in shape.layers), sum(_held(role, run) for role in roles)
 
 
 def _overlapping(shapes: Shapes, ranks: int) -> list[int]:
-    """Elements of the gradients that each rank holds of a unit under ZeRO-1 and 2: its partition is one of equal runs.
+    """Elements of a unit's gradients that each rank holds under ZeRO-1 and 2, which partition it into equal runs.
 
-    Of a parameter that is cut, DeepSpeed keeps the whole gradient, of which the partition has a view.
+    Where a partition cuts a parameter, DeepSpeed keeps the whole gradient, and the partition has a view of it.
     """
-    run, held, start = -(-numel(shapes) // ranks), [0] * ranks, 0
+    length, held, start = -(-numel(shapes) // ranks), [0] * ranks, 0
     for shape in shapes:
         end = start + math.prod(shape)
-        for rank in range(start // run, -(-end // run)):
+        for rank in range(start // length, -(-end // length)):
             held[rank] += end - start
         start = end
     return held
 
 
-def _persistent(shape: ModelShape, job: Job) -> float:
+def _persistent(shape: ModelShape, run: PlannedRun) -> float:
     """Bytes of the small parameters that ZeRO-3 leaves gathered."""
-    if job.backend != "zero3":
+    if run.backend != "zero3":
         return 0.0
-    limit = zero_settings(shape, job)["stage3_param_persistence_threshold"]
+    limit = zero_settings(shape, run)["stage3_param_persistence_threshold"]
     everything = (s for group in (*shape.layers, *shape.roles.values()) for s in group)
-    return job.weight_bytes * sum(n for s in everything if (n := math.prod(s)) < limit)
+    return run.weight_bytes * sum(n for s in everything if (n := math.prod(s)) < limit)

@@ -1,4 +1,4 @@
-"""Step time and efficiency over the number of GPUs: the same cost model, as a table and a picture."""
+"""Shows step time and efficiency over the number of GPUs, by the same cost model, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from grass_dist.errors import ConfigError
 from grass_dist.plan.cost import step_time
-from grass_dist.plan.job import BackendName, Job, Method
 from grass_dist.plan.memory import memory_of
+from grass_dist.plan.runs import BackendName, Method, PlannedRun
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
@@ -26,13 +26,13 @@ class Point:
     gpus: int
     step_s: float
     efficiency: float
-    """Compute of a step over all of it: 1 where nothing but the model's own computation takes time."""
+    """Compute over the whole step: 1 where only the model's own computation takes time."""
     fits: bool
-    """By the closed form."""
+    """Whether the closed form fits into the GPU."""
 
 
 def parse_scale(text: str) -> list[int]:
-    """Numbers of GPUs, doubling from the first to the last of e.g. 8..4096.
+    """Reads a range of GPUs, e.g. 8..4096, as numbers that double from the first on.
 
     Raises:
         ConfigError: it is no such range.
@@ -47,29 +47,29 @@ def parse_scale(text: str) -> list[int]:
     return counts
 
 
-def scale(shape: ModelShape, job: Job, method: Method, speeds: Speeds, counts: Sequence[int]) -> list[Point]:
-    """Points of FSDP2, HSDP (a replica on each host), ZeRO-2 and ZeRO-3, the batch of each GPU held."""
+def scale(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, counts: Sequence[int]) -> list[Point]:
+    """Plans FSDP2, HSDP (a replica on each host), ZeRO-2 and ZeRO-3 on each number of GPUs, the batch of a GPU held."""
     points = []
     for backend in NAMES:
         for gpus in counts:
-            hosts = -(-gpus // job.gpus_per_host)
+            hosts = -(-gpus // run.gpus_per_host)
             if backend == "hsdp" and (hosts < 2 or gpus % hosts):
                 continue  # on one host it is FSDP2
-            at = replace(job, gpus=gpus, backend=backend, replicate=hosts if backend == "hsdp" else 1)
+            at = replace(run, gpus=gpus, backend=backend, replicate=hosts if backend == "hsdp" else 1)
             time = step_time(shape, at, method, speeds)
             fits = memory_of(shape, at, method).total <= at.gpu_bytes
             points.append(Point(backend, gpus, time.total, time.compute / time.total, fits))
     return points
 
 
-def assumptions(shape: ModelShape, job: Job, method: Method, speeds: Speeds) -> str:
-    """In some lines, for the picture and below the table."""
+def assumptions(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds) -> str:
+    """Writes what the points assume, in three lines for the picture and below the table."""
     measured = f"; measured: {', '.join(speeds.measured)}" if speeds.measured else ""
     reached, within = speeds.flop_per_s * speeds.flop_share, speeds.within_bytes_per_s
     return (
-        f"{shape.name}, {method.label}, {job.dtype}, {job.micro_batch} × {job.seq_len} tokens a GPU"
-        f"{' and micro-batch, ' + str(job.accumulation) + ' of them' if job.accumulation > 1 else ''} at every size; "
-        f"{job.gpus_per_host} GPUs a host\n"
+        f"{shape.name}, {method.label}, {run.dtype}, {run.micro_batch} × {run.seq_len} tokens a GPU"
+        f"{' and micro-batch, ' + str(run.accumulation) + ' of them' if run.accumulation > 1 else ''} at every size; "
+        f"{run.gpus_per_host} GPUs a host\n"
         f"{reached / 1e12:.3g} TFLOP/s reached, {within / 1e9:.3g} GB/s within "
         f"a host, {speeds.across_bytes_per_s / 1e9:.3g} GB/s from a host to others, "
         f"{speeds.across_latency_s * 1e6:.3g} µs a hop{measured}\n"
@@ -78,10 +78,10 @@ def assumptions(shape: ModelShape, job: Job, method: Method, speeds: Speeds) -> 
 
 
 def draw_scale(points: Sequence[Point], text: str, path: Path) -> None:
-    """Writes the picture, PNG or SVG by the name of the file.
+    """Writes the picture as PNG or SVG, by the name of the file.
 
     Raises:
-        ConfigError: another suffix, or it cannot be written.
+        ConfigError: the file has another suffix, or cannot be written.
     """
     if path.suffix.lower() not in (".png", ".svg"):
         raise ConfigError("--plot", str(path), "it is neither .png nor .svg", "name e.g. scale.png")

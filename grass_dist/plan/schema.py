@@ -1,4 +1,4 @@
-"""The JSON of ``grass-dist plan --json FILE``: flat names with their units.
+"""Writes the JSON of ``grass-dist plan --json FILE``, in flat names with their units.
 
 version, model, params, num_layers, gpus, gpus_per_host, hosts, gpu_memory_bytes, seq_len_tokens, micro_batch,
 accumulation, backend, replicate, offload, dtype, activation_checkpointing, always_active, sampling_interval_steps
@@ -36,28 +36,28 @@ _UNPRINTED = ("device_bytes", "pinnable_bytes")
 
 
 def as_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Point]) -> dict[str, Any]:
-    """What the module describes; holds what JSON can."""
-    job, recommended = choice.job, choice.recommended
+    """Returns the object that the module describes, with values that JSON can hold."""
+    run, recommended = choice.run, choice.recommended
     full = next(row for row in choice.rows if row.method.name == "full")
     return {
         "version": VERSION,
         "model": shape.name,
         "params": shape.numel,
         "num_layers": shape.num_layers,
-        "gpus": job.gpus,
-        "gpus_per_host": job.gpus_per_host,
-        "hosts": job.num_hosts,
-        "gpu_memory_bytes": job.gpu_bytes,
-        "seq_len_tokens": job.seq_len,
-        "micro_batch": job.micro_batch,
-        "accumulation": job.accumulation,
-        "backend": job.backend,
-        "replicate": job.replicate,
-        "offload": job.offload,
-        "dtype": job.dtype,
-        "activation_checkpointing": job.checkpointing,
-        "always_active": list(job.roles),
-        "sampling_interval_steps": job.sampling_interval,
+        "gpus": run.gpus,
+        "gpus_per_host": run.gpus_per_host,
+        "hosts": run.num_hosts,
+        "gpu_memory_bytes": run.gpu_bytes,
+        "seq_len_tokens": run.seq_len,
+        "micro_batch": run.micro_batch,
+        "accumulation": run.accumulation,
+        "backend": run.backend,
+        "replicate": run.replicate,
+        "offload": run.offload,
+        "dtype": run.dtype,
+        "activation_checkpointing": run.checkpointing,
+        "always_active": list(run.roles),
+        "sampling_interval_steps": run.sampling_interval,
         "speeds": {name: value for name, value in asdict(speeds).items() if name not in _UNPRINTED},
         "rows": [_row(shape, row, full) for row in choice.rows],
         "recommended": recommended and recommended.method.active_layers,
@@ -68,7 +68,7 @@ def as_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[
 
 
 def most_layers(rows: Sequence[Row]) -> int:
-    """The largest γ of GRASS that fits; 0 if none does."""
+    """Returns the largest γ with which GRASS fits; 0 if none does."""
     return max((r.method.active_layers for r in rows if r.method.name == "grass" and r.fits), default=0)
 
 
@@ -84,12 +84,12 @@ def _row(shape: ModelShape, row: Row, full: Row) -> dict[str, Any]:
         "allowance_bytes": memory.allowance,
         "runtime_bytes": memory.runtime,
         "peak_bytes": memory.total,
-        "closed_form_bytes": memory_of(shape, row.job, row.method).allocated,
+        "closed_form_bytes": memory_of(shape, row.run, row.method).allocated,
         "allocated_bytes": memory.allocated,
         "host_pinned_bytes": row.host_bytes,
-        "pcie_bytes_per_step": row.traffic.pcie,
-        "within_hosts_bytes_per_step": row.traffic.within,
-        "across_hosts_bytes_per_step": row.traffic.across,
+        "pcie_bytes_per_step": row.moved.pcie,
+        "within_hosts_bytes_per_step": row.moved.within,
+        "across_hosts_bytes_per_step": row.moved.across,
         "compute_s": time.compute,
         "update_s": time.update,
         "network_s": time.network,

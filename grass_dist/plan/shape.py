@@ -1,4 +1,7 @@
-"""What the planner knows of a model: the shapes of its parameters, by layer and role. No weight is ever read."""
+"""Finds the shapes of a model's parameters, by layer and role, which is all that the planner knows of it.
+
+No weight is ever read.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,20 @@ from grass_dist.model.foreign import CODE, MOST_LAYERS, build, plain_config, rea
 Shapes = tuple[tuple[int, ...], ...]
 
 TYPICAL = ((1.1e9, 22, 2048), (3e9, 28, 3072), (7e9, 32, 4096), (13e9, 40, 5120), (34e9, 48, 8192), (70e9, 80, 8192))
-"""Parameters, layers, width of published Llama models: what ``--params`` takes where no shape is given."""
+"""Parameters, layers and width of published Llama models, which ``--params`` takes where no shape is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder. Elements, not bytes."""
+    """Sizes of a decoder, in elements."""
 
     name: str
     layers: tuple[Shapes, ...]
     """Parameter shapes of each layer, in the model's order."""
     roles: Mapping[str, Shapes]
-    """Those of embeddings, final_norm and lm_head; tied embeddings are embeddings alone."""
+    """Parameter shapes of embeddings, final_norm and lm_head; tied embeddings are in embeddings alone."""
     other: Shapes
-    """Those of parameters that never train."""
+    """Shapes of the parameters that never train."""
     hidden: int
     intermediate: int
     heads: int
@@ -51,12 +54,12 @@ class ModelShape:
 
     @property
     def layer_numel(self) -> int:
-        """Of the largest layer."""
+        """Elements of the largest layer."""
         return max(numel(layer) for layer in self.layers)
 
     @property
     def layers_numel(self) -> int:
-        """Of all layers."""
+        """Elements of all layers."""
         return sum(numel(layer) for layer in self.layers)
 
     @property
@@ -79,7 +82,7 @@ def numel(shapes: Shapes) -> int:
 
 
 def shape_of_model(name: str, tell: Callable[[str], None] = lambda _: None) -> ModelShape:
-    """The shape of a Hugging Face model, a folder, a ``config.json`` or ``packaged:smollm2-135m``.
+    """Returns the shape of a Hugging Face model, a folder, a ``config.json`` or ``packaged:smollm2-135m``.
 
     Code that comes with it is not run: a model that transformers does not know itself is refused.
 
@@ -104,15 +107,15 @@ def shape_of_params(
     vocab: int = 32000,
     tied: bool = False,
 ) -> ModelShape:
-    """The shape of a Llama of ``params`` parameters.
+    """Returns the shape of a Llama of ``params`` parameters.
 
     Args:
-        params: of the whole model; the width of the feed-forward follows from it, unless it is given.
-        layers, hidden: left out, those of the published Llama whose size is nearest.
-        heads: left out, of 128 entries each (64 where the width has no such divisor).
+        params: those of the whole model; the width of the feed-forward follows from it, unless it is given.
+        layers, hidden: None takes those of the published Llama whose size is nearest.
+        heads: None takes heads of 128 entries each (64 where the width has no such divisor).
 
     Raises:
-        ConfigError: sizes that cannot be.
+        ConfigError: no model has such sizes.
     """
     from transformers import LlamaConfig
 
@@ -152,7 +155,11 @@ def shape_of_params(
 
 
 def check_whole(option: str, value: int, largest: int) -> None:
-    """Raises: `ConfigError`, ``value`` is no whole number from 1 to ``largest``."""
+    """Checks a whole number.
+
+    Raises:
+        ConfigError: ``value`` is no whole number from 1 to ``largest``.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(option, value, "it is no whole number", f"use one from 1 to {largest}")
     if value < 1:
@@ -162,7 +169,7 @@ def check_whole(option: str, value: int, largest: int) -> None:
 
 
 def parse_count(option: str, text: str) -> float:
-    """A number of parameters, e.g. 70B, 135M or 6.74e9."""
+    """Reads a number of parameters, e.g. 70B, 135M or 6.74e9."""
     found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?(?:E\+?\d{1,2})?)\s*([KMBT]?)\s*", text.upper(), re.ASCII)
     value = float(found[1]) * 1000 ** " KMBT".index(found[2] or " ") if found else 0.0
     if not 1e4 <= value <= 1e14:
@@ -171,7 +178,7 @@ def parse_count(option: str, text: str) -> float:
 
 
 def shape_of_config(name: str, config: Any) -> ModelShape:
-    """The shape of a transformers configuration.
+    """Returns the shape of the model of a transformers configuration.
 
     Raises:
         ConfigError: transformers has no causal language model for it.
@@ -207,7 +214,7 @@ def shape_of_config(name: str, config: Any) -> ModelShape:
 
 
 def units_of(found: LayerMap) -> dict[str, Unit]:
-    """The units of a model by name."""
+    """Returns the units of a model by name."""
     return {unit.name: unit for unit in (*found.layers, *found.roles)}
 
 
@@ -216,7 +223,7 @@ def _shapes(unit: Unit) -> Shapes:
 
 
 def _inner_width(config: Any, layer: Shapes, hidden: int) -> int:
-    """Width of the feed-forward: as configured, else the commonest other dimension of the layer's matrices."""
+    """Width of the feed-forward, as configured, else the commonest other dimension of the layer's matrices."""
     for key in ("intermediate_size", "n_inner", "ffn_dim"):
         if isinstance(value := getattr(config, key, None), int):
             return value

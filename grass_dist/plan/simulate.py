@@ -1,10 +1,11 @@
-"""Memory of a training step by running it on fake tensors: the model, its wrapper, our backend, our optimizers.
+"""Measures the memory of a training step by running it on fake tensors.
 
-No weight and no GPU is needed, and a world of any size is one process. `FakeTensorMode` carries shapes in the place of
-numbers, a fake process group takes every collective for done, and a tracker adds up what is alive. What is simulated is
-an optimizer step of one micro-batch; the agreement of the ranks and the draw, which need numbers, are left out.
+The model, its wrapper, our backend and our optimizers run. No weight and no GPU is needed, and a world of any size is
+one process. `FakeTensorMode` carries shapes instead of numbers, a fake process group takes every collective for done,
+and a tracker adds up what is alive. What is simulated is an optimizer step of one micro-batch; the agreement of the
+ranks and the draw, which need numbers, are left out.
 
-Private here, and checked on torch 2.13.0: the trackers of `track`, `FakeTensorMode` and torch's fake process group.
+The trackers of `track`, `FakeTensorMode` and torch's fake process group are private. They are checked on torch 2.13.0.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from grass_dist.backends.base import HookedBackend
 from grass_dist.backends.ddp import DdpSharding
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
-from grass_dist.config import GrassConfig
+from grass_dist.backends.wrapping import shard, shard_mesh
 from grass_dist.errors import GrassError
-from grass_dist.finetune.steps import summed_loss
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.foreign import build
+from grass_dist.model.loss import summed_loss
 from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import always_active_roles
-from grass_dist.plan.job import Job, Method
+from grass_dist.plan.adamw import GROUP, optimizer_of
 from grass_dist.plan.memory import Memory, states_of
+from grass_dist.plan.runs import Method, PlannedRun, grass_config
 from grass_dist.plan.shape import ModelShape
 from grass_dist.ranks import world
 from grass_dist.states.unit_optimizer import UnitOptimizer
@@ -38,7 +40,7 @@ SIMULATED = ("single", "fsdp2", "hsdp", "ddp")
 """Backends of which a step can be simulated; DeepSpeed's engine needs real tensors."""
 _ATTENTION = "grass_plan"
 _BLOCK = 512
-"""Bytes that an allocation is rounded up to, on CUDA and by the trackers."""
+"""CUDA and the trackers round the bytes of an allocation up to a multiple of this."""
 
 _PART_OF_KIND = {
     **dict.fromkeys(["Sharded Param", "Parameter"], "weights"),
@@ -47,28 +49,28 @@ _PART_OF_KIND = {
     **dict.fromkeys(["Unsharded Param", "Unsharded Grad", "All Gather", "Reduce Scatter"], "buffers"),
     **dict.fromkeys(["Temp", "OptState", "Optstate", "Other"], "buffers"),
 }
-"""Names that the trackers of `track` give, and the part of `Memory` that each belongs to."""
+"""Part of `Memory` that each name of the trackers of `track` belongs to."""
 
 
-def can_simulate(job: Job, method: Method) -> bool:
-    """Whether `simulate` knows how: not DeepSpeed, not LoRA, one micro-batch a step, stock state sizes."""
-    return job.backend in SIMULATED and method.name != "lora" and job.accumulation == 1 and job.state_bytes is None
+def can_simulate(run: PlannedRun, method: Method) -> bool:
+    """Whether `simulate` can: without DeepSpeed and LoRA, with one micro-batch a step and stock state sizes."""
+    return run.backend in SIMULATED and method.name != "lora" and run.accumulation == 1 and run.state_bytes is None
 
 
-def simulate(shape: ModelShape, job: Job, method: Method) -> Memory:
-    """The peak of a training step on rank 0, with the worst draw of the layers.
+def simulate(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
+    """Finds the peak of a training step on rank 0, with the worst draw of the layers.
 
     Raises:
         GrassError: this model cannot run on fake tensors, or a process group is there already.
     """
-    if not can_simulate(job, method):
-        raise GrassError(f"{method.label} under {job.backend} cannot be simulated; use --fast.")
+    if not can_simulate(run, method):
+        raise GrassError(f"{method.label} under {run.backend} cannot be simulated; use --fast.")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise GrassError("A process group is running; the planner simulates in a process of its own.")
     try:
-        with _fake_world(job.gpus), warnings.catch_warnings():
+        with _fake_world(run.gpus), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # UnitOptimizer compares them
-            peak, states = _peak_of_a_step(shape, job, method)
+            peak, states = _peak_of_a_step(shape, run, method)
     except GrassError:
         raise
     except Exception as error:  # whatever a model does that fake tensors cannot
@@ -79,11 +81,11 @@ def simulate(shape: ModelShape, job: Job, method: Method) -> Memory:
         parts[_PART_OF_KIND[kind]] += nbytes
     # The tracker takes the states' memory for activations, or for the optimizer's own once that has stepped.
     early = min(states, parts["activations"])
-    resting = parts["weights"] if job.backend == "ddp" else 0.0  # stock DDP's buckets, which C++ allocates
+    resting = parts["weights"] if run.backend == "ddp" else 0.0  # stock DDP's buckets, which C++ allocates
     return Memory(
         weights=parts["weights"],
         gradients=parts["gradients"],
-        states=states_of(shape, job, method)[0],
+        states=states_of(shape, run, method)[0],
         activations=parts["activations"] - early,
         buffers=parts["buffers"] - (states - early) + resting,
         moment="simulated",
@@ -92,11 +94,11 @@ def simulate(shape: ModelShape, job: Job, method: Method) -> Memory:
 
 
 def track(model: nn.Module, sharded: bool) -> tuple[Any, Callable[[], dict[str, int]]]:
-    """A context that follows the memory of tensors, and what gives the kinds of its peak so far, in bytes.
+    """Returns a context that follows the memory of tensors, and a function that gives the bytes of its peak by kind.
 
-    Private: `torch.distributed._tools` has no public counterpart. Checked on torch 2.13.0, and by `tests/test_plan.py`,
-    which fails when a release changes it. For a model of FSDP2 it is `FSDPMemTracker`; for a plain one `MemTracker`,
-    which must see every parameter trainable once: so a forward without gradients comes first.
+    `torch.distributed._tools` is private and has no public counterpart. It is checked on torch 2.13.0, and by
+    `tests/test_plan.py`, which fails when a release changes it. For a model of FSDP2 it is `FSDPMemTracker`; for a
+    plain one `MemTracker`, which must see every parameter trainable once, so a forward without gradients comes first.
     """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -113,7 +115,7 @@ def track(model: nn.Module, sharded: bool) -> tuple[Any, Callable[[], dict[str, 
 
 @contextlib.contextmanager
 def _fake_world(size: int) -> Iterator[None]:
-    """A world in which this process is rank 0 and collectives do nothing."""
+    """Makes a world in which this process is rank 0 and collectives do nothing."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -124,21 +126,21 @@ def _fake_world(size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _peak_of_a_step(shape: ModelShape, job: Job, method: Method) -> tuple[dict[str, int], int]:
+def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[dict[str, int], int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    mesh = _mesh(job)
-    dtype = getattr(torch, job.dtype)
+    mesh = shard_mesh("cpu", run.gpus, run.replicate) if run.backend in ("fsdp2", "hsdp") else None
+    dtype = getattr(torch, run.dtype)
     config = _without_mask(shape.config)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(config, dtype, "cpu").train()
-        if job.checkpointing:
+        if run.checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # type: ignore[operator]
-        backend = _wrapped(model, job, mesh)
+        backend = _wrapped(model, run, mesh)
         layers = find_layers(model)
-        units = _training(layers, method)
-        ids = torch.zeros(job.micro_batch, job.seq_len, dtype=torch.long)
+        units = _training(layers, run, method)
+        ids = torch.zeros(run.micro_batch, run.seq_len, dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids}
         tracker, peak = track(model, mesh is not None)
         with tracker:
@@ -156,20 +158,16 @@ def _peak_of_a_step(shape: ModelShape, job: Job, method: Method) -> tuple[dict[s
             summed_loss(model, batch).backward()
             with torch.no_grad():
                 for optimizer in optimizers:
-                    optimizer.step([_GROUP])
+                    optimizer.step([GROUP])
         return peak(), states
 
 
-_ADAMW: dict[str, Any] = {"lr": 1e-5, "foreach": True}
-_GROUP: dict[str, Any] = {"params": [], **torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **_ADAMW).defaults}
-
-
 def _optimizers(units: Sequence[Unit], sharding: Sharding) -> tuple[list[UnitOptimizer], int]:
-    """Our optimizers of what trains, each with memory for its state, and the bytes of that as the tracker counts."""
+    """Makes our optimizers of what trains, with memory for their states, and counts its bytes as the tracker does."""
     optimizers, states = [], 0
     for unit in units:
-        optimizer = UnitOptimizer(unit, [0] * len(unit.params), torch.optim.AdamW, _ADAMW, sharding)
-        optimizer.fields([_GROUP])
+        optimizer = optimizer_of(unit, sharding)
+        optimizer.fields([GROUP])
         optimizer.state.lay_out()
         flat = torch.empty(optimizer.state.layout.device_bytes, dtype=torch.uint8)
         optimizer.state.bind(optimizer.state.layout.device_views(flat), resident=True)
@@ -178,45 +176,31 @@ def _optimizers(units: Sequence[Unit], sharding: Sharding) -> tuple[list[UnitOpt
     return optimizers, states
 
 
-def _training(layers: LayerMap, method: Method) -> list[Unit]:
-    """The units of the worst draw: the topmost layers, and the lowest in the place of one where it decides how far the
-    backward goes. In the order of the updates."""
-    config = GrassConfig(active_layers=method.active_layers, always_active=method.roles)  # type: ignore[arg-type]
-    roles = always_active_roles(layers, config)
+def _training(layers: LayerMap, run: PlannedRun, method: Method) -> list[Unit]:
+    """Returns the units of the worst draw, in the order of the updates.
+
+    They are the topmost layers, one of them replaced by the lowest where that decides how far the backward goes.
+    """
+    roles = always_active_roles(layers, grass_config(run, method))
     top = list(layers.layers[len(layers.layers) - method.active_layers :])
     if "embeddings" not in {unit.name for unit in roles}:
         top[0] = layers.layers[0]
     return [*reversed(top), *roles]
 
 
-def _mesh(job: Job) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    if job.backend == "fsdp2":
-        return init_device_mesh("cpu", (job.gpus,), mesh_dim_names=("dp_shard",))
-    if job.backend == "hsdp":
-        return init_device_mesh("cpu", (job.replicate, job.shards), mesh_dim_names=("dp_replicate", "dp_shard"))
-    return None
-
-
-def _wrapped(model: nn.Module, job: Job, mesh: Any) -> HookedBackend:
-    """The model as `finetune.run_torch.wrap` wraps it, and the backend that GrassOptimizer would take.
+def _wrapped(model: nn.Module, run: PlannedRun, mesh: Any) -> HookedBackend:
+    """Wraps the model as the training program does, and gives the backend that GrassOptimizer would take.
 
     DDP's own reducer needs real tensors: of DDP only the division of the states is simulated.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     if mesh is None:
-        return SingleBackend(model, 1, DdpSharding(world()) if job.backend == "ddp" else None)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if job.weight_bytes < 4 else None)
-    for layer in model.get_submodule(find_layers(model).stack).children():
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        return SingleBackend(model, 1, DdpSharding(world()) if run.backend == "ddp" else None)
+    shard(model, find_layers(model).stack, mesh)
     return Fsdp2Backend(model, 1)
 
 
 def _without_mask(config: Any) -> Any:
-    """The configuration with attention as sdpa runs it on full sequences: causal, with no mask in memory.
+    """Returns the configuration with attention as sdpa runs it on full sequences: causal, with no mask in memory.
 
     transformers looks into the mask to leave it out, which it cannot do with fake tensors.
     """

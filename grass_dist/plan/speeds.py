@@ -1,7 +1,7 @@
-"""Every constant of the cost model, and what `grass-dist doctor` measured in its place.
+"""Holds every constant of the cost model, or what `grass-dist doctor` measured instead.
 
 The constants are those of a server with A100-class GPUs on PCIe 4 and a 200 Gbit/s network; none was fitted to a
-measurement. ``--from doctor.json`` replaces what it has; FLOP/s it does not have, so give yours by ``--tflops``.
+measurement. ``--from doctor.json`` replaces those that were measured. FLOP/s are not, so give yours by ``--tflops``.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from grass_dist.errors import ConfigError
 from grass_dist.regular_files import read_regular
 
 FLOP_PER_S = 312e12
-"""Of a GPU by its data sheet: dense bf16 of an A100."""
+"""FLOP/s of a GPU by its data sheet: dense bf16 of an A100."""
 FLOP_SHARE = 0.45
-"""Of them that the matrices of a training step reach."""
+"""Share of them that the matrix products of a training step reach."""
 DEVICE_BYTES_PER_S = 1.5e12
-"""Of the GPU's own memory, which bounds the update."""
+"""Bandwidth of the GPU's own memory, which bounds the update."""
 PCIE_BYTES_PER_S = 20e9
-"""Pinned copies of a GPU in one direction, while the other GPUs of the host copy too."""
+"""Bandwidth of a GPU's pinned copies in one direction, while the other GPUs of the host copy too."""
 WITHIN_BYTES_PER_S = 100e9
-"""That a GPU sends to the next one of its host (bus bandwidth of a collective): NVLink. PCIe alone has some 15e9."""
+"""What a GPU sends to the next one of its host (a collective's bus bandwidth) over NVLink. PCIe alone has some 15e9."""
 ACROSS_BYTES_PER_S = 25e9
-"""That a host sends to other hosts over all its network cards: 200 Gbit/s."""
+"""What a host sends to other hosts over all its network cards: 200 Gbit/s."""
 WITHIN_LATENCY_S = 3e-6
 ACROSS_LATENCY_S = 10e-6
-"""Of one hop of a ring, within a host and between two."""
+"""Latencies of one hop of a ring, within a host and between two."""
 LARGEST_JSON = 2**26
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What the cost model counts with."""
+    """The speeds that the cost model counts with."""
 
     flop_per_s: float = FLOP_PER_S
     flop_share: float = FLOP_SHARE
@@ -56,10 +56,10 @@ class Speeds:
 
 
 def speeds_from_doctor(path: Path, base: Speeds | None = None) -> Speeds:
-    """Speeds of a cluster that `grass-dist doctor --json` has measured; what it did not measure stays as in ``base``.
+    """Reads the speeds that `grass-dist doctor --json` has measured; what it did not measure stays as in ``base``.
 
     Raises:
-        ConfigError: no such file, or numbers that no cluster has (zero, negative, NaN).
+        ConfigError: there is no such file, or it has numbers that no cluster has (zero, negative, NaN).
     """
     base, found = base or Speeds(), _read(path)
     ranks, hosts = _list(found, "ranks"), _list(found, "hosts")
@@ -91,7 +91,8 @@ def speeds_from_doctor(path: Path, base: Speeds | None = None) -> Speeds:
 
 
 def check_speed(option: str, value: float) -> float:
-    """
+    """Checks a speed.
+
     Raises:
         ConfigError: it is no speed.
     """
@@ -120,7 +121,7 @@ def _list(found: dict[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _number(entry: Any, where: str, name: str, *, zero: bool = False) -> float | None:
-    """A positive number of the report; None where it was not measured."""
+    """Reads a positive number of the report; None where it was not measured."""
     value: Any = entry.get(name) if isinstance(entry, dict) else entry
     if value is None:
         return None
@@ -132,7 +133,7 @@ def _number(entry: Any, where: str, name: str, *, zero: bool = False) -> float |
 
 
 def _hop(collective: Any, where: str) -> float | None:
-    """Latency of one hop of a ring, of an all-reduce's, which has 2 (n - 1) of them."""
+    """Latency of one hop of a ring. An all-reduce of n ranks has 2 (n - 1) of them."""
     latency, ranks = _number(collective, where, "latency_seconds"), _number(collective, where, "ranks")
     return latency / (2 * (ranks - 1)) if latency is not None and ranks is not None and ranks > 1 else None
 

@@ -1,4 +1,4 @@
-"""What `grass-dist plan` prints: two tables, what is recommended, and the constants behind the times."""
+"""Prints what `grass-dist plan` found: two tables, what is recommended, and the constants behind the times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
 WIDTH = 170
-"""Columns where the output is no terminal."""
+"""Number of columns where the output is no terminal."""
 
 
 def show(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Point], assumed: str) -> None:
@@ -30,7 +30,7 @@ def show(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Poi
 
 
 def seconds(value: float) -> str:
-    """With a unit: 1.23 s, 45.6 ms or 7.8 µs; 0 is 0 s."""
+    """Writes seconds with a unit, e.g. 1.23 s, 45.6 ms, 7.8 µs or 0 s."""
     for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
@@ -38,7 +38,7 @@ def seconds(value: float) -> str:
 
 
 def about_speeds(speeds: Speeds) -> str:
-    """The constants of the times, in a sentence."""
+    """Says in a sentence with which constants the times were computed."""
     measured = f" Measured by the doctor: {', '.join(speeds.measured)}." if speeds.measured else ""
     return (
         f"Times are of a model of costs: {speeds.flop_share:.0%} of {speeds.flop_per_s / 1e12:.4g} TFLOP/s a GPU, "
@@ -48,14 +48,14 @@ def about_speeds(speeds: Speeds) -> str:
 
 
 def _memory_table(shape: ModelShape, choice: Choice) -> Any:
-    job = choice.job
-    hosts = f"{job.num_hosts} hosts" if job.num_hosts > 1 else "1 host"
-    replicas = f" of {job.replicate} replicas" if job.backend == "hsdp" else ""
+    run = choice.run
+    hosts = f"{run.num_hosts} hosts" if run.num_hosts > 1 else "1 host"
+    replicas = f" of {run.replicate} replicas" if run.backend == "hsdp" else ""
     title = (
-        f"{shape.name}: {shape.numel / 1e9:.3g} billion parameters, {shape.num_layers} layers · {job.gpus} GPUs of "
-        f"{gb(job.gpu_bytes)} on {hosts} · {job.backend}{replicas} · {job.dtype} · {job.micro_batch} × {job.seq_len} "
-        f"tokens a GPU{f' × {job.accumulation}' if job.accumulation > 1 else ''} · offload {job.offload} · activation "
-        f"checkpointing {'on' if job.checkpointing else 'off'}\nMemory of a GPU at its peak"
+        f"{shape.name}: {shape.numel / 1e9:.3g} billion parameters, {shape.num_layers} layers · {run.gpus} GPUs of "
+        f"{gb(run.gpu_bytes)} on {hosts} · {run.backend}{replicas} · {run.dtype} · {run.micro_batch} × {run.seq_len} "
+        f"tokens a GPU{f' × {run.accumulation}' if run.accumulation > 1 else ''} · offload {run.offload} · activation "
+        f"checkpointing {'on' if run.checkpointing else 'off'}\nMemory of a GPU at its peak"
     )
     columns = ("", "weights", "gradients", "states", "activations", "buffers", "allowance", "runtime")
     return _table(title, (*columns, "peak", "fits", "pinned a host", "by"), map(_memory_cells, choice.rows))
@@ -64,7 +64,7 @@ def _memory_table(shape: ModelShape, choice: Choice) -> Any:
 def _memory_cells(row: Row) -> list[str]:
     m = row.memory
     parts = (m.weights, m.gradients, m.states, m.activations, m.buffers, m.allowance, m.runtime, m.total)
-    fits = "yes" if row.fits else "no: host" if m.total <= row.job.gpu_bytes else "no"
+    fits = "yes" if row.fits else "no: host" if m.total <= row.run.gpu_bytes else "no"
     return [row.method.label, *map(gb, parts), fits, gb(row.host_bytes), "simulation" if m.simulated else "closed form"]
 
 
@@ -82,7 +82,7 @@ def _time_table(choice: Choice) -> Any:
 
 
 def _volumes(row: Row) -> tuple[float, float, float]:
-    return row.traffic.pcie, row.traffic.within, row.traffic.across
+    return row.moved.pcie, row.moved.within, row.moved.across
 
 
 def _scale_table(points: Sequence[Point]) -> Any:

@@ -1,4 +1,4 @@
-"""The recommended settings as a YAML file for launch/finetune.py, and for ZeRO the DeepSpeed JSON beside it."""
+"""Writes the recommended settings: a YAML file for launch/finetune.py, and for ZeRO the DeepSpeed JSON beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from grass_dist.errors import ConfigError
 from grass_dist.plan.choose import Row, gb
 from grass_dist.plan.memory import zero_settings
+from grass_dist.plan.runs import grass_config
 from grass_dist.plan.shape import ModelShape
 
 STEPS = 500
@@ -20,18 +21,16 @@ _AUTO = (
 
 
 def write_config(path: Path, shape: ModelShape, row: Row) -> list[Path]:
-    """Writes the settings of ``row``, and reads them again as the program will.
+    """Writes the settings of ``row``.
 
     Returns:
         The files that were written.
 
     Raises:
-        ConfigError: a file is there already or cannot be written, or the settings cannot be used.
+        ConfigError: a file is there already, or cannot be written.
     """
-    from grass_dist.finetune.config_file import load_config
-
     files = {path: _yaml(path, shape, row)}
-    if row.job.backend.startswith("zero"):
+    if row.run.backend.startswith("zero"):
         files[path.with_suffix(".json")] = json.dumps(deepspeed_json(shape, row), indent=2) + "\n"
     for file, text in files.items():
         try:
@@ -43,23 +42,22 @@ def write_config(path: Path, shape: ModelShape, row: Row) -> list[Path]:
         except OSError as error:
             problem = f"it cannot be written ({error.strerror})"
             raise ConfigError("--write", str(path), problem, "name a file in a folder of yours") from None
-    load_config(path)
     return list(files)
 
 
 def deepspeed_json(shape: ModelShape, row: Row) -> dict[str, Any]:
-    """The DeepSpeed configuration whose buckets the plan has counted."""
+    """Returns the DeepSpeed configuration whose buckets the plan has counted."""
     auto = dict.fromkeys(_AUTO, "auto")
     low = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
-    return {"zero_optimization": zero_settings(shape, row.job), **low, **auto}
+    return {"zero_optimization": zero_settings(shape, row.run), **low, **auto}
 
 
 def settings_of(path: Path, shape: ModelShape, row: Row) -> dict[str, Any]:
-    """The settings, as nested sections; what is not planned is as in configs/."""
-    job, grass = row.job, row.method
-    parallel: Any = {"single": "single", "ddp": "ddp", "fsdp2": "fsdp2"}.get(job.backend)
-    if job.backend == "hsdp":
-        parallel = {"backend": "fsdp2", "mesh": {"replicate": job.replicate}}
+    """Returns the settings as nested sections; what is not planned is as in configs/."""
+    run = row.run
+    parallel: Any = {"single": "single", "ddp": "ddp", "fsdp2": "fsdp2"}.get(run.backend)
+    if run.backend == "hsdp":
+        parallel = {"backend": "fsdp2", "mesh": {"replicate": run.replicate}}
     elif parallel is None:
         parallel = {"backend": "deepspeed", "config": path.with_suffix(".json").name}
     given = Path(shape.name)
@@ -69,29 +67,23 @@ def settings_of(path: Path, shape: ModelShape, row: Row) -> dict[str, Any]:
         or "planned",
         "model": {
             "name": name,
-            "dtype": job.dtype,
-            "activation_checkpointing": job.checkpointing,
+            "dtype": run.dtype,
+            "activation_checkpointing": run.checkpointing,
         },
         "data": {
             "name": "reasoning-gym:gsm_symbolic",
             "prompt": "question",
             "completion": "worked",
-            "max_length": job.seq_len,
+            "max_length": run.seq_len,
         },
         "train": {
             "max_steps": STEPS,
-            "global_batch_size": job.gpus * job.micro_batch * job.accumulation,
-            "micro_batch_size": job.micro_batch,
+            "global_batch_size": run.gpus * run.micro_batch * run.accumulation,
+            "micro_batch_size": run.micro_batch,
             "learning_rate": 1e-5,
             "warmup_steps": 10,
         },
-        "grass": {
-            "active_layers": grass.active_layers,
-            "sampling_interval": job.sampling_interval,
-            "update_interval": job.sampling_interval,
-            "always_active": list(job.roles),
-            "offload": {"mode": job.offload},
-        },
+        "grass": grass_config(run, row.method).model_dump(mode="json", exclude_unset=True),
         "parallel": parallel,
     }
 
@@ -99,11 +91,11 @@ def settings_of(path: Path, shape: ModelShape, row: Row) -> dict[str, Any]:
 def _yaml(path: Path, shape: ModelShape, row: Row) -> str:
     import yaml
 
-    job = row.job
+    run = row.run
     text = yaml.safe_dump(settings_of(path, shape, row), sort_keys=False, allow_unicode=True)
     text = text.replace("  name: reasoning-gym:gsm_symbolic\n", "  name: reasoning-gym:gsm_symbolic # or yours\n")
-    hosts = f"{job.num_hosts} hosts of {job.ranks_per_host}" if job.num_hosts > 1 else "one host"
+    hosts = f"{run.num_hosts} hosts of {run.ranks_per_host}" if run.num_hosts > 1 else "one host"
     return (
-        f"# Planned by grass-dist plan for {' '.join(shape.name.split())} on {job.gpus} GPUs ({hosts}):\n"
-        f"# {gb(row.memory.total)} of {gb(job.gpu_bytes)} on each, {gb(row.host_bytes)} pinned on each host.\n{text}"
+        f"# Planned by grass-dist plan for {' '.join(shape.name.split())} on {run.gpus} GPUs ({hosts}):\n"
+        f"# {gb(row.memory.total)} of {gb(run.gpu_bytes)} on each, {gb(row.host_bytes)} pinned on each host.\n{text}"
     )

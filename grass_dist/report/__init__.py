@@ -1,4 +1,4 @@
-"""The report of a run: pictures under ``RUN/plots`` and one self-contained page, ``RUN/report.html``."""
+"""Makes the report of a run: pictures under ``RUN/plots`` and one self-contained page, ``RUN/report.html``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 from grass_dist.errors import GrassError
 from grass_dist.regular_files import replace_file
-from grass_dist.report.load import Run, load_run
+from grass_dist.report.load import RunRecord, load_run
 
-__all__ = ["Run", "build_report", "load_run"]
+__all__ = ["RunRecord", "build_report", "load_run"]
 
 
 def build_report(run_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""For each picture its heading, what it shows, and what the page says where there is none."""
+"""Holds for each picture its heading, what it shows, and what the page says where there is none."""
 
 CAPTIONS = {
     "loss": (

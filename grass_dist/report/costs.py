@@ -1,4 +1,4 @@
-"""The pictures of what a run costs: time, communication and memory, and the optimizer states that move."""
+"""Draws what a run costs: time, communication and memory, and the optimizer states that move."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from grass_dist.report.drawing import (
     shade_probe,
     step_axis,
 )
-from grass_dist.report.load import Run
+from grass_dist.report.load import RunRecord
 
 BARS = 400
-"""At most, in a picture."""
+"""Largest number of bars in a picture."""
 
 
-def plot_cost(run: Run, folder: Path) -> Path | None:
-    """Time, reduced bytes and bytes of optimizer state of each step."""
+def plot_cost(run: RunRecord, folder: Path) -> Path | None:
+    """Draws time, reduced bytes and bytes of optimizer state of each step."""
     if not run.steps:
         return None
     steps = np.array([s.step for s in run.steps])
@@ -68,8 +68,8 @@ def plot_cost(run: Run, folder: Path) -> Path | None:
     return folder / "cost.png"
 
 
-def plot_moves(run: Run, folder: Path) -> Path | None:
-    """Bytes of optimizer states that moved in each step, and what that took."""
+def plot_moves(run: RunRecord, folder: Path) -> Path | None:
+    """Draws the bytes of optimizer states that moved in each step, and the time that it took."""
     if not any(s.bytes_to_device or s.bytes_to_host for s in run.steps):
         return None
     steps = np.array([s.step for s in run.steps])
@@ -106,12 +106,12 @@ def plot_moves(run: Run, folder: Path) -> Path | None:
 
 
 def _bin(steps: np.ndarray) -> int:
-    """Steps that a bar stands for: one, unless there are too many."""
+    """Number of steps that a bar stands for: one, unless there are too many."""
     return -(-len(steps) // BARS)
 
 
 def _bars(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Places, heights and widths of the bars; one that stands for several steps is as long as their longest.
+    """Returns places, heights and widths of the bars; one that stands for several steps is as long as their longest.
 
     ``values`` have one sign.
     """
@@ -123,7 +123,7 @@ def _bars(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _usual_seconds(ax: Axes, seconds: np.ndarray) -> None:
-    """y from 0 to the usual times; the few steps that took far longer (the first, say) are told in the panel."""
+    """Limits y to the usual times; the few steps that took far longer (e.g. the first) are told in the panel."""
     known = seconds[np.isfinite(seconds)]
     usual = known[known <= 5 * np.median(known)] if known.size else np.ones(1)
     outside = known.size - usual.size

@@ -1,4 +1,4 @@
-"""What the pictures share: their look, axes of steps, and lines that stay readable however long the run is."""
+"""Holds what the pictures share: their look, axes of steps, and lines that stay readable however long the run is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from grass_dist.regular_files import replace_file
-from grass_dist.report.load import Run
+from grass_dist.report.load import RunRecord
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#8E5C9E"
 LIGHT_BLUE, INK, MUTED, PROBE, UNKNOWN = "#a6cce6", "#1f2933", "#66727f", "#e8e4d8", "#dfe3e8"
@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
 
 
 def byte_unit(largest: float) -> tuple[float, str]:
-    """Decimal unit for numbers of bytes up to ``largest``, as its size and its name."""
+    """Returns the size and name of a decimal unit for numbers of bytes up to ``largest``."""
     for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if largest >= scale:
             return scale, unit
@@ -48,7 +48,7 @@ def byte_unit(largest: float) -> tuple[float, str]:
 
 @contextmanager
 def picture(path: Path, height: float, rows: int = 1) -> Iterator[list[Axes]]:
-    """Axes one above the other; what is drawn on them becomes the file ``path``, of the kind that its suffix says."""
+    """Gives axes one above the other; what is drawn on them becomes the file ``path``, in the format of its suffix."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, height), layout="constrained")
         yield list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
@@ -58,7 +58,7 @@ def picture(path: Path, height: float, rows: int = 1) -> Iterator[list[Axes]]:
 
 
 def as_floats(values: Sequence[float | None]) -> np.ndarray:
-    """As floats, NaN for None."""
+    """Returns an array of floats, with NaN for None."""
     return np.array(values, dtype=float)
 
 
@@ -72,7 +72,7 @@ def step_axis(ax: Axes, steps: Sequence[int] | np.ndarray) -> None:
     whole_numbers(ax.xaxis)
 
 
-def shade_probe(ax: Axes, run: Run) -> list[Patch]:
+def shade_probe(ax: Axes, run: RunRecord) -> list[Patch]:
     """Shades the steps of the probe and returns their entry in the legend, if there are any."""
     steps = [s.step for s in run.probe_steps]
     if not steps:
@@ -89,7 +89,7 @@ def rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def envelope(x: np.ndarray, y: np.ndarray, bins: int = COLUMNS) -> tuple[np.ndarray, np.ndarray]:
-    """The line itself, or the lowest and highest value of each of ``bins`` bins where it has many more points."""
+    """Returns the line, or the lowest and highest value in each of ``bins`` bins where it has many more points."""
     if len(x) <= 2 * bins:
         return x, y
     edges = np.linspace(0, len(x), bins + 1).astype(int)[:-1]

@@ -1,4 +1,4 @@
-"""A training example as run.json holds it; `grass_dist.finetune.data.shown` makes it."""
+"""Holds a training example as it is in run.json; `grass_dist.finetune.data.shown` makes it."""
 
 from __future__ import annotations
 

@@ -16,15 +16,15 @@ from grass_dist.regular_files import open_regular, read_regular
 from grass_dist.report.example import ShownExample
 
 LARGEST_INFO, LARGEST_CONFIG = 2**24, 2**20
-"""Bytes of run.json and of config.yaml, at most."""
+"""Largest sizes of run.json and of config.yaml, in bytes."""
 LONGEST_LINE = 2**24
-"""Bytes of a line of metrics.jsonl; a model of a thousand layers has lines of 40 kB."""
+"""Largest size of a line of metrics.jsonl, in bytes; a model of a thousand layers has lines of 40 kB."""
 MOST_EVENTS = 5_000_000
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Step = Annotated[int, Field(ge=0, lt=2**53)]
 Reading = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
-"""A number that was measured; None for one that is missing, infinite or not a number."""
+"""A number that was measured; None if it is missing, infinite or not a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class RunInfo:
     started: str = ""
     versions: dict[str, Any] | None = None
     hosts: tuple[str, ...] = ()
-    """By rank; empty where it was not recorded."""
+    """Host of each rank; empty where it was not recorded."""
     replicate: Annotated[int, Field(ge=1)] = 1
     """Replicas of the sharded model (HSDP)."""
     example: ShownExample | None = None
@@ -57,7 +57,7 @@ class RunInfo:
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
-    """One step: the optimizer has done ``step`` steps when it ends."""
+    """One step, after which the optimizer has done ``step`` steps."""
 
     step: Step
     phase: Literal["probe", "train"]
@@ -145,7 +145,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunRecord:
     """A run as it was recorded; events are in the order of their steps."""
 
     folder: Path
@@ -190,7 +190,7 @@ class Run:
         return found
 
     def probability_events(self) -> list[RefreshEvent | SampleEvent]:
-        """Everything that says the sampling probabilities, in the order of the steps; a draw is at its own step."""
+        """Returns the events that have sampling probabilities, in the order of the steps; a draw is at its own step."""
         draws = [event if event.drawn_at is None else replace(event, step=event.drawn_at) for event in self.samples]
         return sorted([*self.refreshes, *draws], key=lambda event: event.step)
 
@@ -200,14 +200,14 @@ class Run:
 
 
 def relative(importances: Sequence[float | None]) -> list[float | None]:
-    """Importances over the mean of those measured; None for one that is not, and for all if the mean is zero."""
+    """Returns importances over the mean of the measured ones; None for one not measured, for all if the mean is 0."""
     measured = [value for value in importances if value is not None]
     mean = sum(measured) / len(measured) if measured else 0.0
     return [value / mean if value is not None and mean > 0 else None for value in importances]
 
 
-def load_run(folder: Path) -> Run:
-    """Reads the run in ``folder``, whoever has made it: plain files in it alone, and no link is followed.
+def load_run(folder: Path) -> RunRecord:
+    """Reads the run in ``folder``, whoever has made it: only plain files in it, following no link.
 
     Raises:
         GrassError: the folder, run.json or metrics.jsonl is missing, is not that of a run, or is damaged anywhere
@@ -220,7 +220,7 @@ def load_run(folder: Path) -> Run:
     ends = [event for event in events if isinstance(event, EndEvent)]
     if not ends:
         notes.append("The record has no end: the run was cut off, or was still going when this page was made.")
-    return Run(
+    return RunRecord(
         folder=folder,
         info=info,
         config_text=_read_config(folder / "config.yaml", notes),
@@ -238,7 +238,7 @@ _Stepped = TypeVar("_Stepped", StepEvent, EvalEvent, RefreshEvent, SampleEvent)
 
 
 def _by_step(events: Iterable[_Stepped]) -> tuple[_Stepped, ...]:
-    """Sorted by step; of two records of a step (a resumed run repeats some) the later one counts."""
+    """Sorts events by step. A resumed run repeats some steps: the later record of a step counts."""
     latest = {event.step: event for event in events}
     return tuple(latest[step] for step in sorted(latest))
 
@@ -259,7 +259,7 @@ def _read_info(path: Path) -> RunInfo:
 
 
 def _read_events(path: Path, num_layers: int) -> tuple[list[Event], list[str]]:
-    """All events that this version knows, and the note about a half-written last line."""
+    """Reads all events that this version knows, and the note about a half-written last line."""
     events: list[Event] = []
     broken: tuple[int, Exception] | None = None
     with _open(path) as stream:
@@ -290,7 +290,7 @@ def _damaged(path: Path, number: int, error: Exception) -> GrassError:
 
 
 def _parse(line: bytes, num_layers: int) -> Event | None:
-    """The event of a line, None for a kind of event that this version does not know."""
+    """Returns the event of a line; None for a kind of event that this version does not know."""
     record = json.loads(line)
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):
         raise ValueError('it is not an object with an "event"')

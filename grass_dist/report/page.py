@@ -1,4 +1,4 @@
-"""The page of a run: its key figures, pictures, layers, answers and configuration in one HTML file."""
+"""Writes the page of a run: its key figures, pictures, layers, answers and configuration in one HTML file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from grass_dist.method.importance import effective_layers
 from grass_dist.method.schedule import too_short_for
 from grass_dist.report.captions import CAPTIONS
-from grass_dist.report.load import EvalEvent, Run, RunInfo, relative
+from grass_dist.report.load import EvalEvent, RunInfo, RunRecord, relative
 from grass_dist.report.wire import Sent, sent
 from grass_dist.report.wording import bytes_text, count_text, duration, loss_text, percent
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What the key figures are made of; None where the record does not say."""
+    """The numbers behind the key figures; None where the record does not say."""
 
     steps: int
     probe_steps: int
@@ -31,19 +31,19 @@ class Numbers:
     bytes_train: float | None
     """Gradient bytes that a training step reduces, on average."""
     bytes_probe: float | None
-    """The same for a step of the probe, which reduces every layer."""
+    """Gradient bytes that a step of the probe, which measures every layer, reduces."""
     bytes_sent: Sent | None
-    """What a training step's reductions send; None on one host."""
+    """Bytes that the reductions of a training step send; None on one host."""
     state_peak: int | None
     state_full: float | None
-    """Optimizer state if every parameter trained, at the bytes that a trained one has."""
+    """Bytes of optimizer state if every parameter trained, with as many bytes as a trained one has."""
     host_peak: int
     bytes_to_device: int
     bytes_to_host: int
     copying: float
     """Seconds in which copies ran, both directions added up."""
     waiting: float
-    """Seconds in which training stood still for one."""
+    """Seconds in which training waited for a copy."""
     first_eval: EvalEvent | None
     last_eval: EvalEvent | None
 
@@ -76,15 +76,15 @@ class Picture:
     name: str
     heading: str
     told: str
-    """What comes before the picture, in numbers; may be empty."""
+    """Sentence with numbers before the picture; may be empty."""
     caption: str
     missing: str
     data: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A prompt with what the model answered before and after the training."""
+class AnswerPair:
+    """A prompt, and what the model answered to it before and after the training."""
 
     prompt: str
     expected: str | None
@@ -92,8 +92,8 @@ class Answer:
     after: str | None
 
 
-def render(run: Run, pictures: Mapping[str, Path | None]) -> str:
-    """The whole page, with the pictures inside it."""
+def render(run: RunRecord, pictures: Mapping[str, Path | None]) -> str:
+    """Returns the whole page, with the pictures inside it."""
     found = numbers(run)
     told = {"moves": _moves(found), "probability": _evenness(run)}
     environment = Environment(
@@ -116,7 +116,7 @@ def render(run: Run, pictures: Mapping[str, Path | None]) -> str:
     )
 
 
-def numbers(run: Run) -> Numbers:
+def numbers(run: RunRecord) -> Numbers:
     """Computes the key figures. Without a training step, the share is that of γ layers of average size."""
     info, train, probe = run.info, run.train_steps, run.probe_steps
     trained = [_trained_params(run, step.active_layers) for step in train]
@@ -147,8 +147,8 @@ def numbers(run: Run) -> Numbers:
     )
 
 
-def cards(found: Numbers, run: Run) -> list[Card]:
-    """The row of key figures."""
+def cards(found: Numbers, run: RunRecord) -> list[Card]:
+    """Returns the row of key figures."""
     limit = run.info.train.get("max_steps")
     planned = f" of {limit:,}" if isinstance(limit, int) and limit != found.steps else ""
     rate = found.tokens_per_second
@@ -163,8 +163,8 @@ def cards(found: Numbers, run: Run) -> list[Card]:
     ]
 
 
-def layer_rows(run: Run) -> list[LayerRow]:
-    """The table of layers, with the last importance over the mean and the last probability."""
+def layer_rows(run: RunRecord) -> list[LayerRow]:
+    """Returns the table of layers, with the last importance over the mean and the last probability."""
     info = run.info
     unknown: list[float | None] = [None] * info.num_layers
     importances = relative(run.refreshes[-1].importances) if run.refreshes else unknown
@@ -174,13 +174,13 @@ def layer_rows(run: Run) -> list[LayerRow]:
     return [LayerRow(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
 
 
-def pair_answers(run: Run) -> list[Answer]:
-    """One entry a prompt, in the order of the record; the last answer to a prompt counts."""
+def pair_answers(run: RunRecord) -> list[AnswerPair]:
+    """Returns one entry for each prompt, in the order of the record; the last answer to a prompt counts."""
     before = {answer.prompt: answer for answer in run.answers if answer.when == "before"}
     after = {answer.prompt: answer for answer in run.answers if answer.when == "after"}
     pairs = [(prompt, before.get(prompt), after.get(prompt)) for prompt in {**before, **after}]
     return [
-        Answer(
+        AnswerPair(
             prompt,
             next((answer.expected for answer in (first, last) if answer and answer.expected is not None), None),
             first.text if first else None,
@@ -190,7 +190,7 @@ def pair_answers(run: Run) -> list[Answer]:
     ]
 
 
-def _trained_params(run: Run, layers: tuple[int, ...]) -> int:
+def _trained_params(run: RunRecord, layers: tuple[int, ...]) -> int:
     return sum(run.info.layer_numel[i] for i in layers) + run.info.params_always_active
 
 
@@ -240,7 +240,7 @@ def _state_card(found: Numbers) -> Card:
 
 
 def _moves(found: Numbers) -> str:
-    """What moving states has cost this rank, in one sentence."""
+    """Says in one sentence what moving states has cost this rank."""
     if not found.bytes_to_device + found.bytes_to_host:
         return ""
     ways = f"moved {bytes_text(found.bytes_to_device)} to the device and {bytes_text(found.bytes_to_host)} back"
@@ -252,8 +252,8 @@ def _moves(found: Numbers) -> str:
     return f"This rank {ways}; {share} of the copying time ran beside the compute; training {waited}."
 
 
-def _evenness(run: Run) -> str:
-    """How far the last probabilities are from those of a uniform draw; nothing where they are."""
+def _evenness(run: RunRecord) -> str:
+    """Says how far the last probabilities are from those of a uniform draw; nothing if they are uniform."""
     events = run.probability_events()
     known = [p for p in events[-1].probabilities if p is not None] if events else []
     if abs(sum(known) - 1) > 1e-6 or min(known) <= 0 or max(known) - min(known) < 1e-9:
@@ -265,14 +265,14 @@ def _evenness(run: Run) -> str:
     return f"{told}the smallest.{hint}"
 
 
-def untrained(run: Run) -> list[str]:
-    """The note on layers that a finished run did not reach."""
+def untrained(run: RunRecord) -> list[str]:
+    """Returns the note on layers that a finished run did not reach."""
     never = [layer for layer, times in enumerate(run.times_trained()) if not times]
     told = too_short_for(never, run.info.num_layers, str(run.info.grass.get("sampler"))) if run.end else None
     return [told] if told else []
 
 
-def _summary(run: Run) -> str:
+def _summary(run: RunRecord) -> str:
     info = run.info
     ranks = "1 rank" if info.world_size == 1 else f"{info.world_size} ranks"
     layers = f"γ = {info.grass.get('active_layers', '?')} of {info.num_layers} layers"
@@ -280,7 +280,7 @@ def _summary(run: Run) -> str:
     return " · ".join([info.model, f"{info.backend} on {ranks}", f"{info.device}, {info.dtype}", sampler, layers])
 
 
-def _facts(run: Run) -> str:
+def _facts(run: RunRecord) -> str:
     data, versions = run.info.data, run.info.versions or {}
     examples = [f"{data[key]:,} {what}" for key, what in _EXAMPLES.items() if isinstance(data.get(key), int)]
     named = f"data {data['name']}" if "name" in data else ""

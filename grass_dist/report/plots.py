@@ -1,4 +1,4 @@
-"""The pictures of a run, one function each; a function returns None where the record has nothing to draw."""
+"""Draws the pictures of a run, by one function each, which returns None where the record has nothing to draw."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from grass_dist.report.drawing import (
     step_axis,
     whole_numbers,
 )
-from grass_dist.report.load import Run, relative
+from grass_dist.report.load import RunRecord, relative
 
 
-def plot_loss(run: Run, folder: Path) -> Path | None:
-    """Training loss, raw and smoothed, and the held-out loss."""
+def plot_loss(run: RunRecord, folder: Path) -> Path | None:
+    """Draws the training loss, raw and smoothed, and the held-out loss."""
     steps = np.array([s.step for s in run.steps])
     loss = as_floats([s.loss for s in run.steps])
     evals = [e for e in run.evals if e.loss is not None]
@@ -61,8 +61,8 @@ def plot_loss(run: Run, folder: Path) -> Path | None:
     return folder / "loss.png"
 
 
-def plot_importance(run: Run, folder: Path) -> Path | None:
-    """Heatmap of the importances over their mean, by layer and step."""
+def plot_importance(run: RunRecord, folder: Path) -> Path | None:
+    """Draws a heatmap of the importances over their mean, by layer and step."""
     if not run.has_importances():
         return None
     columns = _columns(run, run.refreshes[-1].step)
@@ -74,8 +74,8 @@ def plot_importance(run: Run, folder: Path) -> Path | None:
     return folder / "importance.png"
 
 
-def plot_probability(run: Run, folder: Path) -> Path | None:
-    """Heatmap of the sampling probabilities, by layer and step, with the trained layers marked."""
+def plot_probability(run: RunRecord, folder: Path) -> Path | None:
+    """Draws a heatmap of the sampling probabilities, by layer and step, with the trained layers marked."""
     events = [e for e in run.probability_events() if any(p is not None for p in e.probabilities)]
     if not events:
         return None
@@ -88,8 +88,8 @@ def plot_probability(run: Run, folder: Path) -> Path | None:
     return folder / "probability.png"
 
 
-def plot_counts(run: Run, folder: Path) -> Path | None:
-    """Bars of the number of steps that trained each layer."""
+def plot_counts(run: RunRecord, folder: Path) -> Path | None:
+    """Draws the number of steps that trained each layer, as bars."""
     counts = run.times_trained()
     if not any(counts):
         return None
@@ -112,20 +112,20 @@ PLOTS = {
 }
 
 
-def plot_all(run: Run, folder: Path) -> dict[str, Path | None]:
-    """Draws every picture into ``folder``; None, and no file, for one that the record has nothing for."""
+def plot_all(run: RunRecord, folder: Path) -> dict[str, Path | None]:
+    """Draws every picture into ``folder``; one that the record has nothing for is None, and has no file."""
     make_folder(folder)
     for name in PLOTS:
         (folder / f"{name}.png").unlink(missing_ok=True)
     return {name: plot(run, folder) for name, plot in PLOTS.items()}
 
 
-def _height(run: Run) -> float:
+def _height(run: RunRecord) -> float:
     return float(np.clip(2.4 + 0.085 * run.info.num_layers, 3.2, 7.5))
 
 
-def _columns(run: Run, last_event: int) -> np.ndarray:
-    """The step that each column of a heatmap shows: every step of the run, or `COLUMNS` of them."""
+def _columns(run: RunRecord, last_event: int) -> np.ndarray:
+    """Returns the step that each column of a heatmap shows: every step of the run, or `COLUMNS` of them."""
     first = run.steps[0].step if run.steps else 1
     last = max(run.steps[-1].step if run.steps else 1, last_event + 1)
     total = last - first + 1
@@ -133,7 +133,10 @@ def _columns(run: Run, last_event: int) -> np.ndarray:
 
 
 def _held(events: Sequence[Any], columns: np.ndarray, values: Callable[[Any], Any], num_layers: int) -> np.ndarray:
-    """Layer × column: the values of the last event before each column's step (an event is after its own step)."""
+    """Returns, by layer and column, the values of the last event before the column's step.
+
+    An event comes after its own step.
+    """
     latest = np.searchsorted([event.step for event in events], columns, side="left") - 1
     rows = {i: as_floats(values(events[i])) for i in set(latest.tolist()) if i >= 0}
     unknown = np.full(num_layers, np.nan)
@@ -141,7 +144,7 @@ def _held(events: Sequence[Any], columns: np.ndarray, values: Callable[[Any], An
 
 
 def _norm(grid: np.ndarray) -> Normalize:
-    """Colours on a log scale where the values span more than a factor of 8, else on a linear one from 0."""
+    """Chooses a log scale of colours where the values span more than a factor of 8, else a linear one from 0."""
     seen = grid[np.isfinite(grid) & (grid > 0)]
     low, high = (float(seen.min()), float(seen.max())) if seen.size else (1.0, 1.0)
     if high > 8 * low:
@@ -169,8 +172,8 @@ def _heatmap(ax: Axes, grid: np.ndarray, columns: np.ndarray, colors: str, label
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _mark_trained(ax: Axes, run: Run) -> list[Any]:
-    """Outlines the trained layers of each interval, or dots them where there are many; returns the legend."""
+def _mark_trained(ax: Axes, run: RunRecord) -> list[Any]:
+    """Outlines the trained layers of each interval, or dots them where there are many, and returns the legend."""
     intervals = run.intervals()
     if not intervals:
         return []

@@ -1,4 +1,4 @@
-"""Where the bytes of a gradient reduction go: from rank to rank within a host, or over the network."""
+"""Counts the bytes of a gradient reduction that go from rank to rank within a host, and over the network."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class Sent:
     """Bytes that all ranks together send."""
 
     within: float
-    """To ranks of the same host."""
+    """Bytes to ranks of the same host."""
     across: float
-    """To ranks of other hosts."""
+    """Bytes to ranks of other hosts."""
 
 
 def sent(reduced: float, hosts: Sequence[str], *, replicate: int, whole: bool) -> Sent:
-    """What rings send that go through the ranks in their order, as NCCL's do.
+    """Counts what rings send that go through the ranks in their order, as NCCL's do.
 
     A ring of n ranks sends (n - 1) / n of the bytes over each of its n links to reduce-scatter them, and as much again
     to gather the sums. Under HSDP the gradients are scattered in each shard group, and each shard is summed with those
@@ -25,8 +25,8 @@ def sent(reduced: float, hosts: Sequence[str], *, replicate: int, whole: bool) -
 
     Args:
         reduced: bytes that each rank puts in.
-        hosts: each rank's.
-        replicate: replicas of the sharded model (HSDP); 1 without.
+        hosts: host of each rank.
+        replicate: number of replicas of the sharded model (HSDP); 1 without replicas.
         whole: whether every rank ends with the whole sum (an all-reduce), as under DDP.
     """
     size, shard = len(hosts), len(hosts) // replicate

@@ -1,4 +1,4 @@
-"""Numbers as the page of a run shows them."""
+"""Writes numbers as the page of a run shows them."""
 
 from __future__ import annotations
 

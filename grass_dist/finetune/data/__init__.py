@@ -1,1 +1,1 @@
-"""From the files of a user to micro-batches: reading, chat templates, tokens, identity of a stream."""
+"""Makes micro-batches of the files of a user: reading, chat templates, tokens, identity of a stream."""

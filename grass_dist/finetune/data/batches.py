@@ -1,4 +1,7 @@
-"""Which examples make up which step, packed and collated; global batches do not depend on the number of ranks."""
+"""Decides which examples make up which step, and packs and collates them.
+
+Global batches do not depend on the number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,18 @@ import numpy as np
 import torch
 
 from grass_dist.errors import ConfigError
+from grass_dist.model.loss import IGNORED
 
 T = TypeVar("T")
 Example = dict[str, list[int]]
-
-IGNORED = -100
-"""Label without loss."""
 
 
 class Examples:
     """Tokenised examples, like a list of ``{"input_ids": …, "labels": …}`` (packed: and ``"position_ids"``).
 
-    Kept as 4 bytes a token and key, whatever their number. ``dropped`` counts the examples that had no label
+    They take 4 bytes for each token and key, whatever their number. ``dropped`` counts the examples that had no label
     left and were not kept, ``unanswered`` the rows that had no answer. ``dated`` says that their prompts differ from
-    day to day, as some chat templates have it.
+    day to day, which some chat templates cause.
     """
 
     dated = False
@@ -54,12 +55,12 @@ class Examples:
         return (self[index] for index in range(len(self)))
 
     def largest(self, key: str) -> int:
-        """The largest of all values of a key, e.g. of the "input_ids"; -1 without examples."""
+        """Returns the largest value of a key, e.g. of the "input_ids"; -1 without examples."""
         values = self._tokens.get(key)
         return int(np.frombuffer(values, dtype=np.intc).max()) if values else -1
 
     def digest(self) -> str:
-        """SHA-256 of all examples, in their order, as 64 hexadecimal digits; of ``dated`` ones of what is learnt."""
+        """Returns the SHA-256 of all examples in their order, in hexadecimal; for ``dated`` ones of what is learnt."""
         if self.dated:
             labels = np.frombuffer(self._tokens.get("labels", array("i")), dtype=np.intc)
             return hashlib.sha256(labels[labels != IGNORED].tobytes()).hexdigest()
@@ -76,13 +77,13 @@ def has_labels(example: Example) -> bool:
 
 
 def pack(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
-    """Whole examples one after the other, in their order, in sequences of at most max_length tokens.
+    """Puts whole examples one after the other, in their order, into sequences of at most max_length tokens.
 
     ``position_ids`` restart at 0 with each example, which is how transformers keeps them apart; see
     `grass_dist.finetune.data.config.check_packing`.
 
     Args:
-        examples: of at most max_length tokens, the first label of each `IGNORED`.
+        examples: each of at most max_length tokens, its first label `IGNORED`.
     """
     packed: Example = {"input_ids": [], "labels": [], "position_ids": []}
     for example in examples:
@@ -97,13 +98,13 @@ def pack(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: int = 1) -> dict[str, torch.Tensor]:
-    """A micro-batch as tensors, padded on the right to its longest example.
+    """Makes tensors of a micro-batch, padded on the right to its longest example.
 
     Returns:
         torch.long tensors of shape (examples, tokens): input_ids, labels (padding -100), and attention_mask (0 on
         padding) or, of packed examples, position_ids (the padding counts from 0 again, as a segment of its own).
-        Packed, call the model with ``use_cache=False`` and without an attention mask, or the examples see each
-        other.
+        For packed examples, call the model with ``use_cache=False`` and without an attention mask; otherwise the
+        examples see each other.
     """
     longest = max(len(example["input_ids"]) for example in examples)
     width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
@@ -122,7 +123,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: 
 
 
 class BatchSource(Protocol):
-    """Endless: the n-th value is this rank's list of micro-batches (lists of examples) of step start_step + n."""
+    """Micro-batches without end: value n is this rank's list of them (lists of examples) for step start_step + n."""
 
     def __iter__(self) -> Iterator[list[list[Example]]]: ...
 
@@ -137,19 +138,19 @@ class MapExamples(Protocol):
 
 @runtime_checkable
 class ItemStream(Protocol):
-    """Examples one after the other, each made only by the rank that trains on it."""
+    """Examples one after the other, each of which only the rank that trains on it makes."""
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
-        """The items of one pass, in an order that depends on (seed, epoch) alone."""
+        """Returns the items of one pass, in an order that depends on (seed, epoch) alone."""
         ...
 
     def example(self, item: Any) -> Example:
-        """The example that an item stands for."""
+        """Returns the example that an item stands for."""
         ...
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A random order of n things, a function of (seed, epoch) alone.
+    """Returns a random order of n things, which is a function of (seed, epoch) alone.
 
     Args:
         seed, epoch: 0 to 2**64 - 1.
@@ -165,7 +166,7 @@ class GlobalBatches:
     """Global batch k is the k-th run of B entries in the endless sequence of shuffled epochs.
 
     No example is left out at the end of an epoch: the batch goes on into the next one, and an epoch may be
-    shorter than a batch. Holds one epoch's order, O(n).
+    shorter than a batch. It holds the order of one epoch, O(n).
 
     Raises:
         ConfigError: there are no examples.
@@ -178,7 +179,7 @@ class GlobalBatches:
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, k: int) -> list[int]:
-        """The B indices of global batch k, each 0 to n - 1."""
+        """Returns the B indices of global batch k, each from 0 to n - 1."""
         found: list[int] = []
         while len(found) < self.global_batch_size:
             epoch, offset = divmod(k * self.global_batch_size + len(found), self.n)
@@ -210,7 +211,7 @@ def check_divides(global_batch_size: int, world_size: int, micro_batch_size: int
 
 
 def share(batch: Sequence[T], rank: int, world_size: int, micro_batch_size: int) -> list[list[T]]:
-    """One rank's part of a global batch of B items.
+    """Returns one rank's part of a global batch of B items.
 
     Returns:
         B / (world_size * micro_batch_size) lists of micro_batch_size items; the i-th starts at item
@@ -225,7 +226,7 @@ def share(batch: Sequence[T], rank: int, world_size: int, micro_batch_size: int)
 
 
 class MapBatches:
-    """`BatchSource` over examples in memory, shuffled anew every epoch. See `make_batches`."""
+    """`BatchSource` over examples in memory, in another random order each epoch. See `make_batches`."""
 
     def __init__(
         self, examples: MapExamples, batches: GlobalBatches, rank: int, world_size: int, micro: int, start_step: int
@@ -283,13 +284,13 @@ def make_batches(
     world_size: int,
     start_step: int = 0,
 ) -> BatchSource:
-    """The micro-batches of one rank, step after step, without end.
+    """Makes the micro-batches of one rank, step after step, without end.
 
-    The global batches depend on the seed and global_batch_size alone: over the ranks, a step's micro-batches
+    The global batches depend on the seed and global_batch_size alone: over the ranks, the micro-batches of a step
     are the same examples whatever world_size and micro_batch_size are.
 
     Args:
-        start_step: step to begin at, to resume: what follows equals the tail of a run from 0. (A stream is
+        start_step: step at which a resumed run begins; what follows equals the tail of a run from 0. (A stream is
             walked up to there.)
 
     Raises:

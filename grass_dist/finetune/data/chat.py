@@ -1,4 +1,4 @@
-"""Prompt and completion as turns of a chat template: the ids that the model is given, and those that it learns."""
+"""Writes prompt and completion as turns of a chat template: the ids that a model is given, and those that it learns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grass_dist.errors import ConfigError, shorten
 from grass_dist.finetune.data.first_ids import MARGIN, beginnings, first_ids
 
 _QUESTION, _ANSWER = "A question 4f7c", "An answer 9b2e"
-"""What a template is tried with: nothing that it would write by itself."""
+"""Texts that a template is tried with, which no template would write by itself."""
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -29,8 +29,8 @@ class Turn(NamedTuple):
 class Chat:
     """The chat template of a tokenizer, tried once with a question and an answer.
 
-    The rendering of both is ``before + answer + after``. That of the question alone, with its generation prompt, is
-    what the model is given; it may end with an opening of its own (``<think>``) that is not in ``before``.
+    The rendering of both is ``before + answer + after``. The rendering of the question alone, with its generation
+    prompt, is what the model is given; it may end with an opening of its own (``<think>``) that is not in ``before``.
 
     Raises:
         ConfigError: the template writes neither a text nor a list of parts, or drops one of both.
@@ -51,7 +51,7 @@ class Chat:
         self._marks = _GENERATION.search(str(tokenizer.get_chat_template())) is not None
 
     def prompt_ids(self, prompt: str, most: int | None = None) -> list[int]:
-        """The ids that the model is given; of a very long prompt at least the first ``most``.
+        """Returns the ids that the model is given; of a very long prompt at least the first ``most``.
 
         Raises:
             ConfigError: the rendering does not hold the prompt.
@@ -60,14 +60,15 @@ class Chat:
         return self._encode(given) if most is None else first_ids(self._encode, given, most)
 
     def first_of_turn(self, prompt: str, answer: str, prompt_ids: list[int], most: int) -> Turn:
-        """The same as `turn`, but of a very long row no more than, with the prompt's ids, the first ``most``.
+        """Returns the same as `turn`, but of a very long row, prompt included, only the first ``most`` ids or so.
 
-        The rendering is checked as a whole; only tokenised is no more of it than is needed.
+        The whole rendering is checked, but no more of it is tokenised than is needed.
 
         Args:
-            prompt_ids: of `prompt_ids` with the same ``most``.
+            prompt_ids: from `prompt_ids` with the same ``most``.
 
-        Raises: as `turn`.
+        Raises:
+            ConfigError: see `turn`.
         """
         count = most - len(prompt_ids)
         pieces = beginnings(answer, max(count, 1))
@@ -86,7 +87,7 @@ class Chat:
         return self.turn(prompt, answer)
 
     def turn(self, prompt: str, answer: str) -> Turn:
-        """The ids that follow those of `prompt_ids`: the answer, all that the template writes around it, and its end.
+        """Returns the ids that follow `prompt_ids`: the answer, what the template writes around it, and its end.
 
         Where the template has a ``{% generation %}`` block, what stands before it is not learnt. What follows the
         end-of-turn token is left out, and a template that writes no end of a turn gets the tokenizer's eos token.
@@ -106,7 +107,7 @@ class Chat:
         return Turn(ids, learnt)
 
     def _checked(self, prompt: str, answer: str) -> tuple[str, str, str]:
-        """What the model is given, the rendering of both, and what `_rest` gives of them, with the answer in it."""
+        """Returns what the model is given, the rendering of both, and what `_rest` gives, which holds the answer."""
         given, both = self._asked(prompt), self._both(prompt, answer)
         rest, to_come = self._rest(given, both, answer), _to_come(answer, given)
         # At the end: what the template writes by itself before the answer may hold a short one by chance.
@@ -117,10 +118,10 @@ class Chat:
         return given, both, rest
 
     def _rest(self, given: str, both: str, answer: str) -> str:
-        """What follows in the rendering of both after what the model is given.
+        """Returns what follows, in the rendering of both, what the model is given.
 
-        That may end with an opening of its own, of which an answer, or the template, need not be given the beginning
-        twice.
+        What the model is given may end with an opening of its own. An answer, or the template, may begin with the same
+        opening, which is then given once.
         """
         start = len(given) - len(self._opening)
         if both.startswith(given):
@@ -150,7 +151,7 @@ class Chat:
         return Turn(head + tail, [False] * len(head) + [True] * len(tail))
 
     def _mask(self, prompt: str, answer: str, size: int) -> list[bool] | None:
-        """Which ids of the rendering the template marks; None where it marks none, or the tokenizer cannot tell."""
+        """Says which ids of the rendering the template marks; None if it marks none, or the tokenizer cannot tell."""
         messages = self._messages(prompt, answer)
         try:
             encoded: Any = self._tokenizer.apply_chat_template(
@@ -162,14 +163,14 @@ class Chat:
         return mask if any(mask) and len(mask) == size else None
 
     def _unmarked(self, both: str, mask: list[bool] | None, start: int) -> int:
-        """The number of characters from ``start`` on that come before the first marked one."""
+        """Returns the number of characters from ``start`` on that come before the first marked one."""
         if mask is None:
             return 0
         encoded: Any = self._tokenizer(both, add_special_tokens=False, return_offsets_mapping=True)
         return max(0, encoded["offset_mapping"][mask.index(True)][0] - start)
 
     def _continue(self, text: str, ids: list[int]) -> list[int]:
-        """The ids of a text that goes on after ``ids``, without the space that a tokenizer may put before a text."""
+        """Returns the ids of a text that follows ``ids``, without the space that a tokenizer may put before a text."""
         alone, ids, decode = self._encode(text), ids[-8:], self._tokenizer.decode
         if decode(ids + alone) != str(decode(ids)) + text:
             line = self._encode("\n")
@@ -180,7 +181,7 @@ class Chat:
         return alone
 
     def _check(self, ids: list[int], learnt: list[bool], answer: str, given: str) -> None:
-        """That what is learnt, read back, holds the answer: the last word on all of the above."""
+        """Checks that what is learnt, decoded again, holds the answer, whatever was found before."""
         text = self._tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
         wanted = _to_come(answer, given)
         # A tokenizer that loses something (capitals, unknown characters) loses it here too.
@@ -189,7 +190,7 @@ class Chat:
             raise _refused(f"{what} the completion", answer)
 
     def _try(self) -> str | None:
-        """What is wrong with the template in the present form of content, or nothing."""
+        """Says what is wrong with the template in the present form of content, or nothing."""
         try:
             given, both = self._given(_QUESTION), self._both(_QUESTION, _ANSWER)
         except ConfigError as error:
@@ -199,7 +200,7 @@ class Chat:
         return None if _ANSWER in both else "drops or rewrites the completion"
 
     def _asked(self, prompt: str) -> str:
-        """What the model is given, with the prompt in it: a template may cut or replace some prompts only."""
+        """Returns what the model is given, if the prompt is in it: a template may cut or replace some prompts."""
         given = self._given(prompt)
         if not _holds(given, prompt):
             raise _refused("drops or rewrites the prompt", prompt)
@@ -231,7 +232,11 @@ class Chat:
 
 
 def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """The `Chat` of a tokenizer, made once for each template. Raises: as `Chat`."""
+    """Returns the `Chat` of a tokenizer, made once for each template.
+
+    Raises:
+        ConfigError: see `Chat`.
+    """
     return _chat(tokenizer, str(tokenizer.chat_template))
 
 
@@ -241,7 +246,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, _template: str) -> Chat:
 
 
 def _to_come(answer: str, given: str) -> str:
-    """An answer without the tag (``<think>``) that it begins with, where the model is given that already."""
+    """Returns an answer without the tag (``<think>``) that it begins with, where the model is given that already."""
     wanted = answer.strip()
     tag = _TAG.match(wanted)
     if tag is None or not given.rstrip().endswith(tag[0]):

@@ -1,4 +1,4 @@
-"""`DataConfig`: what to train on, under ``data:`` in the configuration file; its templates, and who fills them."""
+"""Defines `DataConfig`, the section ``data:`` of the configuration file, and fills its templates."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class DataConfig(StrictModel):
 
     @property
     def parts(self) -> dict[str, str]:
-        """The columns or templates in use: ``{"text": …}`` or ``{"prompt": …, "completion": …}``."""
+        """Returns the columns or templates in use: ``{"text": …}`` or ``{"prompt": …, "completion": …}``."""
         given = {"text": self.text, "prompt": self.prompt, "completion": self.completion}
         return {part: spec for part, spec in given.items() if spec is not None}
 
@@ -127,18 +127,18 @@ class DataConfig(StrictModel):
 
 JSON_KINDS = (".json", ".jsonl", ".ndjson")
 KINDS = (*JSON_KINDS, ".csv", ".tsv", ".parquet")
-"""Of files that are read by their path."""
+"""Suffixes of files that are read by their path."""
 
 
 def kind_of(name: str) -> str:
-    """The one of `KINDS` that a file's name ends with, in letters of any size, with or without .gz; "" for no file."""
+    """Returns the one of `KINDS` that a file's name ends with, in any case, with or without .gz; "" for no file."""
     name = name.lower()
     kind = next((kind for kind in KINDS if name.removesuffix(".gz").endswith(kind)), "")
     return "" if kind == ".parquet" and name.endswith(".gz") else kind
 
 
 def is_file(name: str) -> bool:
-    """Whether a dataset's name is that of a file."""
+    """Whether a dataset's name is the name of a file."""
     return kind_of(name) != ""
 
 
@@ -146,7 +146,7 @@ def fields_of(spec: str, part: str) -> list[tuple[str, str | None]]:
     """A template cut into (literal text, column that follows it or None); of a plain column name no columns.
 
     Raises:
-        ConfigError: braces that do not match, or a field that is not just a column's name; ``part`` is its field.
+        ConfigError: braces do not match, or a field is not just a column's name. It is about ``part``.
     """
     try:
         pieces = list(Formatter().parse(spec))
@@ -159,12 +159,11 @@ def fields_of(spec: str, part: str) -> list[tuple[str, str | None]]:
     return [(literal, column) for literal, column, _, _ in pieces]
 
 
-def fill(spec: str, row: Mapping[str, Any], part: str) -> str:
-    """The text of a row: its column ``spec``, or the template ``spec`` filled in. None counts as empty.
+def fill_template(spec: str, row: Mapping[str, Any], part: str) -> str:
+    """Returns the text of a row: its column ``spec``, or the template ``spec`` filled in. None counts as empty.
 
     Raises:
-        ConfigError: a column that the row does not have, or that holds neither text nor a number; ``part`` is
-            its field.
+        ConfigError: the row does not have a column, or it holds neither text nor a number. It is about ``part``.
     """
     if spec in row:
         return _text(row, spec, spec, part)
@@ -175,7 +174,11 @@ def fill(spec: str, row: Mapping[str, Any], part: str) -> str:
 
 
 def is_filled(spec: str, row: Mapping[str, Any], part: str) -> bool:
-    """Whether any column that ``spec``, a column or template, names holds more than white space. Raises: as `fill`."""
+    """Whether any column that ``spec``, a column or template, names holds more than white space.
+
+    Raises:
+        ConfigError: see `fill_template`.
+    """
     columns = [spec] if spec in row else columns_of({part: spec})
     texts = [_text(row, column, spec, part) for column in columns]  # all of them, for what is raised
     return any(map(str.strip, texts))
@@ -192,12 +195,16 @@ def _text(row: Mapping[str, Any], column: str, spec: str, part: str) -> str:
 
 
 def no_column(column: str, spec: str, row: Iterable[str], part: str) -> ConfigError:
-    """The error that ``part``, a column or template, uses a column that a row (its columns are given) does not have."""
+    """Makes the error that ``part``, a column or template, uses a column that a row with these columns lacks."""
     return ConfigError(part, spec, f"there is no column {column!r}", f"the columns are {', '.join(row)}")
 
 
 def columns_of(parts: Mapping[str, str]) -> list[str]:
-    """The columns that the templates of `DataConfig.parts` name. Raises: as `fields_of`."""
+    """Returns the columns that the templates of `DataConfig.parts` name.
+
+    Raises:
+        ConfigError: see `fields_of`.
+    """
     fields = [[column for _, column in fields_of(spec, part) if column is not None] for part, spec in parts.items()]
     return [column for spec, columns in zip(parts.values(), fields, strict=True) for column in columns or [spec]]
 

@@ -1,21 +1,21 @@
-"""The first ids of a text of any length: the whole of a very long one, tokenised, may fill the memory."""
+"""Finds the first ids of a text of any length: a very long one, tokenised as a whole, may fill the memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 LONG = 64
-"""Characters of a text for each token that is kept of it, beyond which it is not tokenised whole."""
+"""Characters for each token that is kept of a text; a longer text is not tokenised as a whole."""
 
 MARGIN = 64
-"""Tokens at the end of a piece that may be others than in the whole text."""
+"""Tokens at the end of a piece that may differ from those of the whole text."""
 
 
 def first_ids(encode: Callable[[str], list[int]], text: str, count: int) -> list[int]:
-    """The ids of a text, all or, of a very long one, at least the first ``count``.
+    """Returns all ids of a text or, of a very long one, at least the first ``count``.
 
-    Of a long text the beginning is tokenised, and twice as much of it: where both have the same first ids, far enough
-    from the ends, these are taken for those of the whole text. Otherwise pieces grow, up to the whole.
+    The beginning of a long text is tokenised, and then twice as much of it. Where both have the same first ids, far
+    enough from the ends, these are taken for the ids of the whole text. Otherwise the pieces grow, up to the whole.
     """
     before = list[int]()
     for piece in beginnings(text, count):
@@ -27,9 +27,9 @@ def first_ids(encode: Callable[[str], list[int]], text: str, count: int) -> list
 
 
 def beginnings(text: str, count: int) -> Iterator[str]:
-    """Pieces of a long text, each twice as long as the one before, that may hold its first ``count`` ids.
+    """Gives pieces of a long text, each twice as long as the one before, that may hold its first ``count`` ids.
 
-    They end before white space where there is some in their second half. Of a text that is not long there are none.
+    They end before white space where there is some in their second half. A text that is not long has no pieces.
     """
     size = LONG * (count + MARGIN)
     while 2 * size < len(text):

@@ -1,4 +1,4 @@
-"""The rows of local files, as text: what fills the templates, exactly as the files write it."""
+"""Reads the rows of local files as text, which fills the templates exactly as the files write it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.config import columns_of, fill, no_column
+from grass_dist.finetune.data.config import columns_of, fill_template, no_column
 from grass_dist.finetune.data.json_lines import KINDS, Entry, Row, Skipped, Unfit
 from grass_dist.finetune.data.table_files import rows_of
 
@@ -19,11 +19,11 @@ TextRow = dict[str, str | None]
 """The columns that the templates use; None where the file has null or no such column."""
 
 HEAD = 1000
-"""Rows of a stream that are looked at before training starts."""
+"""Number of rows of a stream that are looked at before training starts."""
 
 
 def files_of(name: str) -> list[str]:
-    """The files that a name means: the file of exactly this name or, where there is none, those that fit its ``*``."""
+    """Returns the files that a name means: the file of exactly this name or, without one, those that fit its ``*``."""
     if Path(name).is_file():
         return [name]
     pattern = re.sub(r"[\[?]", r"[\g<0>]", name)  # only * is a pattern
@@ -38,7 +38,7 @@ def text_rows(
     fix: str = "repair it",
     skipped: Mapping[str, Skipped] | None = None,
 ) -> Iterator[TextRow]:
-    """The rows of the files in their order: the columns that the templates ``parts`` use, as the text of the file.
+    """Reads the rows of the files in their order: the columns that the templates ``parts`` use, as the file's text.
 
     A number keeps its digits, a date stays text, true and false are "true" and "false".
 
@@ -50,8 +50,8 @@ def text_rows(
         skipped: counts what is left out, by file.
 
     Raises:
-        ConfigError: while iterating, a broken line, or a list whose elements cannot be told apart.
-        OSError: while iterating, a file that cannot be read.
+        ConfigError: while iterating, a line is broken, or the elements of a list cannot be told apart.
+        OSError: while iterating, a file cannot be read.
     """
     columns, kinds = columns_of(parts), dict[str, tuple[str, str]]()
     for file in files:
@@ -72,7 +72,7 @@ def text_rows(
 
 
 def table(rows: Iterator[TextRow]) -> datasets.Dataset | None:
-    """All rows as a table of text in memory, or None if there are none."""
+    """Returns all rows as a table of text in memory, or None if there are none."""
     tables = list[datasets.Dataset]()
     while batch := list(islice(rows, 10_000)):
         features = datasets.Features({column: datasets.Value("large_string") for column in batch[0]})
@@ -82,13 +82,13 @@ def table(rows: Iterator[TextRow]) -> datasets.Dataset | None:
 
 
 def check_columns(field: str, files: Iterable[str], parts: Mapping[str, str], head: int | None) -> None:
-    """Checks that each column that the templates use is in a row, at least.
+    """Checks that each column that the templates use is in one row, at least.
 
     Args:
-        head: number of rows that are looked at; None: all.
+        head: number of rows that are looked at; None looks at all.
 
     Raises:
-        ConfigError: a column is in none of them. Nothing is said if there are no rows.
+        ConfigError: a column is in none of them. It is not raised if there are no rows.
     """
     missing, columns = dict.fromkeys(columns_of(parts)), dict[str, None]()
     found = (
@@ -109,10 +109,10 @@ def check_columns(field: str, files: Iterable[str], parts: Mapping[str, str], he
 
 
 def unfilled(row: Row, parts: Mapping[str, str]) -> str:
-    """Why a row does not fill the templates of `DataConfig.parts`, to follow its place in a sentence, or nothing."""
+    """Says why a row does not fill `DataConfig.parts`, or nothing. In a sentence it follows the place of the row."""
     for part, spec in parts.items():
         try:
-            fill(spec, row, part)
+            fill_template(spec, row, part)
         except ConfigError as error:
             return f"does not fill {part} ({error.problem})"
     return ""
@@ -122,7 +122,7 @@ _ALIKE = "write both alike, or take each for the text that it is with data.on_ba
 
 
 def _why_stop(entry: Entry, parts: Mapping[str, str], columns: Sequence[str]) -> str:
-    """Why on_bad_line="stop" stops at a line, or nothing."""
+    """Says why on_bad_line="stop" stops at a line, or nothing."""
     if entry.row is None:
         return entry.problem
     row: Row = {column: entry.row.get(column) for column in columns}
@@ -133,7 +133,7 @@ def _why_stop(entry: Entry, parts: Mapping[str, str], columns: Sequence[str]) ->
 
 
 def _mixed(entry: Entry, columns: Sequence[str], kinds: dict[str, tuple[str, str]], file: str) -> str:
-    """The same for a line that holds something of another kind than lines before it, which ``kinds`` notes."""
+    """Says the same of a line whose values are of another kind than those of lines before it, which ``kinds`` notes."""
     for column in columns:
         if (value := (entry.row or {}).get(column)) is None:
             continue

@@ -1,4 +1,4 @@
-"""A local JSON file line by line, or a list in it element by element, with what is wrong with each."""
+"""Reads a local JSON file line by line, or a list in it element by element, with what is wrong with each."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from grass_dist.finetune.data.config import kind_of
 Row = dict[str, Any]
 
 LONGEST = 64 * 2**20
-"""Bytes of a line; a longer one is broken, and is not kept in memory."""
+"""Most bytes of a line; a longer one is broken, and is not kept in memory."""
 
 DEEPEST = 63
-"""Levels of lists and objects in a row, the row's own included. Arrow takes no more."""
+"""Most levels of lists and objects in a row, the row's own included. Arrow takes no more."""
 
 
 class Number(str):
@@ -37,7 +37,7 @@ class Unfit(str):
 
     @property
     def problem(self) -> str:
-        """What is wrong with the line that holds it."""
+        """Says what is wrong with the line that holds it."""
         return "holds a number that is too large" if self[-1].isdigit() else f"holds {self}, which is no JSON"
 
 
@@ -50,7 +50,7 @@ KINDS = {
     bool: "true or false",
     NoneType: "null",
 }
-"""What a value of JSON is called."""
+"""Name of each kind of value in JSON."""
 
 _BOM, _SPACE, _BREAK = b"\xef\xbb\xbf", b" \t\r\n", b"\n"
 _NESTED = f"is nested in more than {DEEPEST} levels"
@@ -77,10 +77,10 @@ class Skipped:
     count: int = 0
 
     first_lines: list[int] = field(default_factory=list)
-    """The first three numbers, from 1: of lines, or of the elements of a JSON list."""
+    """Numbers of the first three lines, or elements of a JSON list, counted from 1."""
 
     problem: str = ""
-    """Of the first: ``"line 3 is no JSON (…)"``."""
+    """Problem of the first one: ``"line 3 is no JSON (…)"``."""
 
     def add(self, entry: Entry, problem: str) -> None:
         """Counts one more."""
@@ -95,13 +95,13 @@ class Skipped:
 
 
 def entries(setting: str, file: str, *, strict: bool = True) -> Iterator[Entry]:
-    """The lines that are not blank or, if a .json file begins with ``[``, the elements of its list.
+    """Reads the lines that are not blank or, if a .json file begins with ``[``, the elements of its list.
 
-    Numbers are `Number`, so nothing of them is lost.
+    Numbers are `Number`, which loses nothing of them.
 
     Args:
-        strict: whether a line with ``NaN`` or ``1e999`` in any column is broken, and a line ``null``; if not, such
-            values are `Unfit`, and the line is an empty row.
+        strict: whether a line with ``NaN`` or ``1e999`` in any column is broken, and so is a line ``null``. If not,
+            such values are `Unfit`, and a line ``null`` is an empty row.
 
     Raises:
         ConfigError: the elements cannot be told apart; it is about ``setting``.
@@ -117,7 +117,7 @@ def entries(setting: str, file: str, *, strict: bool = True) -> Iterator[Entry]:
 
 
 def _lines(opened: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that are not blank; None is one that is too long."""
+    """Reads the lines that are not blank; None stands for one that is too long."""
     for number in count(1):
         pieces, size = list[bytes](), 0
         while piece := opened.readline(2**20):
@@ -133,9 +133,9 @@ def _lines(opened: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _elements(setting: str, file: str, data: bytes) -> Iterator[tuple[int, bytes]]:
-    """What stands between the commas of a list.
+    """Reads what stands between the commas of a list.
 
-    A bracket that is missing may hide the commas that follow, which is an error: else all the rest were one element.
+    A missing bracket may hide the commas that follow, which is an error: otherwise all the rest would be one element.
     """
     number, depth, start = 1, 0, data.index(b"[") + 1
     for token in _TOKEN.finditer(data, start):
@@ -165,7 +165,7 @@ def _elements(setting: str, file: str, data: bytes) -> Iterator[tuple[int, bytes
 
 
 def _parse(raw: bytes, strict: bool) -> tuple[Row | None, str]:
-    """The row of a line or element, or what is wrong with it."""
+    """Returns the row of a line or element, or what is wrong with it."""
     try:
         text = raw.decode()
         row = (_STRICT if strict else _TOLERANT).decode(text)
@@ -199,7 +199,7 @@ def _is_nested(row: Row) -> bool:
 
 
 class _Refused(Exception):
-    """JSON by the letter of `json`, but not one that every program reads alike."""
+    """JSON that the module `json` reads, but that not every program reads alike."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:

@@ -1,4 +1,4 @@
-"""From a dataset's rows to token ids and labels."""
+"""Makes token ids and labels of a dataset's rows."""
 
 from __future__ import annotations
 
@@ -12,31 +12,36 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.batches import IGNORED, Example, Examples, has_labels, pack
+from grass_dist.finetune.data.batches import Example, Examples, has_labels, pack
 from grass_dist.finetune.data.chat import chat_of
-from grass_dist.finetune.data.config import DataConfig, fill
+from grass_dist.finetune.data.config import DataConfig, fill_template
 from grass_dist.finetune.data.first_ids import first_ids
 from grass_dist.finetune.data.json_files import HEAD
 from grass_dist.finetune.data.json_lines import Row, Skipped
 from grass_dist.finetune.data.rows import Reading, Source, load_rows, sources
 from grass_dist.finetune.data.stream_identity import stream_identity
+from grass_dist.model.loss import IGNORED
 
 
 class Vocabulary(Protocol):
     """The tokens that a model has weights for (`grass_dist.finetune.fit.Vocabulary`)."""
 
     def check(self, example: Example) -> None:
-        """Raises: `ConfigError`, an example has another one."""
+        """Checks an example.
+
+        Raises:
+            ConfigError: it has a token without weights.
+        """
         ...
 
 
 class Stream:
-    """Examples read, and tokenised, as they are needed (`grass_dist.finetune.data.batches.ItemStream`).
+    """Examples that are read and tokenised as they are needed (`grass_dist.finetune.data.batches.ItemStream`).
 
     Every rank leaves out the rows without an answer; ``unanswered`` is their number in the longest pass up to now.
-    Unpacked, an item is a row and only the rank that trains on it tokenises it; nobody else could tell that it
-    has no label left, so such a row stays in its batch without any loss and is counted in ``unlabelled``.
-    Packed, every rank tokenises every row, and a row without labels is left out.
+    Without packing, an item is a row, and only the rank that trains on it tokenises it. No other rank could tell that
+    it has no label left, so such a row stays in its batch without any loss and is counted in ``unlabelled``. With
+    packing, every rank tokenises every row, and a row without labels is left out.
     """
 
     def __init__(self, rows: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
@@ -47,11 +52,11 @@ class Stream:
         """What every example that is made is checked against."""
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
-        """The rows, or packed examples, of one pass; the order is a function of (seed, epoch).
+        """Reads the rows, or packed examples, of one pass, in an order that is a function of (seed, epoch).
 
         Raises:
-            ConfigError: while iterating, a row that cannot be read or used; of a file it names the line. Packed, a row
-                with a token that `vocabulary` has not.
+            ConfigError: while iterating, a row cannot be read or used; for a file it names the line. With packing, also
+                a row with a token that is not in `vocabulary`.
         """
         config, rows = self._config, self._rows
         if config.shuffle_buffer:
@@ -63,7 +68,11 @@ class Stream:
         return pack((example for example in examples if has_labels(example)), config.max_length)
 
     def example(self, item: Any) -> Example:
-        """The example of an item of `epoch`. Raises: `ConfigError`, it has a token that `vocabulary` has not."""
+        """Makes the example of an item of `epoch`.
+
+        Raises:
+            ConfigError: it has a token that is not in `vocabulary`.
+        """
         if self._config.packing:
             return item
         example = self._made(item)
@@ -71,14 +80,18 @@ class Stream:
         return example
 
     def identity(self) -> dict[str, str]:
-        """See `stream_identity`. Raises: `ConfigError`, a row or a file cannot be read."""
+        """Returns what `stream_identity` does.
+
+        Raises:
+            ConfigError: a row or a file cannot be read.
+        """
         try:
             return stream_identity(self._config, self._source.watch(self._rows))
         except ConfigError as error:
             raise error if error.field.startswith("data.") else error.under("data") from error.__cause__
 
     def told(self) -> Iterator[str]:
-        """Sentences about what has been left out up to now."""
+        """Returns sentences about what has been left out up to now."""
         if self.unanswered:
             yield f"{self.unanswered} rows of the stream have no answer: left out"
         if self.unlabelled:
@@ -109,27 +122,27 @@ class Data:
     """What `load_data` returns."""
 
     train: Examples | Stream
-    """Packed with ``packing``."""
+    """Training examples, packed if ``packing`` is on."""
 
     held_out: Examples
     """Tokenised held-out rows, never packed; empty with ``eval_examples=0``."""
 
     held_out_rows: list[Row]
-    """The held-out rows with an answer (without a label left too); of a file with the columns in use alone."""
+    """The held-out rows with an answer, even without a label left; rows of a file have only the columns in use."""
 
     reading: Reading
-    """What is to be told about the files."""
+    """What there is to tell about the files."""
 
     first: Example
-    """The first example to train on, unpacked."""
+    """The first training example, unpacked."""
 
     @property
     def skipped(self) -> tuple[Skipped, ...]:
-        """What on_bad_line="skip" left out, for each file with broken lines."""
+        """Returns what on_bad_line="skip" left out of each file with broken lines."""
         return tuple(each for each in self.reading.skipped.values() if each.count)
 
     def told(self) -> Iterator[str]:
-        """Sentences about what was read and left out; those about the rows of a stream come from `Stream.told`."""
+        """Returns sentences about what was read and left out; those about rows of a stream come from `Stream.told`."""
         for name, files in self.reading.patterns.items():
             yield f"{name} stands for {len(files)} file{'s' * (len(files) > 1)}: {', '.join(files)}"
         if isinstance(self.train, Examples):
@@ -142,12 +155,12 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     """Loads and tokenises the training set (a stream: as it is used) and the held-out examples.
 
     Args:
-        seed: of the split into training and held-out examples and of generated examples, 0 or more.
+        seed: seed of the split into training and held-out examples, and of generated examples; 0 or more.
 
     Raises:
-        ConfigError: a dataset, file, column or task that does not exist or cannot be read, a row that cannot be used
-            (see `DataConfig.on_bad_line`), no examples, none with an answer, none with a label within max_length, or
-            a chat template that does not write prompt and completion.
+        ConfigError: a dataset, file, column or task does not exist or cannot be read; a row cannot be used (see
+            `DataConfig.on_bad_line`); there are no examples, none with an answer or none with a label within
+            max_length; or a chat template does not write prompt and completion.
         GrassError: reasoning-gym is not installed.
     """
     datasets.disable_progress_bars()
@@ -169,7 +182,11 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
 
 
 def first_example(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Example:
-    """The same as `Data.first`, without tokenising the rest. Raises: as `load_data`."""
+    """Returns the same as `Data.first`, without tokenising the rest.
+
+    Raises:
+        ConfigError: see `load_data`.
+    """
     datasets.disable_progress_bars()
     rows, _ = load_rows(config, seed)
     return _tokenise_all(sources(config)[0], rows, tokenizer, enough=1)[0]
@@ -183,7 +200,7 @@ def _tokenise_all(
     *,
     held_out: bool = False,
 ) -> Examples:
-    """The examples of rows with something to learn, at least one; of a stream's head as many as are enough."""
+    """Makes the examples of rows with something to learn, at least one; of a stream's head as many as are enough."""
     examples = Examples()
     for row in source.watch(rows):
         if not source.has_answer(row):
@@ -210,26 +227,27 @@ def _left_out(examples: Examples, which: str) -> Iterator[str]:
 
 
 def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
-    """One row as token ids and labels.
+    """Makes token ids and labels of one row.
 
     The labels are the ids, and `IGNORED` (-100) on the prompt and on the first token, which nothing predicts. The
-    end-of-turn or eos token has a label; what a chat template writes after it is left out. Cut to max_length on
-    the right.
+    end-of-turn or eos token has a label; what a chat template writes after it is left out. The row is cut to
+    max_length on the right.
 
     Returns:
-        ``{"input_ids": …, "labels": …}``, two lists of equal length, at most max_length. No label may be left.
+        ``{"input_ids": …, "labels": …}``, two lists of equal length, at most max_length. It may be that no label is
+        left.
 
     Raises:
-        ConfigError: a column that the row does not have, or that holds neither text nor a number, or a chat template
-            whose rendering does not hold the completion.
+        ConfigError: the row does not have a column, or it holds neither text nor a number; or the rendering of the
+            chat template does not hold the completion.
     """
     if config.text is not None:
         prompt_ids: list[int] = []
-        ids = _first_ids(tokenizer, fill(config.text, row, "text"), config.max_length, special=True)
+        ids = _first_ids(tokenizer, fill_template(config.text, row, "text"), config.max_length, special=True)
         ids = _with_eos(ids, tokenizer)
     else:
-        prompt = fill(config.prompt or "", row, "prompt")
-        completion = fill(config.completion or "", row, "completion")
+        prompt = fill_template(config.prompt or "", row, "prompt")
+        completion = fill_template(config.completion or "", row, "completion")
         prompt_ids = render_prompt(tokenizer, prompt, config.chat_template, config.max_length)
         if config.chat_template and tokenizer.chat_template:
             turn = chat_of(tokenizer).first_of_turn(prompt, completion, prompt_ids, config.max_length)
@@ -249,11 +267,11 @@ def _cut(ids: list[int], labels: list[int], config: DataConfig) -> Example:
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, chat_template: bool = True, most: int | None = None
 ) -> list[int]:
-    """The token ids that a completion follows, as in training.
+    """Returns the token ids that a completion follows, as in training.
 
     Args:
-        chat_template: write the prompt as a user's turn, if the tokenizer has a chat template.
-        most: as many ids are enough, at least; None: all.
+        chat_template: whether to write the prompt as a user's turn, if the tokenizer has a chat template.
+        most: number of ids that are enough; None returns all.
     """
     if chat_template and tokenizer.chat_template:
         return chat_of(tokenizer).prompt_ids(prompt, most)
@@ -263,7 +281,7 @@ def render_prompt(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    """The ids of a text; ``special``: with what the tokenizer puts around it, but not a second BOS before one."""
+    """Returns the ids of a text; ``special`` adds what the tokenizer puts around it, but no second BOS."""
     ids: Any = tokenizer(text, add_special_tokens=special)["input_ids"]
     bos: Any = tokenizer.bos_token_id
     if special and bos is not None and ids[:2] == [bos, bos] and len(ids) > len(_encode(tokenizer, text)):

@@ -1,4 +1,4 @@
-"""The rows of a dataset, before tokenisation: load them, hold some out, leave out those without an answer."""
+"""Loads the rows of a dataset before tokenisation, holds some out, and leaves out those without an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from grass_dist.finetune.data.config import (
     KINDS,
     SPLIT,
     DataConfig,
-    fill,
+    fill_template,
     is_file,
     is_filled,
     kind_of,
@@ -36,13 +36,13 @@ Rows = datasets.Dataset | datasets.IterableDataset
 
 @dataclass
 class Reading:
-    """What is told about the files of a dataset once they are read."""
+    """What there is to tell about the files of a dataset once they are read."""
 
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """What on_bad_line="skip" left out, by file."""
+    """What on_bad_line="skip" left out of each file."""
 
     patterns: dict[str, list[str]] = field(default_factory=dict)
-    """The files that a name with a ``*`` stood for, by that name."""
+    """The files that each name with a ``*`` stood for."""
 
 
 class Source(NamedTuple):
@@ -54,19 +54,19 @@ class Source(NamedTuple):
     config: DataConfig
 
     def has_answer(self, row: Row) -> bool:
-        """Whether a row has anything of its own to learn: null, white space and a template around them are nothing."""
+        """Whether a row has anything of its own to learn; null, white space and a template around them do not count."""
         part = "text" if self.config.text is not None else "completion"
         return is_filled(self.config.parts[part], row, part)
 
     def no_answers(self, count: int, *, held_out: bool) -> ConfigError:
-        """The error that none of ``count`` rows has an answer."""
+        """Makes the error that none of ``count`` rows has an answer."""
         part = "text" if self.config.text is not None else "completion"
         problem = f"{self._none_of(count, held_out)} {'has text' if part == 'text' else 'has an answer'}"
         fix = f"name the column that holds the {'text' if part == 'text' else 'answer'}, or repair the data"
         return ConfigError(part, self.config.parts[part], problem, f"{'hold out more, ' * held_out}{fix}")
 
     def no_labels(self, count: int, *, held_out: bool) -> ConfigError:
-        """The error that nothing is left to learn of ``count`` rows."""
+        """Makes the error that nothing is left to learn of ``count`` rows."""
         what = "completion" if self.config.text is None else "text"
         problem = f"{self._none_of(count, held_out)} has a token of its {what} left within it"
         fix = f"raise max_length, {'hold out more, ' * held_out}or check the {what} of the data"
@@ -79,20 +79,20 @@ class Source(NamedTuple):
         return f"none of the {first}{count} rows of {self.name}"
 
     def too_few(self, found: int) -> ConfigError:
-        """The error that the held-out examples leave none to train on."""
+        """Makes the error that the held-out examples leave none to train on."""
         problem = f"{self.name} has {found} examples, which leaves none to train on"
         return ConfigError("eval_examples", self.config.eval_examples, problem, "hold out fewer, or set eval")
 
     def watch(self, rows: Iterable[Any]) -> Iterator[Row]:
-        """The rows, which all fill the templates.
+        """Passes rows on, all of which must fill the templates.
 
         Raises:
-            ConfigError: one does not, or it cannot be read; of a file it names the line.
+            ConfigError: a row does not, or cannot be read; for a file it names the line.
         """
         try:
             for row in rows:
                 for part, spec in self.config.parts.items():
-                    fill(spec, row, part)
+                    fill_template(spec, row, part)
                 yield row
         except GrassError:
             raise
@@ -100,7 +100,7 @@ class Source(NamedTuple):
             raise self.failure(error) from error
 
     def failure(self, error: Exception) -> ConfigError:
-        """What an exception of `datasets`, or of reading a file, comes down to."""
+        """Says in short what an exception of `datasets`, or of reading a file, means."""
         cause = error.__cause__ if type(error).__name__.startswith("DatasetGeneration") else error
         reason = str(cause).strip().partition("\n")[0].rstrip(".")
         reason = reason or ("it is empty" if isinstance(cause, StopIteration) else type(cause).__name__)
@@ -110,7 +110,7 @@ class Source(NamedTuple):
 
 
 def sources(config: DataConfig) -> tuple[Source, Source]:
-    """Where the rows to train on come from, and where the held-out ones do."""
+    """Returns where the rows to train on come from, and where the held-out ones do."""
     train = Source("name", config.name, config.split, config)
     if config.eval is not None and config.eval.startswith(SPLIT):
         return train, train._replace(field="eval", split=config.eval[len(SPLIT) :])
@@ -118,12 +118,13 @@ def sources(config: DataConfig) -> tuple[Source, Source]:
 
 
 def load_rows(config: DataConfig, seed: int, reading: Reading | None = None) -> tuple[Rows, list[Row]]:
-    """The rows to train on and the held-out rows, before tokenisation.
+    """Loads the rows to train on and the held-out rows, before tokenisation.
 
     Args:
-        reading: gets what is to be told about the files.
+        reading: takes what there is to tell about the files.
 
-    Raises: as `grass_dist.finetune.data.loading.load_data`.
+    Raises:
+        ConfigError: see `grass_dist.finetune.data.loading.load_data`.
     """
     reading = reading or Reading()
     source, other = sources(config)
@@ -153,9 +154,9 @@ def load_rows(config: DataConfig, seed: int, reading: Reading | None = None) -> 
 
 
 def files_to_train_on(config: DataConfig) -> dict[str, Path]:
-    """The files on this machine that the rows to train on are read from, by name; of a dataset of the Hub none.
+    """Returns the local files that the rows to train on are read from, by name; a dataset of the Hub has none.
 
-    Of a folder all that are in it, a hundred thousand at most.
+    For a folder these are all files in it, a hundred thousand at most.
     """
     if is_file(config.name):
         return {Path(file).name: Path(file) for file in files_of(config.name)}
@@ -165,7 +166,7 @@ def files_to_train_on(config: DataConfig) -> dict[str, Path]:
 
 
 def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
-    """The rows of one dataset, at least one."""
+    """Loads the rows of one dataset, at least one."""
     field, name, split, config = source
     if name.startswith(GENERATED):
         size = config.size if field == "name" else config.eval_examples
@@ -186,7 +187,7 @@ def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
 
 
 def _text_files(source: Source, reading: Reading) -> dict[str, list[str]] | None:
-    """The files of each split of a dataset that is a file, or a folder of JSON files alone; None of any other."""
+    """Returns the files of each split of a dataset that is a file, or a folder of JSON files alone; else None."""
     field, name, _, config = source
     if is_file(name):
         files = files_of(name)
@@ -213,7 +214,7 @@ def _text_files(source: Source, reading: Reading) -> dict[str, list[str]] | None
 
 
 def _files_by_split(name: str, config: DataConfig) -> dict[str, list[str]]:
-    """The files of a dataset that is one file or several, or a folder; nothing of any other."""
+    """Returns the files of each split of a dataset that is one file or several, or a folder; else nothing."""
     if is_file(name):
         return {"train": files_of(name)}
     if not Path(name).is_dir() or _is_saved(name):
@@ -223,7 +224,7 @@ def _files_by_split(name: str, config: DataConfig) -> dict[str, list[str]]:
 
 
 def _used(splits: Mapping[str, list[str]], split: str) -> dict[str, list[str]]:
-    """Those that a split, or a slice of one, is read from."""
+    """Returns the files that a split, or a slice of one, is read from."""
     return {name: files for name, files in splits.items() if re.search(rf"\b{re.escape(name)}\b", split)}
 
 
@@ -246,14 +247,14 @@ def _check_apart(source: Source, splits: Mapping[str, list[str]]) -> None:
 
 
 def _shared(paths: list[str], others: list[str]) -> list[str]:
-    """Those of the paths that are, however they are written, the same file or folder as one of the others."""
+    """Returns the paths that are the same file or folder as one of the others, however they are written."""
     known = {(found.st_dev, found.st_ino) for found in (Path(other).stat() for other in others if Path(other).exists())}
     found = ((path, Path(path).stat()) for path in paths if Path(path).exists())
     return [path for path, its in found if (its.st_dev, its.st_ino) in known]
 
 
 def _read_files(source: Source, splits: dict[str, list[str]], reading: Reading) -> Rows | None:
-    """The rows of files, or None if there are none."""
+    """Reads the rows of files; None if there are none."""
     split, config = source.split, source.config
     if config.streaming and split not in splits:
         names = " or ".join(map(repr, splits))
@@ -276,7 +277,7 @@ def _read_files(source: Source, splits: dict[str, list[str]], reading: Reading) 
 
 
 def _rows_of(source: Source, files: tuple[str, ...], reading: Reading, *, whole: bool) -> Rows | None:
-    """The rows of a split, as many as are needed unless ``whole``."""
+    """Reads the rows of a split, only as many as are needed unless ``whole``."""
     field, name, _, config = source
     skip = config.on_bad_line == "skip"
     if not skip:
@@ -299,7 +300,7 @@ def _is_saved(name: str) -> bool:
 
 
 def _read_typed(source: Source) -> Rows:
-    """The rows of a dataset of the Hub or of a folder, with the types that `datasets` gives to their columns."""
+    """Reads the rows of a dataset of the Hub or of a folder, with the types that `datasets` gives to their columns."""
     _, name, split, config = source
     if not _is_saved(name):
         subset = config.config_name if name == config.name else None
@@ -313,7 +314,7 @@ def _read_typed(source: Source) -> Rows:
 
 
 def _generate(field: str, name: str, size: int, seed: int, offset: int) -> datasets.Dataset:
-    """Rows with question, answer and, where the task has one, the worked answer (which ends with the answer)."""
+    """Generates rows with question, answer and, if the task has one, the worked answer (which ends with the answer)."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

@@ -1,4 +1,4 @@
-"""One example as the model sees it, cut where what is learnt begins and ends, for the report and the terminal."""
+"""Shows one example as the model sees it, cut where what is learnt begins and ends."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grass_dist.finetune.data.batches import IGNORED, Example
+from grass_dist.finetune.data.batches import Example
+from grass_dist.model.loss import IGNORED
 
 LONGEST = 400
-"""Tokens of a piece; of a longer one the middle is left out."""
+"""Most tokens of a piece; the middle of a longer one is left out."""
 
 
 def shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """An example in pieces, ready for JSON.
+    """Cuts an example into pieces that JSON can hold.
 
     Returns:
         ``tokens`` and ``learnt``, two numbers of tokens, and ``pieces``, a list of ``{"text": str, "learnt": bool,

@@ -1,4 +1,4 @@
-"""What tells two streams of examples apart before anybody has read them: their files, and their first rows."""
+"""Tells two streams of examples apart before they are read, by their files and their first rows."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from grass_dist.errors import ConfigError, shorten
-from grass_dist.finetune.data.config import DataConfig, fill
+from grass_dist.finetune.data.config import DataConfig, fill_template
 from grass_dist.finetune.data.rows import files_to_train_on
 
 FIRST_ROWS = 100
-"""Rows of the stream that are compared word by word."""
+"""Number of rows of the stream that are compared word by word."""
 _BLOCK, _BLOCKS = 4096, 256
-"""Bytes of a block, and blocks that are read of all files together; of each at least the first and the last one."""
+"""Bytes of a block, and number of blocks that are read of all files together: the first and last of each, at least."""
 
 
 def stream_identity(config: DataConfig, rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Names and sizes of the files, a sample of their content and the first rows, as they are taught.
+    """Identifies a stream by names, sizes and a sample of its files, and by the first rows as they are taught.
 
-    Of a dataset of the Hub that is streamed only the rows are known.
+    For a dataset of the Hub that is streamed only the rows are known.
 
     Args:
-        rows: of the stream, in their order in the files.
+        rows: the rows of the stream, in their order in the files.
 
     Raises:
         ConfigError: a file cannot be read.
     """
     rows_hash = hashlib.sha256()
     for row in islice(rows, FIRST_ROWS):
-        rows_hash.update(json.dumps([fill(spec, row, part) for part, spec in config.parts.items()]).encode())
+        rows_hash.update(json.dumps([fill_template(spec, row, part) for part, spec in config.parts.items()]).encode())
     found = {"first rows of the stream": rows_hash.hexdigest()[:16]}
     files = sorted(files_to_train_on(config).items())
     if not files:
@@ -53,9 +53,9 @@ def stream_identity(config: DataConfig, rows: Iterable[Mapping[str, Any]]) -> di
 
 
 def written_at(config: DataConfig) -> str:
-    """A digest of when the files of a stream were last written to; "" where there are none, or it is no stream.
+    """Returns a digest of when the files of a stream were last written to; "" without files, or if it is no stream.
 
-    Not one of the things that must be equal: a copy of a file may have another time.
+    It is not one of the things that must be equal: a copy of a file may have another time.
     """
     files = files_to_train_on(config) if config.streaming else {}
     return _digest(sorted((name, file.stat().st_mtime_ns) for name, file in files.items())) if files else ""

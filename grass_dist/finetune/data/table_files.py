@@ -1,4 +1,4 @@
-"""The rows of .csv, .tsv and .parquet files, in the same form as the lines of a JSON file."""
+"""Reads the rows of .csv, .tsv and .parquet files, in the same form as the lines of a JSON file."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from grass_dist.finetune.data.config import kind_of
 from grass_dist.finetune.data.json_lines import LONGEST, Entry, Number, Row, entries
 
 _BATCH = 256
-"""Rows of a .parquet file that are in memory as Python's values at a time."""
+"""Number of rows of a .parquet file that are in memory as Python's values at a time."""
 
 _MOST_HIDDEN = 3
-"""Lines that a broken one of CSV may take with it: more are no line that can be left out."""
+"""Most lines that a broken row of CSV may take with it; one with more cannot be left out."""
 
 
 def rows_of(setting: str, file: str, *, strict: bool = True, columns: Sequence[str] | None = None) -> Iterator[Entry]:
-    """The rows of a data file of any kind that `kind_of` knows, with what is wrong with each.
+    """Reads the rows of a data file of any kind that `kind_of` knows, with what is wrong with each.
 
-    Of JSON as `entries` gives them. Every value of CSV is the text of the file, from ``18`` to ``NA``; a value of a
+    Rows of JSON are those of `entries`. Every value of CSV is the text of the file, from ``18`` to ``NA``; a value of a
     .parquet file is text, a number in as many digits as its type tells apart, true or false, or null.
 
     Args:
         strict: see `entries`.
-        columns: those that are needed; of a .parquet file the others are null in every row.
+        columns: the columns that are needed; in a .parquet file the others are null in every row.
 
     Raises:
         ConfigError: the file as a whole cannot be used; it is about ``setting``.
-        Exception: of reading it, also of pyarrow.
+        Exception: it cannot be read, also by pyarrow.
     """
     kind = kind_of(file)
     if kind == ".parquet":
@@ -42,7 +42,10 @@ def rows_of(setting: str, file: str, *, strict: bool = True, columns: Sequence[s
 
 
 def _csv_rows(setting: str, file: str, kind: str) -> Iterator[Entry]:
-    """By the first line's names. Broken: another number of fields, a quote that does not end, what is no UTF-8."""
+    """Reads rows by the names in the first line.
+
+    A row is broken if it has another number of fields, a quote that does not end, or what is no UTF-8.
+    """
     csv.field_size_limit(LONGEST)
     with cast(BinaryIO, gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb")) as opened:
         reader = csv.reader(_texts(opened), delimiter="\t" if kind == ".tsv" else ",", strict=True)
@@ -72,7 +75,7 @@ def _csv_rows(setting: str, file: str, kind: str) -> Iterator[Entry]:
 
 
 def _texts(opened: BinaryIO) -> Iterator[str]:
-    """The lines, with what is no UTF-8 as half surrogate pairs; one that is far too long is cut into several."""
+    """Reads the lines, with what is no UTF-8 as half surrogate pairs. One that is far too long is cut into several."""
     first = True
     while line := opened.readline(LONGEST):
         yield line.decode("utf-8-sig" if first else "utf-8", errors="surrogateescape")
@@ -107,7 +110,7 @@ def _parquet_rows(file: str, columns: Sequence[str] | None) -> Iterator[Entry]:
 
 
 def _written(value: Any, single: bool) -> Any:
-    """A number as text: of single precision not the digits that only its copy in double precision has."""
+    """Writes a number as text; one of single precision without the digits that only its double has."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return value
     if isinstance(value, Decimal):

@@ -8,8 +8,8 @@ import deepspeed
 import torch
 
 from grass_dist.backends.zero.private import STAGE_1_AND_2, STAGE_3
-from integration_tests.model import ADAMW, schedule, small_llama
-from integration_tests.zero import ds_config, full, make_engine, train_step
+from integration_tests.support.model import ADAMW, schedule, small_llama
+from integration_tests.support.zero import ds_config, full, make_engine, train_step
 
 
 def groups_of(model, layers: tuple[int, ...]) -> tuple[list[str], list[dict]]:

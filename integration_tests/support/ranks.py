@@ -23,7 +23,7 @@ SERVER.set_forkserver_preload(
     [
         "torch",
         "torch.distributed.fsdp",
-        "integration_tests.model",
+        "integration_tests.support.model",
         "grass_dist.finetune.data.loading",
         "grass_dist.finetune.setup",
     ]

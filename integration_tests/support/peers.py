@@ -21,8 +21,8 @@ from grass_dist.errors import GrassError
 from grass_dist.job import world as worlds
 from grass_dist.job.peers import lost_peer
 from grass_dist.job.world import World
-from integration_tests.hosts import Host
-from integration_tests.ranks import SERVER, free_port
+from integration_tests.support.hosts import Host
+from integration_tests.support.ranks import SERVER, free_port
 
 GO = "go"
 
@@ -97,7 +97,7 @@ def play_apart(
         meanwhile: called when all ranks are `held` before the reduction; it has to let them go.
     """
     address = [hosts[0].address, "29400", json.dumps(asdict(scene)), str(folder)]
-    command = [sys.executable, "-m", "integration_tests.peers", "rank"]
+    command = [sys.executable, "-m", "integration_tests.support.peers", "rank"]
     each = scene.size // len(hosts)
     ranks = [hosts[rank // each].popen([*command, str(rank), *address]) for rank in range(scene.size)]
     try:

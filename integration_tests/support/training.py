@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
-from integration_tests.model import (
+from integration_tests.support.model import (
     ADAMW,
     CLIP,
     GLOBAL_BATCH,

@@ -1,6 +1,6 @@
 """Ranks on several hosts count what the backward of a step puts on their host's network, and how long a step takes.
 
-    python -m integration_tests.traffic FOLDER    (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
+    python -m integration_tests.support.traffic FOLDER    (with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
 
 The weights stay gathered between forward and backward, so that the backward sends gradients alone.
 """
@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import grass_dist
 from grass_dist.job.world import World
-from integration_tests.hosts import Host, traffic
+from integration_tests.support.hosts import Host, traffic
 
 LAYERS, ACTIVE, LENGTH, STEPS = 8, 2, 16, 3
 GRASS = {"active_layers": ACTIVE, "sampler": "uniform", "sampling_interval": 1}
@@ -93,7 +93,7 @@ def in_torch(backend: str, grass: bool) -> tuple[Callable[[torch.Tensor], None],
 
 
 def in_zero(grass: bool) -> tuple[Callable[[torch.Tensor], None], Callable[[], None], float]:
-    from integration_tests.zero import ds_config
+    from integration_tests.support.zero import ds_config
 
     config = ds_config(2, GRASS if grass else None) | {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
     model = llama()
@@ -153,7 +153,7 @@ def run_apart(hosts: list[Host], folder: Path, each: int = 2, timeout: float = 1
     where = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": "29400", "WORLD_SIZE": str(each * len(hosts))}
     ranks = [
         host.popen(
-            [sys.executable, "-m", "integration_tests.traffic", str(folder)],
+            [sys.executable, "-m", "integration_tests.support.traffic", str(folder)],
             env={**os.environ, **where, "RANK": str(number * each + local), "LOCAL_RANK": str(local)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

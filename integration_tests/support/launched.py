@@ -13,11 +13,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from integration_tests.program import ROOT
-from integration_tests.ranks import free_port
+from integration_tests.support.program import ROOT
+from integration_tests.support.ranks import free_port
 
 BIN = Path(sys.executable).parent
 PROGRAM = str(ROOT / "launch" / "finetune.py")
+ENVIRONMENT = {
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "HOME": os.environ.get("HOME", "/root"),
+    "PYTHON": sys.executable,
+    "RANKS": "2",
+    "HEAD": "grass1",
+    "NODES": "2",
+    "INTERFACE": "eth0",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PYTHONFAULTHANDLER": "1",
+}
+"""What a launch script is given that starts two ranks on each of two `Hosts`."""
 
 
 def torchrun(ranks: int) -> list[str]:

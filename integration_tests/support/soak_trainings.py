@@ -8,9 +8,17 @@ import torch
 
 import grass_dist
 from grass_dist.states.moving import MovingStates
-from integration_tests.model import ADAMW, CLIP, GLOBAL_BATCH, LAYERS, decay_groups, global_batch, wrapped
-from integration_tests.offload import model_of
-from integration_tests.training import full, local
+from integration_tests.support.model import (
+    ADAMW,
+    CLIP,
+    GLOBAL_BATCH,
+    LAYERS,
+    decay_groups,
+    global_batch,
+    model_of,
+    wrapped,
+)
+from integration_tests.support.training import full, local
 
 
 class TorchTraining:
@@ -75,7 +83,7 @@ class ZeroTraining:
     born_on_host = True
 
     def __init__(self, rank: int, world_size: int, case: dict[str, Any], offload: dict[str, Any]) -> None:
-        from integration_tests.zero import ds_config, make_engine
+        from integration_tests.support.zero import ds_config, make_engine
 
         self._place, self._micro_batches = (rank, world_size), case["accumulation"]
         settings = {**case["settings"], "offload": offload}
@@ -85,7 +93,7 @@ class ZeroTraining:
         self.moving: MovingStates = self._states.mode
 
     def step(self, number: int) -> float:
-        from integration_tests.zero import train_step
+        from integration_tests.support.zero import train_step
 
         return train_step(self.engine, number, *self._place, self._micro_batches)
 
@@ -105,7 +113,7 @@ class ZeroTraining:
         return found
 
     def weights(self) -> dict[str, torch.Tensor]:
-        from integration_tests.zero import full as gathered
+        from integration_tests.support.zero import full as gathered
 
         return {name: gathered(param) for name, param in self.engine.module.named_parameters()}
 

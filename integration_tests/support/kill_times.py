@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from integration_tests.kills import STREAM, Runs, Setting, bits, differences
-from integration_tests.mortal import NOTICES, RANKS, START, kill, run
-from integration_tests.program import AUTO
-from integration_tests.ranks import free_port
+from integration_tests.support.killed_runs import STREAM, Runs, Setting, bits, differences
+from integration_tests.support.mortal import NOTICES, RANKS, START, kill, run
+from integration_tests.support.program import AUTO
+from integration_tests.support.ranks import free_port
 
 STEPS = 40
 KINDS = ("agent", "rank", "all ranks")

@@ -10,7 +10,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 
 from grass_dist.deepspeed import initialize
-from integration_tests.model import ADAMW, CLIP, GLOBAL_BATCH, decay_groups, global_batch, schedule, small_llama
+from integration_tests.support.model import ADAMW, CLIP, GLOBAL_BATCH, decay_groups, global_batch, schedule, small_llama
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -89,8 +89,3 @@ def train_zero(
     log["params"] = {n: full(p) for n, p in engine.module.named_parameters()}
     log["bytes_reduced"] = grass.bytes_reduced
     return log
-
-
-def train_many(rank: int, world_size: int, cases: list[dict]) -> list[dict]:
-    """Several trainings in one spawn."""
-    return [train_zero(rank, world_size, **case) for case in cases]

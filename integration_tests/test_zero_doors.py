@@ -1,4 +1,4 @@
-"""Everything by which a caller reads masters, moments, gradients and weights of an engine, asked at every moment."""
+"""Doors: all by which a caller reads masters, moments, gradients and weights of an engine, asked at every moment."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -22,7 +23,10 @@ from deepspeed.utils import (
 from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.states import chaos
 from grass_dist.states.moving import MovingStates
-from integration_tests.zero import ds_config, full, make_engine, micro_batch
+from integration_tests.support.ranks import run_ranks
+from integration_tests.support.zero import ds_config, full, make_engine, micro_batch
+
+pytestmark = pytest.mark.timeout(420)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SETTINGS = {
@@ -167,6 +171,26 @@ def compare_doors(rank: int, world_size: int, stage: int, folder: str) -> dict[s
     return {"odd": odd, "seen": _seen(at_rest)}
 
 
+def _seen(told: Told) -> dict[str, int]:
+    """How many values each door has shown."""
+    counted = dict.fromkeys((*DOORS, "gradients"), 0)
+    for moment, shown in told.items():
+        for door, values in ({"gradients": shown} if "gradients" in moment else shown).items():
+            counted[door] += sum(value is not None for value in values.values())
+    return counted
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.integration), 2, pytest.param(3, marks=pytest.mark.integration)]
+)
+def test_every_door_waits_for_its_own_copies(stage, tmp_path):
+    """After steps, switches and loads, with copies that come late: as if no state ever moved, to the bit."""
+    for told in run_ranks(2, compare_doors, stage, str(tmp_path), timeout=400):
+        assert told["odd"] == {"interval": [], "stream": []}
+        assert {door for door, values in told["seen"].items() if values < 50} <= ({"local"} if stage < 3 else set())
+        assert told["seen"].keys() == {*DOORS, "gradients"}
+
+
 def without_waits(rank: int, world_size: int, stage: int, folder: str) -> dict[str, set[str]]:
     """The doors that show something else once a wait is missing, by that wait."""
     at_rest = through_all_doors(rank, world_size, stage, {"mode": "none"}, f"{folder}/none")
@@ -178,10 +202,7 @@ def without_waits(rank: int, world_size: int, stage: int, folder: str) -> dict[s
     return told
 
 
-def _seen(told: Told) -> dict[str, int]:
-    """How many values each door has shown."""
-    counted = dict.fromkeys((*DOORS, "gradients"), 0)
-    for moment, shown in told.items():
-        for door, values in ({"gradients": shown} if "gradients" in moment else shown).items():
-            counted[door] += sum(value is not None for value in values.values())
-    return counted
+@pytest.mark.integration
+def test_the_doors_show_a_missing_wait(tmp_path):
+    for told in run_ranks(2, without_waits, 2, str(tmp_path), timeout=300):
+        assert told["at_hand"] >= {"masters", "moments"} and told["settle"] & {"state_dict", "base_state", "checkpoint"}

@@ -1,7 +1,7 @@
 """launch/finetune.py with a death built in: at the n-th passage of a named moment a rank sends itself SIGKILL.
 
     MORTAL_MOMENT=draw MORTAL_COUNT=3 MORTAL_RANK=1 MORTAL_MARKER=/tmp/died \\
-        torchrun --nproc-per-node 2 --max-restarts 3 -m integration_tests.mortal --config … --resume auto
+        torchrun --nproc-per-node 2 --max-restarts 3 -m integration_tests.support.mortal --config … --resume auto
 
 It dies once: never where the marker lies, a file that it leaves, nor after torchrun has restarted the ranks. Moments
 are passages through functions of the package, which are wrapped from outside before the program takes them by their
@@ -46,8 +46,8 @@ from grass_dist.ranks import Ranks
 from grass_dist.states.moving import IntervalStates
 from grass_dist.states.transfer import TransferEngine
 from grass_dist.states.unit_optimizer import UnitOptimizer
-from integration_tests.program import ROOT
-from integration_tests.ranks import SERVER, free_port
+from integration_tests.support.program import ROOT
+from integration_tests.support.ranks import SERVER, free_port
 
 RANKS = 2
 MODEL_IS_WRITTEN = "the end: the model is written and has no name yet"
@@ -269,7 +269,7 @@ def start_elastic(arguments: list[str], environment: Mapping[str, str], out: Pat
     and the number of processes that it has left behind."""
     token, code = f"{os.getpid()}-{time.monotonic_ns()}", None
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--max-restarts", "3"]
-    command += ["--master-port", str(free_port()), "-m", "integration_tests.mortal", *arguments]
+    command += ["--master-port", str(free_port()), "-m", "integration_tests.support.mortal", *arguments]
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "MORTAL_TOKEN": token}
     own = {**os.environ, **own, **environment}
     with (out / "torchrun.log").open("w") as log:

@@ -1,12 +1,13 @@
-"""What is to be planned: the machine, the batch, the way of sharding; and the methods that are compared."""
+"""Describes what is planned: the machine, the batch and the sharding, and the methods that are compared."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from grass_dist.config import ROLES, Role
+from grass_dist.config import ROLES, GrassConfig, OffloadConfig, Role
 from grass_dist.errors import ConfigError
+from grass_dist.plan.adamw import state_bytes
 from grass_dist.plan.shape import ModelShape, check_whole, numel
 
 BackendName = Literal["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"]
@@ -15,18 +16,16 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
 LARGEST = {"gpus": 2**20, "accumulation": 2**16}
-"""Above which nobody plans; what is computed goes through all of them."""
-SLOTS = 3
-"""Of ``offload.mode=stream``, as `OffloadConfig.slots`."""
+"""Largest values that are accepted: the computation goes through all of them."""
 LORA_RANK = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class PlannedRun:
     """One way to run a fine-tune.
 
     Raises:
-        ConfigError: a value that cannot be.
+        ConfigError: a value cannot be used.
     """
 
     gpus: int
@@ -39,16 +38,17 @@ class Job:
     """Micro-batches of a step."""
     backend: BackendName = "fsdp2"
     replicate: int = 1
-    """Replicas of the sharded model: of hsdp."""
+    """Replicas of the sharded model, for hsdp."""
     offload: Offload = "interval"
     dtype: str = "bfloat16"
     checkpointing: bool = False
     """Activation checkpointing of each layer."""
     roles: tuple[Role, ...] = ROLES
-    """That GRASS trains at every step. Full fine-tuning and LISA train all of them."""
+    """Roles that GRASS trains at every step. Full fine-tuning and LISA train all of them."""
     sampling_interval: int = 50
     state_bytes: int | None = None
-    """Of a trained element; None: fp32 master (16-bit weights) and two fp32 moments."""
+    """Bytes of state of a trained element. None counts what `UnitOptimizer` keeps: two fp32 moments, and an fp32 master
+    of 16-bit weights."""
 
     def __post_init__(self) -> None:
         for option in ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "sampling_interval"):
@@ -72,36 +72,37 @@ class Job:
 
     @property
     def reduce_bytes(self) -> int:
-        """Of an element when gradients are reduced: fp32 under fsdp2 and hsdp, else the dtype of the weights."""
+        """Bytes of a gradient's element while it is reduced: fp32 under fsdp2 and hsdp, else as wide as the weights."""
         return 4 if self.backend in ("fsdp2", "hsdp") else self.weight_bytes
 
     @property
     def bytes_of_state(self) -> int:
-        """Of a trained element: 12 with 16-bit weights, 8 with fp32 ones (ZeRO-1 and 2: a master even then)."""
+        """Bytes of state of a trained element."""
         if self.state_bytes is not None:
             return self.state_bytes
-        return 8 if self.weight_bytes == 4 and self.backend not in ("zero1", "zero2") else 12
+        # DeepSpeed's ZeRO-1 and 2 keep a master of fp32 weights, too.
+        return state_bytes("bfloat16" if self.backend in ("zero1", "zero2") else self.dtype)
 
     @property
     def update_bytes(self) -> int:
-        """Of an entry while it is updated: a gradient as wide as its master, and what AdamW computes on the way."""
+        """Bytes of an entry under its update: a gradient as wide as its master, and what AdamW computes on the way."""
         if self.state_bytes is not None:
             return self.state_bytes // 2  # no master, and moments of half of it each
         return 8 if self.weight_bytes < 4 else 4
 
     @property
     def shards(self) -> int:
-        """Ranks that the weights are divided among."""
+        """Number of ranks that the weights are divided among."""
         return {"fsdp2": self.gpus, "zero3": self.gpus, "hsdp": self.gpus // self.replicate}.get(self.backend, 1)
 
     @property
     def state_shards(self) -> int:
-        """Ranks that the optimizer states are divided among."""
+        """Number of ranks that the optimizer states are divided among."""
         return self.shards if self.backend in ("fsdp2", "hsdp") else self.gpus
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch on a rank."""
+        """Tokens of a micro-batch on a rank."""
         return self.seq_len * self.micro_batch
 
     @property
@@ -112,20 +113,20 @@ class Job:
     def num_hosts(self) -> int:
         return -(-self.gpus // self.gpus_per_host)
 
-    def on(self, gpus: int) -> Job:
-        """The same on another number of GPUs; hsdp shards within its hosts."""
+    def on(self, gpus: int) -> PlannedRun:
+        """Returns the same run on another number of GPUs, where hsdp shards within each host."""
         hosts = -(-gpus // self.gpus_per_host)
         return replace(self, gpus=gpus, replicate=max(2, hosts) if self.backend == "hsdp" else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What trains."""
+    """A method of training, and what it trains."""
 
     name: Literal["full", "lora", "lisa", "grass"]
     active_layers: int
-    """At a time (γ)."""
-    roles: tuple[str, ...] = field(default=ROLES)
+    """Layers that train at a time (γ)."""
+    roles: tuple[Role, ...] = ROLES
 
     @property
     def label(self) -> str:
@@ -133,8 +134,8 @@ class Method:
         return names[self.name] + (f" γ={self.active_layers}" if self.name in ("lisa", "grass") else "")
 
 
-def methods_of(shape: ModelShape, job: Job) -> list[Method]:
-    """Full fine-tuning, LoRA, LISA with 2 layers as published, and GRASS with γ = 1, 2, 4, ... and all layers."""
+def methods_of(shape: ModelShape, run: PlannedRun) -> list[Method]:
+    """Lists full fine-tuning, LoRA, LISA with 2 layers as published, and GRASS with γ = 1, 2, 4, ... and all layers."""
     most = shape.num_layers
     gammas = sorted({*(2**n for n in range(most.bit_length()) if 2**n <= most), most})
     lisa = min(2, most)
@@ -142,12 +143,23 @@ def methods_of(shape: ModelShape, job: Job) -> list[Method]:
         Method("full", most),
         Method("lora", most, ()),
         Method("lisa", lisa),
-        *(Method("grass", gamma, job.roles) for gamma in gammas),
+        *(Method("grass", gamma, run.roles) for gamma in gammas),
     ]
 
 
+def grass_config(run: PlannedRun, method: Method) -> GrassConfig:
+    """Returns the configuration by which ``method`` trains in ``run``."""
+    return GrassConfig(
+        active_layers=method.active_layers,
+        sampling_interval=run.sampling_interval,
+        update_interval=run.sampling_interval,
+        always_active=method.roles,
+        offload=OffloadConfig(mode=run.offload),
+    )
+
+
 def trained_roles(shape: ModelShape, method: Method) -> dict[str, int]:
-    """Elements of each role that trains; tied embeddings train if either of their roles does."""
+    """Elements of each role that trains. Tied embeddings train if either of their roles does."""
     wanted = set(method.roles)
     if shape.tied and "lm_head" in wanted:
         wanted.add("embeddings")
@@ -167,7 +179,7 @@ def traversed(shape: ModelShape, method: Method, *, worst: bool = False) -> floa
     """Share of the layers that a gradient passes through (f_above in docs/plan.md, Time).
 
     Args:
-        worst: for the worst draw instead of the expected one of γ layers drawn alike.
+        worst: takes the worst draw instead of the mean over all draws.
     """
     total, gamma = shape.num_layers, method.active_layers
     if method.name in ("full", "lora") or "embeddings" in trained_roles(shape, method) or worst:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from integration_tests.model import ADAMW, CLIP, global_batch, schedule, small_llama
+from integration_tests.support.model import ADAMW, CLIP, global_batch, schedule, small_llama
 
 
 def draw(p: list[float], count: int, seed: int, round: int) -> tuple[int, ...]:

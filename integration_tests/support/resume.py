@@ -15,8 +15,8 @@ from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.saving import Saver, take_snapshot
 from grass_dist.events import Event
 from grass_dist.ranks import Ranks
-from integration_tests.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
-from integration_tests.training import full
+from integration_tests.support.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
+from integration_tests.support.training import full
 
 BATCH = 12
 """Sequences of a global batch: for 1, 2, 3 and 4 ranks."""
@@ -99,30 +99,6 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
-
-
-def exact(rank: int, world_size: int, setting: Setting, steps: int, save_at: Sequence[int], folder: str) -> dict:
-    """Steps at which a training that was resumed differs in a bit from one that was not; empty if all is well."""
-    parent = Path(folder)
-    whole = Training(rank, world_size, setting).run(steps, save_at, parent)
-    wanted, drawn = whole.params(), whole.active
-    undisturbed = Training(rank, world_size, setting).run(steps).params()
-    odd: dict[Any, Any] = {}
-    if differ := _differing(wanted, undisturbed):
-        odd["saving disturbed"] = differ[:3]
-    for step in save_at:
-        resumed = Training(rank, world_size, setting).load(parent / f"step-{step:06d}").run(steps)
-        if differ := _differing(wanted, resumed.params()):
-            odd[step] = differ[:3]
-        if resumed.active != drawn[step:]:
-            odd[f"draws after {step}"] = resumed.active
-        if resumed.events != [(at, event) for at, event in whole.events if at > step]:
-            odd[f"importances after {step}"] = resumed.events
-    return odd
-
-
-def _differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
-    return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 def leg(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from integration_tests.hosts import Host
+from integration_tests.support.hosts import Host
 
 needs_slurm = pytest.mark.skipif(
     any(shutil.which(name) is None for name in ("slurmctld", "slurmd", "sbatch")),

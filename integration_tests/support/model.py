@@ -40,6 +40,17 @@ def small_llama(dtype: torch.dtype = torch.float32, frozen: Sequence[int] = ()) 
     return model
 
 
+def model_of(dtype: torch.dtype, uneven: bool) -> nn.Module:
+    """`small_llama`; ``uneven``: the widths of its layers differ."""
+    model = small_llama(torch.float32)
+    if uneven:
+        for i, layer in enumerate(model.model.layers):
+            wide = 32 * (2 + i % 3)
+            layer.mlp.gate_proj, layer.mlp.up_proj = nn.Linear(64, wide, bias=False), nn.Linear(64, wide, bias=False)
+            layer.mlp.down_proj = nn.Linear(wide, 64, bias=False)
+    return model.to(dtype)
+
+
 def global_batch(step: int, size: int = GLOBAL_BATCH) -> torch.Tensor:
     """Token ids (size, LENGTH) of one optimizer step; uneven word frequencies, so that layers differ."""
     generator = torch.Generator().manual_seed(1000 + step)

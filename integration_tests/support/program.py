@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from integration_tests.ranks import SERVER, free_port
+from grass_dist.finetune.run_folder import LOCK
+from integration_tests.support.ranks import SERVER, free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
 AUTO = {"grass": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
 """Of a DeepSpeed JSON whose settings are those of the YAML file."""
@@ -179,6 +180,12 @@ def events(run: Path, kind: str) -> list[dict]:
     """Events of one kind in the metrics of a run."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == kind]
+
+
+def tree_of(*folders: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and content of all files in folders, but of the lock that a start takes before it looks."""
+    paths = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def run_all(config: Path, world_size: int, *overrides: str) -> Path:

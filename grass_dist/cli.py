@@ -177,11 +177,11 @@ def doctor(
     For example torchrun --nnodes 2 ... -m grass_dist.doctor, or srun python -m grass_dist.doctor.
     """
     with _one_sentence_errors():
-        from grass_dist.doctor.command import Options, diagnose
+        from grass_dist.doctor.command import DoctorOptions, diagnose
 
         if not 1 <= timeout <= 86_400:
             raise ConfigError("--timeout", timeout, "it is no number of seconds up to a day", "use e.g. 60")
-        code = diagnose(Options(json_file, folder, interface, _parse_size("--size", size), timeout))
+        code = diagnose(DoctorOptions(json_file, folder, interface, _parse_size("--size", size), timeout))
     raise typer.Exit(code)
 
 
@@ -222,13 +222,13 @@ def plan(
     """Tell before a run whether a model fits, what a step costs, and which settings to use. Needs no GPU."""
     given = dict(locals())
     with _one_sentence_errors():
-        from grass_dist.plan.command import Options, plan_run
+        from grass_dist.plan.command import PlanOptions, plan_run
 
         sizes = {"gpu_bytes": ("--gpu-memory", "gpu_memory"), "host_bytes": ("--host-memory", "host_memory")}
         for name, (option, key) in sizes.items():
             text = given.pop(key)
             given[name] = None if text is None else _parse_size(option, text)
-        plan_run(Options(doctor=given.pop("doctor_json"), **given), _warn)
+        plan_run(PlanOptions(doctor=given.pop("doctor_json"), **given), _warn)
         if write is not None:  # the settings are read once as the training program will read them
             from grass_dist.finetune.config_file import load_config
 

@@ -152,6 +152,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             backend.tell_final(self._update_in_backward)
         watch = GradientWatch(model, layers)
         self.grass = GrassController(config, layers, roles, backend, self._states, watch, observers)
+        self.grass.start()
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -15,7 +15,7 @@ from grass_dist.cli import app
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.plan import cost, memory, speeds
 from grass_dist.plan.choose import candidates, choose, nearest_to_fitting, remedies, row_of
-from grass_dist.plan.command import Options, plan_run
+from grass_dist.plan.command import PlanOptions, plan_run
 from grass_dist.plan.memory import memory_of, states_of, weights_of
 from grass_dist.plan.runs import Method, PlannedRun, lora_elements, methods_of, traversed
 from grass_dist.plan.scale import parse_scale, scale
@@ -524,7 +524,7 @@ def test_bad_input_is_one_sentence(changes, said, tmp_path, monkeypatch):
     given = {"gpus": 8, "seq_len": 1024, "params": "7B", "gpu_bytes": 24e9, "fast": True, **changes}
     given |= {name: Path(given[name]) for name in ("plot", "json_file") if name in given}
     with pytest.raises(ConfigError, match=said) as caught:
-        plan_run(Options(**given), lambda sentence: None)
+        plan_run(PlanOptions(**given), lambda sentence: None)
     assert str(caught.value).count("\n") == 0 and len(str(caught.value)) < 400
 
 
@@ -566,7 +566,7 @@ def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config))
     told = []
     plan_run(
-        Options(
+        PlanOptions(
             gpus=2,
             seq_len=128,
             model="config.json",
@@ -611,8 +611,8 @@ def test_the_command_reads_the_settings_that_it_wrote(tmp_path):
 def test_nothing_fits_is_told_with_what_would(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     given = {"gpus": 8, "seq_len": 4096, "params": "7B", "gpu_bytes": 20e9, "backend": "ddp", "fast": True}
-    plan_run(Options(**given), lambda sentence: None)
+    plan_run(PlanOptions(**given), lambda sentence: None)
     printed = " ".join(capsys.readouterr().out.split())
     assert "Nothing fits. Nearest is GRASS γ=1 (ddp" in printed and "It would fit with --backend fsdp2 (" in printed
     with pytest.raises(GrassError, match="nothing fits, so there are no settings"):
-        plan_run(Options(**given, write=Path("mine.yaml")), lambda sentence: None)
+        plan_run(PlanOptions(**given, write=Path("mine.yaml")), lambda sentence: None)

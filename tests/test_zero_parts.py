@@ -51,6 +51,31 @@ def test_the_table_of_private_names_holds_on_this_release():
     assert deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm") in (True, False)
 
 
+def test_an_engine_being_made_takes_its_optimizer_from_us():
+    """By the names that it calls, also where it then derives a class from the stock one."""
+    import deepspeed.runtime.engine as engine
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    def made():
+        return [engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3]
+
+    def fail():
+        with private.zero_optimizers_from(lambda stock, arguments: (stock, arguments["init_optimizer"])):
+            from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
+
+            assert SuperOffloadOptimizer_Stage3.__base__ is DeepSpeedZeroOptimizer_Stage3
+            assert made()[0]("mine", [], None, {}) == (DeepSpeedZeroOptimizer, "mine")
+            assert made()[1]("model", "mine", [], None, ds_config={}) == (DeepSpeedZeroOptimizer_Stage3, "mine")
+            raise ValueError
+
+    source = inspect.getsource(engine.DeepSpeedEngine._configure_zero_optimizer)
+    assert " DeepSpeedZeroOptimizer" in source
+    assert "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3" in source
+    with pytest.raises(ValueError):
+        fail()
+    assert made() == [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3]
+
+
 @pytest.mark.parametrize("name", private.STAGE_3.methods)
 def test_a_release_that_lacks_a_method_is_refused_by_name(name):
     methods = {m: None for m in private.STAGE_3.methods if m != name}

@@ -48,7 +48,7 @@ ROLL_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class DoctorOptions:
     """The options of the command, which are the same on all ranks."""
 
     json_file: Path | None = None
@@ -61,7 +61,7 @@ class Options:
     """Time limit of the meeting and of every collective, in seconds."""
 
 
-def diagnose(options: Options) -> int:
+def diagnose(options: DoctorOptions) -> int:
     """Runs on every rank; rank 0 prints, and writes the JSON file.
 
     Returns:
@@ -93,7 +93,7 @@ def diagnose(options: Options) -> int:
         signal.alarm(0)
 
 
-def _alone(place: Place, options: Options) -> int:
+def _alone(place: Place, options: DoctorOptions) -> int:
     report = Report(1, options.timeout)
     facts = own_facts(place, choose_own_address(place), 0)
     # Without others it is no matter how they would reach this one.
@@ -106,7 +106,7 @@ def _alone(place: Place, options: Options) -> int:
     return _tell(report, options)
 
 
-def _together(place: Place, options: Options) -> int:
+def _together(place: Place, options: DoctorOptions) -> int:
     report = Report(place.size, options.timeout, f"{place.address}:{place.port}")
     with _limited("meeting the others", 4 * options.timeout + ROLL_SECONDS):
         meeting = _meet(place, options, report)
@@ -134,7 +134,7 @@ def _together(place: Place, options: Options) -> int:
     return code
 
 
-def _meet(place: Place, options: Options, report: Report) -> Meeting:
+def _meet(place: Place, options: DoctorOptions, report: Report) -> Meeting:
     """Puts into ``report`` what all ranks are, and which host reaches which."""
     chosen = choose_own_address(place)
     try:
@@ -171,7 +171,7 @@ def _try_others(report: Report, rank: int, tokens: dict[int, bytes]) -> list[Rea
         return list(pool.map(lambda to: reach(rank, to.rank, to.address, to.port, tokens[to.rank]), targets))
 
 
-def _measure(report: Report, options: Options) -> World | None:
+def _measure(report: Report, options: DoctorOptions) -> World | None:
     """Puts into ``report`` what is measured, up to a step that fails, and the sentence about it."""
     try:
         with _limited("joining the process group", 4 * options.timeout + ROLL_SECONDS):
@@ -225,11 +225,11 @@ def _of_all(world: World, mine: list[T]) -> list[T]:
     return [one for its in got for one in its]
 
 
-def _try_disk(host: str, options: Options) -> Disk:
+def _try_disk(host: str, options: DoctorOptions) -> Disk:
     return try_disk(host, options.folder.resolve(), DISK_BYTES, DISK_SECONDS)
 
 
-def _tell(report: Report, options: Options) -> int:
+def _tell(report: Report, options: DoctorOptions) -> int:
     findings = judge(report)
     show(report, findings)
     code = int(any(finding.is_error for finding in findings))

@@ -127,7 +127,7 @@ def _devices(report: Report) -> Said:
 
 def _versions(report: Report) -> Iterator[Finding]:
     for name in report.ranks[0].versions if report.ranks else ():
-        # Of Python the patch does not matter, as in a fine-tune.
+        # The patch version of Python does not matter, as in a fine-tune.
         values = {
             host: ".".join(version.split(".")[:2]) if name == "python" else version
             for host, ranks in report.hosts.items()

@@ -76,7 +76,7 @@ def meet_by_mpi(place: Place) -> Place:
     try:
         import mpi4py
 
-        mpi4py.rc.initialize = False  # by hand, so that it can be ended
+        mpi4py.rc.initialize = False  # it is initialized by hand, so that it can be ended
         from mpi4py import MPI
     except ImportError as error:
         raise GrassError(
@@ -105,11 +105,11 @@ def own_address() -> str:
     except OSError:
         found = []
     named = [address for address in found if not address.startswith(("127.", "::1", "fe80:"))]
-    # Of blocks that nobody has; nothing is sent.
+    # These addresses belong to nobody, and nothing is sent to them.
     ways = ((socket.AF_INET, "203.0.113.1"), (socket.AF_INET6, "2001:db8::1"))
     routed = [address for family, away in ways if (address := _leaves_by(family, away))]
     alone = "127.0.0.1" if _has_ipv4() else "::1"
-    # Of IPv6 only where there is no other, and what the name says before what the routes do.
+    # IPv4 comes before IPv6, and then an address of the name before one of the routes.
     return min([*named, *routed], key=lambda address: ":" in address, default=alone)
 
 

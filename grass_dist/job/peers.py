@@ -215,7 +215,7 @@ class Peers:
             if self._over.is_set() or time.monotonic() - self._store_heard > self._lost_after:
                 break  # else this process itself was stopped, and the store is there
         if self._stopped or (self._roll is not None and len(self._roll.answers) == len(self.hosts)):
-            return  # of all that are there one has failed, and the main thread will hear of it
+            return  # all are there, but one has failed, and the main thread will hear of it
         doing = self.doing or "a wait for the others"
         waited = time.monotonic() - self._store_heard if self._roll is None else self._roll.waited
         blamed = blame(self, self._roll, doing, timed_out=False)

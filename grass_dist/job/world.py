@@ -245,7 +245,7 @@ def _agree_on_start(store: dist.Store, rank: int, size: int, timeout: datetime.t
         if time.monotonic() > deadline:
             raise GrassError(f"rank {min(missing)} of {size} did not join within {timeout.total_seconds():g} s.")
         for other in sorted(missing):
-            if store.check([f"asks/{other}"]):  # maybe in an earlier start: then it asks anew
+            if store.check([f"asks/{other}"]):  # maybe in an earlier start: then it asks again
                 store.set(f"answer/{store.get(f'asks/{other}').decode()}", mine)
             if store.check([f"{mine}/{other}"]):
                 missing.remove(other)

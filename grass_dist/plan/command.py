@@ -38,7 +38,7 @@ BUDGET_S = 40.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class PlanOptions:
     """The options of the command line; None is an option that was left out."""
 
     gpus: int
@@ -72,7 +72,7 @@ class Options:
     json_file: Path | None = None
 
 
-def plan_run(options: Options, tell: Callable[[str], None]) -> None:
+def plan_run(options: PlanOptions, tell: Callable[[str], None]) -> None:
     """Plans, prints, and writes what was asked for.
 
     Args:
@@ -104,7 +104,9 @@ def plan_run(options: Options, tell: Callable[[str], None]) -> None:
             tell(f"{file}: written")
 
 
-def plan(shape: ModelShape, run: PlannedRun, speeds: Speeds, options: Options, tell: Callable[[str], None]) -> Choice:
+def plan(
+    shape: ModelShape, run: PlannedRun, speeds: Speeds, options: PlanOptions, tell: Callable[[str], None]
+) -> Choice:
     """Plans every method under the settings that are given or, where they are left open, chosen."""
     runs = candidates(run, offload=options.offload is None, checkpointing=options.checkpointing is None)
     chosen, method = choose(shape, runs, speeds)
@@ -167,7 +169,7 @@ def _sentences(
     rows: tuple[Row, ...],
     recommended: Row | None,
     speeds: Speeds,
-    options: Options,
+    options: PlanOptions,
 ) -> list[str]:
     run = rows[0].run
     if recommended is None:
@@ -208,7 +210,7 @@ def _points(shape: ModelShape, choice: Choice, speeds: Speeds, counts: list[int]
     return scale(shape, choice.run, method, speeds, counts), text
 
 
-def _speeds(options: Options) -> Speeds:
+def _speeds(options: PlanOptions) -> Speeds:
     speeds = Speeds()
     if options.tflops is not None:
         speeds = replace(speeds, flop_per_s=check_speed("--tflops", options.tflops) * 1e12)
@@ -217,7 +219,7 @@ def _speeds(options: Options) -> Speeds:
     return replace(speeds, pinnable_bytes=options.host_bytes) if options.host_bytes is not None else speeds
 
 
-def _planned_run(options: Options, speeds: Speeds) -> PlannedRun:
+def _planned_run(options: PlanOptions, speeds: Speeds) -> PlannedRun:
     gpu_bytes = options.gpu_bytes or speeds.device_bytes
     if gpu_bytes is None:
         fix = "write e.g. --gpu-memory 24GB, or give a report of GPUs by --from"
@@ -254,7 +256,7 @@ def _roles(text: str) -> tuple[Role, ...]:
     return tuple(role for role in ROLES if role in names)
 
 
-def _shape(options: Options, tell: Callable[[str], None]) -> ModelShape:
+def _shape(options: PlanOptions, tell: Callable[[str], None]) -> ModelShape:
     if (options.model is None) == (options.params is None):
         given = options.model if options.model is not None else None
         raise ConfigError("--model", given, "the model is given by --model or by --params", "give one of them")

@@ -116,7 +116,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _list(found: dict[str, Any], key: str) -> list[dict[str, Any]]:
     value = found.get(key)
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise ConfigError(f"--from.{key}", value, "it is no list of objects", "write the file anew with the doctor")
+        raise ConfigError(f"--from.{key}", value, "it is no list of objects", "write the file again with the doctor")
     return value
 
 
@@ -128,7 +128,9 @@ def _number(entry: Any, where: str, name: str, *, zero: bool = False) -> float |
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         problem = "it must be a finite number above 0"
-        raise ConfigError(f"--from.{where}.{name}", value, problem, "write the file anew with grass-dist doctor --json")
+        raise ConfigError(
+            f"--from.{where}.{name}", value, problem, "write the file again with grass-dist doctor --json"
+        )
     return float(value)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ExamplePiece:
     """A part of an example: a special token, or text between two."""
 
     text: str
@@ -20,4 +20,4 @@ class ShownExample:
 
     tokens: int
     learnt: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ExamplePiece, ...]

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from grass_dist.backends.zero.backend import ZeroBackend
+from grass_dist.backends.zero.backend import ZeroSharding
 from grass_dist.backends.zero.groups import Group
-from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, ZeroStates, capacity
 from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
@@ -22,24 +21,28 @@ from grass_dist.states.unit_optimizer import ELEMENTWISE, hyperparameters, step_
 
 
 def place_states(
-    zero: NarrowZero,
-    backend: ZeroBackend,
+    user: torch.optim.Optimizer,
+    every: Sequence[Group],
+    still: Sequence[Group],
+    sharding: ZeroSharding,
+    stage: int,
     config: GrassConfig,
     layers: Sequence[Unit],
     roles: Sequence[Unit],
-    still: Sequence[Group],
 ) -> ZeroStates:
     """Chooses the mode and takes the memory for it; on all ranks alike.
 
     Args:
+        user: the user's optimizer.
+        every: all groups that ever train.
         still: what never trains, and has a state in a checkpoint only.
 
     Raises:
         ConfigError, GrassError: the states cannot be where the configuration wants them.
     """
-    device = backend.sharding.shard_of(layers[0].params[0][1]).device
-    user, world_size, every = zero.user_optimizer, backend.ranks.world_size, [*zero.every, *still]
-    first = {group.user_group: group for group in reversed(every)}  # of each of the user's groups
+    device = sharding.shard_of(layers[0].params[0][1]).device
+    world_size = sharding.ranks.world_size
+    first = {group.user_group: group for group in reversed([*every, *still])}  # of each of the user's groups
     counts = {index: _counts(user, group, world_size, device) for index, group in first.items()}
     fallback: str | None = None
     kept: dict[int, Kept] = {}
@@ -49,18 +52,18 @@ def place_states(
         fallback = str(error)
 
     def state_of(group: Group) -> GroupState:
-        in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
+        in_place = stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
         own, of = kept.get(group.user_group, []), counts[group.user_group]
         return GroupState(group, own, of, world_size, has_master=not in_place)
 
     made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
-    for group in zero.every:
+    for group in every:
         made[group.unit.name].append(state_of(group))
     moving, staying = ([LayerState(unit.name, made[unit.name]) for unit in units] for units in (layers, roles))
     mode = place(
         moving,
         config,
-        backend.ranks,
+        sharding.ranks,
         device,
         resident=sum(state.layout.device_bytes for state in staying),
         fallback=fallback,

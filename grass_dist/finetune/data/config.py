@@ -50,7 +50,7 @@ class DataConfig(StrictModel):
     """What the model learns to answer: a column or a template."""
 
     text: str | None = None
-    """Plain text to learn in full: a column or a template. It takes the place of `prompt` and `completion`."""
+    """Plain text to learn in full: a column or a template. It replaces `prompt` and `completion`."""
 
     eval: str | None = None
     """Where the held-out examples come from: `split:NAME` for another split of the same dataset, or a name as in

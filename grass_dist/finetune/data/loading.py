@@ -18,7 +18,7 @@ from grass_dist.finetune.data.config import DataConfig, fill_template
 from grass_dist.finetune.data.first_ids import first_ids
 from grass_dist.finetune.data.json_files import HEAD
 from grass_dist.finetune.data.json_lines import Row, Skipped
-from grass_dist.finetune.data.rows import Reading, Source, load_rows, sources
+from grass_dist.finetune.data.rows import Reading, RowSource, load_rows, sources
 from grass_dist.finetune.data.stream_identity import stream_identity
 from grass_dist.model.loss import IGNORED
 
@@ -193,7 +193,7 @@ def first_example(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: 
 
 
 def _tokenise_all(
-    source: Source,
+    source: RowSource,
     rows: Iterable[Any],
     tokenizer: PreTrainedTokenizerBase,
     enough: int | None = None,

@@ -45,7 +45,7 @@ class Reading:
     """The files that each name with a ``*`` stood for."""
 
 
-class Source(NamedTuple):
+class RowSource(NamedTuple):
     """A dataset that a `DataConfig` names, and the setting that an error about it is about."""
 
     field: str
@@ -109,9 +109,9 @@ class Source(NamedTuple):
         return ConfigError(self.field, self.name, problem, fix)
 
 
-def sources(config: DataConfig) -> tuple[Source, Source]:
+def sources(config: DataConfig) -> tuple[RowSource, RowSource]:
     """Returns where the rows to train on come from, and where the held-out ones do."""
-    train = Source("name", config.name, config.split, config)
+    train = RowSource("name", config.name, config.split, config)
     if config.eval is not None and config.eval.startswith(SPLIT):
         return train, train._replace(field="eval", split=config.eval[len(SPLIT) :])
     return train, train if config.eval is None else train._replace(field="eval", name=config.eval)
@@ -165,7 +165,7 @@ def files_to_train_on(config: DataConfig) -> dict[str, Path]:
     return {str(file.relative_to(folder)): file for file in islice(found, 100_000) if file.is_file()}
 
 
-def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
+def _load(source: RowSource, seed: int, reading: Reading, offset: int = 0) -> Rows:
     """Loads the rows of one dataset, at least one."""
     field, name, split, config = source
     if name.startswith(GENERATED):
@@ -186,7 +186,7 @@ def _load(source: Source, seed: int, reading: Reading, offset: int = 0) -> Rows:
     return rows
 
 
-def _text_files(source: Source, reading: Reading) -> dict[str, list[str]] | None:
+def _text_files(source: RowSource, reading: Reading) -> dict[str, list[str]] | None:
     """Returns the files of each split of a dataset that is a file, or a folder of JSON files alone; else None."""
     field, name, _, config = source
     if is_file(name):
@@ -228,7 +228,7 @@ def _used(splits: Mapping[str, list[str]], split: str) -> dict[str, list[str]]:
     return {name: files for name, files in splits.items() if re.search(rf"\b{re.escape(name)}\b", split)}
 
 
-def _check_apart(source: Source, splits: Mapping[str, list[str]]) -> None:
+def _check_apart(source: RowSource, splits: Mapping[str, list[str]]) -> None:
     """Checks that no file of another dataset, whose rows are to be held out, is one to train on.
 
     Raises:
@@ -253,7 +253,7 @@ def _shared(paths: list[str], others: list[str]) -> list[str]:
     return [path for path, its in found if (its.st_dev, its.st_ino) in known]
 
 
-def _read_files(source: Source, splits: dict[str, list[str]], reading: Reading) -> Rows | None:
+def _read_files(source: RowSource, splits: dict[str, list[str]], reading: Reading) -> Rows | None:
     """Reads the rows of files; None if there are none."""
     split, config = source.split, source.config
     if config.streaming and split not in splits:
@@ -276,7 +276,7 @@ def _read_files(source: Source, splits: dict[str, list[str]], reading: Reading) 
     return datasets.concatenate_datasets(chosen)
 
 
-def _rows_of(source: Source, files: tuple[str, ...], reading: Reading, *, whole: bool) -> Rows | None:
+def _rows_of(source: RowSource, files: tuple[str, ...], reading: Reading, *, whole: bool) -> Rows | None:
     """Reads the rows of a split, only as many as are needed unless ``whole``."""
     field, name, _, config = source
     skip = config.on_bad_line == "skip"
@@ -299,7 +299,7 @@ def _is_saved(name: str) -> bool:
     return any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
 
 
-def _read_typed(source: Source) -> Rows:
+def _read_typed(source: RowSource) -> Rows:
     """Reads the rows of a dataset of the Hub or of a folder, with the types that `datasets` gives to their columns."""
     _, name, split, config = source
     if not _is_saved(name):

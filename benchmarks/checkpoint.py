@@ -20,7 +20,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from grass_dist.checkpoint import files
 from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.loading import load, open_checkpoint
 from grass_dist.checkpoint.pieces import Holdings
-from grass_dist.checkpoint.saving import Saved, Saver, take_snapshot
+from grass_dist.checkpoint.saving import Saved, Saver
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.job.world import World
 from grass_dist.ranks import Ranks
@@ -44,10 +43,7 @@ def measure(args: argparse.Namespace, world: World, folder: Path) -> dict[str, A
     run = Run(args, world, {"mode": "interval"})
     holdings: Holdings = ZeroHoldings(run.engine) if run.engine else run.optimizer.holdings()
     ranks = Ranks(world.background)
-    savers = {
-        name: Saver(folder / name, ranks, partial(take_snapshot, holdings, ranks), keep=2, background=name == TURNS[1])
-        for name in TURNS[1:]
-    }
+    savers = {name: Saver(folder / name, holdings, ranks, keep=2, background=name == TURNS[1]) for name in TURNS[1:]}
     for at in range(args.interval * 2 + 1):  # the probe, and two rounds of layers
         run.step(random_ids(run, at, args.batch, args.length))
     took: dict[str, list[float]] = {name: [] for name in TURNS}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from grass_dist.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from grass_dist.checkpoint.api import load_checkpoint, save_checkpoint
+    from grass_dist.checkpoint.api import AsyncCheckpointer, load_checkpoint, save_checkpoint
     from grass_dist.config import GrassConfig, OffloadConfig
     from grass_dist.deepspeed import initialize
     from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, UnsupportedModel
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from grass_dist.optimizer import GrassOptimizer
 
 __all__ = [
+    "AsyncCheckpointer",
     "CheckpointError",
     "ConfigError",
     "GrassConfig",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "checkpoint.api": ("load_checkpoint", "save_checkpoint"),
+    "checkpoint.api": ("AsyncCheckpointer", "load_checkpoint", "save_checkpoint"),
     "config": ("GrassConfig", "OffloadConfig"),
     "deepspeed": ("initialize",),
     "errors": ("CheckpointError", "ConfigError", "GrassError", "RanksDisagree", "UnsupportedModel"),

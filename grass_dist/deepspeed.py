@@ -1,27 +1,25 @@
-"""`initialize`: `deepspeed.initialize` for a ds_config with a ``"grass"`` block."""
+"""`initialize`: does what `deepspeed.initialize` does, and trains by GRASS if the ds_config has a ``"grass"`` block."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from grass_dist.backends.zero.backend import ZeroBackend
-from grass_dist.backends.zero.checkpoint import add_checkpoints, add_exports
+from grass_dist.backends.zero.backend import ZeroBackend, ZeroSharding
 from grass_dist.backends.zero.checks import check_model, check_optimizer
-from grass_dist.backends.zero.destroy import add_destroy, flags_of
 from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
+from grass_dist.backends.zero.engine import wrap_methods
+from grass_dist.backends.zero.groups import groups_of
 from grass_dist.backends.zero.jit import accelerator, on_cpu, spare_the_compiler
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
 from grass_dist.backends.zero.place import place_states
-from grass_dist.backends.zero.private import check_classes, deepspeed_version
-from grass_dist.backends.zero.reads import Reads
+from grass_dist.backends.zero.private import check_classes, deepspeed_version, stock_classes, zero_optimizers_from
 from grass_dist.config import check_num_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
@@ -29,14 +27,8 @@ from grass_dist.method.controller import GrassController
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
-from grass_dist.model.units import (
-    check_one_device,
-    choose_units,
-    fingerprint,
-    frozen_layers,
-    refuse_second,
-)
-from grass_dist.ranks import say, together, world
+from grass_dist.model.units import check_one_device, choose_units, fingerprint, frozen_layers, refuse_second
+from grass_dist.ranks import Ranks, say, together, world
 
 Initialize = Callable[..., tuple[Any, Any, Any, Any]]
 
@@ -46,7 +38,7 @@ def initialize(*args: Any, observers: Sequence[Observer] = (), **kwargs: Any) ->
 
     With a top-level block ``"grass": {...}`` in the ds_config (the fields of `GrassConfig`) the engine trains by
     GRASS: ``engine.grass`` is the `GrassController`. ``engine.backward``, ``step``, ``save_checkpoint`` and
-    ``load_checkpoint`` work as ever. Without the block this is `deepspeed.initialize`.
+    ``load_checkpoint`` work as without it. Without the block this is `deepspeed.initialize`.
 
     Args:
         observers: called with each `Refreshed` and `Sampled`, from the first draw on.
@@ -63,7 +55,7 @@ def initialize(*args: Any, observers: Sequence[Observer] = (), **kwargs: Any) ->
 def initialize_with(
     stock: Initialize, args: Sequence[Any], kwargs: dict[str, Any], observers: Sequence[Observer]
 ) -> tuple[Any, Any, Any, Any]:
-    """`initialize`, given DeepSpeed's own function."""
+    """Does what `initialize` does, given DeepSpeed's own function."""
     given = inspect.signature(stock).bind(*args, **kwargs).arguments
     config, problem = config_of(given), None
     setup: ZeroSetup | None = None
@@ -72,7 +64,7 @@ def initialize_with(
         if config is None or not has_grass(config):
             return stock(*args, **kwargs)
         setup = split_ds_config(config)
-        check_classes(*_stock_classes(), deepspeed_version())
+        check_classes(*stock_classes(), deepspeed_version())
         check_model(given["model"])
         check_optimizer(given.get("optimizer"), setup)
     except GrassError as error:
@@ -82,17 +74,17 @@ def initialize_with(
     setup = _agree(problem, setup)
     for sentence in (*setup.said, *said):
         say(world(), sentence)
-    return _build(stock, given, setup, observers)
+    return _start(stock, given, setup, observers)
 
 
 def stock_initialize() -> Initialize:
-    """DeepSpeed's own `initialize`, also where `grass_dist.enable` has put ours in its place."""
+    """DeepSpeed's own `initialize`, also after `grass_dist.enable` has replaced it by ours."""
     import deepspeed
 
     return getattr(deepspeed.initialize, "__wrapped__", deepspeed.initialize)
 
 
-def _build(
+def _start(
     stock: Initialize, given: dict[str, Any], setup: ZeroSetup, observers: Sequence[Observer]
 ) -> tuple[Any, Any, Any, Any]:
     given = {**given, "config": setup.ds_config}
@@ -102,16 +94,22 @@ def _build(
     if given.get("lr_scheduler") is None and setup.scheduler is not None:
         given["lr_scheduler"] = functools.partial(_scheduler, *setup.scheduler)
     model: nn.Module = given["model"]
-    flags = flags_of(model)
-    made: list[NarrowZero] = []
+    flags = [(param, param.requires_grad) for param in model.parameters()]
+    made: list[ZeroMethod] = []
+
+    def make(stock_zero: type, arguments: dict[str, Any]) -> NarrowZero:
+        made.append(ZeroMethod(model, setup, observers, stock_zero, arguments))
+        made[-1].grass.start()
+        return made[-1].zero
+
     try:
-        with _narrowed(functools.partial(_connect, model, setup, tuple(observers), made)):
+        with zero_optimizers_from(make):
             engine, optimizer, loader, scheduler = stock(**given)
-    except BaseException:
-        for zero in made:  # there is no engine to destroy, and another may be made of the model
-            zero.grass.detach()
-            for param, flag in flags:
-                param.requires_grad_(flag)
+    except BaseException:  # there is no engine to destroy, and another may be made of the model
+        for method in made:
+            method.grass.detach()
+        for param, flag in flags:
+            param.requires_grad_(flag)
         raise
     if "gradient_clipping" not in setup.ds_config:
         say(
@@ -120,80 +118,87 @@ def _build(
             f"{engine.gradient_clipping()}, as it does without GRASS (0 is no clipping).",
         )
     engine.grass = engine.optimizer.grass
-    add_checkpoints(engine)
-    add_exports(engine)
-    add_destroy(engine, flags)
+    wrap_methods(engine, flags)
     return engine, optimizer, loader, scheduler
 
 
-def _connect(
-    model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], made: list[NarrowZero], zero: NarrowZero
-) -> None:
-    """Puts the method on top of a ZeRO optimizer that the engine is making."""
-    arguments, config = zero.arguments, setup.grass
-    stage = max(setup.stage, 1)
-    groups = zero.user_optimizer.param_groups
-    wire = torch.empty(0, dtype=arguments["communication_data_type"]).element_size()
-    backend = ZeroBackend(zero, arguments["dp_process_group"], arguments["gradient_accumulation_steps"], stage, wire)
-    kwargs = {k: v for k, v in zero.user_optimizer.defaults.items() if k != "params"}
+class ZeroMethod:
+    """GRASS over one ZeRO optimizer: builds all of it from top to bottom, then listens to the optimizer's steps.
 
-    def choose() -> tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...]]:
+    ``grass.start()`` is left to the caller. It chooses what trains first, and so runs DeepSpeed's constructor.
+
+    Args:
+        stock: DeepSpeed's class.
+        arguments: what the engine constructs ``stock`` with, by name.
+
+    Attributes:
+        zero: the optimizer for the engine.
+        grass: the method's controller.
+    """
+
+    def __init__(
+        self, model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], stock: type, arguments: dict[str, Any]
+    ) -> None:
+        user, config, stage = arguments["init_optimizer"], setup.grass, max(setup.stage, 1)
+        wire = torch.empty(0, dtype=arguments["communication_data_type"]).element_size()
+        sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
+
+        found, layers, roles, still = _choose(model, setup, user, sharding)
+        if told := frozen_layers(found, layers):
+            say(sharding.ranks, told)
+        every = groups_of([*layers, *roles], user.param_groups)
+        # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
+        never = groups_of([Unit("never trained", None, still)] if still and stage == 3 else [], user.param_groups)
+
+        states = place_states(user, every, never, sharding, stage, config, layers, roles)
+        self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
+        self._backend = ZeroBackend(self.zero, sharding, arguments["gradient_accumulation_steps"], stage, wire)
+        watch = GradientWatch(model, layers)
+        self.grass = GrassController(config, layers, roles, self._backend, states, watch, observers)
+
+    def gradients_ready(self) -> None:
+        self.grass.check_gradients()
+        self._backend.gradients_ready()
+
+    def rest_step(self) -> bool:
+        self.grass.check_gradients()
+        return self._backend.rest_step()
+
+    def stepped(self, applied: bool) -> None:
+        self.grass.advance() if applied else self.grass.skip_step()
+
+
+_Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...]]
+"""(layers of the model, those that compete, roles that train, what the user's optimizer has and GRASS never trains)"""
+
+
+def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sharding: ZeroSharding) -> _Chosen:
+    """Chooses what trains, on all ranks alike."""
+    config, groups = setup.grass, user.param_groups
+
+    def choose() -> _Chosen:
         try:
             refuse_second(model)
-            check_optimizer(zero.user_optimizer, setup)
+            check_optimizer(user, setup)
             found = find_layers(model, config.layers)
             check_num_layers(config, len(found.layers))
             make_sampler(config, len(found.layers))
             given = {p for group in groups for p in group["params"] if p.requires_grad}
             layers, roles = choose_units(model, found, config, groups)
             still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
-            check_one_device([*layers, *roles], backend.sharding)
+            check_one_device([*layers, *roles], sharding)
         except ConfigError as error:
             raise error if error.field == "optimizer" else error.under("grass") from None
         return found, layers, roles, still
 
-    found, layers, roles, still = together(
-        backend.ranks,
-        choose,
-        lambda made: fingerprint(config, made[0], made[1], groups, type(zero.user_optimizer), kwargs),
+    kwargs = {k: v for k, v in user.defaults.items() if k != "params"}
+    return together(
+        sharding.ranks, choose, lambda made: fingerprint(config, made[0], made[1], groups, type(user), kwargs)
     )
-    zero.every = backend.groups_of([*layers, *roles])
-    if told := frozen_layers(found, layers):
-        say(backend.ranks, told)
-    # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
-    never = backend.groups_of([Unit("never trained", None, still)]) if still and stage == 3 else []
-    zero.states = place_states(zero, backend, config, layers, roles, never)
-    zero.reads = Reads(zero, arguments["dp_process_group"])
-    watch = GradientWatch(model, layers)
-    zero.grass = GrassController(config, layers, roles, backend, zero.states, watch, observers)
-    made.append(zero)
-    zero.on_step = lambda applied: zero.grass.advance() if applied else zero.grass.skip_step()
-
-
-@contextmanager
-def _narrowed(connect: Callable[[Any], None]) -> Iterator[None]:
-    """While an engine is made, it finds our classes where it looks for DeepSpeed's."""
-    import deepspeed.runtime.engine as engine
-    import deepspeed.runtime.zero.stage3 as stage3
-
-    stock12, stock3 = _stock_classes()
-    engine.DeepSpeedZeroOptimizer = narrow_class(stock12, False, connect)
-    stage3.DeepSpeedZeroOptimizer_Stage3 = narrow_class(stock3, True, connect)
-    try:
-        yield
-    finally:
-        engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3 = stock12, stock3
-
-
-def _stock_classes() -> tuple[type, type]:
-    import deepspeed.runtime.engine as engine
-    import deepspeed.runtime.zero.stage3 as stage3
-
-    return engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3
 
 
 def _scheduler(name: str, params: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
-    """The ds_config's scheduler, on the user's parameter groups: those of an interval come and go."""
+    """Makes the ds_config's scheduler on the user's parameter groups: those of an interval come and go."""
     from deepspeed.runtime import lr_schedules
 
     cls = getattr(lr_schedules, name, None) or getattr(torch.optim.lr_scheduler, name, None)
@@ -203,15 +208,10 @@ def _scheduler(name: str, params: dict[str, Any], optimizer: torch.optim.Optimiz
 
 
 def config_of(given: dict[str, Any]) -> Any:
-    """The ds_config among the arguments of `deepspeed.initialize`, wherever it stands there."""
-    for config in (
-        given.get("config"),
-        given.get("config_params"),
-        getattr(given.get("args"), "deepspeed_config", None),
-    ):
-        if config is not None:
-            return config
-    return None
+    """The ds_config among the arguments of `deepspeed.initialize`, which may have it in three places."""
+    in_args = getattr(given.get("args"), "deepspeed_config", None)
+    places = given.get("config"), given.get("config_params"), in_args
+    return next((config for config in places if config is not None), None)
 
 
 def _join(given: dict[str, Any]) -> None:

@@ -51,9 +51,6 @@ _WRAPPED: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 _TRAINING: list[Any] = []  # in Trainer.train, the innermost last
 
-_PREPARED: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[nn.Module, None]] = weakref.WeakKeyDictionary()
-"""The models that an Accelerator has prepared, in that order."""
-
 _LOGGED: weakref.WeakKeyDictionary[GrassController, str] = weakref.WeakKeyDictionary()
 """The importances that were last logged, as text: NaN is not equal to itself."""
 
@@ -179,7 +176,8 @@ def _prepare(stock: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: 
         from accelerate.optimizer import AcceleratedOptimizer
 
         items = prepared if isinstance(prepared, Sequence) else (prepared,)
-        known = _PREPARED.setdefault(accelerator, weakref.WeakKeyDictionary())
+        # The models that this accelerator has prepared, in that order; it keeps them for us.
+        known = vars(accelerator).setdefault("grass_models", weakref.WeakKeyDictionary())
         known.update({item: None for item in items if isinstance(item, nn.Module)})
         for item in items:
             if isinstance(item, AcceleratedOptimizer):

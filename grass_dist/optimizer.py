@@ -28,7 +28,9 @@ from grass_dist.model.units import (
     refuse_second,
 )
 from grass_dist.ranks import say, together
-from grass_dist.states.placement import place_states
+from grass_dist.states.moving import MovingStates
+from grass_dist.states.placement import place
+from grass_dist.states.resident import ResidentStates
 from grass_dist.states.unit_optimizer import ELEMENTWISE, HOW, UnitOptimizer
 
 ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
@@ -143,15 +145,14 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._model = model
         self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
         self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
-        self._states = place_states(
-            self._layer_optimizers, self._role_optimizers, self.param_groups, backend.sharding, config
-        )
+        self._states = self._place_states(config)
         self._in_backward = config.offload.update_in_backward
         self._updated: set[int] = set()  # layers, since the last step ended
         if self._in_backward:
             backend.tell_final(self._update_in_backward)
         watch = GradientWatch(model, layers)
         self.grass = GrassController(config, layers, roles, backend, self._states, watch, observers)
+        self.grass.start()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -358,9 +359,27 @@ class GrassOptimizer(torch.optim.Optimizer):
         """Makes ``self.state[param]`` the very dict in which the layer's optimizer keeps that parameter's state."""
         for at, (_, param) in enumerate(optimizer.unit.params):
             if optimizer.inner is not None:
-                self._shown[param] = optimizer.inner.state[optimizer.updated[at]]
+                self._shown[param] = optimizer.targets[at].state
             else:
                 self._shown.pop(param, None)
+
+    def _place_states(self, config: GrassConfig) -> ResidentStates | MovingStates:
+        fallback, resident = None, 0
+        try:
+            for optimizer in self._layer_optimizers:
+                optimizer.fields(self.param_groups)
+            resident = sum(f.nbytes for own in self._role_optimizers for f in own.fields(self.param_groups))
+        except GrassError as error:
+            fallback = str(error)
+        first, sharding = self._layer_optimizers[0].unit.params[0][1], self._backend.sharding
+        return place(
+            [own.state for own in self._layer_optimizers],
+            config,
+            sharding.ranks,
+            sharding.shard_of(first).device,
+            resident=resident,
+            fallback=fallback,
+        )
 
     def _make_unit_optimizers(
         self, units: Sequence[Unit], optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]

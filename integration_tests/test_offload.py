@@ -118,7 +118,7 @@ def train_zero(
         lambda number: train_step(engine, number, rank, world_size, 1),
         engine.grass,
         lambda: (states.device_bytes, states.host_bytes),
-        states._moving,
+        states.mode if offload["mode"] != "none" else None,
     )
     states.settle()
     told["states"] = {
@@ -130,8 +130,8 @@ def train_zero(
     told["weights"] = {name: gathered(param) for name, param in engine.module.named_parameters()}
     units = states._units
     layers = len(engine.grass.layers)
-    told["roles"] = sum(t.nbytes for unit in units[layers:] for own in unit.groups for t in own.tensors())
-    told["layers"] = [sum(t.nbytes for own in unit.groups for t in own.tensors()) for unit in units[:layers]]
+    told["roles"] = sum(unit.nbytes for unit in units[layers:])
+    told["layers"] = [unit.nbytes for unit in units[:layers]]
     engine.destroy()
     return told
 

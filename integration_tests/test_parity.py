@@ -98,11 +98,20 @@ def test_four_ranks(runs, reference):
     check_parity(runs, reference)
 
 
+@pytest.fixture(scope="module")
+def frozen_reference():
+    return run_reference(SETTINGS, STEPS, frozen=FROZEN)
+
+
 @scenarios(TWO(trained, "fsdp2", frozen=FROZEN), TWO(trained, "ddp", frozen=FROZEN))
-def test_layers_that_the_user_has_frozen_do_not_compete(runs):
-    reference = run_reference(SETTINGS, STEPS, frozen=FROZEN)
-    assert max(map(max, reference["active"])) == LAYERS - len(FROZEN) - 1
-    check_parity(runs, reference)
+def test_layers_that_the_user_has_frozen_do_not_compete(runs, frozen_reference):
+    assert max(map(max, frozen_reference["active"])) == LAYERS - len(FROZEN) - 1
+    check_parity(runs, frozen_reference)
+
+
+@pytest.fixture(scope="module")
+def bf16_reference():
+    return run_reference(SETTINGS, STEPS, torch.bfloat16)
 
 
 @scenarios(
@@ -110,12 +119,11 @@ def test_layers_that_the_user_has_frozen_do_not_compete(runs):
     TWO(trained, "fsdp2", dtype=torch.bfloat16, sync_every_micro_batch=False),
     TWO(trained, "ddp", dtype=torch.bfloat16),
 )
-def test_bf16_weights_with_fp32_masters(runs):
-    reference = run_reference(SETTINGS, STEPS, torch.bfloat16)
-    assert runs[0]["active"] == runs[1]["active"] == reference["active"]
+def test_bf16_weights_with_fp32_masters(runs, bf16_reference):
+    assert runs[0]["active"] == runs[1]["active"] == bf16_reference["active"]
     moved = rounded = 0.0
     start = run_reference(SETTINGS, 0, torch.bfloat16)["params"]
-    for name, theirs in reference["params"].items():
+    for name, theirs in bf16_reference["params"].items():
         moved += (theirs - start[name]).square().sum().item()
         rounded += (runs[0]["params"][name] - theirs).square().sum().item()
     assert runs[0]["state_bytes"] > 0

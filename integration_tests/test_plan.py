@@ -141,7 +141,7 @@ def _zero(model: Any, rank: int, world_size: int, backend: str, offload: str, dt
             "weights": live(params),
             "gradients": gradients,
             "states": states.device_bytes,
-            "host": 0 if offload == "none" else states._moving.store.nbytes,
+            "host": 0 if offload == "none" else states.mode.store.nbytes,
         }
     engine.destroy()
 

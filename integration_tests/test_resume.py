@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from integration_tests.support.ranks import run_ranks
+import grass_dist
+from integration_tests.support.ranks import refused, run_ranks
 from integration_tests.support.resume import Setting, Training, leg
+from integration_tests.support.resume_zero import ZeroTraining, setting_of
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -98,3 +101,57 @@ def test_it_goes_on_on_other_ranks_and_under_another_backend(tmp_path):
     worst = max((found[0]["params"][n] - p).abs().max().item() for n, p in alone["params"].items())
     print(f"worst difference after 30 steps on 4, 2, 3, 1 and 2 ranks: {worst:.2g}")
     assert worst < 1e-6
+
+
+def in_loops_of_ones_own(rank: int, world_size: int, parent: str) -> dict[str, list[str]]:
+    """What is wrong with what `AsyncCheckpointer` has saved beside the steps of FSDP2 and of ZeRO-2."""
+    fsdp2, zero2 = Setting("fsdp2", GRASS), setting_of(2, "bf16", "interval", "dcp")
+    makers = {
+        "fsdp2": lambda: Training(rank, world_size, fsdp2),
+        "zero2": lambda: ZeroTraining(rank, world_size, zero2),
+    }
+    return {name: beside_the_steps(make, Path(parent, name)) for name, make in makers.items()}
+
+
+def beside_the_steps(make: Callable[[], Training], folder: Path) -> list[str]:
+    undisturbed, whole, resumed = make().run(9).params(), make(), make()
+    with grass_dist.AsyncCheckpointer(folder, trained(whole), keep=2) as checkpointer:
+        for step in (2, 4, 6):
+            whole.run(step)
+            checkpointer.save(step, extra={"step": step})
+        whole.run(9)
+    newest, kept = checkpointer.latest(), sorted(path.name for path in folder.iterdir())
+    odd = [] if newest == folder / "step-000006" and kept == ["step-000004", "step-000006"] else [str(newest), *kept]
+    found = grass_dist.load_checkpoint(folder, trained(resumed))
+    odd += [] if found == (6, {"step": 6}) else [f"{found} was loaded"]
+    resumed.done = 6
+    odd += [f"{name} of the run that was saved" for name in _differing(undisturbed, whole.params())]
+    odd += [f"{name} of the run that went on" for name in _differing(undisturbed, resumed.run(9).params())]
+    return odd + unwritten(folder, trained(resumed))
+
+
+def trained(training: Training) -> Any:
+    """What a loop of one's own gives to `AsyncCheckpointer`."""
+    return training.engine if isinstance(training, ZeroTraining) else training.optimizer
+
+
+def unwritten(folder: Path, optimizer: Any) -> list[str]:
+    """Rank 0 cannot write; the next save tells all ranks, and nothing is left."""
+
+    def no_room(writing: Path) -> None:
+        raise OSError(28, "no room", str(writing))
+
+    checkpointer = grass_dist.AsyncCheckpointer(folder, optimizer, add_files=no_room)
+    checkpointer.save(8)
+    told = refused(lambda: checkpointer.save(9))
+    dist.barrier()  # until rank 0, which removes what there is of it, has been told too
+    names = sorted(path.name for path in folder.iterdir())
+    good = told.startswith("CheckpointError: The checkpoint of step 8 was not written: rank 0: ") and "no room" in told
+    return [] if good and names == ["step-000004", "step-000006"] else [told, *names]
+
+
+@pytest.mark.integration
+def test_a_loop_of_ones_own_saves_beside_its_steps_to_the_bit(tmp_path):
+    pytest.importorskip("deepspeed")
+    told = run_ranks(2, in_loops_of_ones_own, str(tmp_path), timeout=200)
+    assert told == [{"fsdp2": [], "zero2": []}] * 2

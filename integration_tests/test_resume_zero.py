@@ -6,7 +6,6 @@ import gc
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,99 +14,23 @@ import torch
 import torch.distributed as dist
 
 from grass_dist.checkpoint.convert import to_dcp
-from grass_dist.checkpoint.deepspeed_save import save_deepspeed
+from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
 from grass_dist.checkpoint.loading import Checkpoint, State, load, open_checkpoint
-from grass_dist.checkpoint.saving import Saver, Snapshot, take_snapshot, write_snapshot
-from grass_dist.checkpoint.zero_run import ZeroHoldings
+from grass_dist.checkpoint.saving import write_snapshot
 from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
-from integration_tests.support.model import ADAMW, decay_groups, global_batch, schedule, small_llama
 from integration_tests.support.ranks import refused, run_ranks
-from integration_tests.support.resume import BATCH, Setting, Training
+from integration_tests.support.resume import Setting, Training
 from integration_tests.support.resume import leg as torch_leg
-from integration_tests.support.zero import ds_config, full
+from integration_tests.support.resume_zero import GRASS, ZeroSetting, ZeroTraining, setting_of
 
 pytestmark = [pytest.mark.timeout(420), pytest.mark.long]  # test_program_convert.py has a part of it
 BOUND = 1e-6
 
-GRASS = {
-    "active_layers": 2,
-    "sampling_interval": 4,
-    "update_interval": 4,
-    "probe_steps": 3,
-    "draw_ahead": 2,
-    "ema_alpha": 0.5,
-    "temperature": 0.5,
-    "seed": 3,
-}
 STEPS = 9
 """The last one refreshes the importances and draws once more."""
 EVERYWHERE = (1, 2, 3, 4, 6, 7)
 """In the probe, before its last step; at a switch, in an interval, between a draw and its switch, at a switch."""
-
-
-@dataclass(frozen=True)
-class ZeroSetting(Setting):
-    """``backend`` is zero1, zero2 or zero3."""
-
-    kind: str = "dcp"
-    zero: dict[str, Any] = field(default_factory=dict)
-    """Options of ``zero_optimization``."""
-
-
-class ZeroTraining(Training):
-    """`Training` on an engine."""
-
-    def __init__(self, rank: int, world_size: int, setting: ZeroSetting) -> None:
-        from grass_dist.deepspeed import initialize
-
-        self.rank, self.world_size, self.setting, self._kind = rank, world_size, setting, setting.kind
-        model = small_llama(setting.dtype)
-        optimizer = torch.optim.AdamW(decay_groups(model), **ADAMW)
-        config = ds_config(int(setting.backend[-1]), setting.grass, setting.accumulation, setting.dtype, setting.zero)
-        self.engine, *_ = initialize(model=model, optimizer=optimizer, config=config)
-        self.holdings = ZeroHoldings(self.engine)
-        self.active: list[tuple[int, ...]] = []
-        self.done = 0
-        self._saver: Saver | None = None
-
-    def save(self, folder: Path) -> None:
-        if self._saver is None:
-            ranks, background = Ranks(dist.new_group(backend="gloo")), self._kind == "dcp"
-
-            def take(step, extra, copy) -> Snapshot:
-                if self._kind == "deepspeed":
-                    return save_deepspeed(self.engine, ranks, step, extra)
-                return take_snapshot(self.holdings, ranks, step, extra, copy)
-
-            self._saver = Saver(folder, ranks, take, keep=100, background=background)
-        elif (saved := self._saver.outcome()) and saved.error:
-            raise saved.error
-        self._saver.save(self.done, {})
-
-    def load(self, folder: Path) -> ZeroTraining:
-        return self.load_open(open_checkpoint(folder, self.holdings.ranks))
-
-    def load_open(self, checkpoint: Checkpoint) -> ZeroTraining:
-        self.to_the_bit = load(checkpoint, self.holdings)
-        self.done = checkpoint.step
-        self.active.clear()
-        return self
-
-    def params(self) -> dict[str, torch.Tensor]:
-        return {n: full(p) for n, p in self.engine.module.named_parameters()}
-
-    def _step(self) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = ADAMW["lr"] * schedule(self.done)
-        x, accumulation = global_batch(self.done, BATCH), self.setting.accumulation
-        per = BATCH // self.world_size // accumulation
-        self.active.append(self.engine.grass.active_layers)
-        for micro in range(accumulation):
-            mine = x[(micro * self.world_size + self.rank) * per :][:per]
-            self.engine.backward(self.engine(input_ids=mine, labels=mine).loss)
-            self.engine.step()
-        self.done += 1
 
 
 # On as many ranks.
@@ -171,12 +94,6 @@ CASES = {
 }
 
 
-def setting_of(stage: int, dtype: str, mode: str, kind: str, grass: dict | None = None, **more: Any) -> ZeroSetting:
-    grass = {**GRASS, "offload": {"mode": mode}, **(grass or {})}
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return ZeroSetting(f"zero{stage}", grass, dtypes[dtype], kind=kind, **more)
-
-
 def everything(rank: int, world_size: int, folder: str) -> dict[Any, list[str]]:
     """Every case of `CASES`, and what else two ranks can show; a list of what is wrong for each."""
     gc.freeze()  # ZeRO-3 has the collector run whenever it is constructed
@@ -207,22 +124,23 @@ def test_a_run_continues_to_the_bit_and_saving_disturbs_nothing(exact, case):
     assert [told[case] for told in exact] == [[], []]
 
 
+class Obstructed(DeepSpeedSnapshot):
+    """A folder lies where a file of rank 1 goes."""
+
+    def write_tensors(self, folder: Path, ranks: Ranks) -> None:
+        (folder / "deepspeed/state/zero_pp_rank_1_mp_rank_00_optim_states.pt").mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        super().write_tensors(folder, ranks)
+
+
 def unwritable(rank: int, world_size: int, parent: Path) -> list[str]:
     """All ranks are told, nothing is left, and the run goes on; the same in the background, where none could."""
     folder = parent / "unwritable"
     training = ZeroTraining(rank, world_size, setting_of(2, "fp32", "interval", "deepspeed")).run(1)
     ranks = Ranks(dist.new_group(backend="gloo"))
-    snapshot = save_deepspeed(training.engine, ranks, 1, {})
-    stock = snapshot.write_tensors
-
-    def obstructed(writing: Path) -> None:
-        (writing / "deepspeed/state/zero_pp_rank_1_mp_rank_00_optim_states.pt").mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        stock(writing)
-
-    snapshot.write_tensors = obstructed
-    told = [refused(lambda: write_snapshot(folder, snapshot, ranks, 3))]
-    snapshot.write_tensors = stock
+    snapshot = DeepSpeedSnapshot.take(training.holdings, 1)
+    obstructed = Obstructed(**vars(snapshot))
+    told = [refused(lambda: write_snapshot(folder, obstructed, ranks, 3))]
     with ThreadPoolExecutor(1) as thread:
         told.append(thread.submit(refused, lambda: write_snapshot(folder, snapshot, ranks, 3)).result())
     training.run(2)

@@ -115,11 +115,15 @@ def test_parity_without_accumulation(runs, reference):
     assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) <= 5e-6
 
 
+@pytest.fixture(scope="module")
+def frozen_reference():
+    return run_reference(SETTINGS, STEPS, frozen=FROZEN)
+
+
 @scenarios(*at_each(trained, frozen=FROZEN))
-def test_layers_that_the_user_has_frozen_do_not_compete(runs):
-    reference = run_reference(SETTINGS, STEPS, frozen=FROZEN)
-    assert max(map(max, reference["active"])) == LAYERS - len(FROZEN) - 1
-    check_parity(runs, reference)
+def test_layers_that_the_user_has_frozen_do_not_compete(runs, frozen_reference):
+    assert max(map(max, frozen_reference["active"])) == LAYERS - len(FROZEN) - 1
+    check_parity(runs, frozen_reference)
 
 
 @pytest.mark.integration

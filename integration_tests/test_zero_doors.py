@@ -22,6 +22,7 @@ from deepspeed.utils import (
 
 from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.states import chaos
+from grass_dist.states.moving import MovingStates
 from integration_tests.support.ranks import run_ranks
 from integration_tests.support.zero import ds_config, full, make_engine, micro_batch
 
@@ -140,8 +141,8 @@ def through_all_doors(rank, world_size, stage: int, offload: dict, folder: str, 
     for number, first in enumerate(DOORS):
         train(engine, 50 + number, rank, world_size)
         engine.load_checkpoint(folder, tag="early")
-        if settles and (moving := engine.optimizer.states._moving) is not None:
-            assert all(place.arrived.done() and place.left.done() for place in moving._places)
+        if settles and isinstance(mode := engine.optimizer.states.mode, MovingStates):
+            assert all(place.arrived.done() and place.left.done() for place in mode._places)
         told[f"load {number}: {first}"] = look(engine, first, folder)
     engine.destroy()
     return told

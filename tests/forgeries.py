@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +148,6 @@ TENSORS: dict[str, Attack] = {
     "a weight with a matrix behind": also([4, 4], [128, 0], 32),
     "random numbers of zeros": data("@rng", lambda found: bytes(len(found))),
     "random numbers of ones": data("@rng", lambda found: b"\xff" * len(found)),
-    "random numbers that point behind their end": data(
-        "@rng", lambda found: found[:8] + struct.pack("<iiQ", 624, 1, 624) + found[24:]
-    ),
 }
 MANIFEST: dict[str, Attack] = {
     "another version": put_manifest(("version",), 2),

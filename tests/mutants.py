@@ -28,6 +28,7 @@ CHAIN = {
         "grass_dist.states.transfer",
         "grass_dist.states.store",
         "grass_dist.states.slots",
+        "grass_dist.states.layer_state",
         "grass_dist.states.place",
         "grass_dist.states.moving",
         "grass_dist.backends.host_sums",
@@ -35,7 +36,7 @@ CHAIN = {
     )
 }
 """Modules in the order in which they import each other."""
-MUTATED = ("streams", "transfer", "store", "slots", "moving", "host_sums", "states")
+MUTATED = ("streams", "transfer", "store", "slots", "layer_state", "moving", "host_sums", "states")
 QUEUES = {"compute", "to_device", "to_host", "_read", "submit", "_copy"}
 """Calls that are given the events to wait for."""
 ORDERS = {"wait", "synchronize", "settle", "_ended", "allocated", "finalize", *QUEUES}

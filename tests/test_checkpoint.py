@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
-from functools import partial
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from grass_dist import CheckpointError, load_checkpoint, save_checkpoint
+from grass_dist import AsyncCheckpointer, CheckpointError, load_checkpoint, save_checkpoint
 from grass_dist.checkpoint import saving
 from grass_dist.checkpoint.files import read_manifest
 from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.loading import newest_good, open_checkpoint
 from grass_dist.checkpoint.saving import write_snapshot
-from grass_dist.ranks import Ranks
 from tests.offload_runs import make, outcome, same, train
 
 STEPS = 12
@@ -37,6 +35,7 @@ def test_a_loop_of_ones_own_goes_on_to_the_bit(tmp_path):
 def test_a_background_save_writes_what_there_was_at_the_save(tmp_path, monkeypatch):
     model, optimizer = make({})
     train(model, optimizer, range(5))
+    at_once = save_checkpoint(tmp_path / "at once", optimizer, 5)
     before, may_write = [p.detach().clone() for p in model.parameters()], threading.Event()
 
     def held_up(*args):
@@ -44,20 +43,90 @@ def test_a_background_save_writes_what_there_was_at_the_save(tmp_path, monkeypat
         return write_snapshot(*args)
 
     monkeypatch.setattr(saving, "write_snapshot", held_up)
-    saver = saving.Saver(
-        tmp_path, Ranks(), partial(saving.take_snapshot, optimizer.holdings(), Ranks()), keep=1, background=True
-    )
-    saver.save(5, {})
+    checkpointer = AsyncCheckpointer(tmp_path / "beside", optimizer)
+    checkpointer.save(5)
     train(model, optimizer, range(5, 9))
-    assert not saver.done
+    assert checkpointer.latest() is None
     may_write.set()
-    outcome = saver.outcome()
-    assert outcome is not None and outcome.error is None
+    checkpointer.wait()
+    assert checkpointer.latest() == tmp_path / "beside" / "step-000005"
+    assert content_of(tmp_path / "beside" / "step-000005") == content_of(at_once)
     again, other = make({})
-    load_checkpoint(tmp_path, other)
+    load_checkpoint(tmp_path / "beside", other)
     assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
     train(again, other, range(5, 9))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def content_of(folder):
+    """All that a checkpoint holds, as bytes; safetensors writes the names of tensors in any order."""
+    reader = open_checkpoint(folder).tensors()
+    read = {key: reader.read(key, 0, torch.empty(numel, dtype=dtype)) for key, (numel, dtype) in reader.tensors.items()}
+    return (folder / "state.json").read_bytes(), {key: tensor.numpy().tobytes() for key, tensor in read.items()}
+
+
+def test_a_save_waits_for_the_one_before_and_the_newest_stay(tmp_path):
+    model, optimizer = make({})
+    there = []
+    with AsyncCheckpointer(
+        tmp_path, optimizer, keep=2, add_files=lambda _: there.append([path.name for path in checkpoints_in(tmp_path)])
+    ) as checkpointer:
+        assert checkpointer.latest() is None
+        for step in range(4):
+            train(model, optimizer, range(step, step + 1))
+            checkpointer.save(step + 1, extra={"epoch": step})
+    steps = [f"step-00000{step}" for step in range(1, 5)]
+    assert there == [[], steps[:1], steps[1::-1], steps[2:0:-1]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == steps[2:]
+    assert checkpointer.latest() == tmp_path / steps[3]
+    assert load_checkpoint(tmp_path, optimizer) == (4, {"epoch": 3})
+
+
+def test_an_error_of_the_thread_is_raised_once_by_the_next_call(tmp_path):
+    model, optimizer = make({})
+    train(model, optimizer, range(3))
+    full = [True]
+    checkpointer = AsyncCheckpointer(tmp_path, optimizer, add_files=lambda at: no_room(at) if full else None)
+    checkpointer.save(3)
+    with pytest.raises(CheckpointError, match="step 3 was not written: .*no room"):
+        checkpointer.wait()
+    checkpointer.wait()
+    checkpointer.save(3)
+    train(model, optimizer, range(3, 4))
+    with pytest.raises(CheckpointError, match="step 3 was not written: .*no room"):
+        checkpointer.save(4)
+    assert not list(tmp_path.iterdir())
+    full.clear()
+    checkpointer.save(4)
+    checkpointer.wait()
+    assert checkpointer.latest() == tmp_path / "step-000004"
+
+
+def test_the_end_of_the_block_waits_and_its_own_error_comes_first(tmp_path, caplog):
+    model, optimizer = make({})
+    train(model, optimizer, range(3))
+
+    def save(step, error=None, add_files=None):
+        with AsyncCheckpointer(tmp_path, optimizer, add_files=add_files) as checkpointer:
+            checkpointer.save(step)
+            if error:
+                raise error
+
+    with pytest.raises(CheckpointError, match="no room"):
+        save(3, add_files=no_room)
+    with pytest.raises(KeyError):
+        save(3, KeyError())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"] and "not written" not in caplog.text
+    with pytest.raises(KeyError):
+        save(4, KeyError(), no_room)
+    assert "step 4 was not written" in caplog.text
+
+
+def test_only_what_trains_by_the_method_is_saved(tmp_path):
+    other = torch.optim.SGD(make({})[0].parameters())
+    for refused in (lambda: save_checkpoint(tmp_path, other, 1), lambda: AsyncCheckpointer(tmp_path, other)):
+        with pytest.raises(CheckpointError, match="SGD is neither a GrassOptimizer nor an engine of initialize"):
+            refused()
 
 
 def test_a_folder_without_checkpoints_is_a_start(tmp_path):

@@ -22,7 +22,8 @@ from grass_dist.checkpoint.deepspeed_files import DeepSpeedReader, read_file
 from grass_dist.checkpoint.loading import Checkpoint, State, open_checkpoint
 from grass_dist.checkpoint.per_rank import per_rank_pieces
 from grass_dist.checkpoint.pieces import Piece
-from grass_dist.checkpoint.saving import Snapshot, write_snapshot
+from grass_dist.checkpoint.saving import write_snapshot
+from grass_dist.checkpoint.snapshot import Snapshot
 from grass_dist.checkpoint.torch_files import LARGEST_PICKLE
 from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
@@ -157,17 +158,20 @@ def make(parent: Path, stage: int) -> Path:
     [rng] = [p for p in per_rank_pieces({"measured": {"rows": []}}, Ranks()) if p.key == "@rng"]
     pieces.append(Piece("@rng", rng.numel * WORLD, 0, rng.tensor.repeat(WORLD)))
 
-    def write(folder: Path) -> None:
-        deepspeed_files(folder / "deepspeed/state", stage)
-        (folder / "tensors").mkdir()
-        dcp.write(folder / "tensors", pieces, {p.key: 1 for p in pieces}, None)
+    class ByHand(Snapshot):
+        kind = "deepspeed"
+
+        def write_tensors(self, folder: Path, ranks: Ranks) -> None:
+            (folder / "deepspeed").mkdir()
+            deepspeed_files(folder / "deepspeed/state", stage)
+            super().write_tensors(folder, ranks)
 
     def add(folder: Path) -> None:
         (folder / "model").mkdir()
         (folder / "model/config.json").write_text('{"hidden_size": 3}')
 
     weights = {name: {"shape": list(shape), "dtype": "bfloat16"} for name, shape in SHAPES.items()}
-    snapshot = Snapshot(4, "deepspeed", state_of(stage), weights, f"zero{stage}", write)
+    snapshot = ByHand(4, f"zero{stage}", state_of(stage), weights, pieces, {p.key: 1 for p in pieces})
     folder = write_snapshot(parent, snapshot, Ranks(), 9, add)
     manifest = files.read_manifest(folder).model_copy(update={"world_size": WORLD})
     return files.commit(folder.rename(parent / ".again"), manifest)

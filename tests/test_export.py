@@ -24,7 +24,8 @@ from grass_dist.checkpoint.export import Weight, export, split, weights_of
 from grass_dist.checkpoint.folders import checkpoints_in, prune
 from grass_dist.checkpoint.inspect import inspect_run
 from grass_dist.checkpoint.loading import open_checkpoint
-from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
+from grass_dist.checkpoint.saving import write_snapshot
+from grass_dist.checkpoint.snapshot import Snapshot
 from grass_dist.cli import _parse_size, app
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
 from grass_dist.ranks import Ranks
@@ -56,7 +57,7 @@ class Trained:
 
         config = {"grass": self.optimizer.grass.config.model_dump(mode="json")}
         extra = {"config": config, "step": step} if extra is None else extra
-        snapshot = take_snapshot(self.optimizer.holdings(), Ranks(), step, extra)
+        snapshot = Snapshot.take(self.optimizer.holdings(), step, extra)
         return write_snapshot(self.checkpoints, snapshot, Ranks(), keep=3, add_files=add if with_model else None)
 
     def logits(self) -> torch.Tensor:

@@ -16,7 +16,8 @@ import torch
 from typer.testing import CliRunner
 
 from grass_dist.checkpoint import files
-from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
+from grass_dist.checkpoint.saving import write_snapshot
+from grass_dist.checkpoint.snapshot import Snapshot
 from grass_dist.cli import app
 from grass_dist.finetune.config_file import load_config
 from grass_dist.ranks import Ranks
@@ -111,7 +112,7 @@ def make_run(parent: Path, trained: Trained, attack: Callable[[Path], None]) -> 
         trained.tokenizer.save_pretrained(writing / files.MODEL)
 
     write_run(parent, events())
-    snapshot = take_snapshot(trained.optimizer.holdings(), Ranks(), STEP, run)
+    snapshot = Snapshot.take(trained.optimizer.holdings(), STEP, run)
     attack(write_snapshot(parent / "checkpoints", snapshot, Ranks(), keep=3, add_files=add))
     return parent
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.loading import load, open_checkpoint
-from grass_dist.checkpoint.saving import take_snapshot, write_snapshot
+from grass_dist.checkpoint.saving import write_snapshot
+from grass_dist.checkpoint.snapshot import Snapshot
 from grass_dist.errors import GrassError
 from grass_dist.finetune.checkpoints import check_settings, position_of
 from grass_dist.finetune.config_file import load_config
@@ -45,7 +46,7 @@ class Victim:
     def save(self, parent: Path) -> Path:
         take_steps(self.model, self.optimizer, range(STEP))
         run = {"config": CONFIG.model_dump(mode="json"), "step": STEP, "updates": 3, "bad_steps": 0, "data": {"n": 1}}
-        snapshot = take_snapshot(self.optimizer.holdings(), Ranks(), STEP, run)
+        snapshot = Snapshot.take(self.optimizer.holdings(), STEP, run)
         return write_snapshot(parent, snapshot, Ranks(), keep=3)
 
     def all(self) -> list[Any]:

@@ -89,7 +89,7 @@ BYTES = [2 * 768, 2 * 1280, 2 * 1856]
 def test_fifty_steps_take_the_expected_slots_and_host_bytes(mode):
     model, optimizer = make(mode)
     states, grass, longest, streams = optimizer._states, optimizer.grass, BYTES[2], mode.get("slots") == 2
-    assert [own.layout.device_bytes for own in optimizer._layer_optimizers] == [BYTES[i % 3] for i in range(8)]
+    assert [own.state.layout.device_bytes for own in optimizer._layer_optimizers] == [BYTES[i % 3] for i in range(8)]
     born, adds, waiting, used = set(), 0, False, set()
     count = 2 if streams else 3 + bool(mode.get("prefetch_steps"))
     for step in range(50):

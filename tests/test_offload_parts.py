@@ -176,7 +176,7 @@ def test_a_state_is_made_as_predicted_and_as_the_class_makes_it(cls, kwargs, dty
     layout = Layout(fields)
     flat = torch.full((layout.device_bytes,), 0xFF, dtype=torch.uint8)
     homes = dict(zip((field.name for field in fields), layout.device_views(flat), strict=True))
-    optimizer.bind(list(homes.values()), resident=True)
+    optimizer.state.bind(list(homes.values()), resident=True)
     for _ in range(3):
         for name, p in params.items():
             p.grad = torch.randn(p.shape, generator=generator).to(dtype)

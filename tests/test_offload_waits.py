@@ -207,6 +207,7 @@ def runs(folder: str) -> dict[str, list[Run]]:
         "slots": [*MOVING, dropped_states],
         "moving": [*MOVING, dropped_states, *ZERO],
         "host_sums": SUMS,
+        "layer_state": ZERO,
         "states": ZERO,
     }
 
@@ -250,12 +251,12 @@ EXEMPT: dict[tuple[str, str], str] = {
         "chaos itself, which finds what is wrong and is not part of a run that counts",
     ),
     (
-        "states",
-        "GroupState.exact: no wait in value.to(self.dtypes.get(key, value.dtype))",
+        "layer_state",
+        "TargetState.exact: no wait in value.to(dtype)",
     ): "another dtype in the same memory's place: nothing goes from one device to another",
     (
-        "states",
-        "GroupState._placed: no wait in value.to(device_of(self.group.params[0]), copy=True)",
+        "layer_state",
+        "TargetState.placed: no wait in value.to(self.device, copy=True)",
     ): "out of a file's memory, which is not pinned, so that CUDA has read it when the call returns",
     (
         "store",
@@ -276,7 +277,7 @@ def test_what_orders_is_found():
         "streams CudaEvent.wait: without torch.cuda.current_stream(self._device).wait_event(self._end)",
         "store pin: without torch.cuda.synchronize()",
         "host_sums HostSums.add: a wait in host.copy_(total, non_blocking=True)",
-        "states ZeroStates._use: without self._moving.ready(layer)",
+        "states ZeroStates._use: without self.mode.ready(layer)",
     }
     assert set(EXEMPT) <= set(mutants.ALL)
 

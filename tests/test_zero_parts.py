@@ -19,9 +19,10 @@ from torch import nn
 from grass_dist.backends.zero import jit, private
 from grass_dist.backends.zero.ds_config import split_ds_config
 from grass_dist.backends.zero.groups import GroupsOptimizer, groups_of
-from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
+from grass_dist.backends.zero.states import GroupState, ZeroStates, capacity
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.model.discovery import Unit
+from grass_dist.states.layer_state import LayerState
 from grass_dist.states.moving import IntervalStates
 from grass_dist.states.slots import SlotPool
 from grass_dist.states.store import LayerStateStore
@@ -48,6 +49,31 @@ def test_the_table_of_private_names_holds_on_this_release():
     assert engine.DeepSpeedZeroOptimizer is DeepSpeedZeroOptimizer
     assert stage3.DeepSpeedZeroOptimizer_Stage3 is DeepSpeedZeroOptimizer_Stage3
     assert deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm") in (True, False)
+
+
+def test_an_engine_being_made_takes_its_optimizer_from_us():
+    """By the names that it calls, also where it then derives a class from the stock one."""
+    import deepspeed.runtime.engine as engine
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    def made():
+        return [engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3]
+
+    def fail():
+        with private.zero_optimizers_from(lambda stock, arguments: (stock, arguments["init_optimizer"])):
+            from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
+
+            assert SuperOffloadOptimizer_Stage3.__base__ is DeepSpeedZeroOptimizer_Stage3
+            assert made()[0]("mine", [], None, {}) == (DeepSpeedZeroOptimizer, "mine")
+            assert made()[1]("model", "mine", [], None, ds_config={}) == (DeepSpeedZeroOptimizer_Stage3, "mine")
+            raise ValueError
+
+    source = inspect.getsource(engine.DeepSpeedEngine._configure_zero_optimizer)
+    assert " DeepSpeedZeroOptimizer" in source
+    assert "from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3" in source
+    with pytest.raises(ValueError):
+        fail()
+    assert made() == [DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3]
 
 
 @pytest.mark.parametrize("name", private.STAGE_3.methods)
@@ -164,7 +190,7 @@ def states_of_units(*, has_master=True):
     kept = [("exp_avg", torch.Size([1]), torch.float32), ("exp_avg_sq", torch.Size([1]), torch.float32)]
     found = units()
     groups = groups_of(found, [{"params": [p for unit in found for _, p in unit.params]}])
-    return [UnitState(g.unit.name, [GroupState(g, kept, {}, 2, has_master=has_master)], None) for g in groups]
+    return [LayerState(g.unit.name, [GroupState(g, kept, {}, 2, has_master=has_master)]) for g in groups]
 
 
 def made(numel, start, *, born=True):
@@ -189,7 +215,7 @@ def stands_in(param, numel):
 
 def test_a_new_group_is_adopted_and_a_known_one_gets_its_state():
     [a, _] = states_of_units()
-    [own] = a.groups
+    [own] = a.targets
     param, state = made(3, 10)
     own.adopt(param, state)
     assert own.state is state[param] and own.master.data_ptr() == param.data_ptr() and own.resident
@@ -204,14 +230,14 @@ def test_a_new_group_is_adopted_and_a_known_one_gets_its_state():
 @pytest.mark.parametrize("has_master", [True, False])
 def test_a_group_is_where_it_was_bound_last(has_master):
     [a, _] = states_of_units(has_master=has_master)
-    [own] = a.groups
+    [own] = a.targets
     assert [field.name for field in own.fields] == ["a/master", "a/exp_avg", "a/exp_avg_sq"][not has_master :]
     assert a.layout.device_bytes == len(own.fields) * 384  # 91 x 4 bytes, aligned
     param, state = made(3, 10)
     own.adopt(param, state)
     host, slot = (torch.full((a.layout.device_bytes,), 0xFF, dtype=torch.uint8) for _ in range(2))
     a.bind(a.layout.host_views(host), resident=False)
-    own.fill(3, torch.tensor([1.0, 2.0, 3.0]), {"exp_avg": torch.tensor([4.0, 5.0, 6.0]), "step": torch.tensor(7.0)})
+    own.replace(3, torch.tensor([1.0, 2.0, 3.0]), {"exp_avg": torch.tensor([4.0, 5.0, 6.0]), "step": torch.tensor(7.0)})
     assert list(own.state) == ["exp_avg", "step"] and state[param] is own.state
     slot.copy_(host)
     for flat, resident in ((host, False), (slot, True), (host, False)):
@@ -227,20 +253,20 @@ def test_a_group_is_where_it_was_bound_last(has_master):
 
 def test_padding_that_a_checkpoint_lacks_is_zero():
     [_, b] = states_of_units()
-    [own] = b.groups
+    [own] = b.targets
     flat = torch.full((b.layout.host_bytes,), 0xFF, dtype=torch.uint8)
     b.bind(b.layout.host_views(flat), resident=False)
-    own.fill(4, torch.tensor([1.0, 2.0]), {"exp_avg": torch.tensor([3.0, 4.0, 5.0]), "exp_avg_sq": torch.ones(4)})
+    own.replace(4, torch.tensor([1.0, 2.0]), {"exp_avg": torch.tensor([3.0, 4.0, 5.0]), "exp_avg_sq": torch.ones(4)})
     assert numbers(own) == [[1, 2, 0, 0], [3, 4, 5, 0], [1, 1, 1, 1]]
     assert all(home[4:].eq(0).all() and home.numel() == 74 for home in own.homes.values())
 
 
 def test_a_partition_padded_further_than_foreseen_is_refused():
     [a, b] = states_of_units()
-    assert [capacity(unit.groups[0].group, 2) for unit in (a, b)] == [91, 74]
-    a.groups[0].adopt(*made(91, 0))
+    assert [capacity(unit.targets[0].group, 2) for unit in (a, b)] == [91, 74]
+    a.targets[0].adopt(*made(91, 0))
     with pytest.raises(GrassError, match="partition of a has 92 elements where at most 91 were expected"):
-        a.groups[0].adopt(*made(92, 0))
+        a.targets[0].adopt(*made(92, 0))
 
 
 def zero_states():
@@ -249,7 +275,7 @@ def zero_states():
     pool = SlotPool(1, max(layer.layout.device_bytes for layer in layers), CPU, transfers.allocated)
     store = LayerStateStore([layer.layout.host_bytes for layer in layers], CPU)
     moving = IntervalStates(layers, pool, store, transfers, last_first=False, prefetch_steps=0)
-    return ZeroStates(layers, [], moving, CPU), [layer.groups[0] for layer in layers]
+    return ZeroStates(layers, [], moving, CPU), [layer.targets[0] for layer in layers]
 
 
 def narrow(states, own, param, state, layer):

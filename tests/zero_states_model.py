@@ -38,7 +38,7 @@ class Zero:
         made = {unit.name: [] for unit in units}
         for group in groups_of(units, user):
             made[group.unit.name].append(parts.states.GroupState(group, kept, {}, 1, has_master=True))
-        all_units = [parts.states.UnitState(name, groups, None) for name, groups in made.items()]
+        all_units = [parts.layer_state.LayerState(name, groups) for name, groups in made.items()]
         layers, roles = all_units[:LAYERS], all_units[LAYERS:]
         active = rng.randint(1, 3)
         ahead = rng.randint(0, 1) if mode == "interval" else 0
@@ -71,16 +71,16 @@ class Zero:
             own.param = None
         self.masters, self.base = {}, {}
         for index in self.rng.choice([(*layers, LAYERS), (LAYERS, *layers)]):
-            for own in self.units[index].groups:
+            for own in self.units[index].targets:
                 key = own.group.key
                 self.masters[key] = master = nn.Parameter(self.weights[key].clone())
                 self.base[master] = {}
         for key, master in self.masters.items():
             self.states.of[key].adopt(master, self.base)
         self.states.enter(layers)
-        moving = self.states._moving
+        moving = self.states.mode
         assert not self.stays or set(moving._on_device()) == set(layers), "not all have come"
-        for own in (own for index in layers for own in self.units[index].groups):
+        for own in (own for index in layers for own in self.units[index].targets):
             assert own.resident == self.stays, "DeepSpeed has another master than it must have"
 
     def step(self, follow: Sequence[int] | None) -> None:
@@ -102,7 +102,7 @@ class Zero:
             own["weight"] = own["master"] = own["master"] + own["exp_avg_sq"]
         with self.on():
             self.states.end_step()
-        assert follow is None or not self.stays or set(self.states._moving._on_device()) == set(follow)
+        assert follow is None or not self.stays or set(self.states.mode._on_device()) == set(follow)
 
     def born(self, own: Any, state: dict[str, Any], master: nn.Parameter) -> None:
         """Optimizer classes make a state in one of two ways, of which one is born where it belongs."""
@@ -179,11 +179,11 @@ def drive_zero(parts: Any, mode: str, seed: int, *, cuda: LateCuda | None = None
     states.settle()
     for key in states.of:
         zero.check(key)
-    assert len(states._moving.transfers._copied) < 8 * LAYERS, "events are kept"
+    assert len(states.mode.transfers._copied) < 8 * LAYERS, "events are kept"
     if rng.random() < 0.3:
         states.forget()
         states.settle()
-        assert not any(own.tensors() for own in states.of.values())
+        assert not any(own.tensors() for own in states.of.values()) and states.host_bytes == 0
 
 
 def drive_sums(parts: Any, seed: int, cuda: LateCuda) -> None:

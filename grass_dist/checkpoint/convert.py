@@ -1,4 +1,4 @@
-"""A checkpoint in DeepSpeed's own files made into one of safetensors files, in one process on the CPU."""
+"""Converts a checkpoint in DeepSpeed's own files into one of safetensors files, in one process on the CPU."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from grass_dist.ranks import describe_error
 
 
 def to_dcp(source: Path, out: Path) -> Path:
-    """Writes what ``source``, of kind "deepspeed", holds as a checkpoint of kind "dcp" below the folder ``out``.
+    """Writes the content of ``source``, of kind "deepspeed", as a checkpoint of kind "dcp" below the folder ``out``.
 
-    Takes about four times the bytes of one file (`dcp.FILE_BYTES`, or the largest tensor) in memory. As many ranks as
-    saved the source go on from the checkpoint to the bit, and any others can load it.
+    It takes memory for about four files (of `dcp.FILE_BYTES`, or of the largest tensor). As many ranks as saved the
+    source go on from the new checkpoint to the bit; any other number can load it.
 
     Raises:
         CheckpointError: the source is damaged or of kind "dcp", there is such a checkpoint already, or writing fails;
@@ -56,7 +56,7 @@ def _rewrite(checkpoint: Checkpoint, out: Path) -> Path:
 
 
 class _ReadWhenWritten(PieceSavePlanner):
-    """Reads a tensor when the file that it belongs to is being written."""
+    """Reads each tensor when the file that it belongs to is written."""
 
     def __init__(self, reader: TensorReader) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def _write_tensors(reader: TensorReader, folder: Path) -> None:
 
 
 def _copy_rest(checkpoint: Checkpoint, writing: Path) -> None:
-    """The description without the layout of DeepSpeed's files, and what is neither state nor tensors."""
+    """Writes state.json without the layout of DeepSpeed's files, and copies all files besides the tensors."""
     files.write_json(writing / files.STATE, checkpoint.state.model_dump(exclude={"deepspeed"}))
     for name in checkpoint.manifest.files:
         if name.split("/")[0] not in (files.DEEPSPEED, files.TENSORS, files.STATE):
@@ -87,6 +87,6 @@ def _copy_rest(checkpoint: Checkpoint, writing: Path) -> None:
 
 
 def _manifest(checkpoint: Checkpoint, writing: Path) -> files.Manifest:
-    """``world_size`` stays: it is how what each rank had for itself is cut."""
+    """The new manifest. ``world_size`` stays: generators and measurements have a row for each rank that saved."""
     entries = {name: files.digest(writing / name) for name in files.files_in(writing)}
     return checkpoint.manifest.model_copy(update={"kind": "dcp", "files": entries})

@@ -1,4 +1,4 @@
-"""`torch.distributed.checkpoint` over `Piece`s: safetensors files, with the place of every run of entries in them."""
+"""`torch.distributed.checkpoint` over `Piece`s: safetensors files that say which entries of which tensor they hold."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from grass_dist.checkpoint.pieces import Piece
 from grass_dist.errors import CheckpointError
 
 FILE_BYTES = 512 * 2**20
-"""A rank begins another file after this much: writing one takes its size in memory once more."""
+"""Bytes after which a rank begins another file: writing a file takes its size in memory once more."""
 
 
 class PieceSavePlanner(DefaultSavePlanner):
-    """Saves each `Piece` as the chunk of a one-dimensional tensor; no two ranks give the same entries."""
+    """Saves each `Piece` as a chunk of a one-dimensional tensor. No two ranks save the same entries."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -66,11 +66,11 @@ def _write_item(piece: Piece) -> WriteItem:
 
 
 def write(folder: Path, pieces: Sequence[Piece], files: Mapping[str, int], group: dist.ProcessGroup | None) -> None:
-    """Writes the pieces of all ranks into ``folder``, each rank into files of its own. Called on every rank.
+    """Writes the pieces of all ranks into ``folder``; each rank writes its own files. Called on every rank.
 
     Args:
-        pieces: this rank's; over the ranks they cover each tensor exactly once.
-        files: number of the file of each key, from 1, equal on all ranks; see `file_numbers`.
+        pieces: those of this rank; over all ranks they cover each tensor exactly once.
+        files: the number of the file of each key, beginning with 1, equal on all ranks; see `file_numbers`.
 
     Raises:
         CheckpointError: on every rank if one fails.
@@ -85,7 +85,7 @@ def write(folder: Path, pieces: Sequence[Piece], files: Mapping[str, int], group
 
 
 def _of_ranks(error: CheckpointException) -> str:
-    """What went wrong on the first rank on which something did."""
+    """The error of the first rank that failed."""
     rank = min(error.failures)
     cause = error.failures[rank][0]
     what = cause.strerror if isinstance(cause, OSError) and cause.strerror else _line(cause)
@@ -93,10 +93,10 @@ def _of_ranks(error: CheckpointException) -> str:
 
 
 def file_numbers(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """Which file of a rank's a tensor goes to, so that none is much larger than `FILE_BYTES`.
+    """The number of the file for each tensor, so that no file of a rank is much larger than `FILE_BYTES`.
 
     Args:
-        sizes: bytes of each whole tensor.
+        sizes: the bytes of each whole tensor.
     """
     number, filled, found = 1, 0, {}
     for key in sorted(sizes):
@@ -109,7 +109,7 @@ def file_numbers(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
 
 
 class _Targets(LoadPlanner):
-    """Reads into tensors that are given."""
+    """Reads into given tensors."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
         self._targets = targets
@@ -138,13 +138,13 @@ class _Targets(LoadPlanner):
 
 
 class TensorReader:
-    """Any run of entries of any tensor of a checkpoint, read by a `StorageReader` into memory that is given.
+    """Reads any run of entries of any tensor of a checkpoint into given memory.
 
-    No collective: each rank reads what it needs, whatever the number of ranks that saved it.
+    There is no collective: each rank reads what it needs, however many ranks have saved the checkpoint.
 
     Args:
-        reader: of the files.
-        where: the checkpoint, for errors.
+        reader: reads the files.
+        where: the checkpoint's folder, for errors.
 
     Raises:
         CheckpointError: the files are damaged.
@@ -175,13 +175,13 @@ class TensorReader:
         return self.read_all([(key, start, out)])[0]
 
     def read_all(self, wanted: Sequence[tuple[str, int, torch.Tensor]]) -> list[torch.Tensor]:
-        """As `read`, of several at once, each key once; a file is then opened once."""
+        """As `read`, for several keys at once, each of which is there once. Each file is opened once."""
         items = [item for key, start, out in wanted for item in self._items(key, start, out)]
         self._read(items, {key: out for key, _, out in wanted})
         return [out for _, _, out in wanted]
 
     def try_all(self, part: tuple[int, int]) -> None:
-        """Reads an entry of every part of every tensor, of which rank i of n, (i, n) in ``part``, takes every n-th.
+        """Reads one entry of every part of every tensor. With ``part`` (i, n), rank i of n tries every n-th part.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -205,10 +205,10 @@ class TensorReader:
             raise CheckpointError(f"{self._where} cannot be read: {_line(error)}.") from error
 
     def require(self, key: str, numel: int, dtype: torch.dtype) -> None:
-        """Checks that all entries of ``key`` can be read, before any is.
+        """Checks, before anything is read, that there are ``numel`` entries of ``key``.
 
         Raises:
-            CheckpointError: they cannot, or they are not ``numel``.
+            CheckpointError: there are not, or they are of another dtype.
         """
         found = sum(chunk.sizes[0] for chunk in self._chunks(key, dtype)) if numel else 0
         if found != numel:
@@ -225,7 +225,7 @@ class TensorReader:
         return items
 
     def _chunks(self, key: str, dtype: torch.dtype) -> list[ChunkStorageMetadata]:
-        """The parts of ``key`` one after the other.
+        """The parts of ``key`` in their order.
 
         Raises:
             CheckpointError: they leave a gap or overlap, or are of another dtype.
@@ -260,7 +260,7 @@ def _read_item(
 
 
 def open_tensors(folder: Path) -> TensorReader:
-    """The tensors that `write` has written into ``folder``."""
+    """Opens the tensors that `write` has written into ``folder``."""
     return TensorReader(dcp.HuggingFaceStorageReader(str(folder)), folder)
 
 

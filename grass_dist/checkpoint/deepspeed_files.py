@@ -1,8 +1,8 @@
-"""A checkpoint in DeepSpeed's own files, read as if it were one of ours: any entries of any weight or state.
+"""Reads a checkpoint in DeepSpeed's own files like one of ours: any entries of any weight or state.
 
-`state.json` says where DeepSpeed's partitions lie (`ZeroHoldings.layout`), so no file is opened but for what is read
-from it. Files are mapped into memory, not read whole, and nothing in them is executed: classes of DeepSpeed's that
-they mention become empty objects, and a file that mentions any other is refused.
+`state.json` says where DeepSpeed's partitions lie (`Layout`), so a file is only opened when entries are
+read from it. Files are mapped into memory, not read whole, and nothing in them is executed: DeepSpeed's own classes
+become empty objects, and a file that mentions any other class is refused.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import FailFast, Field
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,58 +31,88 @@ from grass_dist.backends.zero.groups import Extent, extents_of
 from grass_dist.backends.zero.private import STAGE_1_AND_2, STAGE_3
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
+from grass_dist.checkpoint.files import Stored
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import MASTER, Entries, decode, state_key
 from grass_dist.checkpoint.torch_files import check_file
-from grass_dist.checkpoint.zero_run import GroupLayout, Layout, Placed
 from grass_dist.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from grass_dist.checkpoint.loading import State
-
 TAG = "state"
-"""Under which the files lie in the folder."""
+"""The tag, and so the folder, of DeepSpeed's files."""
 
 MODEL_FILE, STATES_FILE = "mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt"
 OPEN_FILES = 16
-"""As many stay mapped: what is read next is often in one of the last ones."""
+"""The number of files that stay mapped: the next entries are often in one of the last files."""
 
 
 Way = tuple[str | int, ...]
-"""Keys that lead to a tensor within a file."""
+"""The keys that lead to a tensor within a file."""
+
+
+class Placed(Stored):
+    """A parameter in a partition."""
+
+    name: str
+    numel: int = Field(ge=0)
+    shard: int = Field(ge=0)
+    """At stage 3 the elements of a rank's shard, padding included; else 0."""
+
+
+class GroupLayout(Stored):
+    """The partitions of a parameter group of DeepSpeed's."""
+
+    unit: str
+    partition: int = Field(ge=0)
+    """The elements of each rank's partition, padding included."""
+    params: Annotated[list[Placed], FailFast()]
+
+
+class Layout(Stored):
+    """The places of DeepSpeed's partitions; part of state.json of a checkpoint in its format."""
+
+    stage: Literal[1, 2, 3]
+    groups: Annotated[list[GroupLayout], FailFast()]
+    """The groups, in the order of DeepSpeed's files."""
+    frozen: Annotated[list[Placed], FailFast()]
+    """The parameters that never train."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where consecutive entries of a tensor are."""
+    """The place of consecutive entries of a tensor."""
 
     start: int
     length: int
     file: str
     keys: Way
     at: int
-    """Where the entries begin in it."""
+    """The index at which the entries begin in the file's tensor."""
     dtype: torch.dtype
-    """In which they are there."""
+    """The dtype of the file's tensor."""
 
 
-def open_deepspeed(folder: Path, manifest: files.Manifest, state: State) -> TensorReader:
-    """The tensors of a checkpoint of kind "deepspeed", under the keys of one of kind "dcp".
+def open_deepspeed(
+    checkpoint: Path, manifest: files.Manifest, layout: Mapping[str, Any] | None, units: Mapping[str, Entries]
+) -> TensorReader:
+    """Opens the tensors of a checkpoint of kind "deepspeed", under the keys of one of kind "dcp".
 
     Args:
-        folder: that DeepSpeed's files are in, below that of the checkpoint.
+        checkpoint: the folder of the checkpoint.
+        layout: the `Layout` in its state.json.
+        units: the states in its state.json.
 
     Raises:
         CheckpointError: state.json does not describe them, or what each rank has for itself cannot be read.
     """
-    checkpoint = folder.parent
-    layout = files.parse(Layout, state.deepspeed, checkpoint / files.STATE)
-    sources = _Sources(checkpoint, manifest, layout).collect(state.units)
-    return TensorReader(DeepSpeedReader(folder / TAG, sources, checkpoint / files.TENSORS), checkpoint)
+    placed = files.parse(Layout, layout, checkpoint / files.STATE)
+    sources = _Sources(checkpoint, manifest, placed).collect(units)
+    return TensorReader(
+        DeepSpeedReader(checkpoint / files.DEEPSPEED / TAG, sources, checkpoint / files.TENSORS), checkpoint
+    )
 
 
 class _Sources:
-    """Finds where each tensor is."""
+    """Finds the place of each tensor."""
 
     def __init__(self, checkpoint: Path, manifest: files.Manifest, layout: Layout) -> None:
         self._checkpoint, self._manifest, self._layout = checkpoint, manifest, layout
@@ -89,7 +120,7 @@ class _Sources:
         self._found: dict[str, tuple[int, torch.dtype, list[Source]]] = {}
 
     def collect(self, units: Mapping[str, Entries]) -> dict[str, tuple[int, torch.dtype, list[Source]]]:
-        """(entries, dtype, sources) of each weight and state.
+        """Gives (number of entries, dtype, sources) of each weight and state.
 
         Raises:
             CheckpointError: the layout is not of this model, or a file is missing.
@@ -120,7 +151,7 @@ class _Sources:
             self._add(key, extent.numel, dtype, Source(extent.start, extent.length, file, way, extent.at, kept))
 
     def _add_weights(self, names: set[str]) -> None:
-        """Those that are in the model's files: all at stages 1 and 2, at stage 3 what never trains, and buffers."""
+        """Adds the weights in the model's files; at stage 3 these are buffers and weights that never train."""
         frozen = {param.name: param for param in self._layout.frozen} if self._layout.stage == 3 else {}
         for name in sorted(names):
             dtype, size = self._dtype(name), files.numel(self._manifest.weights[name])
@@ -156,7 +187,7 @@ class _Sources:
         return dtype
 
     def _file(self, rank: int, kind: str) -> str:
-        """Name of a file of ``rank``, which depends on the stage and the dtype; see `DeepSpeedEngine`."""
+        """The name of a file of ``rank``, which depends on the stage and the dtype; see `DeepSpeedEngine`."""
         names = [f"{low}zero_pp_rank_{rank}_{kind}" for low in ("", "bf16_")]
         for name in [kind] if kind == MODEL_FILE and self._layout.stage < 3 else names:
             if f"{files.DEEPSPEED}/{TAG}/{name}" in self._manifest.files:
@@ -168,12 +199,12 @@ class _Sources:
 
 
 class DeepSpeedReader(dcp.HuggingFaceStorageReader):
-    """Reads out of DeepSpeed's files what is in them, and out of safetensors files the rest.
+    """Reads the tensors that DeepSpeed's files hold from them, and all others from safetensors files.
 
     Args:
-        folder: of DeepSpeed's files.
-        sources: (entries, dtype, where they are) of each tensor.
-        rest: folder of the safetensors files.
+        folder: the folder of DeepSpeed's files.
+        sources: (number of entries, dtype, places) of each tensor in them.
+        rest: the folder of the safetensors files.
     """
 
     def __init__(self, folder: Path, sources: Mapping[str, tuple[int, torch.dtype, list[Source]]], rest: Path) -> None:
@@ -236,7 +267,7 @@ class DeepSpeedReader(dcp.HuggingFaceStorageReader):
 
 
 def _at(content: Any, keys: Way) -> Any:
-    """What lies at the end of a way into nested dicts and lists; None if it leads nowhere."""
+    """The value to which ``keys`` lead through nested dicts and lists; None if they lead nowhere."""
     for key in keys:
         if not isinstance(content, dict | list):
             return None
@@ -248,7 +279,7 @@ def _at(content: Any, keys: Way) -> Any:
 
 
 def _is_plain(value: Any, source: Source) -> bool:
-    """Whether a file holds a tensor that ``source`` can be taken of; one with other strides is as large as that."""
+    """Whether ``value`` is a tensor of which ``source`` can be a part; it may have other strides if it is all of it."""
     if not torch.is_tensor(value) or value.layout != torch.strided or value.device.type != "cpu":
         return False
     size, needed = value.numel(), source.at + source.length
@@ -256,7 +287,7 @@ def _is_plain(value: Any, source: Source) -> bool:
 
 
 class _Unused:
-    """Stands for an object of a class of DeepSpeed's, of which nothing is asked."""
+    """Stands for an object of one of DeepSpeed's classes, which nobody uses."""
 
     __slots__ = ()
 
@@ -274,11 +305,11 @@ _CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""All that DeepSpeed's files mention, in the releases that are supported, besides tensors and what JSON can hold."""
+"""The classes in DeepSpeed's files, in all supported releases, besides tensors and what JSON can hold."""
 
 
 def read_file(file: Path, allowed: Sequence[str] = _CLASSES) -> dict[str, Any]:
-    """What a file of DeepSpeed's holds, mapped into memory; of its objects other than tensors only the names are used.
+    """Maps a file of DeepSpeed's into memory. Of objects that are no tensors, only the names of their classes are used.
 
     Raises:
         CheckpointError: it cannot be read, or not without executing something in it, or it would take more memory than

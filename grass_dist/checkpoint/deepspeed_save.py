@@ -1,73 +1,84 @@
-"""Saving in DeepSpeed's own files: what `engine.save_checkpoint` writes, described so that any run can load it."""
+"""Saves in DeepSpeed's own files: `engine.save_checkpoint` writes them, and a description lets any run load them."""
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from grass_dist.backends.zero.private import ENGINE_SCRIPT, ENGINE_WRITER, deepspeed_version
-from grass_dist.backends.zero.whole import complete
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.deepspeed_files import MODEL_FILE, TAG, read_file
-from grass_dist.checkpoint.loading import DEEPSPEED_LAYOUT
-from grass_dist.checkpoint.pieces import Piece, UnitPieces
-from grass_dist.checkpoint.saving import Snapshot, take_snapshot, together
+from grass_dist.checkpoint.pieces import Holdings, Piece, UnitPieces
+from grass_dist.checkpoint.snapshot import HostCopies, Snapshot
+from grass_dist.checkpoint.together import together
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
 
 
-def save_deepspeed(engine: Any, ranks: Ranks, step: int, extra: Mapping[str, Any]) -> Snapshot:
-    """A snapshot that DeepSpeed writes; called on every rank, after an optimizer step, as `take_snapshot` is.
+@dataclass(frozen=True, eq=False)
+class DeepSpeedSnapshot(Snapshot):
+    """A snapshot that DeepSpeed writes.
 
-    DeepSpeed writes what the run holds at that time, and communicates: so the snapshot is to be written before
-    training goes on, on the main thread. Layers that never trained get their masters now, as for
-    `engine.save_checkpoint`; the description has no state of them.
-
-    Args:
-        ranks: over whose group that is written which is not DeepSpeed's.
-        extra: as for `take_snapshot`.
-
-    Raises:
-        CheckpointError: the engine writes its files in a way that is not known here.
+    DeepSpeed writes the state that the engine has at that time, and communicates. So the snapshot must be written
+    before training goes on, on the main thread. ``pieces`` are generators and measurements, which DeepSpeed leaves out.
     """
-    if getattr(getattr(engine, ENGINE_WRITER), "is_decoupled", bool)():
-        raise CheckpointError(
-            "DeepSpeed writes its checkpoints in the background here, and they must be whole when they are listed: "
-            'leave "checkpoint": {"writer": …} out of the ds_config.'
-        )
-    holdings = _Described(engine)
-    snapshot = take_snapshot(holdings, ranks, step, extra)
-    complete(engine.optimizer)
 
-    def write(folder: Path) -> None:
+    kind = "deepspeed"
+    in_background = False
+
+    engine: Any
+
+    @classmethod
+    def take(
+        cls, holdings: Holdings, step: int, extra: Mapping[str, Any] | None = None, copies: HostCopies | None = None
+    ) -> Self:
+        """As `Snapshot.take`, for an engine. Layers that never trained get their masters now, as for
+        `engine.save_checkpoint`; the description has no state of theirs.
+
+        Raises:
+            CheckpointError: the engine writes its files in the background.
+        """
+        assert isinstance(holdings, ZeroHoldings)
+        engine = holdings.engine
+        if getattr(getattr(engine, ENGINE_WRITER), "is_decoupled", bool)():
+            raise CheckpointError(
+                "DeepSpeed writes its checkpoints in the background here, and they must be whole when they are listed: "
+                'leave "checkpoint": {"writer": …} out of the ds_config.'
+            )
+        described = _Described(engine)
+        plain = Snapshot.take(described, step, extra)
+        engine.optimizer.complete()
+        state = {**plain.state, "deepspeed": described.layout().model_dump()}
+        return cls(**{**vars(plain), "state": state}, engine=engine)
+
+    def write_tensors(self, folder: Path, ranks: Ranks) -> None:
+        together(ranks, lambda: self._let_deepspeed_write(folder / files.DEEPSPEED))
+        super().write_tensors(folder, ranks)
+
+    def _let_deepspeed_write(self, folder: Path) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise CheckpointError(
                 "DeepSpeed's format cannot be written in the background, since DeepSpeed communicates."
             )
-        _write(engine, folder / files.DEEPSPEED)
-        (folder / files.TENSORS).mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        _write(self.engine, folder)
 
-    def write_tensors(folder: Path) -> None:
-        together(ranks, lambda: write(folder))
-        snapshot.write_tensors(folder)
+    @property
+    def nbytes(self) -> int:
+        return 0
 
-    return dataclasses.replace(
-        snapshot,
-        kind="deepspeed",
-        state={**snapshot.state, DEEPSPEED_LAYOUT: holdings.layout().model_dump()},
-        write_tensors=write_tensors,
-        nbytes=0,
-        versions={**snapshot.versions, "deepspeed": deepspeed_version()},
-    )
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"deepspeed": deepspeed_version()}
 
 
 class _Described(ZeroHoldings):
-    """`Holdings` that describe all their tensors and hold none: DeepSpeed writes those."""
+    """`Holdings` that describe all their tensors and save none of them, since DeepSpeed does."""
 
     def weights(self) -> list[Piece]:
         return [Piece(p.key, p.numel, p.start, p.tensor, writes=False) for p in super().weights()]
@@ -77,9 +88,10 @@ class _Described(ZeroHoldings):
 
 
 def _write(engine: Any, folder: Path) -> None:
-    """
+    """Has DeepSpeed write its files, and reads those of this rank.
+
     Raises:
-        CheckpointError, OSError, RuntimeError: this rank's files were not written, or cannot be read again.
+        CheckpointError, OSError, RuntimeError: this rank's files were not written, or cannot be read.
     """
     problems: list[Exception] = []
     with (
@@ -99,7 +111,7 @@ def _write(engine: Any, folder: Path) -> None:
 
 @contextmanager
 def _told_later(owner: Any, method: str, problems: list[Exception]) -> Iterator[None]:
-    """DeepSpeed ends a save with a barrier: a rank that raised before it would leave the others there."""
+    """Collects what a method raises. DeepSpeed ends a save with a barrier, where the other ranks would wait."""
     stock: Callable[..., Any] = getattr(owner, method)
 
     def guarded(*args: Any, **kwargs: Any) -> Any:

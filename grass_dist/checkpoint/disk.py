@@ -1,4 +1,4 @@
-"""What file systems differ in: folders that cannot be flushed, files that cannot be locked, folders that do not go."""
+"""Differences between file systems: some cannot flush a folder, lock a file or remove a folder at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 log = logging.getLogger("grass_dist")
 
 _CANNOT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
-"""What a file system answers that does not have the operation."""
+"""The error numbers of a file system that does not have the operation."""
 _told: set[Hashable] = set()
 
 
@@ -27,9 +27,9 @@ def tell_once(what: Hashable, sentence: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes the content of a file last, or the names in a folder.
+    """Flushes a file, or the names in a folder, to the disk.
 
-    Some network file systems cannot flush a folder: that is said once for each of them.
+    Some network file systems cannot flush a folder; a warning says so once for each of them.
 
     Raises:
         OSError: it was not written.
@@ -51,13 +51,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """The same for all that is in a folder, and the folder."""
+    """Flushes everything in a folder, and the folder."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def remove(path: Path) -> None:
-    """Removes a folder and what is in it. What cannot be removed stays, and is said once with the reason."""
+    """Removes a folder and its content. If something cannot be removed, a warning says so once, with the reason."""
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
@@ -71,12 +71,12 @@ def remove(path: Path) -> None:
 
 
 def lock(descriptor: int, how: int) -> bool:
-    """Locks an open file, ``fcntl.LOCK_SH`` or ``LOCK_EX``, until it is closed, which the end of the process does.
+    """Locks an open file by ``fcntl.LOCK_SH`` or ``LOCK_EX`` until it is closed, or the process ends.
 
-    Where the file system has no locks it counts as locked: that is said once.
+    Where the file system has no locks, the file counts as locked, and a warning says so once.
 
     Returns:
-        Whether it is locked: False where another process has it.
+        Whether it is locked; False if another process has locked it.
     """
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
@@ -95,7 +95,7 @@ def lock(descriptor: int, how: int) -> bool:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
+    """Whether the open file still has that name."""
     with suppress(OSError):
         mine, there = os.fstat(descriptor), path.lstat()
         return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
@@ -104,10 +104,10 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def written_beside(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to write into, which takes the place of ``folder`` once all of it is on the disk.
+    """Yields an empty folder to write into, which replaces ``folder`` when all of it is on the disk.
 
-    If the writing fails, nothing of it is left and what was there stays. A ``folder`` that is a link stays one: what it
-    leads to is replaced.
+    If the writing fails, nothing of it is left and an earlier ``folder`` stays. If ``folder`` is a link, its target is
+    replaced.
 
     Raises:
         OSError: it cannot be written.
@@ -126,13 +126,13 @@ def written_beside(folder: Path) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, place: Path, old: Path | None) -> None:
-    """Gives the folder ``new`` the name ``place``; what has that name is called ``old`` meanwhile, and removed.
+    """Renames the folder ``new`` to ``place``. An earlier ``place`` becomes ``old`` first, and is removed at the end.
 
     Args:
-        old: None: no more than an empty folder is replaced.
+        old: None replaces nothing but an empty folder.
 
     Raises:
-        OSError: it could not be done, and what was there is there.
+        OSError: it could not be done; the earlier ``place`` is there as before.
     """
     replaces = old if old is not None and place.exists() else None
     if replaces is not None:

@@ -1,4 +1,4 @@
-"""The model of a checkpoint as an ordinary Hugging Face folder, written by one process, a shard at a time."""
+"""Writes the model of a checkpoint as an ordinary Hugging Face folder, in one process, one shard at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What `export` has written: so many files and bytes of weights."""
+    """The result of `export`: the number of files and the bytes of weights."""
 
     folder: Path
     step: int
@@ -51,9 +51,9 @@ class Exported:
 
 
 def folders_of(run: Path) -> list[Path]:
-    """Folders of the checkpoints of a run, the newest first; of a checkpoint's folder, it alone.
+    """The folders of a run's checkpoints, the newest first; for the folder of a checkpoint, that folder alone.
 
-    The run's folder and ``checkpoints`` may be links, to another disk say.
+    The run's folder and ``checkpoints`` may be links, for example to another disk.
 
     Raises:
         CheckpointError: there is none, or one of them is a link.
@@ -75,8 +75,8 @@ def find_checkpoint(run: Path, step: int | None, tell: Callable[[str], None]) ->
     """The checkpoint of ``step``, or the newest good one; every file of it has been checked.
 
     Args:
-        run: folder of a run, or of a checkpoint.
-        tell: called with what is wrong with each newer one.
+        run: the folder of a run or of a checkpoint.
+        tell: called with a sentence on each newer one that is damaged.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -104,15 +104,15 @@ def export(
 ) -> Exported:
     """Writes the model of a checkpoint into the folder ``out``, which `from_pretrained` loads.
 
-    One shard is in memory at a time, and of optimizer states the checksums alone are read. ``out`` appears when all is
-    written.
+    One shard is in memory at a time; of the optimizer states only the checksums are computed. ``out`` appears when it
+    is complete.
 
     Args:
-        run: folder of a run, whose newest good checkpoint is taken, or of a checkpoint.
-        step: of the checkpoint.
-        max_shard_bytes: a file of weights is no larger, unless a single tensor is.
+        run: the folder of a run, whose newest good checkpoint is taken, or of a checkpoint.
+        step: the step of the checkpoint, if it is not the newest one.
+        max_shard_bytes: the most bytes of a file of weights, unless a single tensor has more.
         overwrite: whether an ``out`` that holds a model is replaced.
-        tell: called with what is wrong with each newer checkpoint, and where code was copied.
+        tell: called with a sentence on each newer checkpoint that is damaged, and on code that was copied.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged, or holds no ``model``.
@@ -147,9 +147,10 @@ def _export(
 
 
 def numel_of(where: Path, key: str, entry: files.TensorEntry) -> int:
-    """
+    """The number of entries of a weight.
+
     Raises:
-        CheckpointError: the shape is none.
+        CheckpointError: no tensor has such a shape.
     """
     if len(entry.shape) > 16 or any(not 0 <= n < 2**31 for n in entry.shape):
         raise CheckpointError(f"{where / files.MANIFEST} gives {key!r:.80} a shape that no tensor has.")
@@ -157,7 +158,7 @@ def numel_of(where: Path, key: str, entry: files.TensorEntry) -> int:
 
 
 def weights_of(checkpoint: Checkpoint, reader: TensorReader) -> list[Weight]:
-    """The model's tensors, in its order.
+    """The model's tensors, in the model's order.
 
     Raises:
         CheckpointError: the checkpoint does not hold them as its manifest says.
@@ -176,7 +177,7 @@ def weights_of(checkpoint: Checkpoint, reader: TensorReader) -> list[Weight]:
 
 
 def split(weights: Sequence[Weight], max_bytes: int) -> list[list[Weight]]:
-    """The weights of each file, as `save_pretrained` groups them: in order, and a tensor above ``max_bytes`` alone."""
+    """Groups the weights into files as `save_pretrained` does: in order, and a tensor above ``max_bytes`` by itself."""
     shards, current, filled = [], [], 0
     for weight in weights:
         if weight.nbytes > max_bytes:
@@ -197,7 +198,7 @@ def _nbytes(weights: Sequence[Weight]) -> int:
 def _write(
     checkpoint: Checkpoint, reader: TensorReader, shards: Sequence[Sequence[Weight]], out: Path, overwrite: bool
 ) -> None:
-    """Writes beside ``out`` and renames; if that fails, nothing is left."""
+    """Writes into a hidden folder and renames it to ``out``. If that fails, nothing is left."""
     made = [parent for parent in out.parents if not parent.exists()]
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.exporting")
     try:
@@ -232,7 +233,7 @@ def _write_shard(reader: TensorReader, shard: Sequence[Weight], file: Path) -> N
 
 
 def _write_model(checkpoint: Checkpoint, weights: Sequence[Weight], folder: Path) -> None:
-    """What a Hugging Face folder has besides the weights."""
+    """Writes the files of a Hugging Face folder besides the weights."""
     if not isinstance(config := files.read_json(checkpoint.folder / files.MODEL / "config.json"), dict):
         raise CheckpointError(f"{checkpoint.folder / files.MODEL / 'config.json'} is no configuration of a model.")
     config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"use_cache": True}

@@ -1,8 +1,8 @@
-"""A checkpoint's folder: what is in it, that it is whole, and which of a run's is the newest good one.
+"""The folder of a checkpoint: which files are in it, and whether it is whole.
 
 A save writes into ``.step-000200.writing`` and renames that to ``step-000200`` when every file is on the disk and
-listed, with its size and SHA-256, in ``checkpoint.json``: so a folder with that name is complete, whenever the power
-went. `verify` finds what happened to it afterwards.
+listed, with its size and SHA-256, in ``checkpoint.json``. A folder with that name is therefore complete, whenever the
+power failed. `verify` finds damage that happened afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
 def up_to_a_wrong_one(right: Callable[[Any], bool]) -> BeforeValidator:
-    """Of a dict with a value that is not ``right``, leaves that one alone to be complained about."""
+    """A validator that cuts a dict down to its first value that is not ``right``, which then makes the one error."""
 
     def first_wrong(value: Any) -> Any:
         entries = value.items() if isinstance(value, dict) else ()
@@ -53,8 +53,8 @@ def _can_be(kind: type[StrictModel]) -> Callable[[Any], bool]:
 class Stored(StrictModel):
     """A part of a JSON file of ours.
 
-    To read one ends at the first thing that is wrong with it, here and with `FailFast` and `up_to_a_wrong_one`: a file
-    that somebody has forged can have millions, each of which would take a kilobyte.
+    Reading stops at the first thing that is wrong, here and with `FailFast` and `up_to_a_wrong_one`: a forged file can
+    hold millions of wrong things, and each error takes a kilobyte.
     """
 
     @model_validator(mode="before")
@@ -86,21 +86,21 @@ class Manifest(Stored):
     format: Literal["grass_dist checkpoint"]
     version: int
     kind: Literal["dcp", "deepspeed"]
-    """Whose files the tensors are in: those of `torch.distributed.checkpoint`, or DeepSpeed's own."""
+    """The format of the tensors: safetensors by `torch.distributed.checkpoint`, or DeepSpeed's own files."""
     step: int = Field(ge=0, lt=2**53)
-    """Global batches trained on."""
+    """The number of global batches that it was trained on."""
     world_size: int = Field(ge=1)
     backend: str
     saved: str
-    """When, UTC."""
+    """The time of the save, in UTC, as ISO 8601."""
     versions: Annotated[dict[str, str], up_to_a_wrong_one(lambda text: isinstance(text, str))]
     weights: Annotated[dict[str, TensorEntry], up_to_a_wrong_one(_can_be(TensorEntry))]
     files: Annotated[dict[str, FileEntry], up_to_a_wrong_one(_can_be(FileEntry))]
-    """Every other file, by its path in the folder."""
+    """All other files of the folder, by their paths in it."""
 
 
 def digest(file: Path) -> FileEntry:
-    """Size and SHA-256 of a file that is a file of its own, not a link.
+    """The size and SHA-256 of a regular file that is not a link.
 
     Raises:
         OSError: it is something else, or cannot be read.
@@ -112,7 +112,7 @@ def digest(file: Path) -> FileEntry:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes and flushes to the disk."""
+    """Writes a JSON file and flushes it to the disk."""
     with file.open("w", encoding="utf-8") as stream:
         json.dump(value, stream, allow_nan=False)
         stream.flush()
@@ -120,7 +120,8 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """
+    """Reads a JSON file of at most `LARGEST_JSON` bytes.
+
     Raises:
         CheckpointError: it is missing, too large, or not JSON.
     """
@@ -139,7 +140,7 @@ _Model = TypeVar("_Model", bound=StrictModel)
 
 
 def parse(kind: type[_Model], body: Any, file: Path) -> _Model:
-    """What `read_json` gave of ``file``, as ``kind``.
+    """Validates what `read_json` read from ``file``, as an object of ``kind``.
 
     Raises:
         CheckpointError: the first thing that is wrong with it.
@@ -156,24 +157,24 @@ def parse(kind: type[_Model], body: Any, file: Path) -> _Model:
 
 
 def printable(text: object) -> str:
-    """``text`` for an error of one line, without what a terminal or an encoding could stumble over."""
+    """``text`` as one line of at most 250 printable characters, for an error message."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:250]
 
 
 def files_in(folder: Path) -> list[str]:
-    """Paths of all files and links in a folder but the manifest, sorted."""
+    """The sorted paths of all files and links in a folder, without the manifest."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     found = [path.relative_to(folder).as_posix() for path in paths]
     return sorted(name for name in found if name != MANIFEST)
 
 
 def commit(writing: Path, manifest: Manifest) -> Path:
-    """Lists what is in ``writing`` in its manifest, and gives the folder its name: from then on it is a checkpoint.
+    """Writes the manifest of ``writing`` and renames the folder: from then on it is a checkpoint.
 
-    An earlier one of the same step makes room.
+    It replaces an earlier checkpoint of the same step.
 
     Raises:
-        CheckpointError: another process reads that one.
+        CheckpointError: another process reads that earlier one.
     """
     body = manifest.model_dump(mode="json")
     write_json(writing / MANIFEST, {**body, "digest": _digest_of(body)})
@@ -188,7 +189,8 @@ def commit(writing: Path, manifest: Manifest) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """
+    """Reads and checks ``checkpoint.json``.
+
     Raises:
         CheckpointError: the folder is no checkpoint of ours, or its manifest is damaged.
     """
@@ -214,11 +216,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest, part: tuple[int, int] = (0, 1)) -> None:
-    """Compares the files with the manifest.
+    """Compares the files of a checkpoint with its manifest.
 
     Args:
-        part: (i, n): read every n-th file from the i-th on, for ranks that share the work; the list of files is
-            compared by all.
+        part: (i, n) reads every n-th file, beginning with the i-th, so that n ranks share the work. Each of them
+            compares the list of files and their sizes.
 
     Raises:
         CheckpointError: names the first file that is missing, of another size, changed, or not listed.
@@ -252,7 +254,7 @@ def _digest_of(body: Mapping[str, Any]) -> str:
 
 
 def _is_as_written(body: dict[str, Any]) -> bool:
-    """Whether the digest is that of the rest, which stays."""
+    """Whether the digest is that of the rest. Takes the digest out of ``body``."""
     try:
         return body.pop("digest", None) == _digest_of(body)
     except RecursionError:  # deeper than anything that was written

@@ -1,7 +1,7 @@
-"""The folders of a run's checkpoints: their names, which is the newest, how old ones go, and how one is kept.
+"""The folders of a run's checkpoints: their names, which one is the newest, how old ones are removed or kept.
 
-A folder with the name of a checkpoint is complete, so none is changed or removed under that name: it is renamed first.
-Who reads one holds it, by a shared lock on its manifest, and who renames one needs that lock alone.
+A folder with the name of a checkpoint is complete, so it is renamed before anything in it is changed or removed. A
+reader holds a checkpoint by a shared lock on its manifest; renaming one needs the exclusive lock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grass_dist.errors import CheckpointError
 from grass_dist.regular_files import open_regular
 
 CHECKPOINTS = "checkpoints"
-"""Folder of all checkpoints, in that of a run."""
+"""The folder of all checkpoints, in the folder of a run."""
 MANIFEST = "checkpoint.json"
 
 _FOLDER = re.compile(r"step-(\d{6,12})")
@@ -29,13 +29,13 @@ def folder_name(step: int) -> str:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint's folder; None if it is none by its name."""
+    """The step in the name of a checkpoint's folder; None if the name is not that of a checkpoint."""
     found = _FOLDER.fullmatch(folder.name)
     return int(found[1]) if found else None
 
 
 def checkpoints_in(parent: Path) -> list[Path]:
-    """Folders of checkpoints by their names, the newest first."""
+    """The folders that have the name of a checkpoint, the newest first."""
     if not parent.is_dir():
         return []
     found = [(step, path) for path in parent.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
@@ -46,7 +46,7 @@ def hold(folder: Path) -> int | None:
     """Keeps a checkpoint from being removed until the descriptor that is returned is closed.
 
     Returns:
-        None if there is no manifest to hold it by: it is no whole checkpoint.
+        The descriptor; None if there is no manifest to lock, because the checkpoint is not whole.
 
     Raises:
         CheckpointError: it is being removed.
@@ -64,7 +64,7 @@ def hold(folder: Path) -> int | None:
 
 @contextmanager
 def unread(folder: Path) -> Iterator[bool]:
-    """Whether nobody holds a checkpoint, and so nobody can begin to while this lasts."""
+    """Yields whether nobody reads a checkpoint. If so, nobody can begin to read it inside the block."""
     try:
         descriptor = os.open(folder / MANIFEST, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # damaged: nobody reads it
@@ -77,17 +77,17 @@ def unread(folder: Path) -> Iterator[bool]:
 
 
 def prune(parent: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints, the oldest first. One that is being read goes the next time."""
+    """Removes all but the newest ``keep`` checkpoints, oldest first. One that is being read stays for now."""
     for path in reversed(checkpoints_in(parent)[keep:]):
         if put_away(path):
             clear(parent)
 
 
 def put_away(path: Path) -> bool:
-    """Takes a checkpoint its name, unless somebody reads it; `clear` removes it.
+    """Gives a checkpoint a hidden name, unless somebody reads it; `clear` removes it.
 
     Returns:
-        Whether it was done.
+        Whether it was renamed.
     """
     with unread(path) as free:
         if free:
@@ -96,13 +96,14 @@ def put_away(path: Path) -> bool:
 
 
 def clear(parent: Path, unfinished: str = "removing") -> None:
-    """Removes what was put away; with "writing" what saves have left that did not come to their end."""
+    """Removes folders that were put away or, with "writing", that unfinished saves have left."""
     for path in parent.glob(f".step-*.{unfinished}"):
         disk.remove(path)
 
 
 def check_sweep(parent: Path, start_step: int) -> None:
-    """
+    """Checks that `sweep` can do its work.
+
     Raises:
         CheckpointError: somebody reads a checkpoint that `sweep` has to set aside.
     """
@@ -116,10 +117,10 @@ def check_sweep(parent: Path, start_step: int) -> None:
 
 
 def sweep(parent: Path, start_step: int) -> None:
-    """Before a run begins: removes what a killed one has left, since maybe no other save follows.
+    """Removes what a killed run has left, before a run begins: perhaps no other save follows.
 
-    Checkpoints of later steps than the run begins with are those of another course, or damaged: left in their place
-    they would be taken for the newest. They are set aside under another name.
+    Checkpoints of later steps than ``start_step`` are damaged or from a course that the run leaves. Under their names
+    they would count as the newest, so they are set aside under other names.
     """
     for path in _later(parent, start_step):
         aside = path.with_name(f"left-at-{start_step}.{path.name}")
@@ -134,6 +135,6 @@ def _later(parent: Path, start_step: int) -> list[Path]:
 
 
 def _unused(path: Path, ending: str) -> Path:
-    """A hidden name for it, also where an earlier one could not be removed."""
+    """A hidden name that is free, also where an earlier folder could not be removed."""
     names = (f".{path.name}{more}.{ending}" for more in ("", *(f".{n}" for n in range(1, 1000))))
     return next(free for name in names if not os.path.lexists(free := path.with_name(name)))

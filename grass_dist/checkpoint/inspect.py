@@ -1,4 +1,4 @@
-"""What is in the checkpoints of a run, as one JSON object."""
+"""Describes the checkpoints of a run as one JSON object."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grass_dist.checkpoint.folders import step_of
 from grass_dist.checkpoint.loading import Checkpoint, EngineState, look_at, open_checkpoint
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import Entries, decode
-from grass_dist.checkpoint.saving import together
+from grass_dist.checkpoint.together import together
 from grass_dist.config import ROLES, GrassConfig, among_competing, check_competing, check_num_layers
 from grass_dist.errors import CheckpointError, ConfigError
 from grass_dist.method.samplers import make_sampler, probe_steps
@@ -42,14 +42,14 @@ class Draw:
 
 
 def inspect_run(run: Path, *, fast: bool = False) -> dict[str, Any]:
-    """The checkpoints of a run, and the newest good one in detail, as JSON can hold it.
+    """Describes the checkpoints of a run, and the newest good one in detail, as JSON can hold it.
 
     Args:
-        run: folder of a run, or of a checkpoint.
-        fast: leaves the checksums out.
+        run: the folder of a run or of a checkpoint.
+        fast: does not compute the checksums.
 
     Raises:
-        CheckpointError: there is no checkpoint, or the newest whole one says what cannot be.
+        CheckpointError: there is no checkpoint, or the state.json of the newest whole one contradicts itself.
     """
     rows, best = [], None
     for folder in together(Ranks(), lambda: folders_of(run)):
@@ -79,13 +79,13 @@ def _look(folder: Path, fast: bool) -> tuple[dict[str, Any], Checkpoint | None]:
 
 
 def describe(checkpoint: Checkpoint, run: Path) -> dict[str, Any]:
-    """What a checkpoint holds.
+    """Describes the content of a checkpoint.
 
     Args:
-        run: folder in which ``metrics.jsonl`` is looked for.
+        run: the folder that may have a ``metrics.jsonl``.
 
     Raises:
-        CheckpointError: its ``state.json`` says what cannot be.
+        CheckpointError: its ``state.json`` contradicts itself.
     """
     engine, notes = checkpoint.state.engine, []
     _check(checkpoint)
@@ -129,7 +129,7 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _numbers(engine: EngineState) -> Sequence[int]:
-    """Of the layers, in the model's stack."""
+    """The numbers of the layers in the model's stack."""
     return engine.numbers or range(len(engine.tracker.importances))
 
 
@@ -138,7 +138,7 @@ def _damaged(checkpoint: Checkpoint, problem: str) -> CheckpointError:
 
 
 def _config_of(checkpoint: Checkpoint, notes: list[str]) -> GrassConfig | None:
-    """The method's configuration, if the program that saved put it there and it can be used here."""
+    """The method's configuration, if the program has saved it and it works here; else a note says why not."""
     found: Any = checkpoint.state.run
     for name in ("config", "grass"):
         if name not in found:
@@ -165,7 +165,7 @@ def _config_of(checkpoint: Checkpoint, notes: list[str]) -> GrassConfig | None:
 def _position(
     engine: EngineState, config: GrassConfig | None, draws: Sequence[Draw], trained: bool
 ) -> tuple[str | None, int | None]:
-    """Phase of the next step, and number of the draw whose layers it trains; None where nothing tells."""
+    """The phase of the next step, and the number of the draw whose layers it trains; None if it is not known."""
     if config is not None:
         probing = probe_steps(config, make_sampler(config, len(engine.tracker.importances)))
         schedule = Schedule(probing, config.update_interval, config.sampling_interval, config.lead)
@@ -192,7 +192,7 @@ def _probabilities(engine: EngineState, config: GrassConfig | None, notes: list[
 
 
 def _unit(checkpoint: Checkpoint, name: str, entries: Entries) -> dict[str, Any]:
-    """Of a layer or a role: updates, None if its optimizer does not count them, and bytes of state."""
+    """Updates of a layer or role, None if its optimizer does not count them, and the bytes of its state."""
     nbytes, counts = 0, []
     for param, state in entries.items():
         if (weight := checkpoint.manifest.weights.get(param)) is None:
@@ -222,13 +222,13 @@ def _layers(
     if names is None:
         notes.append("Which weights are whose layer's is not found, so states of layers are left out.")
     counted = not units or any(unit["times_trained"] is not None for unit in units.values())
-    unborn = {"name": None, "times_trained": 0 if counted else None, "state_bytes": 0}
+    untrained = {"name": None, "times_trained": 0 if counted else None, "state_bytes": 0}
     unknown = {"name": None, "times_trained": None, "state_bytes": None}
     rows = []
     for i, (importance, p) in enumerate(zip(importances, probabilities, strict=True)):
         row = {
             "layer": _numbers(engine)[i],
-            **({**units.get(names[i], unborn), "name": names[i]} if names else unknown),
+            **({**units.get(names[i], untrained), "name": names[i]} if names else unknown),
         }
         row |= {"importance": importance, "probability": p, "now": i in engine.active_layers}
         rows.append({**row, "next": i in engine.next.active_layers if engine.next else None})
@@ -238,7 +238,7 @@ def _layers(
 
 
 def layer_names(checkpoint: Checkpoint, units: Sequence[str]) -> list[str] | None:
-    """FQNs of the layers that compete: in the largest list of numbered blocks which has them and all of ``units``."""
+    """The FQNs of the layers that compete, from the largest list of numbered blocks that has them and all ``units``."""
     stacks: dict[str, dict[str, int]] = {}
     for key, entry in checkpoint.manifest.weights.items():
         parts = key.split(".", 12)
@@ -265,7 +265,7 @@ def _has(blocks: int, numbers: Sequence[int]) -> bool:
 
 
 def _draws_until(engine: EngineState, run: Path) -> list[Draw]:
-    """The draws up to the checkpoint, if the record of the run has them all and they are the checkpoint's."""
+    """The draws up to the checkpoint, if the run's record has all of them and agrees with the checkpoint."""
     try:
         latest = {draw.step: draw for draw in _read_draws(run / METRICS) if draw.step <= engine.step}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):  # it is the record of a run, or it is not

@@ -1,4 +1,4 @@
-"""Loading: a checkpoint is found and checked, every file of it, before anything of the run is changed."""
+"""Loading: every file of a checkpoint is checked before anything of the run is changed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,18 @@ from pydantic import FailFast, Field
 
 from grass_dist.checkpoint import files, folders
 from grass_dist.checkpoint.dcp import TensorReader, open_tensors
+from grass_dist.checkpoint.deepspeed_files import open_deepspeed
 from grass_dist.checkpoint.files import Stored, up_to_a_wrong_one
 from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
 from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
-from grass_dist.checkpoint.saving import together
+from grass_dist.checkpoint.together import together
 from grass_dist.errors import CheckpointError, shorten
 from grass_dist.ranks import Ranks
 from grass_dist.states.unit_optimizer import HOW
 
-DEEPSPEED_LAYOUT = "deepspeed"
-"""In state.json of a checkpoint in DeepSpeed's format: where its partitions lie."""
-
-
 _ALL = {dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _DTYPES = {name: dtype for name, dtype in _ALL.items() if not name.startswith("q")}
-"""Without the quantized ones."""
+"""All dtypes by their names, without the quantized ones."""
 
 _MOST_RANKS = 2**20
 
@@ -57,7 +54,7 @@ class EngineState(Stored):
     step: int = Field(ge=0, lt=2**53)
     active_layers: Layers
     numbers: Layers = []
-    """Of the layers that compete, in the model's stack; an older release has not saved them."""
+    """The numbers, in the model's stack, of the layers that compete. Empty in checkpoints of older releases."""
     next: NextState | None
     tracker: TrackerState
     measured: MeasuredState
@@ -81,13 +78,14 @@ class State(Stored):
     units: Annotated[dict[str, UnitState], up_to_a_wrong_one(_is_unit)]
     run: dict[str, Any]
     deepspeed: dict[str, Any] | None = None
+    """`Layout` of DeepSpeed's files, in a checkpoint in its format."""
 
 
 class Checkpoint:
-    """One that has been checked: `open_checkpoint` makes it. It is not removed before it is closed; a context manager.
+    """A checkpoint that `open_checkpoint` has checked. Its run keeps it until it is closed; a context manager.
 
     Args:
-        hold: of `folders.hold`.
+        hold: the descriptor that `folders.hold` returned.
     """
 
     def __init__(self, folder: Path, manifest: files.Manifest, state: State, hold: int | None = None) -> None:
@@ -95,7 +93,7 @@ class Checkpoint:
         self._release = None if hold is None else weakref.finalize(self, os.close, hold)
 
     def close(self) -> None:
-        """Nothing is read of it any more: its run may remove it."""
+        """Ends the reading: the run may remove the checkpoint."""
         if self._release is not None:
             self._release()
 
@@ -110,12 +108,10 @@ class Checkpoint:
         return self.manifest.step
 
     def tensors(self) -> TensorReader:
-        """Reads its tensors, in whichever format they are."""
+        """Opens its tensors, in either format."""
         if self.manifest.kind == "dcp":
             return open_tensors(self.folder / files.TENSORS)
-        from grass_dist.checkpoint.deepspeed_files import open_deepspeed
-
-        return open_deepspeed(self.folder / files.DEEPSPEED, self.manifest, self.state)
+        return open_deepspeed(self.folder, self.manifest, self.state.deepspeed, self.state.units)
 
 
 def open_checkpoint(folder: Path, ranks: Ranks | None = None) -> Checkpoint:
@@ -129,7 +125,7 @@ def open_checkpoint(folder: Path, ranks: Ranks | None = None) -> Checkpoint:
 
 
 def look_at(folder: Path, part: tuple[int, int] = (0, 1)) -> Checkpoint:
-    """A checkpoint, of whose files a part is read, see `files.verify`.
+    """Opens a checkpoint and verifies a part of its files; see `files.verify`.
 
     Raises:
         CheckpointError: the first thing that is wrong with it.
@@ -154,14 +150,14 @@ def read_state(folder: Path, manifest: files.Manifest) -> State:
 def newest_good(
     parent: Path, ranks: Ranks | None = None, tell: Callable[[str], None] = lambda _: None
 ) -> Checkpoint | None:
-    """The newest checkpoint below ``parent`` that is whole; None if there is none.
+    """Opens the newest checkpoint below ``parent`` that is whole; None if there is none.
 
     Args:
-        tell: called with what is wrong with each newer one.
+        tell: called with a sentence on each newer one, which says what is wrong with it.
     """
     ranks = ranks or Ranks()
     found = together(ranks, lambda: folders.checkpoints_in(parent) if ranks.rank == 0 else None)
-    for folder in ranks.gather_objects(found)[0] or []:  # type: ignore[attr-defined]
+    for folder in ranks.gather_objects(found)[0] or []:
         try:
             return open_checkpoint(folder, ranks)
         except CheckpointError as error:
@@ -172,14 +168,14 @@ def newest_good(
 def load(checkpoint: Checkpoint, holdings: Holdings) -> bool:
     """Puts weights, states, method and random numbers of a checkpoint into a run. Called on every rank.
 
-    The run must have been built with the same model, parameter groups and method; ranks, wrapper, ZeRO stage,
-    offloading and micro-batches may be others.
+    The run must be built with the same model, parameter groups and method. The number of ranks, the wrapper, the ZeRO
+    stage, offloading and micro-batches may differ.
 
     Returns:
-        Whether it goes on to the bit: random numbers are only there for as many ranks as saved it.
+        Whether the run goes on to the bit. It does not on another number of ranks, which have no random numbers there.
 
     Raises:
-        CheckpointError: on every rank, before anything is changed if it is of another run.
+        CheckpointError: on every rank. If the checkpoint is of another run, nothing has been changed.
     """
     state, manifest, ranks = checkpoint.state, checkpoint.manifest, holdings.ranks
     described = holdings.describe()
@@ -241,7 +237,7 @@ def _check_groups(where: Path, saved: Sequence[Mapping[str, Any]], mine: Sequenc
 
 
 def _is_like(value: Any, own: Any) -> bool:
-    """Whether a setting of a parameter group can stand where ``own`` does."""
+    """Whether the saved setting of a parameter group can replace this run's ``own``."""
     if isinstance(own, list | tuple):
         same = isinstance(value, list) and len(value) == len(own)
         return same and all(_is_like(v, o) for v, o in zip(value, own, strict=True))
@@ -312,7 +308,7 @@ def _is_state(key: str, entry: Any) -> bool:
 
 
 def _check_tensors(reader: TensorReader, manifest: files.Manifest, state: State) -> None:
-    """Whether all that will be read is there: nothing of the run has been changed yet."""
+    """Checks that everything which will be read is there, before the run is changed."""
     sizes = {key: files.numel(entry) for key, entry in manifest.weights.items()}
     for key, entry in manifest.weights.items():
         reader.require(key, sizes[key], _DTYPES[entry.dtype])

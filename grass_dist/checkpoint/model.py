@@ -1,4 +1,4 @@
-"""The weights and buffers of a model as pieces, whatever it is wrapped in."""
+"""The weights and buffers of a model as pieces, however the model is wrapped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def fqn(name: str) -> str:
-    """A parameter's name without what DDP, `torch.compile` and activation checkpointing put into it."""
+    """A parameter's name without the parts that DDP, `torch.compile` and activation checkpointing add to it."""
     for wrapper in _WRAPPERS:
         if name.startswith(wrapper):
             return fqn(name.removeprefix(wrapper))
@@ -38,13 +38,13 @@ def pieces_of(model: nn.Module, sharding: Sharding) -> list[Piece]:
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the same, whole."""
+    """The whole shapes of all parameters and persistent buffers."""
     shapes = {fqn(n): tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
     return shapes | {fqn(n): tuple(b.shape) for n, b in persistent_buffers(model)}
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those that a state_dict has."""
+    """The buffers that a state_dict has."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:

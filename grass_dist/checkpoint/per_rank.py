@@ -1,8 +1,7 @@
-"""What each rank has for itself: random numbers and its part of the measurements since the last refresh."""
+"""The part of a run that differs between ranks: generators, and measurements since the last refresh."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
 
 MEASURED, RNG, CUDA_RNG = f"{MARK}measured", f"{MARK}rng", f"{MARK}cuda_rng"
-"""Tensors of one row for each rank that saved."""
+"""Keys of tensors that have one row for each rank that saved."""
 
 
 def per_rank_pieces(engine: Mapping[str, Any], ranks: Ranks) -> list[Piece]:
@@ -34,8 +33,8 @@ def per_rank_pieces(engine: Mapping[str, Any], ranks: Ranks) -> list[Piece]:
 def measured_of(layers: Sequence[Sequence[int]], saved_by: int, ranks: Ranks, read: Read) -> dict[str, Any]:
     """The engine's "measured" for this rank.
 
-    With as many ranks as saved it, each has its own rows back. Else the first has their sum, and the others zeros:
-    what the refresh adds up is the same but for rounding in fp64.
+    With as many ranks as saved the checkpoint, each rank gets its own rows back. With another number, the first rank
+    gets their sum and the others get zeros: the refresh adds up to the same, except for rounding in fp64.
     """
     numel = sum(len(active) for active in layers)
     if not numel:
@@ -55,7 +54,7 @@ Put = Callable[[torch.Tensor], object]
 def read_rng(
     tensors: Mapping[str, tuple[int, torch.dtype]], saved_by: int, ranks: Ranks, read: Read
 ) -> list[tuple[Put, torch.Tensor]] | None:
-    """States for torch's generators and who takes them, each checked; None with another number of ranks.
+    """The states of torch's generators, each with the function that sets it; None with another number of ranks.
 
     Raises:
         CheckpointError: one is damaged.
@@ -71,7 +70,11 @@ def read_rng(
             if tensors.get(key, (0, None))[0] != saved_by * size:
                 raise CheckpointError(f"The checkpoint does not hold the random numbers {key} of {saved_by} ranks.")
             state = read(key, ranks.rank * size, torch.empty(size, dtype=torch.uint8))
-            _try(trial, state, key)
+            try:
+                trial.set_state(state)
+            except RuntimeError as error:
+                damaged = f"The random numbers {key} of the checkpoint are damaged: {printable(error)}."
+                raise CheckpointError(damaged) from None
             found.append((put, state))
     return found
 
@@ -79,18 +82,3 @@ def read_rng(
 def _cuda(ranks: Ranks) -> torch.device:
     """The GPU of this rank's model, or else the current one."""
     return ranks.device if ranks.device is not None and ranks.device.type == "cuda" else torch.device("cuda")
-
-
-def _try(trial: torch.Generator, state: torch.Tensor, key: str) -> None:
-    try:
-        trial.set_state(state)
-        if key == RNG and not _stays_inside(state) and _stays_inside(torch.get_rng_state()):
-            raise RuntimeError("it points behind its end")
-    except RuntimeError as error:
-        raise CheckpointError(f"The random numbers {key} of the checkpoint are damaged: {printable(error)}.") from None
-
-
-def _stays_inside(state: torch.Tensor) -> bool:
-    """Whether a Mersenne Twister fills its 624 words again before it reads behind them, which torch does not check."""
-    _, left, _, at = struct.unpack_from("<QiiQ", bytes(state[:24].tolist()))
-    return left + at <= 625

@@ -1,4 +1,4 @@
-"""What a run holds, as a checkpoint sees it: runs of entries of flattened tensors, whoever holds them."""
+"""A run as a checkpoint sees it: runs of consecutive entries of flattened tensors, on any rank."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks
 
 MARK = "@"
-"""Parts the FQN of a parameter from the name of one of its states, as in ``lm_head.weight@exp_avg``; a key without it
-is a weight or a buffer of the model."""
+"""Separates the FQN of a parameter from the name of one of its states, as in ``lm_head.weight@exp_avg``. A key without
+it is a weight or a buffer of the model."""
 
 MASTER = "master"
 
@@ -22,22 +22,22 @@ MASTER = "master"
 class Piece:
     """Consecutive entries of a flattened tensor that this rank holds.
 
-    ``tensor`` is flat and, of weights, shares the model's memory: to read into it is to load.
+    ``tensor`` is flat. That of a weight shares the model's memory, so reading into it loads the weight.
     """
 
     key: str
     numel: int
-    """Entries of the whole tensor."""
+    """The number of entries of the whole tensor."""
     start: int
-    """Where the entries of ``tensor`` begin in it."""
+    """The index in the whole tensor at which ``tensor`` begins."""
     tensor: torch.Tensor
     writes: bool = True
-    """Whether this rank saves them: replicas are saved once."""
+    """Whether this rank saves the entries; of replicas one rank does."""
     shared: bool = False
-    """Whether all ranks hold them, so that each saves a part."""
+    """Whether all ranks hold the same entries; then each rank saves a part of them."""
 
     def to_write(self, ranks: Ranks) -> Piece | None:
-        """What this rank saves of it."""
+        """The part that this rank saves; None if it saves nothing."""
         if not self.shared:
             return self if self.writes and self.tensor.numel() else None
         size = -(-self.tensor.numel() // ranks.world_size)
@@ -50,8 +50,8 @@ class Piece:
 class UnitPieces:
     """The optimizer state of a layer or role on this rank.
 
-    ``tensors`` are the states that have an entry for each of the parameter's. ``entries`` has all states by parameter
-    and key as JSON can hold them: `encode`.
+    ``tensors`` are the states with one entry for each entry of the parameter. ``entries`` has all states by parameter
+    and key, as `encode` makes JSON of them.
     """
 
     name: str
@@ -62,28 +62,28 @@ class UnitPieces:
 Entries = Mapping[str, Mapping[str, Any]]
 
 Read = Callable[[str, int, torch.Tensor], torch.Tensor]
-"""(key, start, out) → out, filled with the entries of a tensor of the checkpoint from ``start`` on."""
+"""(key, start, out) → out: fills ``out`` with entries of a tensor of the checkpoint, beginning with entry ``start``."""
 
 
 class Holdings(Protocol):
-    """What the ranks of a run hold, asked for by `save` and `load`; a class for each kind of optimizer."""
+    """The weights, states and description that the ranks of a run hold; one class for each kind of optimizer."""
 
     name: str
-    """Of the backend."""
+    """The name of the backend."""
     active: int
-    """Layers that train at a time."""
+    """The number of layers that train at a time."""
 
     @property
     def ranks(self) -> Ranks:
-        """That train one model together."""
+        """The ranks that train one model together."""
         ...
 
     def unit_names(self) -> list[str]:
-        """All units that may have a state."""
+        """The names of all units that may have a state."""
         ...
 
     def weights(self) -> list[Piece]:
-        """All weights and persistent buffers, a tied one once; they share the model's memory."""
+        """All weights and persistent buffers, each tied weight once. They share the model's memory."""
         ...
 
     def states(self) -> Iterable[UnitPieces]:
@@ -91,28 +91,28 @@ class Holdings(Protocol):
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all weights and buffers by their keys."""
+        """The shapes of all weights and buffers by their keys."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What JSON can hold of the method ("engine") and the parameter groups ("groups"); the same on all ranks, but
-        for the measurements in "engine"."""
+        """The method ("engine") and the parameter groups ("groups") as JSON can hold them. They are equal on all ranks,
+        except for the measurements in "engine"."""
         ...
 
     def check(
         self, engine: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], units: Mapping[str, Entries]
     ) -> None:
-        """Raises a `CheckpointError` if this run could not go on from what a checkpoint says. Changes nothing."""
+        """Raises a `CheckpointError` if this run cannot go on from the contents of a checkpoint. Changes nothing."""
         ...
 
     def restore(self, saved: Mapping[str, Any], units: Mapping[str, Entries], read: Read) -> None:
-        """Takes over what `describe` gave, and the states that ``read`` gives of ``units``; the weights have been
-        loaded. Called on every rank."""
+        """Restores what `describe` returned, and the states of ``units``, which ``read`` reads. The weights are loaded
+        before. Called on every rank."""
         ...
 
 
 def encode(value: Any) -> Any:
-    """A state of a parameter as JSON: of a tensor with an entry for each of the parameter's its dtype alone."""
+    """A state of a parameter as JSON. Of a tensor as large as the parameter it is the dtype alone."""
     if not torch.is_tensor(value):
         return value
     dtype = str(value.dtype).removeprefix("torch.")
@@ -120,7 +120,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The other way; the dtype of a tensor that is in the files.
+    """The inverse of `encode`; for a tensor that lies in the files, its dtype.
 
     Raises:
         CheckpointError: it is not what `encode` gives.

@@ -1,142 +1,62 @@
-"""Saving: what the ranks hold is copied to host memory, and written from there while training goes on."""
+"""Saving: decides the format of a run's snapshots, and writes them, at once or by a thread while training goes on."""
 
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from grass_dist.checkpoint import disk, files, folders
-from grass_dist.checkpoint.dcp import file_numbers, write
-from grass_dist.checkpoint.per_rank import per_rank_pieces
-from grass_dist.checkpoint.pieces import Holdings, Piece, dtype_name
+from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
+from grass_dist.checkpoint.pieces import Holdings
+from grass_dist.checkpoint.snapshot import HostCopies, Snapshot
+from grass_dist.checkpoint.together import together
+from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import CheckpointError
 from grass_dist.ranks import Ranks, describe_error
-from grass_dist.ranks import together as all_together
 from grass_dist.version import __version__
 
-T = TypeVar("T")
-
-WriteTensors = Callable[[Path], None]
-"""Writes the tensors of all ranks into a folder; called on every rank."""
+Format = Literal["auto", "dcp", "deepspeed"]
 
 
-@dataclass
-class Snapshot:
-    """A run at the end of an optimizer step, as it is to be written."""
-
-    step: int
-    kind: Literal["dcp", "deepspeed"]
-    state: dict[str, Any]
-    """For state.json."""
-    weights: dict[str, Any]
-    backend: str
-    write_tensors: WriteTensors
-    nbytes: int = 0
-    """Of this rank's tensors; unknown, 0, where DeepSpeed writes them."""
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-class HostCopies:
-    """Memory that a rank's pieces are copied to before training goes on; kept from one save to the next."""
-
-    def __init__(self) -> None:
-        self._copies: dict[str, torch.Tensor] = {}
-
-    def __call__(self, piece: Piece) -> Piece:
-        copy = self._copies.get(piece.key)
-        if copy is None or copy.numel() != piece.tensor.numel() or copy.dtype != piece.tensor.dtype:
-            copy = self._copies[piece.key] = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype)
-        copy.copy_(piece.tensor)
-        return Piece(piece.key, piece.numel, piece.start, copy)
-
-
-def take_snapshot(
-    holdings: Holdings, ranks: Ranks, step: int, extra: Mapping[str, Any], copy: Callable[[Piece], Piece] | None = None
-) -> Snapshot:
-    """Collects what this rank writes, in the format that any number of ranks can load.
-
-    Args:
-        ranks: over whose group the tensors are written.
-        extra: of the program, as JSON can hold it; equal on all ranks.
-        copy: of each piece, where training goes on before it is written.
-    """
-    weights, described = holdings.weights(), holdings.describe()
-    sizes: dict[str, int] = {}
-    mine: list[Piece] = []
-
-    def take(pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            sizes[piece.key] = piece.numel * piece.tensor.element_size()
-            if (written := piece.to_write(holdings.ranks)) is not None:
-                mine.append(written if copy is None else copy(written))
-
-    with torch.no_grad():
-        take(weights)
-        units = {}
-        for unit in holdings.states():
-            take(unit.tensors)
-            units[unit.name] = unit.entries
-        take(per_rank_pieces(described["engine"], holdings.ranks))
-    engine = {**described["engine"], "measured": {"layers": described["engine"]["measured"]["layers"]}}
-    state = {"engine": _without_nan(engine), "groups": described["groups"], "units": units, "run": dict(extra)}
-    numbers = file_numbers(sizes, holdings.ranks.world_size)
-    return Snapshot(
-        step,
-        "dcp",
-        state,
-        _weight_entries(holdings, weights),
-        holdings.name,
-        lambda folder: write(folder / files.TENSORS, mine, numbers, ranks.group),
-        sum(piece.tensor.nbytes for piece in mine),
-    )
-
-
-def _weight_entries(holdings: Holdings, weights: Sequence[Piece]) -> dict[str, Any]:
-    dtypes = {piece.key: dtype_name(piece.tensor.dtype) for piece in weights}
-    return {key: {"shape": list(shape), "dtype": dtypes[key]} for key, shape in holdings.shapes().items()}
-
-
-def _without_nan(engine: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: an importance that was not measured is null."""
-    tracker = engine["tracker"]
-    plain = [None if math.isnan(m) else m for m in tracker["importances"]]
-    return {**engine, "tracker": {**tracker, "importances": plain}}
+def snapshot_class(holdings: Holdings, format: Format) -> type[Snapshot]:
+    """The class that takes a run's snapshots, which is their format; "auto" is DeepSpeed's own for its engines."""
+    own = isinstance(holdings, ZeroHoldings)
+    return DeepSpeedSnapshot if format == "deepspeed" or (format == "auto" and own) else Snapshot
 
 
 def write_snapshot(
     parent: Path, snapshot: Snapshot, ranks: Ranks, keep: int, add_files: Callable[[Path], None] | None = None
 ) -> Path:
-    """Writes a checkpoint below ``parent``, or leaves no trace of it. Called on every rank of ``ranks``.
+    """Writes a checkpoint below ``parent``. If that fails, nothing of it is left. Called on every rank of ``ranks``.
 
-    Over the wire: what `torch.distributed.checkpoint` plans by, and five gathers of a few bytes.
+    Over the wire: the plans of `torch.distributed.checkpoint`, and eight gathers of a few bytes.
 
     Args:
-        keep: checkpoints that stay, this one included.
+        keep: how many checkpoints stay, with this one.
         add_files: puts further files into the folder; called on rank 0.
 
     Raises:
-        CheckpointError: on every rank, if one fails.
+        CheckpointError: on every rank, if one rank fails.
     """
     writing = parent / f".{folders.folder_name(snapshot.step)}.writing"
     main = ranks.rank == 0
     try:
-        together(ranks, lambda: _begin(writing, snapshot.kind) if main else None)
-        together(ranks, lambda: snapshot.write_tensors(writing))
+        together(ranks, lambda: _begin(writing) if main else None)
+        together(ranks, lambda: snapshot.write_tensors(writing, ranks))
         together(ranks, lambda: _add(writing, snapshot, add_files) if main else None)
         names = together(ranks, lambda: files.files_in(writing))
         mine = together(ranks, lambda: {n: files.digest(writing / n) for n in names[ranks.rank :: ranks.world_size]})
         entries: dict[str, files.FileEntry] = {}
         for found in ranks.gather_objects(mine):
-            entries |= found  # type: ignore[operator]
+            entries |= found
         final = together(ranks, lambda: files.commit(writing, _manifest(snapshot, ranks, entries)) if main else None)
     except CheckpointError as error:
         if main:
@@ -151,9 +71,9 @@ def write_snapshot(
     return final or parent / folders.folder_name(snapshot.step)
 
 
-def _begin(writing: Path, kind: str) -> None:
+def _begin(writing: Path) -> None:
     folders.clear(writing.parent, "writing")
-    (writing / (files.TENSORS if kind == "dcp" else files.DEEPSPEED)).mkdir(parents=True)
+    writing.mkdir(parents=True)
 
 
 def _add(writing: Path, snapshot: Snapshot, add_files: Callable[[Path], None] | None) -> None:
@@ -171,76 +91,63 @@ def _manifest(snapshot: Snapshot, ranks: Ranks, entries: Mapping[str, files.File
         world_size=ranks.world_size,
         backend=snapshot.backend,
         saved=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions={**_versions(), **snapshot.versions},
-        weights=snapshot.weights,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "grass_dist": __version__,
+            **snapshot.versions,
+        },
+        weights=dict(snapshot.weights),
         files=dict(entries),
     )
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "grass_dist": __version__,
-    }
-
-
-def together(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Does ``work`` on every rank; see `grass_dist.ranks.together`.
-
-    Raises:
-        CheckpointError: on every rank, with the sentence of the first that failed.
-    """
-    return all_together(ranks, work, raise_as=CheckpointError)
-
-
 class Saver:
-    """Writes checkpoints of a run, one at a time, in the background if asked to.
+    """Writes the checkpoints of a run, one at a time, by a thread if asked to.
 
     Every method is called on every rank at the same steps.
 
     Args:
-        parent: folder of the run's checkpoints.
-        ranks: with a process group of their own, since the background thread communicates.
-        take: makes the snapshot of (step, extra, copy of a piece).
+        parent: the folder of the run's checkpoints.
+        ranks: that write, in a process group of their own, since the background thread communicates.
+        keep: see `write_snapshot`.
+        background: whether training goes on while a checkpoint is written, if its format allows that.
+        format: see `snapshot_class`.
         add_files: see `write_snapshot`.
     """
 
     def __init__(
         self,
         parent: Path,
+        holdings: Holdings,
         ranks: Ranks,
-        take: Callable[[int, Mapping[str, Any], Callable[[Piece], Piece] | None], Snapshot],
         *,
         keep: int,
         background: bool,
+        format: Format = "dcp",
         add_files: Callable[[Path], None] | None = None,
     ) -> None:
-        self._parent, self._ranks, self._take, self._keep = parent, ranks, take, keep
-        self.background, self._add_files = background, add_files
-        self._copies = HostCopies() if background else None
+        self._parent, self._holdings, self._ranks, self._keep = parent, holdings, ranks, keep
+        self._add_files, self._class = add_files, snapshot_class(holdings, format)
+        self.background = background and self._class.in_background
+        self._copies = HostCopies() if self.background else None
         self._thread: threading.Thread | None = None
         self._outcome: Saved | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether there is a save whose outcome has not been taken."""
-        return self._thread is not None or self._outcome is not None
-
-    @property
     def done(self) -> bool:
-        """Whether this rank knows the outcome."""
+        """Whether this rank knows the outcome of the save."""
         return self._outcome is not None and (self._thread is None or not self._thread.is_alive())
 
     def save(self, step: int, extra: Mapping[str, Any]) -> None:
-        """Begins a save, and ends it unless it is for the background. `outcome` says how it went.
+        """Begins a save; without the background it is finished on return. `outcome` says how it went.
 
-        An earlier save must have been waited for.
+        The outcome of an earlier save must have been taken.
         """
-        assert not self.busy
+        assert self._thread is None and self._outcome is None
         began = time.perf_counter()
         try:
-            snapshot = self._take(step, extra, self._copies)
+            snapshot = self._class.take(self._holdings, step, extra, self._copies)
             problem = None
         except Exception as error:  # the other ranks are told below
             snapshot, problem = None, error
@@ -267,7 +174,7 @@ class Saver:
             self._outcome.stall_seconds = time.perf_counter() - began
 
     def outcome(self) -> Saved | None:
-        """Waits for the save that is under way, if there is one, and says once how it went."""
+        """Waits for the save that is under way, if there is one, and returns once how it went."""
         if self._thread is not None:
             self._thread.join()
         self._thread, outcome, self._outcome = None, self._outcome, None
@@ -282,11 +189,11 @@ class Saved:
     folder: Path | None
     error: CheckpointError | None
     stall_seconds: float
-    """That training waited."""
+    """Seconds for which training waited."""
     seconds: float
-    """Of writing, in the background or not."""
+    """Seconds that writing took, in the background or not."""
     nbytes: int
-    """Bytes of tensors that this rank wrote."""
+    """Bytes of the tensors that this rank wrote."""
 
 
 def _as_checkpoint_error(error: Exception) -> CheckpointError:

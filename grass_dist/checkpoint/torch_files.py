@@ -1,8 +1,8 @@
-"""What a file of `torch.save` would take to read, found out before `torch.load` is given it.
+"""Checks a file of `torch.save` before `torch.load` reads it, so that reading cannot fill the memory.
 
-`torch.load(weights_only=True)` executes nothing, but a small file can make it fill any memory: a deflated archive, a
-size that an archive only claims, or a pickle that copies one large thing again and again. So an archive is read only
-where it is as `torch.save` writes it, and its pickle only where reading it takes memory in proportion to its bytes.
+`torch.load(weights_only=True)` executes nothing, but a small file can make it fill any memory: by a deflated archive,
+a size that an archive only claims, or a pickle that copies one large thing again and again. So an archive is read only
+if it is as `torch.save` writes it, and its pickle only if reading it takes memory in proportion to its bytes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import BinaryIO
 from grass_dist.regular_files import open_regular
 
 LARGEST_PICKLE = 32 * 2**20
-"""Bytes of the part of a file that says which tensors there are: some 200 for each."""
+"""The most bytes of the pickle, which describes the tensors in some 200 bytes each."""
 MOST_OPCODES = 4_000_000
-"""Of that pickle; a tensor takes about 25. Each can stand for some hundred bytes of memory."""
+"""The most instructions of the pickle. A tensor takes about 25, and each can take some hundred bytes of memory."""
 _MOST_RECORDS = 2**20
 
 _END, _END64, _LOCATOR = 22, 56, 20
@@ -40,14 +40,14 @@ _STORAGES_AND_TYPES = re.compile(
 
 
 class Unreadable(Exception):
-    """A file that is not read; the text is a reason without a full stop."""
+    """The file is not read; the text is a reason without a full stop."""
 
 
 def check_file(file: Path, allowed: Iterable[str]) -> None:
-    """Reads the archive's directory and its pickle, and builds nothing of it.
+    """Reads the archive's directory and its pickle without building anything.
 
     Args:
-        allowed: classes, by their full names, that the file may mention besides tensors.
+        allowed: full names of classes that the file may mention besides tensors.
 
     Raises:
         Unreadable: it is not an archive as `torch.save` writes it, or takes too much to read.
@@ -69,7 +69,7 @@ def check_file(file: Path, allowed: Iterable[str]) -> None:
 
 
 def _check_end(stream: BinaryIO) -> None:
-    """Whether every reader of archives finds the same directory in it: right before the end, nothing behind it."""
+    """Checks that the archive's directory lies right before its end, so that all readers find the same one."""
     size = stream.seek(0, os.SEEK_END)
     if size < _END:
         raise Unreadable("it is no archive of torch's")
@@ -92,7 +92,7 @@ def _check_end(stream: BinaryIO) -> None:
 
 
 def _check_records(archive: zipfile.ZipFile, size: int) -> zipfile.ZipInfo:
-    """The record of the pickle, among records that are stored as they are, and no more bytes than the file has."""
+    """The record of the pickle. All records must be stored uncompressed, and within the bytes of the file."""
     records = archive.infolist()
     if len(records) > _MOST_RECORDS:
         raise Unreadable(f"it has {len(records)} records")
@@ -113,8 +113,8 @@ def _check_records(archive: zipfile.ZipFile, size: int) -> zipfile.ZipInfo:
 
 
 _ATOM, _FLAT, _NEW, _FETCHED, _HOLDS = range(5)
-"""What lies on the stack of a pickle: a number or a text; a short tuple of them; something larger that was just made;
-something larger that is there already; something new with such a thing in it."""
+"""What lies on the stack of a pickle: a number or text; a short tuple of these; something larger that was just made;
+something larger that was made before; something new that holds such a thing."""
 _SHORT = 64
 _ATOMS = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1"}
 _ATOMS |= {"BINUNICODE", "SHORT_BINSTRING", "EMPTY_TUPLE", "GLOBAL"}
@@ -122,10 +122,10 @@ _EMPTY = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
 
 
 def check_pickle(content: bytes, allowed: Iterable[str]) -> None:
-    """Follows a pickle by the sizes of what it would make.
+    """Follows a pickle by the sizes of the objects that it would make.
 
-    What takes more memory than its bytes is to copy or to hash one large thing time and again: by calls, or as a key.
-    Neither is in a file of `torch.save`, where a call's arguments are written out for it.
+    Copying or hashing one large thing again and again, by calls or as a key, takes more memory than the pickle's bytes.
+    A file of `torch.save` does neither: it writes out the arguments of each call.
 
     Raises:
         Unreadable: it does, it is cut, it has an instruction that `torch.save` does not write, or too many of them.

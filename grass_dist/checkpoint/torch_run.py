@@ -1,4 +1,4 @@
-"""What a run of `GrassOptimizer` holds: under FSDP2, HSDP and DDP, and in one process."""
+"""The `Holdings` of a `GrassOptimizer`: under FSDP2, HSDP and DDP, and in one process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Put = Callable[[int, Sequence[Mapping[str, Any]]], None]
 
 
 class TorchHoldings:
-    """`Holdings` of a `GrassOptimizer`, which gives it its parts.
+    """The `Holdings` of a `GrassOptimizer`, which passes its parts.
 
     Args:
-        optimizers: of all units.
+        optimizers: those of all units.
         groups: the user's parameter groups.
-        settle: makes the states readable.
+        settle: waits until the states can be read.
         put: replaces the state of a unit, by its index among ``optimizers``.
     """
 
@@ -75,7 +75,7 @@ class TorchHoldings:
     def check(
         self, engine: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], units: Mapping[str, Entries]
     ) -> None:
-        """Whether this run could go on from what a checkpoint says. Changes nothing.
+        """Checks that this run can go on from the contents of a checkpoint. Changes nothing.
 
         Raises:
             CheckpointError: the method is not at such a point then, or an optimizer cannot take a step from its state.
@@ -131,15 +131,15 @@ class TorchHoldings:
 
 
 def _like(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters out of JSON, which knows no tuples."""
+    """Hyperparameters from JSON, which has lists instead of tuples."""
     return {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()}
 
 
 def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Parameter, state: Mapping[str, Any]) -> None:
-    """A step of the optimizer's class on a stand-in of six entries that has such a state.
+    """Takes a step of the optimizer's class on a stand-in of six entries with such a state.
 
     Raises:
-        CheckpointError: it cannot be taken.
+        CheckpointError: the step fails.
     """
     like = optimizer.shard_of(param)
     stand_in = nn.Parameter(torch.zeros(2, 3, dtype=torch.float32 if like.dtype in LOW else like.dtype))
@@ -160,10 +160,10 @@ def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Paramet
 
 
 def check_clock(grass: GrassController, saved: Mapping[str, Any]) -> None:
-    """Compares where the method was with what this run's schedule says of that step.
+    """Compares the saved position of the method with this run's schedule.
 
     Args:
-        saved: the engine's state.
+        saved: the saved state of the method.
 
     Raises:
         CheckpointError: they differ.

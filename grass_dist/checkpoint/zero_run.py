@@ -1,60 +1,32 @@
-"""What a run under DeepSpeed ZeRO holds: flat partitions of groups, seen as entries of their parameters."""
+"""The `Holdings` of a run under DeepSpeed ZeRO: flat partitions of groups, seen as entries of their parameters."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import FailFast, Field
 from torch import nn
 
 from grass_dist.backends.zero.groups import Extent, Group, extents_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, Made
-from grass_dist.backends.zero.whole import make
-from grass_dist.checkpoint.files import Stored, printable
+from grass_dist.checkpoint.deepspeed_files import GroupLayout, Layout, Placed
+from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
-from grass_dist.checkpoint.saving import together
+from grass_dist.checkpoint.together import together
 from grass_dist.checkpoint.torch_run import check_clock
 from grass_dist.errors import CheckpointError
 from grass_dist.states.unit_optimizer import HOW, step_over
 
 
-class Placed(Stored):
-    """A parameter in a partition."""
-
-    name: str
-    numel: int = Field(ge=0)
-    shard: int = Field(ge=0)
-    """Stage 3: elements of a rank's shard, with padding."""
-
-
-class GroupLayout(Stored):
-    """The partitions of a parameter group of DeepSpeed's."""
-
-    unit: str
-    partition: int = Field(ge=0)
-    """Elements of each rank's, with padding."""
-    params: Annotated[list[Placed], FailFast()]
-
-
-class Layout(Stored):
-    """Where DeepSpeed's partitions lie; in state.json of a checkpoint in its files."""
-
-    stage: Literal[1, 2, 3]
-    groups: Annotated[list[GroupLayout], FailFast()]
-    """In the order of DeepSpeed's files."""
-    frozen: Annotated[list[Placed], FailFast()]
-    """Parameters that never train."""
-
-
 class ZeroHoldings:
-    """`Holdings` of an engine that `grass_dist.initialize` made."""
+    """The `Holdings` of an engine that `grass_dist.initialize` made."""
 
     def __init__(self, engine: Any) -> None:
+        self.engine = engine
         self._zero: NarrowZero = engine.optimizer
         self._module: nn.Module = engine.module
         self._grass = engine.grass
@@ -88,7 +60,7 @@ class ZeroHoldings:
         return {"engine": self._grass.state_dict(), "groups": groups}
 
     def layout(self) -> Layout:
-        """How the files that DeepSpeed would write now are to be read; `complete` has been called."""
+        """Where DeepSpeed's partitions lie in the files that it would write now. Call `NarrowZero.complete` before."""
         zero, placed = self._zero, self._placed
         groups = [
             GroupLayout(
@@ -109,7 +81,7 @@ class ZeroHoldings:
     def check(
         self, engine: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], units: Mapping[str, Entries]
     ) -> None:
-        """Whether this run could go on from what a checkpoint says. Changes nothing.
+        """Checks that this run can go on from the contents of a checkpoint. Changes nothing.
 
         Raises:
             CheckpointError: the method is not at such a point then, or the optimizer cannot take a step from a state.
@@ -122,7 +94,7 @@ class ZeroHoldings:
                 self._check_state(group, groups[group.user_group], states)
 
     def _check_state(self, group: Group, saved: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> None:
-        """A flat partition has one state for all its parameters; the optimizer takes a step on six entries of it."""
+        """Takes a step of the optimizer on six entries. A flat partition has one state for all its parameters."""
         user, like = self._zero.user_optimizer, self._sharding.shard_of(group.params[0])
         mine = user.param_groups[group.user_group]
         stand_in = nn.Parameter(torch.zeros(6, device=like.device))
@@ -155,8 +127,8 @@ class ZeroHoldings:
     def _restore_unit(
         self, name: str, groups: Sequence[tuple[Group, GroupState]], entries: Entries, read: Read
     ) -> None:
-        """DeepSpeed itself says how it cuts the unit, and makes masters of the weights."""
-        make(self._zero, [group for group, _ in groups])
+        """Has DeepSpeed cut the unit and make masters of the weights, then reads the states into them."""
+        self._zero.narrow_frozen([group for group, _ in groups])
         made = together(self.ranks, lambda: [self._read(group, own, entries, read) for group, own in groups])
         self._zero.states.put(name, made)
         for _, own in groups:
@@ -194,7 +166,7 @@ class ZeroHoldings:
         return own, own.numel, master, state
 
     def _number(self, group: Group, value: Any) -> Any:
-        """A step count where the update wants it: fused ones on the device, all others on the host."""
+        """A step count on the device that the update needs: fused ones read it on the GPU, all others on the host."""
         settings = self._zero.user_optimizer.param_groups[group.user_group]
         if not torch.is_tensor(value) or not (settings.get("fused") or settings.get("capturable")):
             return value
@@ -207,10 +179,10 @@ class ZeroHoldings:
 
 
 def _like(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters out of JSON, which knows no tuples; how it computes is a run's own."""
+    """Hyperparameters from JSON, which has lists instead of tuples. How it computes is each run's own setting."""
     return {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items() if k not in HOW}
 
 
 def _form(state: Mapping[str, Any]) -> str:
-    """Keys and dtypes of a state, without step counts."""
+    """The keys and dtypes of a state, without step counts."""
     return str({k: entry.get("dtype") if isinstance(entry, dict) else None for k, entry in sorted(state.items())})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -30,22 +29,22 @@ _FREE = (
     *("data.on_bad_line", "grass.offload."),
     *("train.micro_batch_size", "train.eval_every", "train.timeout_seconds", "train.max_bad_steps", "train.checkpoint"),
 )
-"""Settings that a run cannot change when it goes on, and those that do not change what is trained. Of all others it
-says that they have changed."""
+"""Settings that a run cannot change when it goes on, and settings that do not change what is trained. If any other
+setting has changed, the run says so."""
 _SAID = ("data.name", "grass.offload.host_dtype")
-"""Exceptions from both, of which it says so too."""
+"""Exceptions from both: the run may change them, and says so."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is, at the end of a step."""
+    """The position of a run, at the end of a step."""
 
     step: int = 0
-    """Global batches trained on."""
+    """The number of global batches that it was trained on."""
     updates: int = 0
-    """Of the learning-rate schedule."""
+    """Steps of the learning-rate schedule."""
     bad_steps: int = 0
-    """In a row, up to now."""
+    """Steps in a row, up to now, that were not finite."""
 
 
 def check_shared(config: RunConfig, folder: Path, world: World) -> None:
@@ -78,14 +77,14 @@ def check_shared(config: RunConfig, folder: Path, world: World) -> None:
 def find_checkpoint(
     config: RunConfig, resume: str | None, world: World, say: Callable[[str], None]
 ) -> Checkpoint | None:
-    """The checkpoint that ``--resume`` means, checked; None: the run begins anew.
+    """Opens and checks the checkpoint that ``--resume`` means; None if the run begins at step 0.
 
     Args:
-        resume: "auto": the newest good one of this run, if it has any. A path: of a run, whose newest good one it is,
-            or of a checkpoint.
+        resume: "auto" is the newest good checkpoint of this run, if it has any. A path is that of a checkpoint, or of
+            a run, whose newest good checkpoint is taken.
 
     Raises:
-        CheckpointError: on every rank: the path holds none that is good.
+        CheckpointError: on every rank: the path holds no good checkpoint.
     """
     ranks = Ranks(world.patient)
     if resume is None:
@@ -94,7 +93,7 @@ def find_checkpoint(
         parent = Path(config.output_dir) / config.name / folders.CHECKPOINTS
         found = newest_good(parent, ranks, say)
         if found is None and world.together(lambda: bool(folders.checkpoints_in(parent)) if world.is_main else False):
-            error = "would begin anew and throw them away; look at them, or set overwrite=true without --resume"
+            error = "would begin at step 0 and throw them away; look at them, or set overwrite=true without --resume"
             raise CheckpointError(
                 f"None of the checkpoints in {parent} is good, and --resume auto {error}."
             ).everywhere()
@@ -109,14 +108,14 @@ def find_checkpoint(
 
 
 def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str, Any]) -> list[str]:
-    """What has changed since, a sentence each, if it changes what is trained.
+    """Compares the settings with those of the checkpoint; one sentence for each change that changes the training.
 
     Args:
-        data: of `grass_dist.finetune.identity.data_identity`.
+        data: what `grass_dist.finetune.identity.data_identity` returned.
 
     Raises:
-        ConfigError: a setting by which the checkpoint's run is another than this one.
-        CheckpointError: it was trained on other examples, or not by this program.
+        ConfigError: a setting has changed that must not change within a run.
+        CheckpointError: the checkpoint was trained on other examples, or not saved by this program.
     """
     run = checkpoint.state.run
     if not isinstance(saved := run.get("config"), dict) or not _is_flat(saved) or len(flatten(saved)) > 1000:
@@ -142,13 +141,13 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
 
 
 def was_rewritten(checkpoint: Checkpoint, written: str) -> bool:
-    """Whether the files of a stream have been written to since, by what `written_at` gave then and gives now."""
+    """Whether the files of a stream were written to after the save, by the results of `written_at` then and now."""
     before = checkpoint.state.run.get("data_written")
     return bool(before) and before != written
 
 
 def _shown(value: Any) -> str:
-    """As one writes it into the file; what a checkpoint holds may be of any size and depth."""
+    """A value as in the YAML file, cut to a length: what a checkpoint holds may be of any size and depth."""
     if isinstance(value, list | dict):
         return f"{brief(value):.100}"
     text = shorten(as_yaml(shorten(value, 100) if isinstance(value, str) else value), 100)
@@ -156,16 +155,17 @@ def _shown(value: Any) -> str:
 
 
 def _is_flat(settings: Mapping[str, Any], depth: int = 6) -> bool:
-    """Whether they can be those of a configuration: long names, far down, would take any memory when flattened."""
+    """Whether these can be settings of a configuration. Long names in deep levels would fill the memory."""
     below = [value for value in settings.values() if isinstance(value, dict)]
     named = len(settings) <= 1000 and all(len(name) <= 100 and name.isprintable() for name in settings)
     return named and (not below or (depth > 0 and all(_is_flat(value, depth - 1) for value in below)))
 
 
 def position_of(checkpoint: Checkpoint) -> Position:
-    """
+    """The position of the run that saved the checkpoint.
+
     Raises:
-        CheckpointError: state.json does not say, or not as checkpoint.json.
+        CheckpointError: state.json does not have it, or contradicts checkpoint.json.
     """
     run, step = checkpoint.state.run, checkpoint.step
     numbers = [run.get(name) for name in ("step", "updates", "bad_steps")]
@@ -176,7 +176,7 @@ def position_of(checkpoint: Checkpoint) -> Position:
 
 
 def record_of(checkpoint: Checkpoint) -> tuple[int, dict[str, Any] | None]:
-    """Bytes of metrics.jsonl when it was saved, and the answer of the model as it was loaded, if it says so."""
+    """The bytes of metrics.jsonl at the save, and the first answer of the model; 0 and None if they are not there."""
     record, answer = (checkpoint.state.run.get(name) for name in ("record", "answer"))
     if not isinstance(answer, dict) or not all(isinstance(answer.get(name), str) for name in ("prompt", "text")):
         answer = None
@@ -184,10 +184,10 @@ def record_of(checkpoint: Checkpoint) -> tuple[int, dict[str, Any] | None]:
 
 
 def resume_run(checkpoint: Checkpoint, run: Run, seed: int, world: World) -> bool:
-    """Puts the checkpoint into ``run``. The groups' settings stay those of the configuration.
+    """Loads the checkpoint into ``run``. The parameter groups keep the settings of the configuration.
 
     Returns:
-        Whether it goes on to the bit; else the ranks' random numbers begin anew.
+        Whether the run goes on to the bit. If not, the generators of the ranks get new seeds.
     """
     built = [{k: v for k, v in group.items() if k != "params"} for group in run.optimizer.param_groups]
     exact = load(checkpoint, run.holdings())
@@ -202,10 +202,10 @@ class Checkpoints:
     """Saves a run. Every method is called on every rank, at the same steps.
 
     Args:
-        folder: of the run.
-        add_model: writes what a Hugging Face folder has besides the weights.
-        tell: called on the main rank with each outcome.
-        start_step: that the run begins with.
+        folder: the folder of the run.
+        add_model: writes the files of a Hugging Face folder besides the weights.
+        tell: called with each outcome.
+        start_step: the step after which the run begins.
     """
 
     def __init__(
@@ -225,35 +225,35 @@ class Checkpoints:
         if settings is None:
             return
         world.together(lambda: folders.sweep(folder / folders.CHECKPOINTS, start_step) if world.is_main else None)
-        take = run.snapshot(settings.format)
         self._saver = Saver(
             folder / folders.CHECKPOINTS,
+            run.holdings(),
             Ranks(world.background),
-            partial(take, Ranks(world.background)),
             keep=settings.keep,
-            background=settings.background and run.saves_in_background(settings.format),
+            background=settings.background,
+            format=settings.format,
             add_files=lambda writing: add_model(writing / files.MODEL),
         )
 
     def due(self, step: int) -> bool:
-        """Whether the end of ``step`` is to be saved; that of the last one always is."""
+        """Whether the run is saved at the end of ``step``; at the end of the last step it always is."""
         every = self._settings.every if self._settings else 0
         return self._settings is not None and (step == self._last_step or bool(every and step % every == 0))
 
     def flag(self) -> float:
-        """1 if this rank knows how the save under way went: to be summed over the ranks, and given to `poll`."""
+        """1 if this rank knows the outcome of the save under way, else 0. Its sum over the ranks goes to `poll`."""
         return float(self._saver is not None and self._saver.done)
 
     def poll(self, flags: float) -> None:
-        """Takes the outcome, once all ranks know it."""
+        """Takes the outcome if all ranks know it."""
         if flags == self._world.size:
             self.wait()
 
     def save(self, step: int, state: Mapping[str, Any], *, leaving: bool = False) -> None:
-        """Begins a save; ends it, if the run is ``leaving``. Waits for an earlier one that is still under way.
+        """Begins a save, after waiting for an earlier one. If the run is ``leaving``, it waits for this one too.
 
         Raises:
-            CheckpointError: on every rank: it, or the one before, could not be written, and ``on_save_error`` is stop.
+            CheckpointError: on every rank, if ``on_save_error`` is stop: this or the earlier save has failed.
         """
         if self._saver is None:
             return
@@ -263,7 +263,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save that is under way, and says how it went. Raises as `save`."""
+        """Waits for the save that is under way, and tells its outcome. Raises as `save`."""
         if self._saver is None or (outcome := self._saver.outcome()) is None:
             return
         self._tell(outcome)
@@ -272,9 +272,14 @@ class Checkpoints:
                 raise outcome.error.__cause__ or outcome.error
             raise outcome.error.everywhere()
 
+    def close(self) -> None:
+        """Waits as `wait`, and lets go of the run's tensors and of their copies; nothing is saved after it."""
+        self.wait()
+        self._saver = None
+
 
 def check_bad_steps(bad_steps: int, config: RunConfig, step: int) -> None:
-    """Ends a run that updates nothing any more.
+    """Ends a run that does not update any more.
 
     Raises:
         GrassError: on every rank: so many steps in a row were not finite.

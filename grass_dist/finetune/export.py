@@ -1,4 +1,4 @@
-"""The trained model as an ordinary Hugging Face folder."""
+"""Writes the trained model as an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grass_dist.regular_files import give_usual_modes
 
 
 def gather_torch(model: nn.Module) -> dict[str, Any]:
-    """The weights of all ranks, in the main rank's host memory; other ranks get nothing. Called on every rank.
+    """Gathers the weights into the main rank's host memory; other ranks get nothing. Called on every rank.
 
     Over the wire: one all-gather of each parameter.
     """
@@ -34,7 +34,7 @@ def gather_torch(model: nn.Module) -> dict[str, Any]:
 
 
 def gather_zero(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
-    """The same of the module in a DeepSpeed engine. ZeRO-3 gathers one parameter at a time."""
+    """As `gather_torch`, for the module in a DeepSpeed engine. ZeRO-3 gathers one parameter at a time."""
     import deepspeed
 
     whole: dict[str, torch.Tensor] = {}
@@ -50,12 +50,12 @@ def gather_zero(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
 
 
 def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: Path, world: World) -> None:
-    """On the main rank: writes ``whole``, the gathered weights, with config and tokenizer.
+    """Writes ``whole``, the gathered weights, with config and tokenizer, on the main rank.
 
-    ``folder`` is there when all of it is on the disk, in the place of an earlier one.
+    ``folder`` appears when all of it is on the disk, and replaces an earlier one.
 
     Raises:
-        GrassError: it cannot be written; nothing is left of it, and an earlier one stays.
+        GrassError: it cannot be written. Nothing of it is left, and an earlier one stays.
     """
     if not world.is_main:
         return
@@ -75,6 +75,6 @@ def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: P
 
 
 def write_model_files(config: Any, tokenizer: Any, folder: Path) -> None:
-    """What a Hugging Face folder has besides the weights."""
+    """Writes the files of a Hugging Face folder besides the weights."""
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -67,12 +67,12 @@ class Loop:
             if asked is not None:
                 if at.step != saved:  # after an evaluation it may be
                     self._save(at, leaving=True)
-                self.checkpoints.wait()
+                self.checkpoints.close()
                 return asked
             if self.checkpoints.due(at.step):
                 self._save(at)
                 saved = at.step
-        self.checkpoints.wait()
+        self.checkpoints.close()
         return None
 
     def _step(

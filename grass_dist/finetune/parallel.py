@@ -1,8 +1,8 @@
-"""What the program asks of a parallelism: `run_torch` and `run_deepspeed` are the two that answer."""
+"""The interface of a parallelism to the program; `run_torch` and `run_deepspeed` implement it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,76 +10,63 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from grass_dist.checkpoint.pieces import Holdings, Piece
-from grass_dist.checkpoint.saving import Snapshot
+from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.events import Observer
 from grass_dist.method.controller import GrassController
 from grass_dist.model.discovery import LayerMap
-from grass_dist.ranks import Ranks
 
 Batch = dict[str, torch.Tensor]
 """A micro-batch on this rank's device, as `collate` makes it."""
 
 
-Copy = Callable[[Piece], Piece]
-
-
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What an optimizer step did."""
+    """The result of an optimizer step."""
 
     total: torch.Tensor
-    """Summed loss of this rank's micro-batches, unscaled."""
+    """The summed loss of this rank's micro-batches, unscaled."""
     norm: float | None
-    """Of the gradients, before clipping; None in the probe and without clipping."""
+    """The norm of the gradients, before clipping; None in the probe and without clipping."""
     applied: bool
-    """Whether the step counts; not if a loss or gradient was not finite in training. The same on all ranks."""
+    """Whether the step counts. It does not if a loss or gradient was not finite in training. Equal on all ranks."""
 
 
 class Run(Protocol):
-    """A model on its ranks that trains: what there is from the first step to the saved model."""
+    """A model that trains on its ranks, from the first step to the saved model."""
 
     grass: GrassController
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Whose groups hold the learning rates; a scheduler goes on it."""
+        """The optimizer whose groups hold the learning rates, for a scheduler."""
         ...
 
     @property
     def model(self) -> nn.Module:
-        """What a forward calls: on all ranks equally often."""
+        """The module that a forward calls; all ranks call it equally often."""
         ...
 
     def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
-        """One optimizer step, clipping included; on all ranks alike it updates nothing if a gradient is not finite.
+        """Takes one optimizer step with clipping. If a gradient is not finite, no rank updates.
 
         Args:
             batches: all micro-batches of this rank.
-            scale: factor on their summed loss, under which the mean over the ranks is that of the global batch.
+            scale: the factor on their summed loss that makes the mean over the ranks that of the global batch.
         """
         ...
 
     def holdings(self) -> Holdings:
-        """What the ranks hold, for a checkpoint to be put into."""
-        ...
-
-    def saves_in_background(self, kind: str) -> bool:
-        """Whether a checkpoint of this `CheckpointConfig.format` can be written while training goes on."""
-        ...
-
-    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
-        """Makes snapshots for checkpoints of this `CheckpointConfig.format`."""
+        """The weights and states of the ranks, which checkpoints save and load."""
         ...
 
     @property
     def state_bytes(self) -> int:
-        """Device memory of this rank that optimizer states have, slots that wait for one included."""
+        """Bytes of device memory of this rank for optimizer states, with free slots."""
         ...
 
     @property
     def host_state_bytes(self) -> int:
-        """Optimizer state that rests in this rank's host memory."""
+        """Bytes of optimizer state in this rank's host memory."""
         ...
 
     def save(self, tokenizer: Any, folder: Path) -> None:
@@ -87,24 +74,24 @@ class Run(Protocol):
         ...
 
     def close(self) -> None:
-        """Lets go of model and states, so that their memory is free; nothing else is called after it."""
+        """Frees the memory of model and states; nothing else is called after it."""
         ...
 
 
 class Parallelism(Protocol):
-    """How the ranks share one fine-tune; made, and its settings checked, before anything is loaded."""
+    """The way in which the ranks share one fine-tune. Its settings are checked before anything is loaded."""
 
     name: str
-    """For the record, e.g. "fsdp2" or "DeepSpeed ZeRO-2"."""
+    """The name for the record, e.g. "fsdp2" or "DeepSpeed ZeRO-2"."""
 
     def load(self) -> nn.Module:
-        """The pretrained model. Called on every rank."""
+        """Loads the pretrained model. Called on every rank."""
         ...
 
     def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
-        """The answer of the model as it was loaded, on its device. Called on one rank."""
+        """Generates an answer of the model as it was loaded, on its device. Called on one rank."""
         ...
 
     def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> Run:
-        """Puts the model on its ranks and the method on top. Called on every rank."""
+        """Wraps the model for the ranks and attaches the method. Called on every rank."""
         ...

@@ -1,7 +1,6 @@
-"""A checkpoint made into one in DeepSpeed's own files, for as many ranks as those are to be: by ranks on the CPU.
+"""Converts a checkpoint into one in DeepSpeed's own files, for a given number of ranks, by processes on the CPU.
 
-DeepSpeed itself writes the files, so a run of that many processes is made, is put where the checkpoint is, and is saved
-at once.
+DeepSpeed itself writes the files: as many processes as ranks build a run, load the checkpoint and save it at once.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from grass_dist.checkpoint import files, folders
+from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
 from grass_dist.checkpoint.loading import Checkpoint, open_checkpoint
 from grass_dist.checkpoint.model import shapes_of
-from grass_dist.checkpoint.saving import Saver
+from grass_dist.checkpoint.saving import write_snapshot
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.finetune.checkpoints import resume_run
 from grass_dist.finetune.config import RunConfig
@@ -34,7 +34,7 @@ from grass_dist.model.foreign import build, plain_config, read_settings
 from grass_dist.ranks import Ranks
 
 ATTENTION = "eager"
-"""Every model has it, and nothing is computed."""
+"""The attention that every model has; nothing is computed."""
 
 
 def to_deepspeed(
@@ -46,16 +46,16 @@ def to_deepspeed(
     model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Writes ``source`` in DeepSpeed's format to ``out/checkpoints``; gives the new checkpoint's folder.
+    """Writes ``source`` in DeepSpeed's format to ``out/checkpoints``; returns the new checkpoint's folder.
 
-    Takes the host memory of a run on ``ranks`` CPU processes. Nothing that comes with the checkpoint says what is
-    loaded: the model is transformers' own class, with the sizes of the checkpoint's ``model/config.json``, or it is the
-    one that the caller names. All weights are the checkpoint's.
+    It takes the host memory of a run on ``ranks`` CPU processes. Nothing that comes with the checkpoint decides what is
+    loaded: the model is transformers' own class, with the sizes of the checkpoint's ``model/config.json``, or the one
+    that the caller names. All weights are the checkpoint's.
 
     Args:
-        ranks: that are to go on from it.
-        ds_config: JSON whose ZeRO stage and dtype the files are for.
-        model: Hugging Face name or folder of the model, for one that transformers does not know itself.
+        ranks: the number of ranks that will go on from it.
+        ds_config: a JSON with the ZeRO stage and dtype of the new files.
+        model: Hugging Face name or folder of a model that transformers does not know itself.
         trust_remote_code: allows code that comes with ``model`` to run.
 
     Raises:
@@ -131,22 +131,16 @@ def _save(
         if (source / files.MODEL).is_dir():
             shutil.copytree(source / files.MODEL, writing / files.MODEL)
 
-    def take(step: int, extra: Any, copy: Any) -> Any:
-        return run.snapshot("deepspeed")(ranks, step, extra, copy)
-
-    saver = Saver(out / folders.CHECKPOINTS, ranks, take, keep=10**9, background=False, add_files=add_files)
     stored = _stored_config(checkpoint) | {"parallel": config.parallel.model_dump(mode="json")}
-    saver.save(checkpoint.step, {**checkpoint.state.run, "config": stored})
-    outcome = saver.outcome()
-    assert outcome is not None
-    if outcome.error:
-        raise outcome.error
+    extra = {**checkpoint.state.run, "config": stored}
+    snapshot = world.together(lambda: DeepSpeedSnapshot.take(run.holdings(), checkpoint.step, extra))
+    write_snapshot(out / folders.CHECKPOINTS, snapshot, ranks, keep=10**9, add_files=add_files)
     run.close()
     world.leave()
 
 
 def _stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The run's configuration as the checkpoint has it: to be handed on, and never asked for a name or a path."""
+    """The run's configuration in the checkpoint. It is copied; no name or path in it is used."""
     stored = checkpoint.state.run.get("config")
     if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in ("train", "grass")):
         raise CheckpointError(f"{checkpoint.folder} was not saved by a fine-tune: it has no configuration.")
@@ -156,9 +150,9 @@ def _stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _settings_of(
     checkpoint: Checkpoint, ds_config: str, size: int, model: str | None, trust_remote_code: bool
 ) -> RunConfig:
-    """The run's method and batches, under DeepSpeed on ``size`` ranks, in the dtype that it was saved in.
+    """The method and batches of the checkpoint, under DeepSpeed on ``size`` ranks, in the dtype of its weights.
 
-    Its model, data and folders are not those of the checkpoint's configuration, which may be anybody's.
+    Model, data and folders are not taken from the checkpoint's configuration, which anybody may have written.
     """
     stored = _stored_config(checkpoint)
     train = {key: value for key, value in stored["train"].items() if key != "checkpoint"}
@@ -207,7 +201,7 @@ def _own_config(checkpoint: Checkpoint) -> Any:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Processes that are started meanwhile cannot ask the Hub for anything."""
+    """Inside the block, processes are started that do not connect to the Hub."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

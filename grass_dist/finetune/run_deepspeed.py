@@ -7,8 +7,7 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 
 from grass_dist.checkpoint.pieces import Holdings
-from grass_dist.checkpoint.saving import Snapshot, take_snapshot
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
@@ -25,7 +23,7 @@ from grass_dist.finetune.answers import answer_from_folder, greedy_answer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.deepspeed_config import check, fill, read_json
 from grass_dist.finetune.export import gather_zero, save_pretrained
-from grass_dist.finetune.parallel import Batch, Copy, Stepped
+from grass_dist.finetune.parallel import Batch, Stepped
 from grass_dist.finetune.setup import (
     accumulation_steps,
     adamw_settings,
@@ -38,15 +36,14 @@ from grass_dist.job.world import World
 from grass_dist.model.discovery import LayerMap
 from grass_dist.model.loss import summed_loss
 from grass_dist.model.packaged import resolve_model
-from grass_dist.ranks import Ranks
 
 
 class DeepSpeed:
     """The `Parallelism` of ZeRO-1, 2 and 3.
 
     Raises:
-        ConfigError: a JSON that contradicts the YAML or that GRASS cannot run with.
-        GrassError: DeepSpeed is not installed, or set to another device than torch finds.
+        ConfigError: the JSON contradicts the YAML, or GRASS cannot run with it.
+        GrassError: DeepSpeed is not installed, or it is set to another device than torch finds.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -64,10 +61,10 @@ class DeepSpeed:
         self.name, self._shards_weights = f"DeepSpeed ZeRO-{stage}", stage == 3
 
     def load(self, make: Callable[[RunConfig, torch.device], nn.Module] = load_model) -> nn.Module:
-        """Under ZeRO-3 each weight is cut into shards as it is loaded, so no rank's device ever holds the model.
+        """Loads the model. Under ZeRO-3 each weight is sharded as it is loaded, so no device holds the whole model.
 
         Args:
-            make: makes the model, where it is not a pretrained one.
+            make: makes the model, if it is not a pretrained one.
         """
         self._join()
         with self._zero3():
@@ -103,7 +100,7 @@ class DeepSpeed:
         return DeepSpeedRun(engine, optimizer, self._accumulation, clip, self._world, known)
 
     def _join(self) -> None:
-        """DeepSpeed takes over the process group that there is; zero.Init wants that before a model is made."""
+        """Has DeepSpeed take over the process group, which zero.Init needs before a model is made."""
         import deepspeed
 
         from grass_dist.backends.zero.jit import accelerator, spare_the_compiler
@@ -119,7 +116,7 @@ class DeepSpeed:
 
     @contextlib.contextmanager
     def _zero3(self) -> Iterator[None]:
-        """While it lasts, transformers knows that a model's weights are in shards, and loads them so."""
+        """Inside the block, transformers loads a model's weights in shards under ZeRO-3."""
         if not self._shards_weights:
             yield
             return
@@ -160,19 +157,6 @@ class DeepSpeedRun:
 
     def holdings(self) -> Holdings:
         return ZeroHoldings(self.model)
-
-    def saves_in_background(self, kind: str) -> bool:
-        return kind == "dcp"  # DeepSpeed communicates while it writes
-
-    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
-        if kind == "dcp":
-            return partial(take_snapshot, ZeroHoldings(self.model))
-        from grass_dist.checkpoint.deepspeed_save import save_deepspeed
-
-        def take(ranks: Ranks, step: int, extra: Mapping[str, Any], copy: Copy | None) -> Snapshot:
-            return save_deepspeed(self.model, ranks, step, extra)
-
-        return take
 
     @property
     def state_bytes(self) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.backends.wrapping import shard, shard_mesh
 from grass_dist.checkpoint.pieces import Holdings
-from grass_dist.checkpoint.saving import Snapshot, take_snapshot
 from grass_dist.config import GrassConfig
 from grass_dist.events import Observer
 from grass_dist.finetune.answers import greedy_answer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.export import gather_torch, save_pretrained
-from grass_dist.finetune.parallel import Batch, Copy, Stepped
+from grass_dist.finetune.parallel import Batch, Stepped
 from grass_dist.finetune.setup import accumulation_steps, adamw_settings, check_ranks, load_model, parameter_groups
 from grass_dist.job.world import World
 from grass_dist.model.discovery import LayerMap
 from grass_dist.model.loss import summed_loss
 from grass_dist.optimizer import GrassOptimizer
-from grass_dist.ranks import Ranks
 
 
 class Torch:
@@ -91,7 +88,7 @@ class TorchRun:
         return Stepped(total, norm, applied)
 
     def _is_finite(self, total: torch.Tensor, norm: float | None) -> bool:
-        """Whether the step may update: by the norm of all gradients, else by the loss of all ranks."""
+        """Whether the step may update, judged by the norm of all gradients or, without it, by the loss of all ranks."""
         if norm is not None:
             return math.isfinite(norm)
         if self.grass.config.offload.update_in_backward:
@@ -102,12 +99,6 @@ class TorchRun:
 
     def holdings(self) -> Holdings:
         return self.optimizer.holdings()
-
-    def saves_in_background(self, kind: str) -> bool:
-        return True
-
-    def snapshot(self, kind: str) -> Callable[[Ranks, int, Mapping[str, Any], Copy | None], Snapshot]:
-        return partial(take_snapshot, self.optimizer.holdings())
 
     @property
     def state_bytes(self) -> int:
@@ -126,7 +117,7 @@ class TorchRun:
 
 
 def _early_updates(config: RunConfig) -> GrassConfig:
-    """States that are streamed go out under the backward where nothing is clipped, unless the user says otherwise."""
+    """Sets updates in the backward for streamed states without clipping, unless the user has decided."""
     offload = config.grass.offload
     if offload.mode != "stream" or config.train.clip_grad_norm or offload.update_in_backward is not None:
         return config.grass
@@ -148,7 +139,7 @@ def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) ->
 
 @contextlib.contextmanager
 def _reduce_only(model: nn.Module, *, last: bool):
-    """Leaves the reduction of gradients to the last micro-batch."""
+    """Reduces the gradients with the last micro-batch only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     with contextlib.ExitStack() as stack:

@@ -66,6 +66,9 @@ class GrassController:
         device = backend.sharding.shard_of(layers[0].params[0][1]).device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
         backend.attach(layers, roles, self._sums.put, watch.arrived)
+
+    def start(self) -> None:
+        """Begins the probe or, without one, the first round; called once, before any step."""
         if self.phase == "probe":
             self._set_trainable()
         else:

@@ -116,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 def _elsewhere(value: Any) -> tuple[str, str] | None:
-    """The key and value by which settings name a model whose configuration transformers, or timm, would ask the Hub for."""
+    """The key and value by which settings name a model that transformers, or timm, would ask the Hub for."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
             if isinstance(entry, str) and (key == "backbone" or (key == "architecture" and ":" in entry)):

@@ -34,7 +34,6 @@ from grass_dist.plan.memory import Memory, states_of
 from grass_dist.plan.runs import Method, PlannedRun, grass_config
 from grass_dist.plan.shape import ModelShape
 from grass_dist.ranks import world
-from grass_dist.states.layout import Layout
 from grass_dist.states.unit_optimizer import UnitOptimizer
 
 SIMULATED = ("single", "fsdp2", "hsdp", "ddp")
@@ -168,9 +167,10 @@ def _optimizers(units: Sequence[Unit], sharding: Sharding) -> tuple[list[UnitOpt
     optimizers, states = [], 0
     for unit in units:
         optimizer = optimizer_of(unit, sharding)
-        optimizer.layout = Layout(optimizer.fields([GROUP]))
-        flat = torch.empty(optimizer.layout.device_bytes, dtype=torch.uint8)
-        optimizer.bind(optimizer.layout.device_views(flat), resident=True)
+        optimizer.fields([GROUP])
+        optimizer.state.lay_out()
+        flat = torch.empty(optimizer.state.layout.device_bytes, dtype=torch.uint8)
+        optimizer.state.bind(optimizer.state.layout.device_views(flat), resident=True)
         optimizers.append(optimizer)
         states += -(-flat.nbytes // _BLOCK) * _BLOCK
     return optimizers, states

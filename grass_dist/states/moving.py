@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from grass_dist.events import Traffic
-from grass_dist.states.place import DONE, Movable, Place
+from grass_dist.states.layer_state import LayerState
+from grass_dist.states.place import DONE, Place
 from grass_dist.states.slots import SlotPool
 from grass_dist.states.store import LayerStateStore
 from grass_dist.states.streams import Event
@@ -39,7 +40,7 @@ class MovingStates(ABC):
 
     def __init__(
         self,
-        states: Sequence[Movable],
+        states: Sequence[LayerState[Any]],
         pool: SlotPool,
         store: LayerStateStore,
         transfers: TransferEngine,
@@ -151,6 +152,10 @@ class MovingStates(ABC):
         if fill is not None:
             place.state.bind(place.state.layout.host_views(place.host), resident=False)
             fill()
+
+    def keep(self, layer: int, fill: Callable[[], None]) -> None:
+        """Takes a state that was made in other memory to where states are kept: ``fill`` writes it there."""
+        self.put(layer, fill)
 
     def harvest(self) -> Traffic:
         """What the transfers have cost since the start."""

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 
-from grass_dist.states.layout import Layout
+from grass_dist.states.layer_state import LayerState
 from grass_dist.states.slots import Slot
 from grass_dist.states.streams import Event, ThreadEvent
-
-
-class Movable(Protocol):
-    """The state of one layer, wherever it is."""
-
-    name: str
-    layout: Layout
-
-    def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
-        """Makes the optimizer use ``views``, one for each field, as its state; before its birth, to be born in.
-
-        ``resident``: they are in a slot, not in host memory.
-        """
-        ...
-
 
 DONE = ThreadEvent(done=True)
 
@@ -34,7 +18,7 @@ DONE = ThreadEvent(done=True)
 class Place:
     """A layer's state between host memory and a slot."""
 
-    state: Movable
+    state: LayerState[Any]
     host: torch.Tensor
     slot: Slot | None = None
     holds: bool = False  # whether there is a state yet

@@ -1,50 +1,77 @@
-"""Where the states of a `GrassOptimizer`'s layers are: decided, and made, on all ranks alike."""
+"""Where the states of the layers are: decided, and made, on all ranks alike and before anything trains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from grass_dist.config import GrassConfig
-from grass_dist.errors import GrassError
-from grass_dist.model.sharding import Sharding
-from grass_dist.ranks import together
-from grass_dist.states.build import build
-from grass_dist.states.layout import Field, Layout
-from grass_dist.states.moving import MovingStates
-from grass_dist.states.plan import make_plan
+from grass_dist.ranks import Ranks, together
+from grass_dist.states.layer_state import LayerState
+from grass_dist.states.moving import IntervalStates, MovingStates, StreamedStates
+from grass_dist.states.plan import Plan, make_plan, slot_count
 from grass_dist.states.resident import ResidentStates
-from grass_dist.states.unit_optimizer import UnitOptimizer
+from grass_dist.states.slots import SlotPool
+from grass_dist.states.store import LayerStateStore
+from grass_dist.states.transfer import TransferEngine
 
 
-def place_states(
-    layers: Sequence[UnitOptimizer],
-    roles: Sequence[UnitOptimizer],
-    groups: Sequence[Mapping[str, Any]],
-    sharding: Sharding,
+def place(
+    states: Sequence[LayerState[Any]],
     config: GrassConfig,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    resident: int,
+    fallback: str | None = None,
+    last_first: bool = True,
+    inline: bool = False,
 ) -> ResidentStates | MovingStates:
-    """Chooses the mode and takes the memory for it, before anything trains.
+    """Chooses the mode and takes the memory for it.
+
+    Args:
+        states: of all layers, which know their fields unless there is a ``fallback``.
+        ranks: those that train one model together.
+        device: that trains.
+        resident: bytes of the states that never move, on this rank.
+        fallback: why nothing can move here; see `make_plan`.
+        last_first: see `MovingStates`.
+        inline: see `TransferEngine`.
 
     Raises:
         ConfigError, GrassError: the states cannot be where the configuration wants them.
     """
-    fields: list[list[Field]] = []
-    fallback: str | None = None
-    try:
-        fields = [optimizer.fields(groups) for optimizer in layers]
-        resident = sum(field.nbytes for optimizer in roles for field in optimizer.fields(groups))
-    except GrassError as error:
-        fallback, resident = str(error), 0
-    dtype = torch.bfloat16 if config.offload.host_dtype else None
-    layouts = [Layout(own, dtype) for own in fields]
-    sizes = [(layout.device_bytes, layout.host_bytes) for layout in layouts]
-    device = sharding.shard_of(layers[0].unit.params[0][1]).device
-    plan = make_plan(sharding.ranks, config, sizes, resident, device, fallback=fallback)
+    for state in states:
+        state.lay_out(torch.bfloat16 if config.offload.host_dtype else None)
+    sizes = [(state.layout.device_bytes, state.layout.host_bytes) for state in states]
+    plan = make_plan(ranks, config, sizes, resident, device, fallback=fallback)
     if plan.mode == "none":
-        return ResidentStates(layers)
-    for optimizer, layout in zip(layers, layouts, strict=True):
-        optimizer.layout = layout
-    return together(sharding.ranks, lambda: build(plan, config, layers, device))
+        return ResidentStates(states)
+    return together(ranks, lambda: _build(plan, config, states, device, last_first=last_first, inline=inline))
+
+
+def _build(
+    plan: Plan,
+    config: GrassConfig,
+    states: Sequence[LayerState[Any]],
+    device: torch.device,
+    *,
+    last_first: bool,
+    inline: bool,
+) -> MovingStates:
+    """Allocates and pins all memory before training starts; pinning during a collective can block it.
+
+    Raises:
+        ConfigError, GrassError: this rank cannot have the memory; the other ranks do not know that yet.
+    """
+    offload = config.offload
+    store = LayerStateStore([state.layout.host_bytes for state in states], device, offload.folder)
+    transfers = TransferEngine(device, mapped=offload.folder is not None, chaos=offload.chaos, inline=inline)
+    longest = max(state.layout.device_bytes for state in states)
+    pool = SlotPool(slot_count(config, plan.mode, len(states)), longest, device, transfers.allocated)
+    if plan.mode == "stream" and offload.slots < config.active_layers:
+        return StreamedStates(states, pool, store, transfers, last_first=last_first)
+    steps = offload.prefetch_steps if plan.mode == "interval" else 0
+    return IntervalStates(states, pool, store, transfers, last_first=last_first, prefetch_steps=steps)

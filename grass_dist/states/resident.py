@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from grass_dist.events import Traffic
-from grass_dist.states.unit_optimizer import UnitOptimizer
+from grass_dist.states.layer_state import LayerState
 
 
 class ResidentStates:
-    """The mode "none": every state rests where it was born, on the device.
+    """The mode "none": every state rests where an optimizer class has made it, on the device.
+
+    What `MovingStates` does besides to move states is nothing here.
 
     Args:
-        optimizers: of all layers.
+        states: of all layers.
     """
 
     host_bytes = 0
 
-    def __init__(self, optimizers: Sequence[UnitOptimizer]) -> None:
-        self._optimizers = optimizers
+    def __init__(self, states: Sequence[LayerState[Any]]) -> None:
+        self._states = states
         self.traffic = Traffic()
 
-    def expect(self, layers: Sequence[int], steps: int) -> None:
-        pass
-
-    def leave(self, active: Sequence[int]) -> None:
-        pass
-
-    def enter(self, active: Sequence[int]) -> None:
-        pass
-
     def update(self, layer: int, job: Callable[[], None]) -> None:
-        with torch.profiler.record_function(f"GRASS::update ({self._optimizers[layer].name})"):
+        with torch.profiler.record_function(f"GRASS::update ({self._states[layer].name})"):
             job()
-
-    def finish(self) -> None:
-        pass
-
-    def settle(self) -> None:
-        pass
-
-    def lends(self, layer: int) -> bool:
-        return False
 
     def put(self, layer: int, fill: Callable[[], None] | None) -> None:
         if fill is not None:
@@ -55,4 +40,12 @@ class ResidentStates:
     @property
     def device_bytes(self) -> int:
         """Bytes of state on the device of this rank."""
-        return sum(optimizer.nbytes for optimizer in self._optimizers)
+        return sum(state.nbytes for state in self._states)
+
+    def lends(self, layer: int) -> bool:
+        return False
+
+    def _stays(self, *_: Any, **__: Any) -> None:
+        """Nothing moves: there is nothing to begin, and nothing to wait for."""
+
+    expect = leave = enter = ready = used = finish = settle = arrive = show = keep = _stays

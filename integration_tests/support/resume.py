@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import grass_dist
 from grass_dist.checkpoint.loading import load, open_checkpoint
-from grass_dist.checkpoint.saving import Saver, take_snapshot
+from grass_dist.checkpoint.saving import Saver
 from grass_dist.events import Event
 from grass_dist.ranks import Ranks
 from integration_tests.support.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
@@ -67,12 +67,8 @@ class Training:
     def save(self, folder: Path) -> None:
         if self._saver is None:
             group = dist.new_group(backend="gloo") if self.world_size > 1 else None
-            ranks, holdings = Ranks(group), self.optimizer.holdings()
-
-            def take(step, extra, copy):
-                return take_snapshot(holdings, ranks, step, extra, *([copy] if copy else []))
-
-            self._saver = Saver(folder, ranks, take, keep=100, background=self.setting.background)
+            ranks, holdings, background = Ranks(group), self.optimizer.holdings(), self.setting.background
+            self._saver = Saver(folder, holdings, ranks, keep=100, background=background)
         elif (saved := self._saver.outcome()) and saved.error:
             raise saved.error
         self._saver.save(self.done, {})

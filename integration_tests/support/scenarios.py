@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from integration_tests.support.ranks import run_ranks
+from integration_tests.support.ranks import RankFailed, run_ranks
 
 FOLDER: Any = object()
 """Argument of a scenario: it gets the path of an empty folder of its own."""
@@ -45,14 +45,15 @@ class Spawn:
     def __init__(self, world_size: int, before: Callable[[], Any] | None = None, timeout: float = 360) -> None:
         self.world_size, self._before, self._timeout = world_size, before, timeout
         self._scenarios: list[Scenario] = []
-        self._returned: list[list[Any]] | Exception | None = None
+        self._returned: list[list[Any]] = []
+        self._failure = ""
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Scenario:
         return Scenario(self, function, args, kwargs)
 
     def returned(self, scenario: Scenario, items: Iterable[pytest.Item], folder: Callable[[], Path]) -> list[Any]:
         """What each rank returned from a scenario; the first call runs those of all ``items`` that use this spawn."""
-        if self._returned is None:
+        if not self._returned and not self._failure:
             self._scenarios = [scenario for scenario in _distinct(items) if scenario.spawn is self]
             calls = [
                 (s.function, [str(folder()) if arg is FOLDER else arg for arg in s.args], s.kwargs)
@@ -60,10 +61,10 @@ class Spawn:
             ]
             try:
                 self._returned = run_ranks(self.world_size, _run_all, self._before, calls, timeout=self._timeout)
-            except Exception as error:
-                self._returned = error
-        if isinstance(self._returned, Exception):
-            raise self._returned
+            except RankFailed as error:
+                self._failure = str(error)
+        if self._failure:
+            raise RankFailed(self._failure)
         number = self._scenarios.index(scenario)
         return [rank[number] for rank in self._returned]
 
@@ -94,4 +95,11 @@ def _shown(value: Any) -> str:
 def _run_all(rank: int, world_size: int, before: Callable[[], Any] | None, calls: list[tuple]) -> list[Any]:
     if before is not None:
         before()
-    return [function(rank, world_size, *args, **kwargs) for function, args, kwargs in calls]
+    returned = []
+    for function, args, kwargs in calls:
+        try:
+            returned.append(function(rank, world_size, *args, **kwargs))
+        except BaseException as error:
+            error.add_note(f"in the scenario {function.__name__}, {args}, {kwargs}")
+            raise
+    return returned

@@ -90,7 +90,7 @@ class ZeroTraining:
         config = ds_config(int(case["backend"][-1]), settings, case["accumulation"], case["dtype"])
         self.engine = make_engine(config, case["dtype"], model_of(case["dtype"], case["uneven"]))
         self.grass, self._states = self.engine.grass, self.engine.optimizer.states
-        self.moving: MovingStates = self._states._moving
+        self.moving: MovingStates = self._states.mode
 
     def step(self, number: int) -> float:
         from integration_tests.support.zero import train_step
@@ -102,7 +102,7 @@ class ZeroTraining:
 
     def roles(self) -> int:
         units = self._states._units[LAYERS:]
-        return sum(t.nbytes for unit in units for group in unit.groups for t in group.tensors())
+        return sum(unit.nbytes for unit in units)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         self._states.settle()
@@ -118,8 +118,7 @@ class ZeroTraining:
         return {name: gathered(param) for name, param in self.engine.module.named_parameters()}
 
     def on_host(self, layer: int) -> bool | None:
-        groups = self._states._units[layer].groups
-        return lie_in(self.moving.store[layer], [t for group in groups for t in group.tensors()])
+        return lie_in(self.moving.store[layer], self._states._units[layer].tensors())
 
     def end(self) -> None:
         self.engine.destroy()

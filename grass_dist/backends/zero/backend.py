@@ -17,7 +17,6 @@ from grass_dist.method.measurement import sum_of_squares
 from grass_dist.model.discovery import Unit
 from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import GradientHook
-from grass_dist.ranks import Ranks
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
 
@@ -55,7 +54,7 @@ class _Bucket:
         return flat.nbytes
 
     def take(self) -> torch.Tensor:
-        """This rank's shard of the average, after waiting for it; begins anew."""
+        """This rank's shard of the average, after waiting for it; starts again."""
         if self.work is not None:
             self.work.wait()
         assert self.shard is not None
@@ -90,15 +89,15 @@ class ZeroSharding(Sharding):
 class ZeroBackend(GradientHooks):
     """The way of a gradient under ZeRO.
 
-    In training DeepSpeed's hooks take it, reduce it and keep this rank's part; `on_gradients` reads the parts before
+    In training DeepSpeed's hooks take it, reduce it and keep this rank's part; `gradients_ready` reads them before
     they are clipped. In a probe DeepSpeed trains nothing, and the hooks here take a layer's gradient as soon as it is
     whole: one reduce-scatter of 4 bytes an element for each micro-batch, under the backward of the layer below; then
     its sum of squares, and it is freed. With gradient accumulation the shards are summed in host memory, 4/N bytes an
     element. Under dynamic loss scaling one all-reduce of 8 bytes a probe step says whether a gradient overflowed.
 
     Args:
-        zero: not built yet.
-        group: the data-parallel ranks.
+        zero: nothing of DeepSpeed's is constructed yet.
+        sharding: over the data-parallel ranks.
         accumulation_steps: micro-batches of a step.
         stage: ZeRO stage, 1 to 3.
         wire_bytes: of an element of a gradient when DeepSpeed reduces it.
@@ -107,14 +106,13 @@ class ZeroBackend(GradientHooks):
     name = "deepspeed"
 
     def __init__(
-        self, zero: NarrowZero, group: dist.ProcessGroup, accumulation_steps: int, stage: int, wire_bytes: int
+        self, zero: NarrowZero, sharding: ZeroSharding, accumulation_steps: int, stage: int, wire_bytes: int
     ) -> None:
-        self.zero, self.sharding = zero, ZeroSharding(Ranks(group))
+        self.zero, self.sharding = zero, sharding
         self.accumulation_steps, self.stage, self._wire_bytes = accumulation_steps, stage, wire_bytes
         self._probing = self._measuring = False
         self._on: set[str] | None = None
         self._sums: HostSums | None = None
-        zero.on_gradients, zero.on_rest_step = self._on_gradients, self._on_rest_step
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         self._layers, self._units = list(layers), [*layers, *roles]
@@ -153,10 +151,7 @@ class ZeroBackend(GradientHooks):
                 self._sums = HostSums(shapes, self._device)
         else:
             self._sums = None
-            self.zero.narrow(self.groups_of(units))
-
-    def groups_of(self, units: Sequence[Unit]) -> list[Group]:
-        return groups_of(units, self.zero.user_optimizer.param_groups)
+            self.zero.narrow(groups_of(units, self.zero.param_groups))
 
     def finish_gradients(self) -> None:
         """DeepSpeed has made them final at the accumulation boundary."""
@@ -176,7 +171,8 @@ class ZeroBackend(GradientHooks):
 
     # --- training
 
-    def _on_gradients(self) -> None:
+    def gradients_ready(self) -> None:
+        """Reads DeepSpeed's averaged gradients in a step, before they are clipped."""
         self.verify()
         scale = float(self.zero.loss_scale) ** 2
         numel = 0
@@ -235,7 +231,8 @@ class ZeroBackend(GradientHooks):
         if self._measuring:
             self._sink(unit.index, 0, squares)
 
-    def _on_rest_step(self) -> bool:
+    def rest_step(self) -> bool:
+        """Ends a step in which nothing trains. Returns whether a gradient overflowed on some rank."""
         self._send_rest()
         if self._sums is not None:
             for name in self._sums.pending():
@@ -248,5 +245,5 @@ class ZeroBackend(GradientHooks):
 
     def _stand_in(self) -> Group:
         smallest = min(self._layers[0].params, key=lambda item: numel_of(item[1]))
-        [group] = self.groups_of([Unit("stand-in", None, (smallest,))])
+        [group] = groups_of([Unit("stand-in", None, (smallest,))], self.zero.param_groups)
         return group

@@ -1,4 +1,4 @@
-"""What is refused at start-up because of the model or the optimizer; ds_config.py refuses options."""
+"""Refuses models and optimizers that cannot work, at start-up; ds_config.py refuses options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _DEEPSPEED_CPU = {"DeepSpeedCPUAdam", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad"}
 
 
 def check_model(model: nn.Module) -> None:
-    """
+    """Refuses models that cannot be sharded layer by layer.
+
     Raises:
         UnsupportedModel: a pipeline or mixture-of-experts model of DeepSpeed's, or one that is wrapped already.
     """
@@ -51,7 +52,8 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_optimizer(optimizer: Any, setup: ZeroSetup) -> None:
-    """
+    """Refuses optimizers that GRASS cannot train with.
+
     Raises:
         ConfigError: there is none, or it cannot be run on flat partitions of single layers.
     """

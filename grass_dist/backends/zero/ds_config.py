@@ -1,4 +1,4 @@
-"""The ``"grass"`` block of a DeepSpeed configuration, and the configuration that DeepSpeed gets in its place."""
+"""The ``"grass"`` block of a DeepSpeed configuration, and the configuration that DeepSpeed then gets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ZeroSetup:
 
     grass: GrassConfig
     ds_config: dict[str, Any]
-    """For DeepSpeed: without ``"grass"`` and ``"scheduler"``, its other options as they run under GRASS."""
+    """What DeepSpeed gets: no ``"grass"``, no ``"scheduler"``, and its other options as they run under GRASS."""
     scheduler: tuple[str, dict[str, Any]] | None
     """Type and parameters of the ``"scheduler"`` section. It is built on the user's optimizer, not by DeepSpeed."""
     stage: int
@@ -33,7 +33,7 @@ class ZeroSetup:
     any_optimizer: bool
     """Whether the user vouches for an optimizer class that is not known (``zero_allow_untested_optimizer``)."""
     said: tuple[str, ...]
-    """Sentences for the log about what became of her options."""
+    """Sentences for the log about what became of the user's options."""
 
 
 def _is(*names: str) -> Callable[[Any], bool]:
@@ -117,7 +117,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 )
 
 OPTIMIZER_TYPES = "Adam, AdamW, Lion, SGD, Adadelta, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop"
-"""Update rules that treat each entry by itself and make their state at the first step."""
+"""The update rules that treat each entry by itself and make their state at the first step."""
 
 _REFUSED_TYPES = {
     **dict.fromkeys(["onebitadam", "zerooneadam", "onebitlamb"], "it carries compression errors on for all layers"),
@@ -128,7 +128,7 @@ _REFUSED_TYPES = {
 
 
 def load_ds_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, from whatever DeepSpeed takes: a file (comments allowed), base64 of JSON, or a dict.
+    """Reads the configuration from whatever DeepSpeed takes: a file (comments allowed), base64 of JSON, or a dict.
 
     Sections and lists of a dict are copied, and their values become those that a file would hold (`_plain`); other
     values, which may be handles of process groups, are shared.
@@ -209,7 +209,7 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
 def _normalise_zero(config: dict[str, Any], said: list[str]) -> int:
     """Makes ``zero_optimization`` a section with a stage of 1 to 3; returns the stage that the user wrote."""
     zero = config.get("zero_optimization")
-    if isinstance(zero, bool):  # the form of old
+    if isinstance(zero, bool):  # an old form
         size = {"allgather_bucket_size": config["allgather_size"]} if zero and "allgather_size" in config else {}
         config["zero_optimization"] = {"stage": int(zero), **size}
     zero = config["zero_optimization"] = _section(config, "zero_optimization")

@@ -19,7 +19,7 @@ ALIGNED = 2
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The parameters of ``unit`` that one of the user's groups holds: a flat buffer and a partition of their own."""
+    """The parameters of ``unit`` that one of the user's groups holds; they get a flat buffer of their own."""
 
     unit: Unit
     slot: int  # number of the group within its unit
@@ -47,14 +47,14 @@ Around = Callable[[Sequence[torch.Tensor]], AbstractContextManager[None]]
 
 
 class GroupsOptimizer(torch.optim.Optimizer):
-    """The user's optimizer, made to step over other parameter groups than its own.
+    """Has the user's optimizer step over other parameter groups than its own.
 
     DeepSpeed puts its flat partitions into the groups of the optimizer that it is given. The user's optimizer keeps
-    its groups, which schedulers hold on to; this one lends it those of the interval for the length of a step. So any
-    class works, whatever its constructor takes.
+    its groups, which schedulers hold on to, and gets those of the interval for the length of a step. So any class
+    works, whatever its constructor takes.
 
     Args:
-        user: her optimizer, without state.
+        user: the user's optimizer, without state.
         groups: what trains in the interval.
         around: entered for each step with the flat partitions that it updates.
     """
@@ -66,12 +66,12 @@ class GroupsOptimizer(torch.optim.Optimizer):
         super().__init__(own, user.defaults)
 
     def follow_user(self) -> None:
-        """Takes over the learning rates and other hyperparameters of the user's groups as they are now."""
+        """Takes over learning rates and other hyperparameters from the user's groups as they are now."""
         for group, index in zip(self.param_groups, self._of_user, strict=True):
             group.update(hyperparameters(self._user.param_groups[index]))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Called by DeepSpeed once for each group, whose master's gradient is set then."""
+        """DeepSpeed calls it once for each group, after it has set the gradient of that group's master."""
         with self._around([param for group in self.param_groups for param in group["params"]]):
             step_over(self._user, self.param_groups, self.state)
 
@@ -86,23 +86,23 @@ def zero_shard(param: nn.Parameter) -> torch.Tensor:
 
 
 def device_of(param: nn.Parameter) -> torch.device:
-    """Where this rank's entries of a parameter are, and so the master of its group, unless that rests."""
+    """The device of this rank's entries of a parameter; while its group trains, also that of the group's master."""
     return zero_shard(param).device if hasattr(param, "ds_tensor") else param.device
 
 
 def numel_of(param: nn.Parameter) -> int:
-    """Elements of the whole parameter, which ZeRO-3 leaves empty."""
+    """The number of elements of the whole parameter, which ZeRO-3 leaves empty."""
     return getattr(param, "ds_numel", param.numel())
 
 
 def capacity(group: Group, world_size: int) -> int:
-    """Elements that a rank's partition of ``group`` has at most: stages and releases pad in different ways."""
+    """The most elements that a rank's partition of ``group`` may have: stages and releases pad in different ways."""
     numel = sum(numel_of(param) for param in group.params)
     return -(-numel // world_size) + 8 * len(group.params) + 64
 
 
 def partition_numel(order: Sequence[nn.Parameter], world_size: int) -> int:
-    """Elements, with padding, that DeepSpeed will give a rank's partition of these parameters."""
+    """The number of elements, with padding, that DeepSpeed will give a rank's partition of these parameters."""
     if hasattr(order[0], "ds_tensor"):
         return sum(zero_shard(param).numel() for param in order)
     numel = sum(numel_of(param) for param in order)
@@ -122,7 +122,7 @@ class Extent:
 
 
 def extents(order: Sequence[nn.Parameter], rank: int, partition: int) -> Iterator[Extent]:
-    """`extents_of` for parameters in the order of their partition; without names."""
+    """As `extents_of`, for parameters in the order of their partition; the extents have no names."""
     shards = [zero_shard(p).numel() for p in order] if order and hasattr(order[0], "ds_tensor") else None
     return extents_of([("", numel_of(p)) for p in order], rank, partition, shards)
 
@@ -130,7 +130,7 @@ def extents(order: Sequence[nn.Parameter], rank: int, partition: int) -> Iterato
 def extents_of(
     sizes: Sequence[tuple[str, int]], rank: int, partition: int, shards: Sequence[int] | None
 ) -> Iterator[Extent]:
-    """What the partition of ``rank`` holds of each parameter of a group.
+    """Yields what the partition of ``rank`` holds of each parameter of a group.
 
     Stages 1 and 2 cut the group, its parameters one after the other, into equal partitions; stage 3 cuts each
     parameter, and a partition is a rank's shards one after the other.

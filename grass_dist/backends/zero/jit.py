@@ -1,4 +1,4 @@
-"""DeepSpeed compiles operators when they are first used. No such build may begin without a word, or wait for ever."""
+"""DeepSpeed compiles operators when they are first used. No such build may start without a word, or wait for ever."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 STALE_SECONDS = 1800
-"""A build that has written nothing for so long was killed."""
+"""A build that has written nothing for so many seconds was killed."""
 
 _FUSED = {"adam": "fused_adam", "adamw": "fused_adam", "lion": "fused_lion"}
 
@@ -26,10 +26,10 @@ def on_cpu() -> bool:
 
 
 def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
-    """Keeps DeepSpeed off builds that bring nothing, and tells of the others.
+    """Keeps DeepSpeed from builds that bring nothing, and tells of the others.
 
-    Call it before `deepspeed.init_distributed`. On a CPU it turns the shared-memory collectives off (gloo takes their
-    place) and sets ``optimizer.params.torch_adam``, in ``ds_config`` itself.
+    Call it before `deepspeed.init_distributed`. On a CPU it turns the shared-memory collectives off, so that gloo
+    communicates, and sets ``optimizer.params.torch_adam`` in ``ds_config`` itself.
 
     Returns:
         Sentences for the log.
@@ -47,7 +47,7 @@ def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
             said.append(
                 "optimizer.params.torch_adam is set to true: on a CPU DeepSpeed's own Adam would be compiled first."
             )
-    if operator and not params.get("torch_adam") and not _is_built(operator):
+    if operator and not params.get("torch_adam") and not any(_extensions().rglob(f"{operator}/{operator}.so")):
         said.append(
             f"DeepSpeed may now compile its operator {operator} into {_extensions()}, once, which can take minutes; "
             "an optimizer of torch.optim needs none."
@@ -56,18 +56,14 @@ def spare_the_compiler(ds_config: dict[str, Any]) -> list[str]:
 
 
 def _extensions() -> Path:
-    """Where torch builds C++ extensions, as documented for ``TORCH_EXTENSIONS_DIR``."""
+    """The folder in which torch builds C++ extensions, as documented for ``TORCH_EXTENSIONS_DIR``."""
     from torch.utils.cpp_extension import get_default_build_root
 
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
-def _is_built(operator: str) -> bool:
-    return any(_extensions().rglob(f"{operator}/{operator}.so"))
-
-
 def _clear_stale_locks() -> Iterator[str]:
-    """A killed build leaves a file ``lock`` that every later one waits for without end."""
+    """Removes the file ``lock`` that a killed build leaves, for which every later build would wait without end."""
     for lock in _extensions().glob("**/lock") if _extensions().is_dir() else ():
         newest = max((f.stat().st_mtime for f in lock.parent.iterdir()), default=0.0)
         idle = time.time() - newest

@@ -1,20 +1,21 @@
-"""Stock ZeRO optimizers that are constructed anew, in place, over the layers of each sampling interval.
+"""Stock ZeRO optimizers that are constructed again, in place, over the layers of each sampling interval.
 
-DeepSpeed fixes what a ZeRO optimizer trains when it is constructed: flat buffers, partitions, gradient hooks. So that
-is what happens at a draw: the constructor runs again, over one parameter group for each (active layer, group of the
-user's), and the states of those groups are put back. Between two draws everything is DeepSpeed's own code (reduction,
-norm, clipping, loss scale, step, gather), which never sees an inactive layer. The object stays the same, so engine,
-schedulers and Trainer keep their references to it.
+DeepSpeed fixes what a ZeRO optimizer trains when it is constructed: flat buffers, partitions, gradient hooks. So a draw
+runs the stock constructor again, over one parameter group for each (active layer, group of the user's), and puts the
+states of those groups back. Between two draws everything is DeepSpeed's own code (reduction, norm, clipping, loss
+scale, step, gather), which never sees an inactive layer. The object stays the same, so engine, schedulers and Trainer
+keep their references to it. While DeepSpeed saves or loads a checkpoint, the object shows it the groups of all layers.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import groupby
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -23,54 +24,67 @@ from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
 from grass_dist.backends.zero.reads import Reads
 from grass_dist.backends.zero.states import ZeroStates
-from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, narrow_again, take_over, whole_state
+from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, take_over, trainable, whole_state
 from grass_dist.errors import GrassError
+from grass_dist.method.controller import GrassController
 
-if TYPE_CHECKING:
-    _Stock: Any = object
-else:
-    _Stock = object
+_Stock: Any = object  # a type checker cannot know DeepSpeed's class, which stands behind this one
+
+
+class Listener(Protocol):
+    """What a `NarrowZero` tells about its steps."""
+
+    grass: GrassController
+    """Its state goes into checkpoints."""
+
+    def gradients_ready(self) -> None:
+        """Called in a step that updates, before any gradient is clipped or divided by the loss scale."""
+
+    def rest_step(self) -> bool:
+        """Called in a step while nothing trains. Returns whether a gradient overflowed on some rank."""
+        ...
+
+    def stepped(self, applied: bool) -> None:
+        """Called at the end of every step; ``applied`` is False after an fp16 overflow."""
 
 
 class NarrowZero(_Stock):
-    """What the two classes below add to DeepSpeed's; made by `DeepSpeedEngine` in the place of the stock class.
+    """What the two classes below add to DeepSpeed's.
+
+    Its constructor runs none of DeepSpeed's: the first `narrow` or `rest` does.
+
+    Args:
+        arguments: what the engine constructs the stock class with, by name.
+        every: all groups, in the order of a checkpoint.
+        states: those of all groups.
+        listener: is told about every step.
 
     Attributes:
         user_optimizer: the optimizer that the engine was given; its groups are `param_groups` here.
-        groups: what trains, in DeepSpeed's order; empty while at `rest`.
-        states: of all groups; put here by the front door.
-        every: all groups, in the order of a checkpoint.
-        loaded: the method's state out of a checkpoint; empty if that was saved without GRASS, None if not loaded.
-        hidden: within `whole`, the lists that it has put those of all groups in the place of.
-        arguments: what the engine constructs it with.
-        reads: of masters and moments; put here by the front door, as is
-        grass: the method's engine.
-        on_gradients: called in `step` before anything is clipped or scaled back.
-        on_rest_step: called in `step` in the place of an update while at rest; gives whether a gradient overflowed.
-        on_step: called at the end of `step` with whether it was applied (False: fp16 overflow).
+        groups: what trains, in DeepSpeed's order; empty while at rest.
+        reads: answers for masters and moments.
+        loaded: the method's state out of the checkpoint that was loaded last; empty if that was saved without GRASS,
+            None if no optimizer state was loaded.
     """
 
     names: ClassVar[Names]
-    connect: ClassVar[Callable[[Any], None]]
-    """Set by the front door on a subclass: finds the layers, and narrows or rests the new object."""
 
-    grass: Any
-    states: ZeroStates
-    reads: Reads
-    on_gradients: Callable[[], None]
-    on_rest_step: Callable[[], bool]
-    on_step: Callable[[bool], None]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(super().__init__).bind(*args, **kwargs)
-        self.arguments = dict(bound.arguments)
-        self.user_optimizer: torch.optim.Optimizer = self.arguments["init_optimizer"]
+    def __init__(
+        self, arguments: dict[str, Any], every: Sequence[Group], states: ZeroStates, listener: Listener
+    ) -> None:
+        self.arguments, self.listener = arguments, listener
+        self.user_optimizer: torch.optim.Optimizer = arguments["init_optimizer"]
+        self.every, self.states = list(every), states
         self.groups: list[Group] = []
-        self.every: list[Group] = []
+        self.reads = Reads(every, states, self.saved_order, self._has_gradient, arguments["dp_process_group"])
         self.loaded: dict[str, Any] | None = None
-        self.hidden: dict[str, Any] | None = None
+        self._put_aside: dict[str, Any] | None = None  # within `whole`: DeepSpeed's lists of what trains
         self._built = False
-        type(self).connect(self)
+
+    @property
+    def grass(self) -> GrassController:
+        """The method's controller, as `GrassOptimizer.grass`."""
+        return self.listener.grass
 
     # --- what the engine and schedulers see
 
@@ -85,18 +99,17 @@ class NarrowZero(_Stock):
 
     def step(self, closure: None = None) -> None:
         """Ends an optimizer step: DeepSpeed's, over the active groups; while at rest nothing is updated."""
-        self.grass.check_gradients()
         if self.groups:
             self.optimizer.follow_user()
-            self.on_gradients()
+            self.listener.gradients_ready()
             super().step()
             self.states.end_step()
         else:
-            self.overflow = self.on_rest_step()
+            self.overflow = self.listener.rest_step()
             self._end_rest_step()
             self._update_scale(self.overflow)
             self._global_grad_norm = float("inf") if self.overflow else 0.0
-        self.on_step(not self.overflow)
+        self.listener.stepped(not self.overflow)
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """The engine calls it after a backward; while at rest there is nothing of DeepSpeed's to reduce."""
@@ -104,13 +117,13 @@ class NarrowZero(_Stock):
             super().overlapping_partition_gradients_reduce_epilogue()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """The same, at the accumulation boundary of ZeRO-1."""
+        """The engine calls it at the accumulation boundary of ZeRO-1; nothing is reduced at rest."""
         if self.groups:
             super().reduce_gradients(pipeline_parallel=pipeline_parallel)
 
     @property
     def state(self) -> Any:
-        """The base optimizer's, of what trains, by partition."""
+        """The state of the base optimizer for what trains, by partition."""
         self.states.settle()
         return self.optimizer.state
 
@@ -119,12 +132,12 @@ class NarrowZero(_Stock):
         self.optimizer.state = value
 
     def state_dict(self) -> dict[str, Any]:
-        """DeepSpeed's state of what trains; within `whole`, that of every group and of the method."""
+        """DeepSpeed's state of what trains; within `whole` the state of every group and of the method."""
         self.states.settle()
-        with narrow_again(self):
-            state = super().state_dict()
-        if self.hidden is not None:
-            return whole_state(self, state)
+        state = self._state_of_what_trains()
+        if self._put_aside is not None:
+            order = [self.states.of[group.key] for group in self.every]
+            return whole_state(state, self.names, order, self.states.still, self.param_groups, self.grass.state_dict())
         if self.groups:  # DeepSpeed holds no master that is in host memory
             key, kept = self.names.masters_key, [self.states.of[group.key].master for group in self.groups]
             state[key] = [
@@ -133,14 +146,20 @@ class NarrowZero(_Stock):
         return state
 
     def load_state_dict(self, state_dict_list: Sequence[Any], *args: Any, **kwargs: Any) -> None:
-        """Takes this rank's of the saved states; `narrow` puts them where they belong."""
+        """Takes over this rank's saved state, if it is of GRASS; nothing trains until the next `narrow` or `rest`.
+
+        Raises:
+            GrassError: the state is of other layers or parameter groups.
+        """
         saved = state_dict_list[torch.distributed.get_rank(self.dp_process_group)]
         self.loaded = saved.get(GRASS_KEY, {})
         if GROUPS_KEY in saved:
-            take_over(self, saved)
+            take_over(saved, self.names, self.every, self.states, self.param_groups)
+            self.loss_scaler, self.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
+            self.groups = []
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
-        """What `engine.offload_states` calls.
+        """`engine.offload_states` calls it.
 
         Raises:
             GrassError: always, on all ranks, and before anything has moved.
@@ -151,65 +170,73 @@ class NarrowZero(_Stock):
             "load the checkpoint into a new one."
         )
 
-    # --- what the backend does with it
+    # --- what trains
 
     def narrow(self, groups: Sequence[Group]) -> None:
         """Trains ``groups`` and nothing else from the next forward on."""
         self._let_go({group.key for group in groups})
         self._construct(groups)
         self.groups = list(groups)
-        for i, group in enumerate(self.groups):
-            self.states.of[group.key].adopt(self.masters[i], self.optimizer.state)
+        for group, master in zip(groups, getattr(self, self.names.masters), strict=True):
+            self.states.of[group.key].adopt(master, self.optimizer.state)
+
+    def narrow_frozen(self, groups: Sequence[Group]) -> None:
+        """Narrows to groups that may be frozen, and leaves them frozen."""
+        with trainable([p for group in groups for p in group.params]):
+            self.narrow(groups)
 
     def rest(self, stand_in: Group) -> None:
-        """Trains nothing. DeepSpeed must own a parameter: that of ``stand_in``, of which it gets no gradient."""
+        """Trains nothing. DeepSpeed must own a parameter, so it has ``stand_in``, of which it gets no gradient."""
         self.stand_in = stand_in
         self._let_go(set())
         self._construct([stand_in])
         self._release()
         self.groups = []
 
+    def resume(self, groups: Sequence[Group]) -> None:
+        """Goes back to training ``groups``, which trained before; to rest if there are none."""
+        if groups:
+            self.narrow(groups)
+            self.states.enter(self.grass.active_layers)
+        else:
+            self.rest(self.stand_in)
+
     def forget(self) -> None:
-        """Throws the states of all groups away; `narrow` begins with new masters, of the weights as they are."""
+        """Throws the states of all groups away; `narrow` then makes new masters from the weights."""
         self.states.forget()
         self.groups = []
 
     def partition_grads_of(self, i: int) -> list[torch.Tensor]:
-        """This rank's parts of the averaged gradient of group ``i``, times the loss scale; valid in `on_gradients`."""
+        """This rank's parts of the averaged gradient of group ``i``, times the loss scale; valid in a step."""
         return [part for part in (self.averaged_gradients.get(i) or []) if part is not None]
 
     def saved_order(self, group: Group) -> list[nn.Parameter]:
         """The parameters of ``group`` in the order in which its flat partitions hold them."""
         return list(group.params)
 
+    def _has_gradient(self, group: Group) -> bool:
+        return self.averaged_gradients.get(self.groups.index(group)) is not None
+
     def _end_rest_step(self) -> None:
         self.optimizer.step_nothing()
 
     # --- construction
 
-    @property
-    def masters(self) -> list[torch.Tensor]:
-        """This rank's flat fp32 partition of each group that trains."""
-        return getattr(self, self.names.masters)
-
     def _construct(self, groups: Sequence[Group]) -> None:
         carried = {name: self.__dict__[name] for name in CARRIED if self._built and name in self.__dict__}
-        own = {"init_optimizer": GroupsOptimizer(self.user_optimizer, groups, self._updating)}
+        own = GroupsOptimizer(self.user_optimizer, groups, lambda m: self.states.updating(m, self.optimizer.state))
         with _quiet() if self._built else nullcontext():
-            super().__init__(**{**self.arguments, **own})
+            super().__init__(**{**self.arguments, "init_optimizer": own})
         self.__dict__.update(carried)
         if not self._built:
             check_instance(self, self.names, len(groups))
         self._built = True
 
-    def _updating(self, masters: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        return self.states.updating(masters, self.optimizer.state)
-
     def _let_go(self, keep: set[tuple[str, int]]) -> None:
         """Before construction: keeps what DeepSpeed has of the groups that train."""
         if not self._built:
             return
-        self.keep_lists()
+        self._keep_lists()
         self.states.keep_newborn()
         for group in self.groups:
             self.states.of[group.key].param = None
@@ -219,27 +246,71 @@ class NarrowZero(_Stock):
         """Takes DeepSpeed's hooks and references off the parameters."""
         self.destroy()
 
-    # --- states
+    # --- checkpoints
 
-    def keep_lists(self) -> None:
+    def complete(self) -> None:
+        """Makes masters of the layers that were never drawn, one layer at a time, where states are kept."""
+        current = list(self.groups)
+        known = {group.key for group in current} | {key for key, own in self.states.of.items() if own.noted}
+        missing = [group for group in self.every if group.key not in known]
+        for _, groups in groupby(missing, key=lambda group: group.unit.name):
+            self.narrow_frozen([*current, *groups])
+        if missing:
+            self.resume(current)
+        self._keep_lists()
+        self.states.settle()
+
+    @contextmanager
+    def whole(self, *, saving: bool = False) -> Iterator[None]:
+        """While it lasts, DeepSpeed's checkpoint code finds every group, trainable if it ever trains.
+
+        A save also has groups of what the user's optimizer has and GRASS never trains. Under ZeRO-3 DeepSpeed's tools
+        find in a checkpoint what is in groups, and a full fine-tune that goes on from it asks for all that the
+        optimizer has. Loading does not need these groups: DeepSpeed saves frozen weights besides.
+        """
+        still = self.states.still if saving else []
+        for own in still:  # ZeRO-3 keeps master and moments of a group and no more, so none need be constructed
+            own.numel = own.saved = sum(zero_shard(param).numel() for param in own.group.params)
+        groups = [*self.every, *(own.group for own in still)]
+        shown = {name: [self.saved_order(group) for group in groups] for name in self.names.shapes}
+        narrow = {name: getattr(self, name) for name in self.names.shapes}
+        with trainable([p for group in self.every for p in group.params]):
+            self.__dict__.update(shown)
+            self._put_aside, self.loaded = narrow, None
+            try:
+                yield
+            finally:
+                self._put_aside = None
+                self.__dict__.update(narrow)
+                for own in still:
+                    own.forget()
+
+    def _state_of_what_trains(self) -> dict[str, Any]:
+        """The stock state_dict, also within `whole`."""
+        shown = {name: getattr(self, name) for name in self.names.shapes}
+        self.__dict__.update(self._put_aside or {})
+        try:
+            return super().state_dict()
+        finally:
+            self.__dict__.update(shown)
+
+    def _keep_lists(self) -> None:
         """Notes the entries that the groups which train have in DeepSpeed's state, besides their tensors."""
         if not self.groups:
             return
-        with narrow_again(self):
-            state = super().state_dict()
+        state = self._state_of_what_trains()
         check_state(state, self.names)
-        count = len(self.masters)
-        lists = {k: v for k, v in state.items() if isinstance(v, list) and len(v) == count}
+        lists = {k: v for k, v in state.items() if isinstance(v, list) and len(v) == len(self.groups)}
         saved = lists.pop(self.names.masters_key)
         for i, group in enumerate(self.groups):
             kept = self.states.of[group.key]
             kept.lists, kept.saved, kept.noted = {k: v[i] for k, v in lists.items()}, saved[i].numel(), True
 
 
-def narrow_class(stock: type, stage3: bool, connect: Callable[[Any], None]) -> type:
-    """A `NarrowZero` over DeepSpeed's class ``stock``."""
-    base = _Narrow3 if stage3 else _Narrow12
-    return type(f"Grass{stock.__name__}", (base, stock), {"connect": staticmethod(connect)})
+@functools.cache
+def narrow_class(stock: type, stage3: bool) -> type:
+    """The class of a `NarrowZero` over DeepSpeed's class ``stock``."""
+    return type(f"Grass{stock.__name__}", (_Narrow3 if stage3 else _Narrow12, stock), {})
 
 
 class _Narrow12(NarrowZero):
@@ -250,7 +321,7 @@ class _Narrow12(NarrowZero):
 
     def _construct(self, groups: Sequence[Group]) -> None:
         super()._construct(groups)
-        self.reads.install()
+        self.reads.install(groups[0].params[0])
 
     def saved_order(self, group: Group) -> list[nn.Parameter]:
         if not self.round_robin_gradients:
@@ -260,10 +331,7 @@ class _Narrow12(NarrowZero):
 
 class _Narrow3(NarrowZero):
     names = STAGE_3
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.parameter_offload: Any = None
-        super().__init__(*args, **kwargs)
+    parameter_offload: Any = None
 
     def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
         """The module's hooks and its fetch order are for the whole run."""
@@ -287,8 +355,13 @@ class _Narrow3(NarrowZero):
                     shard = zero_shard(param)
                     shard.data = shard.data.clone()
 
+    def _release(self) -> None:
+        for hook in (*self._grad_acc_hooks, *self._leaf_module_hooks):
+            hook.remove()
+
+    # --- what `deepspeed.utils.safe_*` call
+
     def get_full_hp_param(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
-        """This and what follows is what `deepspeed.utils.safe_*` call."""
         return self.reads.full(param, optim_state_key)
 
     def set_full_hp_param(self, value: torch.Tensor, param: nn.Parameter, optim_state_key: str | None = None) -> None:
@@ -320,10 +393,6 @@ class _Narrow3(NarrowZero):
     def update_fp32_grad_for_param_vectorized(self, update_func: Any, param_list: Sequence[nn.Parameter]) -> None:
         trained = [param for param in param_list if self.reads.trains(param)]
         super().update_fp32_grad_for_param_vectorized(update_func, trained)
-
-    def _release(self) -> None:
-        for hook in (*self._grad_acc_hooks, *self._leaf_module_hooks):
-            hook.remove()
 
 
 @contextmanager

@@ -8,69 +8,69 @@ from typing import Any
 
 import torch
 
-from grass_dist.backends.zero.backend import ZeroBackend
+from grass_dist.backends.zero.backend import ZeroSharding
 from grass_dist.backends.zero.groups import Group
-from grass_dist.backends.zero.narrow import NarrowZero
-from grass_dist.backends.zero.states import GroupState, UnitState, ZeroStates, capacity
+from grass_dist.backends.zero.states import GroupState, ZeroStates, capacity
 from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
 from grass_dist.model.discovery import Unit
-from grass_dist.ranks import together
-from grass_dist.states.build import build
 from grass_dist.states.fields import Counts, Kept, Step, counts_for, kept_for
-from grass_dist.states.moving import MovingStates
-from grass_dist.states.plan import make_plan
+from grass_dist.states.layer_state import LayerState
+from grass_dist.states.placement import place
 from grass_dist.states.unit_optimizer import ELEMENTWISE, hyperparameters, step_over
 
 
 def place_states(
-    zero: NarrowZero,
-    backend: ZeroBackend,
+    user: torch.optim.Optimizer,
+    every: Sequence[Group],
+    still: Sequence[Group],
+    sharding: ZeroSharding,
+    stage: int,
     config: GrassConfig,
     layers: Sequence[Unit],
     roles: Sequence[Unit],
-    still: Sequence[Group],
 ) -> ZeroStates:
     """Chooses the mode and takes the memory for it; on all ranks alike.
 
     Args:
+        user: the user's optimizer.
+        every: all groups that ever train.
         still: what never trains, and has a state in a checkpoint only.
 
     Raises:
         ConfigError, GrassError: the states cannot be where the configuration wants them.
     """
-    device = backend.sharding.shard_of(layers[0].params[0][1]).device
-    dtype = torch.bfloat16 if config.offload.host_dtype else None
+    device = sharding.shard_of(layers[0].params[0][1]).device
+    world_size = sharding.ranks.world_size
+    first = {group.user_group: group for group in reversed([*every, *still])}  # of each of the user's groups
+    counts = {index: _counts(user, group, world_size, device) for index, group in first.items()}
     fallback: str | None = None
     kept: dict[int, Kept] = {}
-    counts: dict[int, Counts] = {}
-    for group in (*zero.every, *still):
-        if group.user_group not in counts:
-            counts[group.user_group] = _counts(zero.user_optimizer, group, backend.ranks.world_size, device)
     try:
-        for group in (*zero.every, *still):
-            if group.user_group not in kept:
-                kept[group.user_group] = _kept(zero.user_optimizer, group, backend.ranks.world_size, device)
+        kept = {index: _kept(user, group, world_size, device) for index, group in first.items()}
     except GrassError as error:
-        fallback, kept = str(error), {}
+        fallback = str(error)
 
     def state_of(group: Group) -> GroupState:
-        in_place = backend.stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
-        own, of = kept.get(group.user_group, []), counts.get(group.user_group, {})
-        return GroupState(group, own, of, backend.ranks.world_size, has_master=not in_place)
+        in_place = stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
+        own, of = kept.get(group.user_group, []), counts[group.user_group]
+        return GroupState(group, own, of, world_size, has_master=not in_place)
 
     made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
-    for group in zero.every:
+    for group in every:
         made[group.unit.name].append(state_of(group))
-    states = [UnitState(unit.name, made[unit.name], dtype) for unit in layers]
-    staying = [UnitState(unit.name, made[unit.name], None) for unit in roles]
-    sizes = [(state.layout.device_bytes, state.layout.host_bytes) for state in states]
-    resident = sum(state.layout.device_bytes for state in staying)
-    plan = make_plan(backend.ranks, config, sizes, resident, device, fallback=fallback)
-    moving: MovingStates | None = None
-    if plan.mode != "none":
-        moving = together(backend.ranks, lambda: build(plan, config, states, device, last_first=False, inline=True))
-    return ZeroStates(states, staying, moving, device, [state_of(group) for group in still])
+    moving, staying = ([LayerState(unit.name, made[unit.name]) for unit in units] for units in (layers, roles))
+    mode = place(
+        moving,
+        config,
+        sharding.ranks,
+        device,
+        resident=sum(state.layout.device_bytes for state in staying),
+        fallback=fallback,
+        last_first=False,
+        inline=True,
+    )
+    return ZeroStates(moving, staying, mode, device, [state_of(group) for group in still])
 
 
 def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Kept:

@@ -1,8 +1,12 @@
-"""What is used of DeepSpeed without being documented, in one table that is checked at start-up."""
+"""All that is used of DeepSpeed without being documented, in one table that is checked at start-up."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from grass_dist.errors import GrassError
@@ -18,9 +22,9 @@ class Names:
     masters: str
     """Attribute: list of this rank's flat fp32 partition of each parameter group."""
     masters_key: str
-    """The same in the class's state_dict."""
+    """Key of these partitions in the class's state_dict."""
     optimizer_key: str
-    """The base optimizer's state_dict in the class's state_dict."""
+    """Key of the base optimizer's state_dict in the class's state_dict."""
     shapes: tuple[str, ...]
     """Attributes that the engine's checkpoint code takes each group's parameters from."""
     attributes: tuple[str, ...]
@@ -32,7 +36,7 @@ _ATTRIBUTES = (
     "averaged_gradients",  # a list a group: this rank's parts of its averaged gradient
 )
 _METHODS = (
-    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy", "offload_states"),
+    *("step", "state_dict", "load_state_dict", "_update_scale", "destroy"),
     "overlapping_partition_gradients_reduce_epilogue",
 )
 
@@ -55,6 +59,7 @@ STAGE_3 = Names(
     attributes=(*_ATTRIBUTES, "_leaf_module_hooks", "parameter_offload"),
     methods=(
         *(*_METHODS, "initialize_ds_offload", "_partition_all_parameters"),
+        "offload_states",  # of stages 1 and 2 in later releases than 0.16.9 only
         # What deepspeed.utils.safe_* call, at a parameter's _z3_optimizer
         *("get_full_hp_param", "set_full_hp_param", "get_local_fp32_param", "set_local_hp_param"),
         *("get_fp32_grad_for_param", "set_fp32_grad_for_param", "get_local_fp32_grad_for_param"),
@@ -79,22 +84,56 @@ CARRIED = (
     "_backward_hook_state",  # holds what the engine registered
     "_is_gradient_accumulation_boundary",
 )
-"""What outlives the interval: the loss scale, and what the engine has put in or will read."""
+"""Attributes that are kept when the optimizer is constructed again: the loss scale, and what the engine has put in or
+will read."""
 
 ENGINE_BOUNDARY = "_is_gradient_accumulation_boundary"
-"""Attribute of the engine: what the caller said of the micro-batch, None where the engine counts."""
+"""Attribute of the engine: whether the caller says that the micro-batch ends a step; None where the engine counts."""
 
 ENGINE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
-"""Of the engine: handles of its hooks on the model, which its `destroy` leaves on."""
+"""Attributes of the engine: handles of its hooks on the model, which its `destroy` leaves on."""
 
 ENGINE_EXPORTS = ("module_state_dict", "_zero3_consolidated_16bit_state_dict")
-"""Methods of the engine that give the model's weights, if wanted without frozen ones."""
+"""Methods of the engine that return the model's weights, without frozen ones if the caller says so."""
 
 ENGINE_WRITER, ENGINE_SCRIPT = "checkpoint_engine", "_copy_recovery_script"
-"""Of the engine: the object whose `save` writes a file, and the method that puts a script beside the files."""
+"""Members of the engine: the object whose `save` writes a file, and the method that puts a script beside the files."""
 
 PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor")
 """Attributes of a ZeRO-3 parameter: its flat shard, and the size of the whole."""
+
+
+def stock_classes() -> tuple[type, type]:
+    """DeepSpeed's ZeRO optimizers: that of stages 1 and 2, and that of stage 3."""
+    import deepspeed.runtime.engine as engine
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    return engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3
+
+
+@contextmanager
+def zero_optimizers_from(make: Callable[[type, dict[str, Any]], Any]) -> Iterator[None]:
+    """While it lasts, an engine that DeepSpeed constructs takes its ZeRO optimizer from ``make``.
+
+    There is no public hook. The engine calls a stock class by its name in a module, so these names are exchanged.
+    ``make`` is called with the stock class and the arguments that the engine has for it, by name.
+    """
+    import deepspeed.runtime.engine as engine
+    import deepspeed.runtime.zero.stage3 as stage3
+
+    with suppress(ImportError):  # older releases lack it; the engine imports it, and it derives a class from stage 3's
+        import deepspeed.runtime.superoffload.superoffload_stage3  # noqa: F401
+
+    def called(stock: type, *args: Any, **kwargs: Any) -> Any:
+        return make(stock, inspect.signature(stock).bind(*args, **kwargs).arguments)
+
+    stock12, stock3 = stock_classes()
+    engine.DeepSpeedZeroOptimizer = partial(called, stock12)  # type: ignore[misc]
+    stage3.DeepSpeedZeroOptimizer_Stage3 = partial(called, stock3)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3 = stock12, stock3
 
 
 def deepspeed_version() -> str:
@@ -104,7 +143,7 @@ def deepspeed_version() -> str:
 
 
 def check_classes(stage12: type, stage3: type, version: str) -> None:
-    """Fails closed, before anything is built, on a release that is out or one whose classes lack a name of the tables.
+    """Refuses, before anything is built, a release that failed the tests or whose classes lack a name of the tables.
 
     Raises:
         GrassError: names the release and what it lacks.
@@ -119,7 +158,7 @@ def check_classes(stage12: type, stage3: type, version: str) -> None:
 
 
 def check_instance(zero: Any, names: Names, groups: int) -> None:
-    """The same for what only an object has, and for the shape of it: one flat partition a group.
+    """Checks an object for its attributes of the tables, and that it has one flat partition a group.
 
     Raises:
         GrassError: names the release and what it lacks.
@@ -132,7 +171,7 @@ def check_instance(zero: Any, names: Names, groups: int) -> None:
 
 
 def check_linked(param: Any) -> None:
-    """The same for what a parameter carries that ZeRO-1 or 2 trains.
+    """Checks a parameter that ZeRO-1 or 2 trains for the attributes that DeepSpeed gives it.
 
     Raises:
         GrassError: names the release and what it lacks.
@@ -144,7 +183,7 @@ def check_linked(param: Any) -> None:
 
 
 def check_state(state: dict[str, Any], names: Names) -> None:
-    """The same for a state_dict.
+    """Checks a state_dict for the keys of the tables.
 
     Raises:
         GrassError: names the release and what it lacks.

@@ -1,4 +1,4 @@
-"""What `deepspeed.utils.safe_get_*` and `safe_set_*` give and take, of every layer at any time.
+"""Answers of `deepspeed.utils.safe_get_*` and `safe_set_*` for every layer at any time.
 
 DeepSpeed's own answers cover what its optimizer trains now, from views that it takes when it is constructed. A layer
 that rests has its master and moments in host memory, and the state of one that trains may still be on its way to the
@@ -8,9 +8,10 @@ device. So every question about a master or a moment is answered here.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,10 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import Extent, Group, extents, numel_of, partition_numel, zero_shard
 from grass_dist.backends.zero.private import FRAGMENT, LINKED, MAPPING, OPTIMIZER, check_linked
-from grass_dist.backends.zero.states import GroupState, Made
+from grass_dist.backends.zero.states import GroupState, Made, ZeroStates
 from grass_dist.errors import GrassError
 
-if TYPE_CHECKING:
-    from grass_dist.backends.zero.narrow import NarrowZero
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +46,34 @@ class Reads:
     bytes an element; nothing for a local value, for one that is set, or where there is no state.
 
     Args:
-        zero: with its groups and their states in place.
-        group: the data-parallel ranks.
+        groups: all that ever train.
+        states: those of all groups.
+        order: returns the parameters of a group in the order in which its partition holds them.
+        has_gradient: whether DeepSpeed has an averaged gradient of a group that trains.
+        ranks: the data-parallel ranks.
     """
 
-    def __init__(self, zero: NarrowZero, group: dist.ProcessGroup | None) -> None:
-        self._zero, self._ranks = zero, group
-        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._group_of: dict[nn.Parameter, Group] = {p: g for g in zero.every for p in g.params}
+    def __init__(
+        self,
+        groups: Iterable[Group],
+        states: ZeroStates,
+        order: Callable[[Group], Sequence[nn.Parameter]],
+        has_gradient: Callable[[Group], bool],
+        ranks: dist.ProcessGroup | None,
+    ) -> None:
+        self._states, self._order, self._has_gradient, self._ranks = states, order, has_gradient, ranks
+        self._rank, self._world_size = dist.get_rank(ranks), dist.get_world_size(ranks)
+        self._group_of: dict[nn.Parameter, Group] = {p: g for g in groups for p in g.params}
 
     # --- what safe_get_* and safe_set_* ask
 
     def trains(self, param: nn.Parameter) -> bool:
-        """Whether DeepSpeed's optimizer trains it now: it has a gradient then."""
+        """Whether DeepSpeed's optimizer trains the parameter now, so that there is a gradient."""
         group = self._group_of.get(param)
-        return group is not None and self._zero.states.of[group.key].param is not None
+        return group is not None and self._states.of[group.key].param is not None
 
-    def full(self, param: nn.Parameter, key: str | None = None) -> torch.Tensor | None:
-        """Master (``key`` None) or moment: fp32, of the parameter's whole shape, on its device; equal on all ranks.
+    def full(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
+        """Master (for the key None) or moment: fp32, of the parameter's whole shape, on its device; equal on all ranks.
 
         None for what never trains, and for a moment of a layer that has not been updated yet.
 
@@ -73,10 +83,10 @@ class Reads:
         part = self._part(param)
         if part is None:
             return None
-        if key is None and not part.own.numel and not _sharded(param):
+        if optim_state_key is None and not part.own.numel and not _sharded(param):
             return param.detach().float().clone()
-        with self._zero.states.at_hand(part.own):
-            mine = self._entries(part, key)
+        with self._states.at_hand(part.own):
+            mine = self._entries(part, optim_state_key)
             if mine is None:
                 return None
             whole = torch.zeros(numel_of(param), dtype=torch.float32, device=param.device)
@@ -85,25 +95,15 @@ class Reads:
         return whole.view(_shape_of(param))
 
     def local(self, param: nn.Parameter, key: str | None = None) -> torch.Tensor | None:
-        """ZeRO-3: this rank's shard of the same, flat, with its padding. A copy."""
-        part = self._part(param)
-        if part is None:
-            return None
-        with self._zero.states.at_hand(part.own):
-            mine = self._entries(part, key)
-            return None if mine is None else mine.to(param.device, torch.float32, copy=True)
+        """ZeRO-3: a copy of this rank's shard of master or moment; flat, with its padding."""
+        return self._read(param, key, lambda mine: mine.to(param.device, torch.float32, copy=True))
 
     def device(self, param: nn.Parameter, key: str | None = None) -> torch.device | None:
-        """ZeRO-3: where the same is now."""
-        part = self._part(param)
-        if part is None:
-            return None
-        with self._zero.states.at_hand(part.own):
-            mine = self._entries(part, key)
-            return None if mine is None else mine.device
+        """ZeRO-3: the device that master or moment is on now."""
+        return self._read(param, key, lambda mine: mine.device)
 
     @torch.no_grad()
-    def set_full(self, param: nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
+    def set_full(self, param: nn.Parameter, value: torch.Tensor, optim_state_key: str | None = None) -> None:
         """Puts this rank's entries of ``value``, of the parameter's whole shape, where the layer trains from.
 
         A layer that trains gets its weights from the master at its next step, as in stock ZeRO. The weights of one
@@ -112,18 +112,18 @@ class Reads:
         Raises:
             GrassError: another number of elements, or a moment that there is not yet.
         """
-        part = self._asked(param, value, numel_of(param), key)
+        part = self._asked(param, value, numel_of(param), optim_state_key)
         if part is None:
             return
         flat, at = value.detach().reshape(-1), part.extent
-        if key is not None or part.own.numel or _sharded(param):
-            self._write(part, flat[at.start : at.start + at.length], key)
-        if key is None and part.own.param is None and param.numel() == flat.numel():
+        if optim_state_key is not None or part.own.numel or _sharded(param):
+            self._write(part, flat[at.start : at.start + at.length], optim_state_key)
+        if optim_state_key is None and part.own.param is None and param.numel() == flat.numel():
             param.data.copy_(flat.view(param.shape))  # replicated weights, or those that ZeRO-3 keeps gathered
 
     @torch.no_grad()
     def set_local(self, param: nn.Parameter, value: torch.Tensor, key: str | None = None) -> None:
-        """ZeRO-3: the same of this rank's shard, with its padding.
+        """ZeRO-3: sets this rank's shard of master or moment, with its padding, as `set_full` does.
 
         Raises:
             GrassError: as `set_full`.
@@ -146,21 +146,27 @@ class Reads:
 
     # --- ZeRO-1 and 2, whose parameters carry the methods that safe_* call
 
-    def install(self) -> None:
+    def install(self, linked: nn.Parameter) -> None:
         """Binds our answers to all parameters, and so replaces those that DeepSpeed has bound to some of them.
 
         They refer to this object weakly. DeepSpeed's views of the masters that it has just made are dropped: they
         would hold that memory for the whole interval.
+
+        Args:
+            linked: a parameter that DeepSpeed trains now, and so has bound its own answers to.
+
+        Raises:
+            GrassError: this release of DeepSpeed binds others.
         """
-        check_linked(self._zero.bit16_groups[0][0])  # type: ignore[attr-defined]
-        answers = weakref.ref(self)
+        check_linked(linked)
+        answers: weakref.ref[Reads] = weakref.ref(self)
         for param in self._group_of:
             mapping = getattr(param, MAPPING, None)
             setattr(param, MAPPING, mapping)
             if mapping is not None:
                 setattr(mapping, FRAGMENT, None)
-            for name, answer in zip(LINKED, (_full, _set_full, _full_grad, _set_full_grad), strict=True):
-                setattr(param, name, answer(answers, param))
+            for name, method in zip(LINKED, ("full", "set_full", "full_grad", "set_full_grad"), strict=True):
+                setattr(param, name, partial(_answer, answers, method, param))
 
     def remove(self, params: Iterable[nn.Parameter]) -> None:
         """Takes all that leads to the optimizer off the parameters, which would keep it and its memory.
@@ -182,8 +188,7 @@ class Reads:
 
         if not self.trains(param):
             return None
-        index = self._zero.groups.index(self._group_of[param])
-        if self._zero.averaged_gradients.get(index) is None:
+        if not self._has_gradient(self._group_of[param]):
             raise ValueError("Gradients are only available immediately after backward and before engine step")
         return get_full_hp_grad(param)
 
@@ -199,9 +204,17 @@ class Reads:
         group = self._group_of.get(param)
         if group is None:
             return None
-        own, order = self._zero.states.of[group.key], self._zero.saved_order(group)
+        own, order = self._states.of[group.key], self._order(group)
         found = next(e for p, e in zip(order, extents(order, self._rank, own.numel), strict=True) if p is param)
         return _Part(param, own, found)
+
+    def _read(self, param: nn.Parameter, key: str | None, of: Callable[[torch.Tensor], T]) -> T | None:
+        part = self._part(param)
+        if part is None:
+            return None
+        with self._states.at_hand(part.own):
+            mine = self._entries(part, key)
+            return None if mine is None else of(mine)
 
     def _asked(self, param: nn.Parameter, value: torch.Tensor, numel: int, key: str | None) -> _Part | None:
         """Where a value is to be written. A master must hold it exactly: one is made where weights would round it."""
@@ -237,7 +250,7 @@ class Reads:
 
     def _write(self, part: _Part, mine: torch.Tensor, key: str | None) -> None:
         own = part.own
-        with self._zero.states.at_hand(own):
+        with self._states.at_hand(own):
             entries = self._entries(part, key)
             if entries is None:
                 raise GrassError(
@@ -250,12 +263,12 @@ class Reads:
             zero_shard(part.param)[: mine.numel()].copy_(mine)
 
     def _begin(self, unit: str) -> None:
-        groups = [own for own in self._zero.states.of.values() if own.group.unit.name == unit]
-        self._zero.states.put(unit, [self._made(own) for own in groups])
+        groups = [own for own in self._states.of.values() if own.group.unit.name == unit]
+        self._states.put(unit, [self._made(own) for own in groups])
 
     def _made(self, own: GroupState) -> Made:
         """A master as DeepSpeed will make it of the weights."""
-        order = self._zero.saved_order(own.group)
+        order = self._order(own.group)
         numel = own.foreseen = partition_numel(order, self._world_size)
         if not own.has_master:
             return own, numel, None, {}
@@ -270,25 +283,10 @@ def _sharded(param: nn.Parameter) -> bool:
 
 
 def _shape_of(param: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, which ZeRO-3 leaves empty."""
+    """The shape of the whole parameter, which ZeRO-3 leaves empty."""
     return getattr(param, "ds_shape", param.shape)
 
 
-# The methods of a ZeRO-1 or 2 parameter; they give None once the optimizer is gone.
-_Answers = Callable[[], Reads | None]
-
-
-def _full(answers: _Answers, param: nn.Parameter) -> Any:
-    return lambda optim_state_key=None: (reads := answers()) and reads.full(param, optim_state_key)
-
-
-def _set_full(answers: _Answers, param: nn.Parameter) -> Any:
-    return lambda value, optim_state_key=None: (reads := answers()) and reads.set_full(param, value, optim_state_key)
-
-
-def _full_grad(answers: _Answers, param: nn.Parameter) -> Any:
-    return lambda: (reads := answers()) and reads.full_grad(param)
-
-
-def _set_full_grad(answers: _Answers, param: nn.Parameter) -> Any:
-    return lambda value: (reads := answers()) and reads.set_full_grad(param, value)
+def _answer(reads: weakref.ref[Reads], method: str, param: nn.Parameter, *args: Any, **kwargs: Any) -> Any:
+    """What a method of a ZeRO-1 or 2 parameter returns; None once the optimizer is gone."""
+    return None if (found := reads()) is None else getattr(found, method)(param, *args, **kwargs)

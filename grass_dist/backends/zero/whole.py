@@ -1,21 +1,18 @@
-"""A ZeRO optimizer's state as a checkpoint needs it: of all groups, in a fixed order, whatever trains."""
+"""The state of all groups as DeepSpeed's checkpoint code writes and reads it: in a fixed order, whatever trains now."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from grass_dist.backends.zero.groups import Group, zero_shard
-from grass_dist.backends.zero.states import MASTER, GroupState
+from grass_dist.backends.zero.private import Names
+from grass_dist.backends.zero.states import MASTER, GroupState, ZeroStates
 from grass_dist.errors import GrassError
-
-if TYPE_CHECKING:
-    from grass_dist.backends.zero.narrow import NarrowZero
 
 GROUPS_KEY, SIZES_KEY, CHANGED_KEY, GRASS_KEY = "grass_groups", "grass_sizes", "grass_changed", "grass"
 UPDATED_KEY = "grass_updated"
@@ -24,114 +21,87 @@ padding, whether each differs from what its weights say, the state of the method
 been updated: the others have zeros for moments, for DeepSpeed's tools."""
 
 
-@contextmanager
-def whole(zero: NarrowZero) -> Iterator[None]:
-    """For DeepSpeed's checkpoint code: every group is in its place, and trainable if it ever trains.
+def whole_state(
+    state: Mapping[str, Any],
+    names: Names,
+    order: Sequence[GroupState],
+    still: Sequence[GroupState],
+    user_groups: Sequence[Mapping[str, Any]],
+    grass: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The ZeRO state of all groups.
 
-    The state is of all groups.
+    Args:
+        state: the stock state_dict of what trains now; gives the entries that are no group's.
+        order: the states of all groups, in the order of the checkpoint.
+        still: those of groups that never train, which come after the others.
+        grass: the state of the method.
     """
-    narrow = {name: getattr(zero, name) for name in zero.names.shapes}
-    every = {name: [zero.saved_order(group) for group in zero.every] for name in zero.names.shapes}
-    still = {own.group.key for own in zero.states.still}
-    with trainable([p for group in zero.every if group.key not in still for p in group.params]):
-        zero.__dict__.update(every)
-        zero.hidden = narrow
-        try:
-            yield
-        finally:
-            zero.hidden = None
-            zero.__dict__.update(narrow)
-
-
-@contextmanager
-def narrow_again(zero: NarrowZero) -> Iterator[None]:
-    """Within `whole`: for DeepSpeed's code over what trains."""
-    shown = {name: getattr(zero, name) for name in zero.names.shapes}
-    zero.__dict__.update(zero.hidden or {})
-    try:
-        yield
-    finally:
-        zero.__dict__.update(shown)
-
-
-@contextmanager
-def with_still(zero: NarrowZero) -> Iterator[None]:
-    """While it lasts, what the user's optimizer has and never trains is groups like the others.
-
-    Under ZeRO-3 DeepSpeed's tools find in a checkpoint what is in groups, and a full fine-tune that goes on from it
-    asks for all that the optimizer has. Loading needs nothing of them: DeepSpeed saves frozen weights besides.
-    """
-    every, still = zero.every, zero.states.still
-    for own in still:  # ZeRO-3 has nothing in its state of a group but master and moments, so none need be constructed
-        own.numel = own.saved = sum(zero_shard(param).numel() for param in own.group.params)
-        own.noted = True
-    zero.every = [*every, *(own.group for own in still)]
-    zero.states.of.update({own.group.key: own for own in still})
-    try:
-        yield
-    finally:
-        zero.every = every
-        for own in still:
-            del zero.states.of[own.group.key]
-            own.forget()
-
-
-def complete(zero: NarrowZero) -> None:
-    """Makes masters of the layers that were never drawn, one layer at a time, and takes them where states are kept."""
-    current = list(zero.groups)
-    known = {group.key for group in current} | {key for key, own in zero.states.of.items() if own.noted}
-    missing = [group for group in zero.every if group.key not in known]
-    for _, groups in groupby(missing, key=lambda group: group.unit.name):
-        make(zero, [*current, *groups])
-    if missing:
-        resume(zero, current)
-    zero.keep_lists()
-    zero.states.settle()
-
-
-def make(zero: NarrowZero, groups: Sequence[Group]) -> None:
-    """Narrows to groups that may be frozen, and leaves them frozen."""
-    with trainable([p for group in groups for p in group.params]):
-        zero.narrow(groups)
-
-
-def resume(zero: NarrowZero, groups: Sequence[Group]) -> None:
-    """Goes back to what trained before."""
-    if groups:
-        zero.narrow(groups)
-        zero.states.enter(zero.grass.active_layers)
-    else:
-        zero.rest(zero.stand_in)
-
-
-def whole_state(zero: NarrowZero, state: dict[str, Any]) -> dict[str, Any]:
-    """``state``, the stock state_dict of what trains, with every other group in its place."""
-    names, order = zero.names, [zero.states.of[group.key] for group in zero.every]
-    lists = {key: [own.lists[key] for own in order] for key in order[0].lists}
-    lists[names.masters_key] = [_master(own) for own in order]
-    user = zero.user_optimizer.param_groups
+    every = [*order, *still]
+    lists = {key: [own.lists[key] for own in every] for key in order[0].lists}
+    lists[names.masters_key] = [_master(own) for own in every]
     base = {
-        "state": {i: _moments(own) if own.state else _zeros(own, order) for i, own in enumerate(order)},
+        "state": {i: _moments(own) if own.state else _zeros(own, order) for i, own in enumerate(every)},
         "param_groups": [
-            {**{k: v for k, v in user[g.user_group].items() if k != "params"}, "params": [i]}
-            for i, g in enumerate(zero.every)
+            {**_settings(user_groups[own.group.user_group]), "params": [i]} for i, own in enumerate(every)
         ],
     }
-    still = {own.group.key for own in zero.states.still}
-    order = [own for own in order if own.group.key not in still]
-    keys, sizes = [own.group.key for own in order], [own.numel for own in order]
     ours = {
-        **{GROUPS_KEY: keys, SIZES_KEY: sizes, GRASS_KEY: zero.grass.state_dict()},
+        GROUPS_KEY: [own.group.key for own in order],
+        SIZES_KEY: [own.numel for own in order],
         CHANGED_KEY: [own.changed for own in order],
         UPDATED_KEY: [bool(own.state) for own in order],
+        GRASS_KEY: grass,
     }
     return {**state, **lists, names.optimizer_key: base, **ours}
+
+
+def take_over(
+    saved: Mapping[str, Any],
+    names: Names,
+    every: Sequence[Group],
+    states: ZeroStates,
+    user_groups: Sequence[dict[str, Any]],
+) -> None:
+    """Puts what `whole_state` returned where states are kept, hyperparameters into the user's groups, and ZeRO-3's
+    weights into their shards.
+
+    Raises:
+        GrassError: the saved state is of other layers or parameter groups; nothing has changed then.
+    """
+    keys, theirs = [group.key for group in every], [tuple(key) for key in saved[GROUPS_KEY]]
+    if theirs != keys:
+        odd = next((pair for pair in zip(theirs, keys, strict=False) if pair[0] != pair[1]), (theirs[-1], keys[-1]))
+        raise GrassError(
+            f"The checkpoint holds {len(theirs)} parameter groups and this run has {len(keys)}: {odd[0]} stands "
+            f"where {odd[1]} is expected; load it with the model, parameter groups and grass.always_active of that run."
+        )
+    groups = len(saved[names.masters_key])  # with those that never train, at the end
+    ours = (GROUPS_KEY, SIZES_KEY, CHANGED_KEY, UPDATED_KEY)
+    lists = {k: v for k, v in saved.items() if isinstance(v, list) and len(v) == groups and k not in ours}
+    masters, base = lists.pop(names.masters_key), saved[names.optimizer_key]
+    moments = base["state"]
+    sizes = saved.get(SIZES_KEY, [master.numel() for master in masters])
+    changed = saved.get(CHANGED_KEY, [bool(moments.get(i)) for i in range(len(keys))])
+    updated = saved.get(UPDATED_KEY, [True] * len(keys))
+    states.forget()
+    states.replace({k: (sizes[i], masters[i], moments.get(i, {}) if updated[i] else {}) for i, k in enumerate(keys)})
+    for i, group in enumerate(every):
+        own = states.of[group.key]
+        own.lists, own.saved, own.noted = {k: v[i] for k, v in lists.items()}, masters[i].numel(), True
+        own.changed = changed[i]
+        _fill_shards(group, masters[i])
+        user_groups[group.user_group].update(_settings(base["param_groups"][i]))
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k != "params"}
 
 
 def _master(own: GroupState) -> torch.Tensor:
     if (master := own.current_master) is not None:
         return _saved(own, master[: own.saved])
-    # Of weights that are their own masters, or of what never trains: then widened for the file, in host memory.
+    # The weights are their own masters, or never train. The latter are widened for the file, in host memory.
     shards = [zero_shard(param).detach().reshape(-1) for param in own.group.params]
     return torch.cat([s if s.dtype == torch.float32 else s.cpu().float() for s in shards])
 
@@ -159,55 +129,6 @@ def _saved(own: GroupState, value: Any, dtype: torch.dtype | None = None) -> Any
     return value
 
 
-def take_over(zero: NarrowZero, saved: Mapping[str, Any]) -> None:
-    """Puts what `whole_state` gave where states are kept, and ZeRO-3's weights into their shards.
-
-    Raises:
-        GrassError: the state is of other layers or parameter groups.
-    """
-    keys = [group.key for group in zero.every]
-    if [tuple(key) for key in saved[GROUPS_KEY]] != keys:
-        theirs = [tuple(key) for key in saved[GROUPS_KEY]]
-        odd = next((pair for pair in zip(theirs, keys, strict=False) if pair[0] != pair[1]), (theirs[-1], keys[-1]))
-        raise GrassError(
-            f"The checkpoint holds {len(theirs)} parameter groups and this run has {len(keys)}: {odd[0]} stands "
-            f"where {odd[1]} is expected; load it with the model, parameter groups and grass.always_active of that run."
-        )
-    zero.loss_scaler, zero.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
-    groups = len(saved[zero.names.masters_key])  # with those of `with_still`, at the end
-    lists = {
-        k: v
-        for k, v in saved.items()
-        if isinstance(v, list) and len(v) == groups and k not in (GROUPS_KEY, SIZES_KEY, CHANGED_KEY, UPDATED_KEY)
-    }
-    masters = lists.pop(zero.names.masters_key)
-    states = saved[zero.names.optimizer_key]["state"]
-    sizes = saved.get(SIZES_KEY, [master.numel() for master in masters])
-    changed = saved.get(CHANGED_KEY, [bool(states.get(i)) for i in range(len(keys))])
-    updated = saved.get(UPDATED_KEY, [True] * len(keys))
-    zero.forget()
-    zero.states.replace(
-        {key: (sizes[i], masters[i], states.get(i, {}) if updated[i] else {}) for i, key in enumerate(keys)}
-    )
-    for i, group in enumerate(zero.every):
-        own = zero.states.of[group.key]
-        own.lists, own.saved, own.noted = {k: v[i] for k, v in lists.items()}, masters[i].numel(), True
-        own.changed = changed[i]
-        _fill_shards(group, masters[i])
-    for mine, theirs in zip(zero.user_optimizer.param_groups, _user_groups(zero, saved), strict=True):
-        mine.update(theirs)
-
-
-def _user_groups(zero: NarrowZero, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Hyperparameters of the user's groups; a group of hers in which nothing trains keeps its own."""
-    by_index = {group.user_group: i for i, group in enumerate(zero.every)}
-    groups = saved[zero.names.optimizer_key]["param_groups"]
-    return [
-        {k: v for k, v in groups[by_index[u]].items() if k != "params"} if u in by_index else {}
-        for u in range(len(zero.user_optimizer.param_groups))
-    ]
-
-
 @torch.no_grad()
 def _fill_shards(group: Group, master: torch.Tensor) -> None:
     start = 0
@@ -220,6 +141,7 @@ def _fill_shards(group: Group, master: torch.Tensor) -> None:
 
 @contextmanager
 def trainable(params: Sequence[nn.Parameter]) -> Iterator[None]:
+    """While it lasts, all ``params`` have ``requires_grad``."""
     flags = [p.requires_grad for p in params]
     for p in params:
         p.requires_grad_(True)

@@ -50,7 +50,7 @@ def text_rows(
         skipped: counts what is left out, by file.
 
     Raises:
-        ConfigError: while iterating, a line is broken, or the elements of a list cannot be told apart.
+        ConfigError: while iterating, a line is broken, or an element of a list is no JSON.
         OSError: while iterating, a file cannot be read.
     """
     columns, kinds = columns_of(parts), dict[str, tuple[str, str]]()

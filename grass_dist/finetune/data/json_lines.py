@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from types import NoneType
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -52,11 +53,8 @@ KINDS = {
 }
 """Name of each kind of value in JSON."""
 
-_BOM, _SPACE, _BREAK = b"\xef\xbb\xbf", b" \t\r\n", b"\n"
+_BOM, _SPACE, _BREAK = b"\xef\xbb\xbf", b" \t\r\n", "\n"
 _NESTED = f"is nested in more than {DEEPEST} levels"
-# A string that is never closed ends with its line, as JSON has no break in a string: it takes no other line with it.
-_TOKEN = re.compile(rb'"[^"\\\n]*(?:\\.[^"\\\n]*)*"?|[\[\]{},]')
-_BORDER = re.compile(rb",\s*\{")
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -104,7 +102,7 @@ def entries(setting: str, file: str, *, strict: bool = True) -> Iterator[Entry]:
             such values are `Unfit`, and a line ``null`` is an empty row.
 
     Raises:
-        ConfigError: the elements cannot be told apart; it is about ``setting``.
+        ConfigError: the file is not a list of elements that are JSON; it is about ``setting``.
         OSError: the file cannot be read.
     """
     with cast(BinaryIO, gzip.open(file) if file.lower().endswith(".gz") else open(file, "rb")) as opened:
@@ -133,35 +131,41 @@ def _lines(opened: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _elements(setting: str, file: str, data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Reads what stands between the commas of a list.
+    """The elements of a list, each of which is JSON of some kind.
 
-    A missing bracket may hide the commas that follow, which is an error: otherwise all the rest would be one element.
+    Raises:
+        ConfigError: one is no JSON, so it is not known where the next one begins; or the list does not end the file.
     """
-    number, depth, start = 1, 0, data.index(b"[") + 1
-    for token in _TOKEN.finditer(data, start):
-        sign, end = token[0], token.end()
-        if sign in (b"[", b"{"):
-            depth += 1
-        elif depth and sign in (b"]", b"}"):
-            depth -= 1
-        elif not depth and sign in (b",", b"]"):
-            raw = data[start : end - 1].strip(_SPACE)
-            if sign == b"," or number > 1 or raw:
-                yield number, raw
-            if sign == b"]":
-                if data[end:].strip(_SPACE):
-                    problem = f"more follows after the end of the list in line {data.count(_BREAK, 0, end) + 1}"
-                    raise ConfigError(setting, file, problem, "make it one list, or write one object a line (.jsonl)")
-                return
-            number, start = number + 1, end
-    raw = data[start:].strip(_SPACE)
-    if _BORDER.search(raw):
-        line = data.count(_BREAK, 0, data.index(raw, start)) + 1
-        problem = f"element {number} in line {line} is not closed, which hides the next ones"
-        raise ConfigError(setting, file, problem, "repair it, or write one object a line (.jsonl)")
-    yield number, raw
-    if raw and not depth:  # it may be whole, but then something is missing after it
-        yield number + 1, b""
+    text = data.decode(errors="surrogateescape")  # what is no UTF-8 spoils its own element only
+    number, end, sign = 0, text.index("["), "["
+    if text.startswith("]", first := _after_space(text, end + 1)):
+        end, sign = first, "]"
+    while sign != "]":
+        number, begin = number + 1, _after_space(text, end + 1)
+        try:
+            end = _ANY.raw_decode(text, begin)[1]
+            raw, end = text[begin:end], _after_space(text, end)
+            if (sign := text[end : end + 1]) not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except (json.JSONDecodeError, RecursionError) as error:
+            nested = isinstance(error, RecursionError)
+            problem = _NESTED if nested else _no_json(error, begin, f", in line {error.lineno}")
+            at, fix = f"element {number} of {Path(file).name}", "repair it, or write one object a line (.jsonl)"
+            raise ConfigError(setting, file, f"{at} {problem}", fix) from None
+        yield number, raw.encode(errors="surrogateescape")
+    if text[end + 1 :].strip():
+        problem = f"more follows after the end of the list in line {text.count(_BREAK, 0, end) + 1}"
+        raise ConfigError(setting, file, problem, "make it one list, or write one object a line (.jsonl)")
+
+
+def _after_space(text: str, at: int) -> int:
+    while text.startswith((" ", "\t", "\r", "\n"), at):
+        at += 1
+    return at
+
+
+def _no_json(error: json.JSONDecodeError, begin: int = 0, line: str = "") -> str:
+    return f"is no JSON ({error.msg.removesuffix(' at')} at character {error.pos - begin + 1} of it{line})"
 
 
 def _parse(raw: bytes, strict: bool) -> tuple[Row | None, str]:
@@ -182,7 +186,7 @@ def _parse(raw: bytes, strict: bool) -> tuple[Row | None, str]:
     except UnicodeEncodeError:
         return None, "holds half a surrogate pair"
     except json.JSONDecodeError as error:
-        return None, f"is no JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1} of it)"
+        return None, _no_json(error)
     except _Refused as error:
         return None, str(error)
     except RecursionError:
@@ -224,4 +228,5 @@ def _constant(name: str) -> None:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=_strictly, parse_constant=_constant)
+_ANY = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 _TOLERANT = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=_float, parse_constant=Unfit)

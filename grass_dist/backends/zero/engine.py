@@ -1,12 +1,10 @@
-"""`engine.save_checkpoint` and `load_checkpoint`: the states of all layers and of the method in DeepSpeed's files.
-
-And what else the engine gives of the model's weights, where it is asked to leave out frozen ones.
-"""
+"""The methods of a DeepSpeed engine that do more under GRASS: checkpoints, exports of weights, and `destroy`."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,36 +12,66 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import groups_of
 from grass_dist.backends.zero.narrow import NarrowZero
-from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS
-from grass_dist.backends.zero.whole import complete, resume, trainable, whole, with_still
+from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS, ENGINE_HOOKS
+from grass_dist.backends.zero.whole import trainable
 from grass_dist.errors import GrassError
 from grass_dist.ranks import say, world
 
-
-def add_checkpoints(engine: Any) -> None:
-    """Wraps the two methods of this engine; their arguments and files are DeepSpeed's."""
-    engine.save_checkpoint = _saving(engine, engine.save_checkpoint)
-    engine.load_checkpoint = _loading(engine, engine.load_checkpoint)
+Flags = Sequence[tuple[nn.Parameter, bool]]
+"""The parameters of a model, and whether each had ``requires_grad`` before an engine was made of it."""
 
 
-def add_exports(engine: Any) -> None:
-    """Has this engine take for frozen what never trains, and not what rests now."""
-    zero: NarrowZero = engine.optimizer
-    for name in ENGINE_EXPORTS:
-        setattr(engine, name, _exporting(zero, getattr(engine, name)))
+def wrap_methods(engine: Any, flags: Flags) -> None:
+    """Wraps methods of this engine; their arguments, results and files are DeepSpeed's."""
+    around = {"save_checkpoint": _saving, "load_checkpoint": _loading, **dict.fromkeys(ENGINE_EXPORTS, _exporting)}
+    around["destroy"] = functools.partial(_destroying, flags)
+    for name, wrap in around.items():
+        stock = getattr(engine, name)
+        setattr(engine, name, functools.wraps(stock)(wrap(engine, stock)))
 
 
-def _exporting(zero: NarrowZero, stock: Any) -> Any:
-    @functools.wraps(stock)
+def _exporting(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """An export takes for frozen what never trains, and not what rests now."""
+
     def export(*args: Any, **kwargs: Any) -> Any:
-        with trainable([param for group in zero.every for param in group.params]):
+        with trainable([param for group in engine.optimizer.every for param in group.params]):
             return stock(*args, **kwargs)
 
     return export
 
 
-def _saving(engine: Any, stock: Any) -> Any:
-    @functools.wraps(stock)
+def _destroying(flags: Flags, engine: Any, stock: Callable[[], None]) -> Callable[[], None]:
+    """`destroy` also gives the model back as it was.
+
+    Hooks of the method and of the engine are off, ``requires_grad`` is what ``flags`` say, no gradient is left, and
+    the model may be given to `initialize` again. Its weights stay; at ZeRO-3 they stay in shards, as with DeepSpeed.
+    A second call does nothing: DeepSpeed calls it when the engine is collected, and by then the model may have another
+    engine.
+    """
+    zero: NarrowZero = engine.optimizer
+    destroyed = False
+
+    def destroy() -> None:
+        nonlocal destroyed
+        if destroyed:
+            return
+        destroyed = True
+        try:
+            stock()
+        finally:
+            zero.reads.remove(param for param, _ in flags)
+            zero.grass.detach()
+            for name in ENGINE_HOOKS:
+                if (hook := getattr(engine, name, None)) is not None:
+                    hook.remove()
+            for param, flag in flags:
+                param.requires_grad_(flag)
+                param.grad = None
+
+    return destroy
+
+
+def _saving(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
         # Set where the caller says which micro-batch ends a step (Accelerate does); micro_steps then counts steps.
         ends_step = getattr(engine, ENGINE_BOUNDARY, None)
@@ -55,30 +83,27 @@ def _saving(engine: Any, stock: Any) -> Any:
                 "call it after an engine.step() that ends an accumulation, since gradients are not saved."
             )
         zero: NarrowZero = engine.optimizer
-        with with_still(zero):
-            complete(zero)
-            _finish_copies()
-            with whole(zero):
-                return stock(*args, **kwargs)
+        zero.complete()
+        _finish_copies()
+        with zero.whole(saving=True):
+            return stock(*args, **kwargs)
 
     return save_checkpoint
 
 
-def _loading(engine: Any, stock: Any) -> Any:
+def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(stock)
 
-    @functools.wraps(stock)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         zero: NarrowZero = engine.optimizer
         given = signature.bind(*args, **kwargs).arguments
-        zero.loaded = None
         if given.get("load_module_only"):
             given["load_optimizer_states"] = False  # or ZeRO-3 would load nothing
         try:
-            with whole(zero):
+            with zero.whole():
                 found = stock(**given)
         except KeyError:  # it was saved with other parameters frozen: DeepSpeed misses them among its frozen ones
-            with whole(zero), trainable(list(engine.module.parameters())):
+            with zero.whole(), trainable(list(engine.module.parameters())):
                 found = stock(**given)
         if found[0] is None:
             return found
@@ -89,7 +114,6 @@ def _loading(engine: Any, stock: Any) -> Any:
             _begin_from_full(engine, given["load_dir"], tag)
         else:
             zero.grass.load_state_dict(zero.loaded)
-        zero.loaded = None
         zero.states.settle()
         return found
 
@@ -97,20 +121,20 @@ def _loading(engine: Any, stock: Any) -> Any:
 
 
 def _begin_from_weights(engine: Any) -> None:
-    """New masters of the weights as they were loaded, and no moments."""
+    """Makes new masters from the weights as they were loaded, and starts without moments."""
     zero: NarrowZero = engine.optimizer
     current = list(zero.groups)
     zero.forget()
-    resume(zero, current)
+    zero.resume(current)
     say(
         world(),
         "Took over the weights of the checkpoint, whose optimizer states were not to be loaded: masters and moments "
-        "begin anew, and the draws go on.",
+        "start again, and the draws go on.",
     )
 
 
 def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
-    """Takes the fp32 weights of a checkpoint, of full fine-tuning say; every rank reads them all into host memory."""
+    """Takes the fp32 weights of a checkpoint, such as one of full fine-tuning; each rank reads all into host memory."""
     from deepspeed.utils import safe_set_full_fp32_param
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -131,11 +155,11 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
                 safe_set_full_fp32_param(param, value.to(param.device))
         for group in zero.groups:
             zero.states.of[group.key].changed = True  # 16-bit weights are rounded
-    resume(zero, current)
+    zero.resume(current)
     say(
         world(),
         "Took over the fp32 weights of the checkpoint and left its moments, which are cut by other parameter groups or "
-        "were not to be loaded: moments begin anew, and the draws go on.",
+        "were not to be loaded: moments start again, and the draws go on.",
     )
 
 
@@ -148,6 +172,6 @@ def _set_weight(param: nn.Parameter, value: torch.Tensor) -> None:
 
 
 def _finish_copies() -> None:
-    """States that go to the host are copied on a stream; a file is written from the host."""
+    """Waits for all copies: states go to the host on a stream, and a file is written from the host."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

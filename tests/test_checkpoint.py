@@ -102,7 +102,7 @@ def test_an_error_of_the_thread_is_raised_once_by_the_next_call(tmp_path):
     assert checkpointer.latest() == tmp_path / "step-000004"
 
 
-def test_the_end_of_the_block_waits_and_its_own_error_comes_first(tmp_path, caplog):
+def test_the_end_of_the_block_waits_and_its_error_comes_first(tmp_path, caplog):
     model, optimizer = make({})
     train(model, optimizer, range(3))
 

@@ -154,6 +154,7 @@ def commands(at: Path) -> dict[str, list[list[str]]]:
         + [[*PLAN, "--params", "7B", "--from", str(at / name)] for name in ("doctor.json", "pipe")],
         "show": [["show", str(at / "own.yaml"), f"model.name={model}"] for model in models[:2]],
         "doctor": [["doctor", "--folder", str(of[0]), "--size", "1KB"]],
+        "train": [],  # it takes a process of its own: `test_a_resumed_fine_tune_loads_what_its_configuration_names`
     }
 
 

@@ -21,7 +21,7 @@ class TargetState:
 
     Args:
         name: of the parameter or group.
-        kept: what `fields` takes.
+        kept: what `foretell` takes.
 
     Attributes:
         state: what the optimizer class keeps, by key: moments wherever they are, and step counts.
@@ -31,7 +31,7 @@ class TargetState:
         resident: whether that is on the device.
     """
 
-    def __init__(self, name: str, kept: Kept = ()) -> None:
+    def __init__(self, name: str, kept: Kept) -> None:
         self.name = name
         self.state: dict[str, Any] = {}
         self.homes: dict[str, torch.Tensor] = {}
@@ -41,15 +41,20 @@ class TargetState:
         self.foretell(kept)
 
     def foretell(self, kept: Kept) -> None:
-        """Says of which tensors the state will be: (key, shape, dtype) of each, a master first."""
+        """Says which tensors the state will have: (key, shape, dtype) of each, a master first."""
         self.dtypes = {key: dtype for key, _, dtype in kept}
         self.fields = [field(self.name, *entry) for entry in kept]
 
     @property
+    def target(self) -> torch.Tensor:
+        """What the optimizer class updates, where it updates something of this."""
+        assert self.param is not None
+        return self.param
+
+    @property
     def device(self) -> torch.device:
         """Where it is updated."""
-        assert self.param is not None
-        return self.param.device
+        return self.target.device
 
     def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
         """Makes ``views``, one for each of `fields`, the state; before there is one, the memory that it is made in."""
@@ -110,7 +115,7 @@ def materialize(targets: Sequence[TargetState], state: Mapping[Any, dict[str, An
     Args:
         state: that of the optimizer, by what it updates.
     """
-    homes = [(own.param, key, own.used(view)) for own in targets for key, view in own.homes.items() if key != MASTER]
+    homes = [(own.target, key, own.used(view)) for own in targets for key, view in own.homes.items() if key != MASTER]
     with born_in(homes, state):
         yield
     move_home(homes, state)

@@ -57,7 +57,7 @@ class ParamState(TargetState):
     """
 
     def __init__(self, name: str, weights: nn.Parameter, group: int, sharding: Sharding, *, shards: bool) -> None:
-        super().__init__(name)
+        super().__init__(name, [])
         self.weights, self.group = weights, group
         self._sharding, self._shards = sharding, shards
 
@@ -79,7 +79,7 @@ class ParamState(TargetState):
         return hyperparameters(groups[self.group]), like
 
     def ask(self, step: Step, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Finds out of which tensors the state will be, a master and what the optimizer class keeps.
+        """Finds which tensors the state will have: a master, and what the optimizer class keeps.
 
         Raises:
             Exception: the class cannot say.
@@ -114,8 +114,8 @@ class ParamState(TargetState):
 
     def take_gradient(self) -> None:
         """Gives what is updated the gradient of the parameter, or none."""
-        grad, target = self.weights.grad, self.param
-        if target is None or target is self.weights:
+        grad, target = self.weights.grad, self.target
+        if target is self.weights:
             return
         if self.master is None and (view := self.view).data_ptr() != target.data_ptr():
             target.data = view  # the engine has moved the parameter's memory
@@ -125,9 +125,10 @@ class ParamState(TargetState):
 
     def give_update(self) -> None:
         """Brings an update from the master to the weights."""
-        if self.param is not None and self.param is not self.weights:
-            self.param.grad = None
+        if (target := self.target) is not self.weights:
+            target.grad = None
             if self.master is not None:
+                self.master = target.detach()  # a class may have given it other memory
                 self.view.copy_(self.master)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -218,7 +219,7 @@ class UnitOptimizer:
         with materialize(self.targets, self.inner.state):
             self.inner.step()
         for own in self.targets:
-            own.state = self.inner.state[own.param]
+            own.state = self.inner.state[own.target]
             own.give_update()
 
     def create(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -232,7 +233,7 @@ class UnitOptimizer:
             self.inner = self._class(list(updated.values()), **self._kwargs)
             made.update(self.inner.state)
         for own in self.targets:
-            own.state = self.inner.state[own.param]
+            own.state = self.inner.state[own.target]
 
     @property
     def nbytes(self) -> int:
@@ -258,11 +259,11 @@ class UnitOptimizer:
         assert self.inner is not None
         with torch.no_grad():
             for own, state in zip(self.targets, states, strict=True):
-                if MASTER in state and own.param is not None:
-                    own.param.copy_(state[MASTER])
+                if MASTER in state:
+                    own.target.copy_(state[MASTER])
                 kept = {key: value for key, value in state.items() if key not in (MASTER, "part")}
                 if kept:
-                    self.inner.state[own.param] = own.state = {}
+                    self.inner.state[own.target] = own.state = {}
                     own.fill(kept, own.counts(self._step_once, groups))
 
     def check_parts(self, states: Sequence[Mapping[str, Any]]) -> None:

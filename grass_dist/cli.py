@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from grass_dist.errors import ConfigError, GrassError
-from grass_dist.version import __version__
+import typer
 
-try:
-    import typer
-except ImportError:
-    raise SystemExit("The grass-dist command needs typer; run pip install 'grass-dist[train]'.") from None
+from grass_dist.doctor.program import doctor
+from grass_dist.errors import ConfigError, GrassError
+from grass_dist.terminal import one_sentence_errors, parse_size, printable, warn
+from grass_dist.version import __version__
 
 app = typer.Typer(
     name="grass-dist",
@@ -64,7 +61,7 @@ def train(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, e.g. runs/demo.")]) -> None:
     """Write RUN/report.html, one self-contained page, and its pictures under RUN/plots."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         from grass_dist.report import build_report
 
         typer.echo(build_report(run))
@@ -79,11 +76,11 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")] = False,
 ) -> None:
     """Write the model of a checkpoint to OUT as an ordinary Hugging Face folder."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         from grass_dist.checkpoint.export import export as write
 
-        shard_bytes = _parse_size("--max-shard-size", max_shard_size)
-        done = write(run, out, step=step, max_shard_bytes=shard_bytes, overwrite=overwrite, tell=_warn)
+        shard_bytes = parse_size("--max-shard-size", max_shard_size)
+        done = write(run, out, step=step, max_shard_bytes=shard_bytes, overwrite=overwrite, tell=warn)
         files = "1 file" if done.shards == 1 else f"{done.shards} files"
         typer.echo(f"{done.folder}: the model after step {done.step}, {_size(done.nbytes)} in {files}")
 
@@ -104,7 +101,7 @@ def convert(
     With --ds-config the checkpoint is written in DeepSpeed's format by --ranks CPU processes. The model is made from
     the sizes in the checkpoint; name it by --model only where transformers does not know it.
     """
-    with _one_sentence_errors():
+    with one_sentence_errors():
         from grass_dist.checkpoint.export import find_checkpoint
 
         if model is not None and ds_config is None:
@@ -112,7 +109,7 @@ def convert(
         if trust_remote_code and model is None:
             problem = "it allows the code of the model that --model names, and none is named"
             raise ConfigError("--trust-remote-code", True, problem, "add --model, or leave it out")
-        with find_checkpoint(run, None, _warn) as checkpoint:
+        with find_checkpoint(run, None, warn) as checkpoint:
             if ds_config is None:
                 from grass_dist.checkpoint.convert import to_dcp
 
@@ -121,7 +118,7 @@ def convert(
                 from grass_dist.finetune.rewrite import to_deepspeed
 
                 if trust_remote_code:
-                    _warn(f"The code that comes with {model} may run: --trust-remote-code is given.")
+                    warn(f"The code that comes with {model} may run: --trust-remote-code is given.")
                 named = {"model": model, "trust_remote_code": trust_remote_code}
                 made = to_deepspeed(checkpoint.folder, out, ranks=ranks, ds_config=ds_config, **named)
         typer.echo(f"{made}: go on with it by --resume {out}")
@@ -134,7 +131,7 @@ def inspect(
     fast: Annotated[bool, typer.Option("--fast", help="Leave the checksums of the files out.")] = False,
 ) -> None:
     """Show the checkpoints of a run, and what the newest good one holds."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         from grass_dist.checkpoint.inspect import inspect_run
 
         found = inspect_run(run, fast=fast)
@@ -149,7 +146,7 @@ def show(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...")] = None,
 ) -> None:
     """Show the first training example as the model sees it, and which of its tokens are learnt. Trains nothing."""
-    with _one_sentence_errors():
+    with one_sentence_errors():
         from grass_dist.finetune.config_file import load_config
         from grass_dist.finetune.data.loading import first_example
         from grass_dist.finetune.data.shown import shown
@@ -164,25 +161,7 @@ def show(
         _show_example(shown(example, tokenizer))
 
 
-@app.command()
-def doctor(
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
-    folder: Annotated[Path, typer.Option(help="Folder whose disk is tried, e.g. where checkpoints go.")] = Path(),
-    interface: Annotated[str | None, typer.Option(help="Network interface of gloo and NCCL, e.g. eth0.")] = None,
-    size: Annotated[str, typer.Option(help="Largest message that is measured.")] = "16MB",
-    timeout: Annotated[float, typer.Option(help="Seconds for meeting, and for each collective.")] = 60,
-) -> None:
-    """Find out what is wrong with a cluster, and how fast it is: run it under any launcher before a fine-tune.
-
-    For example torchrun --nnodes 2 ... -m grass_dist.doctor, or srun python -m grass_dist.doctor.
-    """
-    with _one_sentence_errors():
-        from grass_dist.doctor.command import DoctorOptions, diagnose
-
-        if not 1 <= timeout <= 86_400:
-            raise ConfigError("--timeout", timeout, "it is no number of seconds up to a day", "use e.g. 60")
-        code = diagnose(DoctorOptions(json_file, folder, interface, _parse_size("--size", size), timeout))
-    raise typer.Exit(code)
+app.command()(doctor)
 
 
 @app.command()
@@ -221,14 +200,14 @@ def plan(
 ) -> None:
     """Tell before a run whether a model fits, what a step costs, and which settings to use. Needs no GPU."""
     given = dict(locals())
-    with _one_sentence_errors():
+    with one_sentence_errors():
         from grass_dist.plan.command import PlanOptions, plan_run
 
         sizes = {"gpu_bytes": ("--gpu-memory", "gpu_memory"), "host_bytes": ("--host-memory", "host_memory")}
         for name, (option, key) in sizes.items():
             text = given.pop(key)
-            given[name] = None if text is None else _parse_size(option, text)
-        plan_run(PlanOptions(doctor=given.pop("doctor_json"), **given), _warn)
+            given[name] = None if text is None else parse_size(option, text)
+        plan_run(PlanOptions(doctor=given.pop("doctor_json"), **given), warn)
         if write is not None:  # the settings are read once as the training program will read them
             from grass_dist.finetune.config_file import load_config
 
@@ -247,7 +226,7 @@ def _show_example(found: Mapping[str, Any]) -> None:
             text.append(">>>" if piece["learnt"] else "<<<")
         learns = piece["learnt"]
         style = ("bold green" if learns else "") + (" underline" if piece["special"] else "")
-        text.append("".join(c if c in "\n\t" else _printable(c) for c in piece["text"]), style=style)
+        text.append("".join(c if c in "\n\t" else printable(c) for c in piece["text"]), style=style)
     console.print(text, soft_wrap=True)
     marks = "in green" if console.is_terminal else "between >>> and <<<"
     typer.echo(f"{found['tokens']} tokens; {found['learnt']} of them are learnt ({marks}).")
@@ -264,7 +243,7 @@ def _show_checkpoints(found: Mapping[str, Any]) -> None:
     if (good := found["newest_good"]) is None:
         return
     for line in _about(good):
-        console.print(_printable(line), markup=False, soft_wrap=True)
+        console.print(printable(line), markup=False, soft_wrap=True)
     rows = [[layer["layer"], *_cells(layer), layer["name"]] for layer in good["layers"]]
     rows += [
         ["", role["times_trained"], "", "", "", _size(role["state_bytes"]), role["name"]] for role in good["roles"]
@@ -296,11 +275,11 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) ->
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(_printable(title)), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if cell is None else _printable(str(cell))) for cell in row))
+        table.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
     return table
 
 
@@ -308,34 +287,6 @@ def _size(nbytes: int | None) -> str | None:
     if nbytes is None:
         return None
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
-
-
-def _parse_size(option: str, text: str) -> int:
-    """Reads a size such as 4GB (10^9 bytes) or 500MiB (2^20)."""
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(I?)B?\s*", text.upper(), re.ASCII)
-    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")) if found else 0
-    if size < 1:
-        raise ConfigError(option, text, "this is no size", "write e.g. 4GB or 500MB")
-    return size
-
-
-def _warn(problem: str) -> None:
-    typer.echo("\n".join(map(_printable, problem.splitlines())), err=True)
-
-
-def _printable(text: str) -> str:
-    """Returns ``text`` without characters by which a checkpoint from elsewhere could control the terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-@contextmanager
-def _one_sentence_errors() -> Iterator[None]:
-    """Turns an error that grass_dist raises on purpose into its sentence on stderr and exit status 1."""
-    try:
-        yield
-    except GrassError as error:
-        _warn(str(error))
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

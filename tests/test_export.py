@@ -26,9 +26,10 @@ from grass_dist.checkpoint.inspect import inspect_run
 from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.checkpoint.saving import write_snapshot
 from grass_dist.checkpoint.snapshot import Snapshot
-from grass_dist.cli import _parse_size, app
+from grass_dist.cli import app
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
 from grass_dist.ranks import Ranks
+from grass_dist.terminal import parse_size
 from integration_tests.support.program import make_model
 
 GRASS = GrassConfig(active_layers=2, probe_steps=2, sampling_interval=3, update_interval=3, draw_ahead=1)
@@ -422,7 +423,7 @@ def test_other_weights_and_adapters_in_the_folder_are_not_copied(run: Trained, t
 
 
 def test_sizes() -> None:
-    assert [_parse_size("x", text) for text in ("4GB", "1.5mb", "7", "2 KiB")] == [4 * 10**9, 1_500_000, 7, 2048]
+    assert [parse_size("x", text) for text in ("4GB", "1.5mb", "7", "2 KiB")] == [4 * 10**9, 1_500_000, 7, 2048]
     for text in ("0", "4 apples", "", "-1GB", "0.1", "1e9", "9" * 5000):
         with pytest.raises(ConfigError, match="this is no size"):
-            _parse_size("--max-shard-size", text)
+            parse_size("--max-shard-size", text)

@@ -182,7 +182,7 @@ def test_states_that_are_away_are_pinned():
     away = [i for i, own in enumerate(optimizer._layer_optimizers) if own.born and not optimizer._states.lends(i)]
     assert away
     for layer in away:
-        moments = [t for t in optimizer._layer_optimizers[layer].tensors() if t.numel() > 1]
+        moments = [t for t in optimizer._layer_optimizers[layer].state.tensors() if t.numel() > 1]
         assert moments and all(t.is_pinned() for t in moments)
 
 

@@ -350,9 +350,9 @@ class GrassOptimizer(torch.optim.Optimizer):
         self._show_state(optimizer)
 
     def _update(self, optimizer: UnitOptimizer) -> None:
-        newborn = not optimizer.born
+        first = not optimizer.has_state
         optimizer.step(self.param_groups)
-        if newborn:
+        if first:
             self._show_state(optimizer)
 
     def _show_state(self, optimizer: UnitOptimizer) -> None:

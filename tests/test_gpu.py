@@ -140,7 +140,7 @@ def test_states_that_are_away_take_no_memory_of_the_device():
             lambda optimizer: torch.cuda.synchronize() or torch.cuda.memory_allocated(),
             **sizes,
         )
-        assert all(own.born for own in optimizer._layer_optimizers)
+        assert all(own.has_state for own in optimizer._layer_optimizers)
         used[mode] = seen[-1] - before
         del optimizer
         gc.collect()
@@ -179,10 +179,10 @@ def test_a_slot_that_queued_kernels_read_is_not_overwritten():
 def test_states_that_are_away_are_pinned():
     optimizer, _, _ = moved({"mode": "interval"}, 12, uneven())
     optimizer._states.settle()
-    away = [i for i, own in enumerate(optimizer._layer_optimizers) if own.born and not optimizer._states.lends(i)]
+    away = [i for i, own in enumerate(optimizer._layer_optimizers) if own.has_state and not optimizer._states.lends(i)]
     assert away
     for layer in away:
-        moments = [t for t in optimizer._layer_optimizers[layer].tensors() if t.numel() > 1]
+        moments = [t for t in optimizer._layer_optimizers[layer].state.tensors() if t.numel() > 1]
         assert moments and all(t.is_pinned() for t in moments)
 
 

@@ -66,7 +66,7 @@ class Zero:
     def switch(self, layers: tuple[int, ...]) -> None:
         """As `NarrowZero.narrow`, between the calls of the method's engine."""
         self.states.leave(layers)
-        self.states.keep_newborn()
+        self.states.keep_new()
         for own in self.states.of.values():
             own.param = None
         self.masters, self.base = {}, {}

@@ -55,7 +55,7 @@ class TorchHoldings:
     def states(self) -> Iterator[UnitPieces]:
         self._settle()
         for optimizer in self._optimizers:
-            if not optimizer.born:
+            if not optimizer.has_state:
                 continue
             tensors, entries = [], {}
             for at, (name, param) in enumerate(optimizer.unit.params):

@@ -1,4 +1,4 @@
-"""What an optimizer class keeps for a parameter, found out before it keeps it; and where it is born."""
+"""What an optimizer class keeps for a parameter, found out before it keeps it; and where it makes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Step = Callable[[Groups], Mapping[Any, Mapping[str, Any]]]
 
 
 def kept_for(step: Step, group: Mapping[str, Any], like: torch.Tensor, *, elementwise: bool) -> Kept:
-    """(key, shape, dtype) of each tensor that an optimizer keeps for a parameter like ``like``, in the order of birth.
+    """(key, shape, dtype) of each tensor that an optimizer keeps for a parameter like ``like``, as it makes them.
 
     Found by a step on a stand-in with a zero gradient. Step counts, and other tensors of one element, are left out. An
     elementwise optimizer gets a stand-in of six entries, any other one of the parameter's own shape.
@@ -77,13 +77,13 @@ Home = tuple[torch.Tensor, str, torch.Tensor]
 """(what the optimizer updates, key of its state, memory that this entry belongs in)."""
 
 
-def born_in(homes: Iterable[Home], state: Mapping[Any, Mapping[str, Any]]) -> AbstractContextManager[object]:
+def made_in(homes: Iterable[Home], state: Mapping[Any, Mapping[str, Any]]) -> AbstractContextManager[object]:
     """While it lasts, an optimizer class makes the state of what has none yet in the memory that it belongs in."""
     free: dict[int, list[torch.Tensor]] = {}
     for target, _, memory in homes:
         if not state.get(target):
             free.setdefault(id(target), []).append(memory)
-    return _BornIn(free) if free else nullcontext()
+    return _MadeIn(free) if free else nullcontext()
 
 
 def move_home(homes: Iterable[Home], state: Mapping[Any, dict[str, Any]]) -> None:
@@ -100,7 +100,7 @@ def move_home(homes: Iterable[Home], state: Mapping[Any, dict[str, Any]]) -> Non
         memory.copy_(made)
 
 
-class _BornIn(TorchFunctionMode):
+class _MadeIn(TorchFunctionMode):
     """Gives memory out in the place of what `torch.zeros_like` and `full_like` would make for a parameter.
 
     That is what optimizer classes call. What they make in another way is for `move_home`.

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from grass_dist.states.fields import Counts, Kept, born_in, field, move_home, placed_count
+from grass_dist.states.fields import Counts, Kept, field, made_in, move_home, placed_count
 from grass_dist.states.layout import Layout
 
 MASTER = "master"
@@ -116,7 +116,7 @@ def materialize(targets: Sequence[TargetState], state: Mapping[Any, dict[str, An
         state: that of the optimizer, by what it updates.
     """
     homes = [(own.target, key, own.used(view)) for own in targets for key, view in own.homes.items() if key != MASTER]
-    with born_in(homes, state):
+    with made_in(homes, state):
         yield
     move_home(homes, state)
 

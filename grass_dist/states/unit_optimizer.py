@@ -175,7 +175,7 @@ class UnitOptimizer:
         self.inner: torch.optim.Optimizer | None = None
 
     @property
-    def born(self) -> bool:
+    def has_state(self) -> bool:
         return self.inner is not None
 
     def shard_of(self, param: nn.Parameter) -> torch.Tensor:

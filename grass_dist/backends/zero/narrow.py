@@ -237,7 +237,7 @@ class NarrowZero(_Stock):
         if not self._built:
             return
         self._keep_lists()
-        self.states.keep_newborn()
+        self.states.keep_new()
         for group in self.groups:
             self.states.of[group.key].param = None
         self._release()

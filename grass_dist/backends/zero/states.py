@@ -145,7 +145,7 @@ class ZeroStates:
         self.mode.leave(active)
 
     def enter(self, active: Sequence[int]) -> None:
-        self.keep_newborn()
+        self.keep_new()
         self.mode.enter(active)
         for layer in active:
             self.mode.show(layer)
@@ -184,7 +184,7 @@ class ZeroStates:
             self.mode.ready(layer)
         self._in_use = layer
 
-    def keep_newborn(self) -> None:
+    def keep_new(self) -> None:
         """Takes what DeepSpeed has made for layers that had no state, on the device, to where states are kept."""
         for index, unit in enumerate(self._layers):
             if any(own.numel and not own.homes for own in unit.targets):

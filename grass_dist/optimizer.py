@@ -267,10 +267,10 @@ class GrassOptimizer(torch.optim.Optimizer):
         position = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         state: dict[int, dict[str, Any]] = {}
         for index, optimizer in enumerate(self._unit_optimizers):
-            lent = index < len(self._layer_optimizers) and self._states.lends(index)
+            in_slot = index < len(self._layer_optimizers) and self._states.in_slot(index)
             for at, (_, param) in enumerate(optimizer.unit.params):
                 if own := optimizer.state_of(at):
-                    state[position[id(param)]] = {k: _copied(v) for k, v in own.items()} if lent else own
+                    state[position[id(param)]] = {k: _copied(v) for k, v in own.items()} if in_slot else own
         groups, start = [], 0
         for group in self.param_groups:
             count = len(group["params"])
@@ -393,7 +393,7 @@ class GrassOptimizer(torch.optim.Optimizer):
 
 
 def _copied(value: Any) -> Any:
-    """A copy in host memory: device memory that is lent to a layer is another's later."""
+    """Makes a copy in host memory: a slot on the device holds another layer's state later."""
     return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 

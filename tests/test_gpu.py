@@ -179,7 +179,9 @@ def test_a_slot_that_queued_kernels_read_is_not_overwritten():
 def test_states_that_are_away_are_pinned():
     optimizer, _, _ = moved({"mode": "interval"}, 12, uneven())
     optimizer._states.settle()
-    away = [i for i, own in enumerate(optimizer._layer_optimizers) if own.has_state and not optimizer._states.lends(i)]
+    away = [
+        i for i, own in enumerate(optimizer._layer_optimizers) if own.has_state and not optimizer._states.in_slot(i)
+    ]
     assert away
     for layer in away:
         moments = [t for t in optimizer._layer_optimizers[layer].state.tensors() if t.numel() > 1]

@@ -157,7 +157,7 @@ def test_a_checkpoint_is_as_small_as_states_and_fits_any_mode(source, steps, tmp
     train(model, optimizer, range(steps))
     saved = optimizer.state_dict()
     torch.save(saved, tmp_path / "states")
-    inside = {optimizer._states.lends(i) for i, own in enumerate(optimizer._layer_optimizers) if own.has_state}
+    inside = {optimizer._states.in_slot(i) for i, own in enumerate(optimizer._layer_optimizers) if own.has_state}
     assert inside == ({False} if source == "none" else {False, True})
     nbytes = [v.nbytes for entry in saved["state"].values() for v in entry.values() if torch.is_tensor(v)]
     assert (tmp_path / "states").stat().st_size < sum(nbytes) + 8 * 2 * 4096 + 300 * len(nbytes) + 10_000
@@ -284,7 +284,9 @@ def test_moments_are_rounded_when_they_leave_and_masters_are_not():
                 assert all(torch.equal(ours[key], theirs[key].float()) for key in ("exp_avg", "exp_avg_sq", "master"))
             back.add(layer)
     assert len(checked) >= 2 and len(back) >= 2
-    away = [i for i, own in enumerate(optimizer._layer_optimizers) if own.has_state and not optimizer._states.lends(i)]
+    away = [
+        i for i, own in enumerate(optimizer._layer_optimizers) if own.has_state and not optimizer._states.in_slot(i)
+    ]
     assert optimizer.host_state_bytes == sum(BYTES[i % 3] for i in away)  # half of it masters, half of it moments
     ours, theirs = (torch.cat([p.flatten().float() for p in m.parameters()]) for m in (model, other))
     assert ours.isfinite().all() and 0 < (ours - theirs).abs().max() < 0.1

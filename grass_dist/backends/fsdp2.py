@@ -104,7 +104,7 @@ class Fsdp2Backend(HookedBackend):
         super()._on_gradient(unit, slot, param)
 
     def _reshard_after_evaluation(self, module: nn.Module, *_: object) -> None:
-        """After a forward without a backward (an evaluation) between a backward and its step: frees what it gathered.
+        """Frees what a forward without a backward (an evaluation) has gathered between a backward and its step.
 
         FSDP2 leaves the root's parameters gathered after a forward, for the backward. Here none follows. Then
         ``model.parameters()`` are gathered ones, which have no gradient to clip, and after the step the next forward
@@ -144,7 +144,7 @@ class Fsdp2Backend(HookedBackend):
 
         FSDP2 takes it at the first forward from the parameters that are trainable then; a module that is frozen
         then would reduce in the weights' dtype, not in `MixedPrecisionPolicy.reduce_dtype`, for ever after.
-        `FSDPModule.unshard` takes it anew. FSDP2's own pre-forward hook has run when this one does. Over the wire:
+        `FSDPModule.unshard` takes it again. FSDP2's own pre-forward hook has run when this one does. Over the wire:
         one all-gather of each layer, once.
         """
         self._first_forward.remove()

@@ -60,6 +60,6 @@ class HostSums:
         return list(self._begun)
 
     def take(self, key: Hashable) -> torch.Tensor:
-        """The sum so far, on the gradient's device; begins anew."""
+        """The sum so far, on the gradient's device; the next sum begins at zero."""
         self._begun.pop(key)
         return self._sums[key].to(self._device, non_blocking=True)

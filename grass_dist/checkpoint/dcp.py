@@ -175,7 +175,7 @@ class TensorReader:
         return self.read_all([(key, start, out)])[0]
 
     def read_all(self, wanted: Sequence[tuple[str, int, torch.Tensor]]) -> list[torch.Tensor]:
-        """As `read`, for several keys at once, each of which is there once. Each file is opened once."""
+        """Does what `read` does for several keys at once, each of which is there once. Each file is opened once."""
         items = [item for key, start, out in wanted for item in self._items(key, start, out)]
         self._read(items, {key: out for key, _, out in wanted})
         return [out for _, _, out in wanted]

@@ -37,7 +37,7 @@ class DeepSpeedSnapshot(Snapshot):
     def take(
         cls, holdings: Holdings, step: int, extra: Mapping[str, Any] | None = None, copies: HostCopies | None = None
     ) -> Self:
-        """As `Snapshot.take`, for an engine. Layers that never trained get their masters now, as for
+        """Does what `Snapshot.take` does, for an engine. Layers that never trained get their masters now, as for
         `engine.save_checkpoint`; the description has no state of theirs.
 
         Raises:

@@ -59,7 +59,7 @@ def hold(folder: Path) -> int | None:
     if disk.lock(descriptor, fcntl.LOCK_SH) and disk.is_at(descriptor, folder / MANIFEST):
         return descriptor
     os.close(descriptor)
-    raise CheckpointError(f"{folder} is being removed, or written anew, by the run that it belongs to.")
+    raise CheckpointError(f"{folder} is being removed, or written again, by the run that it belongs to.")
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class ZeroHoldings:
         return {"engine": self._grass.state_dict(), "groups": groups}
 
     def layout(self) -> Layout:
-        """Where DeepSpeed's partitions lie in the files that it would write now. Call `NarrowZero.complete` before."""
+        """Says where DeepSpeed's partitions lie in the files that it would write. Call `NarrowZero.complete` before."""
         zero, placed = self._zero, self._placed
         groups = [
             GroupLayout(

@@ -34,7 +34,7 @@ def gather_torch(model: nn.Module) -> dict[str, Any]:
 
 
 def gather_zero(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
-    """As `gather_torch`, for the module in a DeepSpeed engine. ZeRO-3 gathers one parameter at a time."""
+    """Does what `gather_torch` does, for the module in a DeepSpeed engine. ZeRO-3 gathers one parameter at a time."""
     import deepspeed
 
     whole: dict[str, torch.Tensor] = {}

@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Roll:
-    """Who was still there after an error."""
+    """The ranks that were still there after an error."""
 
     caller: int
     """The rank whose error came first."""

@@ -22,7 +22,7 @@ It has no divisor in common with the number of ports."""
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a process stands in its world."""
+    """The place of a process in its world."""
 
     launcher: str
     """Its name in a sentence, e.g. "torchrun" or "Open MPI"."""

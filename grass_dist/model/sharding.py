@@ -1,4 +1,4 @@
-"""Which entries of a parameter are this rank's, in its weights and in its optimizer state."""
+"""Says which entries of a parameter are this rank's, in its weights and in its optimizer state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sharding:
         return self.local(param.detach())
 
     def start_of(self, param: nn.Parameter) -> int:
-        """Where the entries of `shard_of` begin in the flattened whole parameter."""
+        """The position in the flattened whole parameter at which the entries of `shard_of` begin."""
         return 0
 
     def counts(self, param: nn.Parameter) -> bool:
@@ -58,7 +58,7 @@ class Sharding:
         return self.local(tensor)
 
     def state_start_of(self, param: nn.Parameter) -> int:
-        """Where the entries of `state_shard` begin in the flattened whole parameter."""
+        """The position in the flattened whole parameter at which those of `state_shard` begin."""
         return self.start_of(param)
 
     def publish(self, units: Sequence[Unit]) -> None:

@@ -101,7 +101,7 @@ def move_home(homes: Iterable[Home], state: Mapping[Any, dict[str, Any]]) -> Non
 
 
 class _MadeIn(TorchFunctionMode):
-    """Gives memory out in the place of what `torch.zeros_like` and `full_like` would make for a parameter.
+    """Gives out memory of ours instead of what `torch.zeros_like` and `full_like` would make for a parameter.
 
     That is what optimizer classes call. What they make in another way is for `move_home`.
     """

@@ -53,7 +53,7 @@ class TargetState:
 
     @property
     def device(self) -> torch.device:
-        """Where it is updated."""
+        """The device on which it is updated."""
         return self.target.device
 
     def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:

@@ -28,7 +28,7 @@ class Field:
 
 
 class Layout:
-    """Where each field lies in the flat buffers: first what is exact, then what the host keeps in ``host_dtype``.
+    """Says where each field lies in the flat buffers: first what is exact, then what the host keeps in ``host_dtype``.
 
     Args:
         fields: of one layer, in the order in which `device_views` gives them.

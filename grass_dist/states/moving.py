@@ -85,7 +85,7 @@ class MovingStates(ABC):
         self._after_update(layer)
 
     def ready(self, layer: int) -> None:
-        """For a caller that updates the layer itself, now: binds the state, which what is computed next may use."""
+        """Binds the state for a caller that updates the layer itself, now: which what is computed next may use."""
         views = self._views_for_update(layer)
         place = self._places[layer]
         self.transfers.wait(place.arrived)
@@ -95,7 +95,7 @@ class MovingStates(ABC):
         """The caller of `ready` has queued its update, and the state may go: its way out is after what is queued."""
         self._after_update(layer)
 
-    def lends(self, layer: int) -> bool:
+    def in_slot(self, layer: int) -> bool:
         """Whether the state lies in memory that another layer gets when this one leaves."""
         return self._places[layer].slot is not None
 
@@ -280,7 +280,7 @@ class StreamedStates(MovingStates):
     def leave(self, active: Sequence[int]) -> None:
         first = self._ordered(active)[: self.pool.count]  # with draw_ahead=0 the slots hold the first of the old ones
         super().leave(first)
-        self._to_come, self._to_update = [], set()  # `enter` begins anew, with what is in no slot yet
+        self._to_come, self._to_update = [], set()  # `enter` begins again, with what is in no slot yet
 
     def _bring(self) -> None:
         if not self._to_update:

@@ -1,4 +1,4 @@
-"""Where the state of one layer is, and what tells that it is there."""
+"""Knows where the state of one layer is, and the events that tell that it is there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the states of the layers are: decided, and made, on all ranks alike and before anything trains."""
+"""Decides where the states of the layers are, and takes the memory, on all ranks alike, before anything trains."""
 
 from __future__ import annotations
 

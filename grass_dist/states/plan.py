@@ -1,4 +1,4 @@
-"""Which mode a run takes, what that costs on the device and on the host, and whether the host can hold it."""
+"""Decides which mode a run takes, what that costs on the device and on the host, and whether the host can hold it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Plan:
     mode: OffloadMode
     """Not "auto"."""
     device_bytes: int
-    """At most, with the roles' states."""
+    """The most that states take, with those of the roles."""
     host_bytes: int
 
 
@@ -145,7 +145,7 @@ def _costs(config: GrassConfig, sizes: Sequence[tuple[int, int]], resident: int)
 
 
 def _first_that_fits(reports: Sequence[dict[str, Any]], on_cpu: bool) -> OffloadMode:
-    """By the rank that has the least room."""
+    """Decides by the rank that has the least room."""
 
     def room(report: dict[str, Any]) -> float:
         if not on_cpu:

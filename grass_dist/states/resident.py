@@ -42,7 +42,7 @@ class ResidentStates:
         """Bytes of state on the device of this rank."""
         return sum(state.nbytes for state in self._states)
 
-    def lends(self, layer: int) -> bool:
+    def in_slot(self, layer: int) -> bool:
         return False
 
     def _stays(self, *_: Any, **__: Any) -> None:

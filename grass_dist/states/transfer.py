@@ -17,7 +17,7 @@ Run = tuple[torch.Tensor, torch.Tensor]
 
 
 class TransferEngine:
-    """One queue for each direction, host to device and back, and the compute that they run beside.
+    """Has one queue for each direction, host to device and back, beside the compute.
 
     A job waits for the events that it is given and for nothing else; on CUDA and on CPU threads each direction runs in
     its order besides, which nothing may rely on. Nothing here takes part in a collective, or makes the host wait
@@ -26,7 +26,7 @@ class TransferEngine:
     Args:
         device: of the slots.
         mapped: the host memory is a file, which CUDA cannot copy from by itself.
-        chaos: seed of `ChaosQueue`s in the place of all three; None for a run that counts.
+        chaos: seed of `ChaosQueue`s instead of all three; None for a run that counts.
         inline: the caller computes on the states itself, between jobs, so that chaos leaves the compute alone.
     """
 

@@ -293,7 +293,7 @@ class UnitOptimizer:
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a group of the user's that an update needs."""
+    """The hyperparameters of a user's parameter group that an update needs."""
     return {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
 
 

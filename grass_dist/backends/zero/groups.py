@@ -76,7 +76,7 @@ class GroupsOptimizer(torch.optim.Optimizer):
             step_over(self._user, self.param_groups, self.state)
 
     def step_nothing(self) -> None:
-        """For schedulers: see `step_over`."""
+        """Makes the step that schedulers see; see `step_over`."""
         step_over(self._user, [], {})
 
 
@@ -118,11 +118,11 @@ class Extent:
     start: int
     length: int
     at: int
-    """Where they begin in the partition."""
+    """The positions at which they begin in the partition."""
 
 
 def extents(order: Sequence[nn.Parameter], rank: int, partition: int) -> Iterator[Extent]:
-    """As `extents_of`, for parameters in the order of their partition; the extents have no names."""
+    """Does what `extents_of` does, for parameters in the order of their partition; the extents have no names."""
     shards = [zero_shard(p).numel() for p in order] if order and hasattr(order[0], "ds_tensor") else None
     return extents_of([("", numel_of(p)) for p in order], rank, partition, shards)
 

@@ -233,7 +233,7 @@ class NarrowZero(_Stock):
         self._built = True
 
     def _let_go(self, keep: set[tuple[str, int]]) -> None:
-        """Before construction: keeps what DeepSpeed has of the groups that train."""
+        """Keeps, before a construction, what DeepSpeed has of the groups that train."""
         if not self._built:
             return
         self._keep_lists()

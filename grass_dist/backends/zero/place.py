@@ -1,4 +1,4 @@
-"""Where the states of a ZeRO optimizer's groups are, decided and made before it is constructed."""
+"""Decides where the states of a ZeRO optimizer's groups are, and makes them, before it is constructed."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ class Reads:
             return None if mine is None else of(mine)
 
     def _asked(self, param: nn.Parameter, value: torch.Tensor, numel: int, key: str | None) -> _Part | None:
-        """Finds the part that a value goes to. A master must hold it exactly: one is made where weights would round it."""
+        """Finds the part to write to. A master must hold a value exactly: one is made where weights would round it."""
         part = self._part(param)
         if part is None:
             return None

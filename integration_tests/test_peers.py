@@ -136,7 +136,7 @@ def test_ranks_that_take_each_others_seat_are_refused_on_each():
 
 
 def test_a_rank_does_not_wait_for_ever_for_a_silent_store():
-    join = "import datetime; from grass_dist.finetune import world; world._GRACE = 1; "
+    join = "import datetime; from grass_dist.job import world; world._GRACE = 1; "
     join += "world.World.join(datetime.timedelta(seconds=1))"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1]), "WORLD_SIZE": "2"}

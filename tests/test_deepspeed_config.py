@@ -13,7 +13,7 @@ from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
 from grass_dist.finetune.config import RunConfig, TrainConfig
 from grass_dist.finetune.config_file import dump_config, load_config
-from grass_dist.finetune.deepspeed_config import check, fill, merge_grass, read_json
+from grass_dist.finetune.deepspeed_config import check, fill, merge_grass, read_ds_config
 
 TRAIN = TrainConfig(
     max_steps=10, global_batch_size=8, micro_batch_size=2, learning_rate=1e-4, weight_decay=0.01, clip_grad_norm=1.0
@@ -194,7 +194,7 @@ def write(folder: Path, ds_config: Any, **settings: Any) -> Path:
 @pytest.mark.parametrize("grass", ["auto", None])
 def test_a_json_without_block(tmp_path, grass):
     file = write(tmp_path, {"grass": grass}, grass={"active_layers": 2})
-    assert "grass" not in read_json(tmp_path / "ds.json")
+    assert "grass" not in read_ds_config(tmp_path / "ds.json")
     assert load_config(file).grass == GrassConfig(active_layers=2)
     assert refusal(load_config, write(tmp_path, {"grass": grass})).startswith("grass=None: this setting is required")
 

@@ -24,7 +24,7 @@ from grass_dist.backends.fsdp2 import check_offloaded_weights
 from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.single import SingleBackend
 from grass_dist.checkpoint import per_rank
-from grass_dist.job.launchers import Place
+from grass_dist.job.launchers import ProcessPlace
 from grass_dist.job.seats import own_seat
 from grass_dist.job.world import _take_device
 from grass_dist.model.discovery import Unit
@@ -124,12 +124,12 @@ def test_a_rank_takes_the_gpu_of_its_number_and_sees_where_it_is(fake_cuda: Fake
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(fake_cuda, "current", index))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
-    device = _take_device(Place("torchrun", 3, 1, 4))
+    device = _take_device(ProcessPlace("torchrun", 3, 1, 4))
     assert device == OTHER and fake_cuda.current == 1
     seat = own_seat(1, device)
     assert (seat.device, seat.visible) == ("GPU-1", ("GPU-0", "GPU-1"))
     with pytest.raises(GrassError, match=r"^rank 2 is number 2 on its host, which has 2 GPUs; "):
-        _take_device(Place("torchrun", 2, 2, 4))
+        _take_device(ProcessPlace("torchrun", 2, 2, 4))
 
 
 def test_the_free_memory_is_that_of_the_device_of_the_model(fake_cuda: FakeCuda, monkeypatch):

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from grass_dist.errors import GrassError
-from grass_dist.job.launchers import PORTS, Place, find_place, first_host, own_address, warning_of
+from grass_dist.job.launchers import PORTS, ProcessPlace, find_place, first_host, own_address, warning_of
 from grass_dist.job.seats import Seat, problem_of
 from grass_dist.job.world import World
 
@@ -44,18 +44,21 @@ WHERE = {"MASTER_ADDR": "node9", "MASTER_PORT": "4000"}
     ("environ", "place"),
     [
         ({}, None),
-        (TORCHRUN, Place("torchrun", 5, 1, 8, "node1", 29400)),
-        (DEEPSPEED, Place("the launcher", 5, 1, 8, "node1", 29400)),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Place("the launcher", 0, 0, 1)),
-        (OPEN_MPI, Place("Open MPI", 3, 1, 4)),
-        ({**OPEN_MPI, **WHERE}, Place("Open MPI", 3, 1, 4, "node9", 4000)),
-        ({**OPEN_MPI, "MASTER_ADDR": "node9"}, Place("Open MPI", 3, 1, 4)),  # an address alone is not where to meet
-        (HYDRA, Place("MPICH or Intel MPI", 3, 1, 4)),
-        (SRUN, Place("srun", 2, 0, 4, "node003", PORTS[123457 % len(PORTS)])),
-        ({**SRUN, "SLURM_STEP_ID": "0"}, Place("srun", 2, 0, 4, "node003", PORTS[123457 % len(PORTS)])),
-        ({**SRUN, **WHERE}, Place("srun", 2, 0, 4, "node9", 4000)),
-        ({**SRUN, **OPEN_MPI}, Place("Open MPI", 3, 1, 4)),  # mpirun inside an allocation
-        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, Place("torchrun", 5, 1, 8, "node1", 29400)),
+        (TORCHRUN, ProcessPlace("torchrun", 5, 1, 8, "node1", 29400)),
+        (DEEPSPEED, ProcessPlace("the launcher", 5, 1, 8, "node1", 29400)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ProcessPlace("the launcher", 0, 0, 1)),
+        (OPEN_MPI, ProcessPlace("Open MPI", 3, 1, 4)),
+        ({**OPEN_MPI, **WHERE}, ProcessPlace("Open MPI", 3, 1, 4, "node9", 4000)),
+        (
+            {**OPEN_MPI, "MASTER_ADDR": "node9"},
+            ProcessPlace("Open MPI", 3, 1, 4),
+        ),  # an address alone is not where to meet
+        (HYDRA, ProcessPlace("MPICH or Intel MPI", 3, 1, 4)),
+        (SRUN, ProcessPlace("srun", 2, 0, 4, "node003", PORTS[123457 % len(PORTS)])),
+        ({**SRUN, "SLURM_STEP_ID": "0"}, ProcessPlace("srun", 2, 0, 4, "node003", PORTS[123457 % len(PORTS)])),
+        ({**SRUN, **WHERE}, ProcessPlace("srun", 2, 0, 4, "node9", 4000)),
+        ({**SRUN, **OPEN_MPI}, ProcessPlace("Open MPI", 3, 1, 4)),  # mpirun inside an allocation
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, ProcessPlace("torchrun", 5, 1, 8, "node1", 29400)),
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", **TORCHRUN, "GROUP_WORLD_SIZE": "1"}, find_place(TORCHRUN)),
         ({**SRUN, **TORCHRUN, "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "3"}, find_place(TORCHRUN)),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}, None),  # a batch script of one task
@@ -154,7 +157,7 @@ def test_an_address_in_use_is_said_at_once(monkeypatch):
             monkeypatch.delenv(name)
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        where = Place("the launcher", 0, 0, 2, "127.0.0.1", port).variables()
+        where = ProcessPlace("the launcher", 0, 0, 2, "127.0.0.1", port).variables()
         for name in (*where, "DS_ACCELERATOR"):  # what joining sets is put back after the test
             monkeypatch.setenv(name, where.get(name, "cpu"))
         began = time.monotonic()
@@ -166,7 +169,9 @@ def test_an_address_in_use_is_said_at_once(monkeypatch):
 
 
 def test_variables_are_those_of_torchrun():
-    assert find_place(Place("srun", 2, 0, 4, "n", 7).variables()) == Place("the launcher", 2, 0, 4, "n", 7)
+    assert find_place(ProcessPlace("srun", 2, 0, 4, "n", 7).variables()) == ProcessPlace(
+        "the launcher", 2, 0, 4, "n", 7
+    )
 
 
 def test_the_own_address_is_one():

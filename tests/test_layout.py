@@ -108,9 +108,9 @@ def test_every_configuration_that_we_ship_is_valid(file, tmp_path):
 def test_every_shipped_deepspeed_configuration_runs_with_grass(file, dtype):
     from grass_dist.config import GrassConfig
     from grass_dist.finetune.config import TrainConfig
-    from grass_dist.finetune.deepspeed_config import check, fill, read_json
+    from grass_dist.finetune.deepspeed_config import check, fill, read_ds_config
 
-    ds_config = read_json(file)
+    ds_config = read_ds_config(file)
     train = TrainConfig(max_steps=100, global_batch_size=16)
     setup = check(fill(ds_config, train, GrassConfig(**ds_config.get("grass", {})), accumulation=8, dtype=dtype))
     assert f"zero{setup.stage}" in file.stem and ("offload" in file.stem) == bool(setup.said)

@@ -403,7 +403,7 @@ def test_host_memory_counts(seven):
 @pytest.mark.parametrize("backend", ["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"])
 def test_what_is_written_loads(small, backend, tmp_path):
     from grass_dist.finetune.config_file import load_config
-    from grass_dist.finetune.deepspeed_config import check, fill, read_json
+    from grass_dist.finetune.deepspeed_config import check, fill, read_ds_config
 
     gpus = 1 if backend == "single" else 8
     job = job_of(gpus=gpus, backend=backend, replicate=2 if backend == "hsdp" else 1, checkpointing=True)
@@ -415,7 +415,7 @@ def test_what_is_written_loads(small, backend, tmp_path):
     assert config.parallel.mesh.replicate == (2 if backend == "hsdp" else 1)
     assert len(files) == (2 if backend.startswith("zero") else 1)
     if backend.startswith("zero"):
-        settings = read_json(config.parallel.config)
+        settings = read_ds_config(config.parallel.config)
         setup = check(fill(settings, config.train, config.grass, accumulation=1, dtype="bfloat16"))
         assert setup.stage == int(backend[-1]) and setup.grass == config.grass
     with pytest.raises(ConfigError, match="is there already"):

@@ -16,7 +16,7 @@ from grass_dist.config import GrassConfig, OffloadConfig
 from grass_dist.errors import ConfigError
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.config_file import dump_config, load_config
-from grass_dist.finetune.deepspeed_config import check, fill, read_json
+from grass_dist.finetune.deepspeed_config import check, fill, read_ds_config
 from grass_dist.finetune.run_torch import _early_updates
 from grass_dist.ranks import Ranks
 from grass_dist.states.plan import Plan, make_plan
@@ -43,7 +43,9 @@ def deeds(config: RunConfig) -> dict[str, Any]:
         grass = _early_updates(config)
     else:
         accumulation = config.train.global_batch_size // config.train.micro_batch_size
-        setup = check(fill(read_json(Path(file)), config.train, grass, accumulation=accumulation, dtype="bfloat16"))
+        setup = check(
+            fill(read_ds_config(Path(file)), config.train, grass, accumulation=accumulation, dtype="bfloat16")
+        )
         assert setup.grass == grass
     return {
         "plans": [plan(grass, fallback) for fallback in (None, "this class says nothing")],

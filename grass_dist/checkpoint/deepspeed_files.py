@@ -1,6 +1,6 @@
 """Reads a checkpoint in DeepSpeed's own files like one of ours: any entries of any weight or state.
 
-`state.json` says where DeepSpeed's partitions lie (`Layout`), so a file is only opened when entries are
+`state.json` says where DeepSpeed's partitions lie (`FileLayout`), so a file is only opened when entries are
 read from it. Files are mapped into memory, not read whole, and nothing in them is executed: DeepSpeed's own classes
 become empty objects, and a file that mentions any other class is refused.
 """
@@ -67,7 +67,7 @@ class GroupLayout(Stored):
     params: Annotated[list[Placed], FailFast()]
 
 
-class Layout(Stored):
+class FileLayout(Stored):
     """The places of DeepSpeed's partitions; part of state.json of a checkpoint in its format."""
 
     stage: Literal[1, 2, 3]
@@ -98,13 +98,13 @@ def open_deepspeed(
 
     Args:
         checkpoint: the folder of the checkpoint.
-        layout: the `Layout` in its state.json.
+        layout: the `FileLayout` in its state.json.
         units: the states in its state.json.
 
     Raises:
         CheckpointError: state.json does not describe them, or what each rank has for itself cannot be read.
     """
-    placed = files.parse(Layout, layout, checkpoint / files.STATE)
+    placed = files.parse(FileLayout, layout, checkpoint / files.STATE)
     sources = _Sources(checkpoint, manifest, placed).collect(units)
     return TensorReader(
         DeepSpeedReader(checkpoint / files.DEEPSPEED / TAG, sources, checkpoint / files.TENSORS), checkpoint
@@ -114,7 +114,7 @@ def open_deepspeed(
 class _Sources:
     """Finds the place of each tensor."""
 
-    def __init__(self, checkpoint: Path, manifest: files.Manifest, layout: Layout) -> None:
+    def __init__(self, checkpoint: Path, manifest: files.Manifest, layout: FileLayout) -> None:
         self._checkpoint, self._manifest, self._layout = checkpoint, manifest, layout
         self._names = STAGE_3 if layout.stage == 3 else STAGE_1_AND_2
         self._found: dict[str, tuple[int, torch.dtype, list[Source]]] = {}

@@ -12,7 +12,7 @@ from torch import nn
 from grass_dist.backends.zero.groups import Extent, Group, extents_of, numel_of, zero_shard
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.states import GroupState, Made
-from grass_dist.checkpoint.deepspeed_files import GroupLayout, Layout, Placed
+from grass_dist.checkpoint.deepspeed_files import FileLayout, GroupLayout, Placed
 from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
 from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
@@ -59,7 +59,7 @@ class ZeroHoldings:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self._zero.user_optimizer.param_groups]
         return {"engine": self._grass.state_dict(), "groups": groups}
 
-    def layout(self) -> Layout:
+    def layout(self) -> FileLayout:
         """Says where DeepSpeed's partitions lie in the files that it would write. Call `NarrowZero.complete` before."""
         zero, placed = self._zero, self._placed
         groups = [
@@ -72,7 +72,7 @@ class ZeroHoldings:
         ]
         trained = {param for group in zero.every for param in group.params}
         frozen = [placed(param) for param in self._names if param not in trained]
-        return Layout(stage=self._stage, groups=groups, frozen=frozen)
+        return FileLayout(stage=self._stage, groups=groups, frozen=frozen)
 
     def _placed(self, param: nn.Parameter) -> Placed:
         shard = zero_shard(param).numel() if self._stage == 3 else 0

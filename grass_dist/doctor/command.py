@@ -35,7 +35,7 @@ from grass_dist.doctor.network import Listener, bound_addresses, reach, reason
 from grass_dist.doctor.schema import as_json
 from grass_dist.doctor.tables import show
 from grass_dist.errors import GrassError
-from grass_dist.job.launchers import Place, find_place, meet_by_mpi
+from grass_dist.job.launchers import ProcessPlace, find_place, meet_by_mpi
 from grass_dist.job.peers import lost_peer
 from grass_dist.job.world import World
 
@@ -78,7 +78,7 @@ def diagnose(options: DoctorOptions) -> int:
     signal.alarm(int(16 * (options.timeout + ROLL_SECONDS)))  # ends the process also where torch's code hangs
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)  # so does Ctrl-C: a teardown would wait for the others
     try:
-        place = find_place(os.environ) or Place("nobody", 0, 0, 1)
+        place = find_place(os.environ) or ProcessPlace("nobody", 0, 0, 1)
         if place.size == 1:
             return _alone(place, options)
         if not place.knows_address:
@@ -93,7 +93,7 @@ def diagnose(options: DoctorOptions) -> int:
         signal.alarm(0)
 
 
-def _alone(place: Place, options: DoctorOptions) -> int:
+def _alone(place: ProcessPlace, options: DoctorOptions) -> int:
     report = Report(1, options.timeout)
     facts = own_facts(place, choose_own_address(place), 0)
     # Without others it is no matter how they would reach this one.
@@ -106,7 +106,7 @@ def _alone(place: Place, options: DoctorOptions) -> int:
     return _tell(report, options)
 
 
-def _together(place: Place, options: DoctorOptions) -> int:
+def _together(place: ProcessPlace, options: DoctorOptions) -> int:
     report = Report(place.size, options.timeout, f"{place.address}:{place.port}")
     with _limited("meeting the others", 4 * options.timeout + ROLL_SECONDS):
         meeting = _meet(place, options, report)
@@ -134,7 +134,7 @@ def _together(place: Place, options: DoctorOptions) -> int:
     return code
 
 
-def _meet(place: Place, options: DoctorOptions, report: Report) -> Meeting:
+def _meet(place: ProcessPlace, options: DoctorOptions, report: Report) -> Meeting:
     """Puts into ``report`` what all ranks are, and which host reaches which."""
     chosen = choose_own_address(place)
     try:

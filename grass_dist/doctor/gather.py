@@ -17,7 +17,7 @@ from torch.cuda import nccl
 from grass_dist.doctor.facts import Disk, Facts
 from grass_dist.doctor.network import Chosen, address_of_name, address_of_route, choose_address
 from grass_dist.job.interfaces import find_interfaces
-from grass_dist.job.launchers import Place
+from grass_dist.job.launchers import ProcessPlace
 from grass_dist.job.seats import own_seat
 from grass_dist.states.plan import free_host_memory
 from grass_dist.version import __version__
@@ -28,7 +28,7 @@ NONE = "none"
 """Version of a package that is not installed."""
 
 
-def choose_own_address(place: Place) -> Chosen:
+def choose_own_address(place: ProcessPlace) -> Chosen:
     """Chooses the address by which the other ranks reach this one."""
     toward = place.address or "rank 0"
     return choose_address(
@@ -40,7 +40,7 @@ def choose_own_address(place: Place) -> Chosen:
     )
 
 
-def own_facts(place: Place, chosen: Chosen, port: int) -> Facts:
+def own_facts(place: ProcessPlace, chosen: Chosen, port: int) -> Facts:
     """Returns the facts of this rank.
 
     Args:
@@ -75,7 +75,7 @@ def own_facts(place: Place, chosen: Chosen, port: int) -> Facts:
     )
 
 
-def own_device(place: Place) -> torch.device:
+def own_device(place: ProcessPlace) -> torch.device:
     """Returns the device that `World.join` takes; for a rank without its own GPU the last, which `findings` refuses."""
     if not torch.cuda.is_available():
         return torch.device("cpu")

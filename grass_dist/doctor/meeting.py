@@ -15,7 +15,7 @@ import torch.distributed as dist
 from grass_dist.doctor.network import CONNECTS_WITHIN, reason, shown
 from grass_dist.errors import GrassError
 from grass_dist.job.interfaces import find_interfaces
-from grass_dist.job.launchers import Place
+from grass_dist.job.launchers import ProcessPlace
 
 GRACE = 10.0
 """Seconds by which the others wait longer than rank 0, which waits for the last of them."""
@@ -34,7 +34,7 @@ class Meeting:
         GrassError: the store does not answer; the sentence says how it looks from this rank.
     """
 
-    def __init__(self, place: Place, timeout: float) -> None:
+    def __init__(self, place: ProcessPlace, timeout: float) -> None:
         assert place.address is not None and place.port is not None
         self.rank, self.size, self.timeout = place.rank, place.size, timeout
         self._expected = set(range(place.size))
@@ -117,7 +117,7 @@ class Meeting:
             ) from None
 
 
-def _wait_for_port(place: Place, timeout: float) -> None:
+def _wait_for_port(place: ProcessPlace, timeout: float) -> None:
     """Connects plainly first: torch's own connection to a host that is not there takes long to fail."""
     assert place.address is not None
     where, deadline = f"{place.address}:{place.port}", time.monotonic() + timeout

@@ -74,7 +74,7 @@ def check_shared(config: RunConfig, folder: Path, world: World) -> None:
             file.unlink(missing_ok=True)
 
 
-def find_checkpoint(
+def checkpoint_to_resume(
     config: RunConfig, resume: str | None, world: World, say: Callable[[str], None]
 ) -> Checkpoint | None:
     """Opens and checks the checkpoint that ``--resume`` means; None if the run begins at step 0.

@@ -12,7 +12,7 @@ import yaml
 
 from grass_dist.errors import ConfigError
 from grass_dist.finetune.config import RunConfig
-from grass_dist.finetune.deepspeed_config import find_file, merge_grass, read_json
+from grass_dist.finetune.deepspeed_config import find_file, merge_grass, read_ds_config
 from grass_dist.regular_files import open_regular
 
 LARGEST = 2**17
@@ -250,7 +250,7 @@ def _with_json(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         file = find_file(name, folder)
         if (size := file.stat().st_size) > LARGEST:
             raise ConfigError("parallel.config", name, f"it has {size} bytes", "give a file of settings, not of data")
-        merged = merge_grass(read_json(file), grass)
+        merged = merge_grass(read_ds_config(file), grass)
     except (OSError, RecursionError) as error:
         problem = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
         raise ConfigError("parallel.config", name, problem, "give the path of a DeepSpeed JSON") from None

@@ -38,7 +38,7 @@ def find_file(name: str, beside: Path) -> Path:
     )
 
 
-def read_json(file: str | os.PathLike[str]) -> dict[str, Any]:
+def read_ds_config(file: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON in ``file``; a ``"grass"`` that is "auto" or null is left out.
 
     Raises:

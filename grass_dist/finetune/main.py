@@ -32,7 +32,7 @@ from grass_dist.finetune.checkpoints import (
     Checkpoints,
     Position,
     check_settings,
-    find_checkpoint,
+    checkpoint_to_resume,
     position_of,
     record_of,
     resume_run,
@@ -170,7 +170,7 @@ def finetune(
     if config.model.trust_remote_code:
         say(f"the code that comes with {config.model.name} may run: model.trust_remote_code is true")
     with RunFolder(config, world, resume) as folder:
-        checkpoint = find_checkpoint(config, resume, world, say)
+        checkpoint = checkpoint_to_resume(config, resume, world, say)
         folder.check(checkpoint)
         tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
         data = world.together(lambda: _load_data(config, tokenizer))

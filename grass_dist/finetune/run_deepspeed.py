@@ -21,7 +21,7 @@ from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
 from grass_dist.finetune.answers import answer_from_folder, greedy_answer
 from grass_dist.finetune.config import RunConfig
-from grass_dist.finetune.deepspeed_config import check, fill, read_json
+from grass_dist.finetune.deepspeed_config import check, fill, read_ds_config
 from grass_dist.finetune.export import gather_zero, save_pretrained
 from grass_dist.finetune.parallel import Batch, Stepped
 from grass_dist.finetune.setup import (
@@ -54,7 +54,7 @@ class DeepSpeed:
         self._config, self._world = config, world
         self._accumulation = accumulation_steps(config, world)
         dtype = str(weight_dtype(config.model, world.device)).removeprefix("torch.")
-        ds_config = read_json(config.parallel.config)
+        ds_config = read_ds_config(config.parallel.config)
         self.ds_config = fill(ds_config, config.train, config.grass, accumulation=self._accumulation, dtype=dtype)
         self._setup = check(self.ds_config)
         stage = max(self._setup.stage, 1)

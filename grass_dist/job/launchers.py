@@ -21,7 +21,7 @@ It has no divisor in common with the number of ports."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ProcessPlace:
     """The place of a process in its world."""
 
     launcher: str
@@ -46,7 +46,7 @@ class Place:
         return {name: str(value) for name, value in found.items()}
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def find_place(environ: Mapping[str, str]) -> ProcessPlace | None:
     """Returns the place that environment variables of the launcher tell; None for a process that nobody has launched.
 
     Raises:
@@ -64,7 +64,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     return started
 
 
-def meet_by_mpi(place: Place) -> Place:
+def meet_by_mpi(place: ProcessPlace) -> ProcessPlace:
     """Lets MPI tell all ranks rank 0's address and a port that is free there, and count the local ranks.
 
     MPI is ended again before this returns: a rank that fails later can leave, and `mpirun` ends the others then,
@@ -171,7 +171,7 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
 
-def _by_variables(environ: Mapping[str, str]) -> Place | None:
+def _by_variables(environ: Mapping[str, str]) -> ProcessPlace | None:
     """Reads the place that torchrun, deepspeed and launchers like them tell."""
     if "RANK" not in environ and "WORLD_SIZE" not in environ:
         return None
@@ -186,7 +186,9 @@ def _by_variables(environ: Mapping[str, str]) -> Place | None:
     if size > 1 and not (address and port):
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise GrassError(f"RANK={rank} is set without {missing}; set it to rank 0's, the same for all processes.")
-    return Place(launcher, rank, local, size, address, _number(environ, "MASTER_PORT", launcher) if port else None)
+    return ProcessPlace(
+        launcher, rank, local, size, address, _number(environ, "MASTER_PORT", launcher) if port else None
+    )
 
 
 _MPI = {
@@ -195,20 +197,20 @@ _MPI = {
 }
 
 
-def _by_mpi(environ: Mapping[str, str]) -> Place | None:
+def _by_mpi(environ: Mapping[str, str]) -> ProcessPlace | None:
     for launcher, (rank, size, local) in _MPI.items():
         if rank in environ and size in environ:
             number = _number(environ, local, launcher) if local in environ else 0
             where = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
             port = _number(environ, "MASTER_PORT", launcher) if all(where) else None
             address = where[0] if all(where) else None
-            return Place(
+            return ProcessPlace(
                 launcher, _number(environ, rank, launcher), number, _number(environ, size, launcher), address, port
             )
     return None
 
 
-def _by_slurm(environ: Mapping[str, str]) -> Place | None:
+def _by_slurm(environ: Mapping[str, str]) -> ProcessPlace | None:
     """Reads the place of a task that srun has started."""
     if "SLURM_PROCID" not in environ or "SLURM_STEP_NODELIST" not in environ:
         return None
@@ -221,7 +223,7 @@ def _by_slurm(environ: Mapping[str, str]) -> Place | None:
         step = next((name for name in ("SLURM_STEP_ID", "SLURM_STEPID") if name in environ), None)
         number = 0 if step is None else _number(environ, step, "srun")  # steps of a job run at one time on one host
         port = PORTS[(_number(environ, "SLURM_JOB_ID", "srun") + _BETWEEN_STEPS * number) % len(PORTS)]
-    return Place("srun", rank, local, size, address, port)
+    return ProcessPlace("srun", rank, local, size, address, port)
 
 
 def _check_not_in_batch_script(environ: Mapping[str, str]) -> None:
@@ -233,7 +235,7 @@ def _check_not_in_batch_script(environ: Mapping[str, str]) -> None:
         )
 
 
-def _check_one_world(started: Place, around: Place, environ: Mapping[str, str]) -> None:
+def _check_one_world(started: ProcessPlace, around: ProcessPlace, environ: Mapping[str, str]) -> None:
     """Checks ``started``, which told its place itself, against the launcher ``around`` whose process it is in."""
     if started.launcher == "torchrun":  # one launcher in each process of the other
         # With restarts a world may have shrunk to one node: --nnodes 1:2.

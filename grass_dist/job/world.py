@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from grass_dist.errors import GrassError
-from grass_dist.job.launchers import Place, find_place, let_gloo_find_this_host, meet_by_mpi
+from grass_dist.job.launchers import ProcessPlace, find_place, let_gloo_find_this_host, meet_by_mpi
 from grass_dist.job.peers import ANSWERS_WITHIN, Peers, of_collective
 from grass_dist.job.seats import Seat, own_seat, problem_of
 from grass_dist.ranks import Ranks, together
@@ -63,7 +63,7 @@ class World:
             GrassError: launchers contradict each other, there are more ranks than GPUs, or a rank does not come; each
                 rank speaks for itself. On every rank, if two ranks share a device.
         """
-        place = find_place(os.environ) or Place("nobody", 0, 0, 1)
+        place = find_place(os.environ) or ProcessPlace("nobody", 0, 0, 1)
         if place.size > 1 and not place.knows_address:
             place = meet_by_mpi(place)
         rank, size, local_rank = place.rank, place.size, place.local_rank
@@ -172,7 +172,7 @@ def _destroyed_on_error() -> Iterator[None]:
         raise
 
 
-def _take_device(place: Place) -> torch.device:
+def _take_device(place: ProcessPlace) -> torch.device:
     """Takes a GPU for this rank alone where there are any.
 
     Raises:
@@ -191,7 +191,7 @@ def _take_device(place: Place) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _meet(place: Place, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
+def _meet(place: ProcessPlace, timeout: datetime.timedelta) -> tuple[dist.Store, dist.Store]:
     """Connects twice to the store that the launcher or rank 0 keeps, for this start alone.
 
     After a restart of the ranks torchrun's store is the same as before, and full of the addresses of dead ranks.
@@ -254,7 +254,7 @@ def _agree_on_start(store: dist.Store, rank: int, size: int, timeout: datetime.t
 
 
 def _enter(
-    backend: str, timeout: datetime.timedelta, store: dist.Store, place: Place, device: torch.device
+    backend: str, timeout: datetime.timedelta, store: dist.Store, place: ProcessPlace, device: torch.device
 ) -> tuple[tuple[dist.ProcessGroup, dist.ProcessGroup], list[Seat]]:
     """Initialises the process group, makes `_gloo_groups`, and exchanges where the ranks sit.
 
@@ -278,7 +278,7 @@ def _gloo_groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.P
     return cast(dist.ProcessGroup, patient), cast(dist.ProcessGroup, background)
 
 
-def _seats(place: Place, device: torch.device, group: dist.ProcessGroup) -> list[Seat]:
+def _seats(place: ProcessPlace, device: torch.device, group: dist.ProcessGroup) -> list[Seat]:
     """Gathers the seats of all ranks."""
     seats: list[Any] = [None] * place.size
     dist.all_gather_object(seats, own_seat(place.local_rank, device), group=group)

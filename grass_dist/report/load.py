@@ -123,9 +123,9 @@ class EndEvent:
     seconds: float
 
 
-Event = StepEvent | EvalEvent | RefreshEvent | SampleEvent | AnswerEvent | EndEvent
+RecordEvent = StepEvent | EvalEvent | RefreshEvent | SampleEvent | AnswerEvent | EndEvent
 
-_EVENTS: dict[str, TypeAdapter[Event]] = {
+_EVENTS: dict[str, TypeAdapter[RecordEvent]] = {
     "step": TypeAdapter(StepEvent),
     "eval": TypeAdapter(EvalEvent),
     "refresh": TypeAdapter(RefreshEvent),
@@ -258,9 +258,9 @@ def _read_info(path: Path) -> RunInfo:
     return info
 
 
-def _read_events(path: Path, num_layers: int) -> tuple[list[Event], list[str]]:
+def _read_events(path: Path, num_layers: int) -> tuple[list[RecordEvent], list[str]]:
     """Reads all events that this version knows, and the note about a half-written last line."""
-    events: list[Event] = []
+    events: list[RecordEvent] = []
     broken: tuple[int, Exception] | None = None
     with _open(path) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
@@ -289,7 +289,7 @@ def _damaged(path: Path, number: int, error: Exception) -> GrassError:
     return GrassError(f"{path}, line {number}: this line is damaged; {problem}.")
 
 
-def _parse(line: bytes, num_layers: int) -> Event | None:
+def _parse(line: bytes, num_layers: int) -> RecordEvent | None:
     """Returns the event of a line; None for a kind of event that this version does not know."""
     record = json.loads(line)
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):

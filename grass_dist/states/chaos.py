@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from grass_dist.states.streams import Event, Job, ThreadEvent, end_thread
+from grass_dist.states.streams import Job, StreamEvent, ThreadEvent, end_thread
 
 LONGEST_DELAY = 0.003
 """Seconds."""
@@ -24,20 +24,22 @@ class ChaosQueue:
     """
 
     def __init__(self, seed: int) -> None:
-        self._waiting: list[tuple[ThreadEvent, Job, tuple[Event, ...]]] = []
+        self._waiting: list[tuple[ThreadEvent, Job, tuple[StreamEvent, ...]]] = []
         self._ends = threading.Event()
         args = (self._waiting, self._ends, random.Random(seed))
         thread = threading.Thread(target=_work, args=args, name="grass_dist chaos", daemon=True)
         thread.start()
         weakref.finalize(self, end_thread, thread, self._ends.set)
 
-    def submit(self, job: Job, after: Sequence[Event]) -> Event:
+    def submit(self, job: Job, after: Sequence[StreamEvent]) -> StreamEvent:
         event = ThreadEvent()
         self._waiting.append((event, job, tuple(after)))
         return event
 
 
-def _work(waiting: list[tuple[ThreadEvent, Job, tuple[Event, ...]]], ends: threading.Event, rng: random.Random) -> None:
+def _work(
+    waiting: list[tuple[ThreadEvent, Job, tuple[StreamEvent, ...]]], ends: threading.Event, rng: random.Random
+) -> None:
     while not (ends.is_set() and not waiting):
         ready = [item for item in list(waiting) if all(event.done() for event in item[2])]
         if not ready:

@@ -13,7 +13,7 @@ from grass_dist.states.layer_state import LayerState
 from grass_dist.states.place import DONE, Place
 from grass_dist.states.slots import SlotPool
 from grass_dist.states.store import LayerStateStore
-from grass_dist.states.streams import Event
+from grass_dist.states.streams import StreamEvent
 from grass_dist.states.transfer import TransferEngine
 
 
@@ -50,7 +50,7 @@ class MovingStates(ABC):
         self._places = [Place(state, store[i]) for i, state in enumerate(states)]
         self.pool, self.store, self.transfers = pool, store, transfers
         self._last_first = last_first
-        self._updates: list[Event] = []  # of this step
+        self._updates: list[StreamEvent] = []  # of this step
         self._active: tuple[int, ...] = ()
         self._next: tuple[int, ...] | None = None  # known in the last step before a switch
 
@@ -200,7 +200,7 @@ class MovingStates(ABC):
         place.slot = None
         self.pool.give(slot)
 
-    def _read(self, after: Sequence[Event]) -> Event:
+    def _read(self, after: Sequence[StreamEvent]) -> StreamEvent:
         """The moment from which a slot may change, after ``after``: a caller may have queued reads of it until now."""
         return self.transfers.compute("GRASS::read", _nothing, after)
 
@@ -300,7 +300,7 @@ class StreamedStates(MovingStates):
         self._bring()
 
 
-def _ended(event: Event) -> bool:
+def _ended(event: StreamEvent) -> bool:
     """Waits for ``event`` on the host; whether it came without a failure."""
     try:
         event.synchronize()

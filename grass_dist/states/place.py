@@ -9,7 +9,7 @@ import torch
 
 from grass_dist.states.layer_state import LayerState
 from grass_dist.states.slots import Slot
-from grass_dist.states.streams import Event, ThreadEvent
+from grass_dist.states.streams import StreamEvent, ThreadEvent
 
 DONE = ThreadEvent(done=True)
 
@@ -22,6 +22,6 @@ class Place:
     host: torch.Tensor
     slot: Slot | None = None
     holds: bool = False  # whether there is a state yet
-    arrived: Event = DONE  # it is in its slot
-    updated: Event = DONE  # nothing computes on it in its slot
-    left: Event = DONE  # the host's buffer has it
+    arrived: StreamEvent = DONE  # it is in its slot
+    updated: StreamEvent = DONE  # nothing computes on it in its slot
+    left: StreamEvent = DONE  # the host's buffer has it

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from grass_dist.errors import GrassError
-from grass_dist.states.streams import Event, ThreadEvent
+from grass_dist.states.streams import StreamEvent, ThreadEvent
 
 
 @dataclass(eq=False, slots=True)
@@ -17,7 +17,7 @@ class Slot:
 
     flat: torch.Tensor
     """uint8, as long as the longest state."""
-    free: Event
+    free: StreamEvent
     """When nothing uses the memory any more: the last state that was here has been copied away, and before the first
     one came, the kernels that had the memory before this slot have ended."""
 
@@ -37,7 +37,7 @@ class SlotPool:
     """
 
     def __init__(
-        self, count: int, nbytes: int, device: torch.device, allocated: Callable[[torch.Tensor], Event]
+        self, count: int, nbytes: int, device: torch.device, allocated: Callable[[torch.Tensor], StreamEvent]
     ) -> None:
         self.count = count
         try:
@@ -62,7 +62,7 @@ class SlotPool:
     def give(self, slot: Slot) -> None:
         self._free.append(slot)
 
-    def disregard(self, failed: Event) -> None:
+    def disregard(self, failed: StreamEvent) -> None:
         """The slot whose state was to leave with ``failed`` is free: nobody needs that state any more."""
         for slot in self._free:
             if slot.free is failed:

@@ -15,7 +15,7 @@ import torch
 Job = Callable[[], None]
 
 
-class Event(Protocol):
+class StreamEvent(Protocol):
     """The end of a job."""
 
     def wait(self) -> None:
@@ -48,7 +48,7 @@ class Event(Protocol):
 class Queue(Protocol):
     """Runs jobs. What must not run at the same time, or in another order, is tied by events alone."""
 
-    def submit(self, job: Job, after: Sequence[Event]) -> Event:
+    def submit(self, job: Job, after: Sequence[StreamEvent]) -> StreamEvent:
         """Queues ``job`` to run when the events of ``after`` have come; returns at once."""
         ...
 
@@ -63,7 +63,7 @@ class ThreadEvent:
         if done:
             self._set.set()
 
-    def run(self, job: Job, after: Sequence[Event]) -> None:
+    def run(self, job: Job, after: Sequence[StreamEvent]) -> None:
         """Runs ``job`` after the others and sets the event; a failure is kept for those who wait."""
         called = time.perf_counter()
         waits = not all(event.done() for event in after)
@@ -94,7 +94,7 @@ class ThreadEvent:
 class InlineQueue:
     """The compute of a CPU: the caller waits and runs the job itself."""
 
-    def submit(self, job: Job, after: Sequence[Event]) -> Event:
+    def submit(self, job: Job, after: Sequence[StreamEvent]) -> StreamEvent:
         event = ThreadEvent()
         event.run(job, after)
         event.synchronize()
@@ -114,7 +114,7 @@ class ThreadQueue:
         thread.start()
         weakref.finalize(self, end_thread, thread, partial(self._jobs.put, None))
 
-    def submit(self, job: Job, after: Sequence[Event]) -> Event:
+    def submit(self, job: Job, after: Sequence[StreamEvent]) -> StreamEvent:
         event = ThreadEvent()
         self._jobs.put((event, job, tuple(after)))
         return event
@@ -184,7 +184,7 @@ class CudaQueue:
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self._device, self._stream = device, stream
 
-    def submit(self, job: Job, after: Sequence[Event]) -> Event:
+    def submit(self, job: Job, after: Sequence[StreamEvent]) -> StreamEvent:
         stream = self._stream or torch.cuda.current_stream(self._device)
         with torch.no_grad(), torch.cuda.stream(stream):
             called, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))

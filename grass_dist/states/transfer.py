@@ -10,9 +10,9 @@ import torch
 from grass_dist.errors import GrassError
 from grass_dist.events import Traffic
 from grass_dist.states.chaos import ChaosQueue, poison
-from grass_dist.states.streams import CudaQueue, Event, InlineQueue, Queue, ThreadQueue
+from grass_dist.states.streams import CudaQueue, InlineQueue, Queue, StreamEvent, ThreadQueue
 
-Run = tuple[torch.Tensor, torch.Tensor]
+ByteRun = tuple[torch.Tensor, torch.Tensor]
 """(device, host): two tensors of as many entries that hold the same values, before or after a copy."""
 
 
@@ -35,8 +35,8 @@ class TransferEngine:
     ) -> None:
         self.traffic = Traffic()
         self._chaos = chaos is not None
-        self._copied: list[Event] = []
-        self._computed: list[Event] = []
+        self._copied: list[StreamEvent] = []
+        self._computed: list[StreamEvent] = []
         self._to_device: Queue
         self._to_host: Queue
         self._compute: Queue
@@ -50,7 +50,7 @@ class TransferEngine:
             self._to_device, self._to_host = ThreadQueue(device), ThreadQueue(device)
             self._compute = CudaQueue(device) if device.type == "cuda" else InlineQueue()
 
-    def allocated(self, memory: torch.Tensor) -> Event:
+    def allocated(self, memory: torch.Tensor) -> StreamEvent:
         """The moment from which a copy may write to ``memory``, which the device's allocator has just handed out.
 
         The allocator hands memory out as soon as the host has freed it, though kernels that the compute has queued may
@@ -61,19 +61,19 @@ class TransferEngine:
             return self._to_host.submit(partial(poison, memory), [])
         return self._compute.submit(_nothing, [])
 
-    def to_device(self, name: str, runs: Sequence[Run], after: Sequence[Event]) -> Event:
+    def to_device(self, name: str, runs: Sequence[ByteRun], after: Sequence[StreamEvent]) -> StreamEvent:
         """Queues a copy of the host's side of ``runs`` over the device's, which is undefined until the event."""
         self.traffic.bytes_to_device += sum(host.nbytes for _, host in runs)
         return self._copy(self._to_device, f"GRASS::h2d ({name})", [(host, device) for device, host in runs], after)
 
     def to_host(
-        self, name: str, runs: Sequence[Run], after: Sequence[Event], then: Callable[[], None] | None = None
-    ) -> Event:
+        self, name: str, runs: Sequence[ByteRun], after: Sequence[StreamEvent], then: Callable[[], None] | None = None
+    ) -> StreamEvent:
         """Queues a copy of the device's side over the host's; ``then`` runs on the host once that is queued or done."""
         self.traffic.bytes_to_host += sum(host.nbytes for _, host in runs)
         return self._copy(self._to_host, f"GRASS::d2h ({name})", runs, after, then)
 
-    def compute(self, name: str, job: Callable[[], None], after: Sequence[Event]) -> Event:
+    def compute(self, name: str, job: Callable[[], None], after: Sequence[StreamEvent]) -> StreamEvent:
         """Runs ``job`` on the compute once the events have come; what it stands still for is counted as waiting."""
 
         def named() -> None:
@@ -84,7 +84,7 @@ class TransferEngine:
         self._computed.append(event)
         return event
 
-    def wait(self, event: Event) -> None:
+    def wait(self, event: StreamEvent) -> None:
         """Makes what the caller computes next wait for ``event``; counted too."""
         if not event.done():
             self.compute("GRASS::wait", _nothing, [event]).wait()
@@ -101,10 +101,10 @@ class TransferEngine:
         self,
         queue: Queue,
         name: str,
-        pairs: Sequence[Run],
-        after: Sequence[Event],
+        pairs: Sequence[ByteRun],
+        after: Sequence[StreamEvent],
         then: Callable[[], None] | None = None,
-    ) -> Event:
+    ) -> StreamEvent:
         chaos = self._chaos  # a job that held the engine would keep its threads from ending
 
         def job() -> None:
@@ -126,7 +126,7 @@ class TransferEngine:
         return event
 
 
-def _take_ended(events: list[Event]) -> list[Event]:
+def _take_ended(events: list[StreamEvent]) -> list[StreamEvent]:
     ended, running = [], []
     for event in events:
         (ended if event.done() else running).append(event)

@@ -85,7 +85,7 @@ def zero_shard(param: nn.Parameter) -> torch.Tensor:
     return param.ds_tensor  # type: ignore[attr-defined]
 
 
-def device_of(param: nn.Parameter) -> torch.device:
+def device_of_param(param: nn.Parameter) -> torch.device:
     """The device of this rank's entries of a parameter; while its group trains, also that of the group's master."""
     return zero_shard(param).device if hasattr(param, "ds_tensor") else param.device
 

@@ -142,7 +142,7 @@ def inspect(
 
 @app.command()
 def show(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of launch/finetune.py.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the training program.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.FIELD=VALUE]...")] = None,
 ) -> None:
     """Show the first training example as the model sees it, and which of its tokens are learnt. Trains nothing."""
@@ -193,7 +193,7 @@ def plan(
     doctor_json: Annotated[Path | None, typer.Option("--from", help="JSON of grass-dist doctor: its speeds.")] = None,
     tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a GPU by its data sheet.")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="Only the closed form, no simulation.")] = False,
-    write: Annotated[Path | None, typer.Option(help="Write the recommended settings, for launch/finetune.py.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the recommended settings, for grass-dist train.")] = None,
     scale: Annotated[str | None, typer.Option(help="Numbers of GPUs to compare, e.g. 8..4096.")] = None,
     plot: Annotated[Path | None, typer.Option(help="With --scale: the picture, .png or .svg.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,

@@ -156,11 +156,10 @@ def _train(stock: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -
         result = stock(trainer, *args, **kwargs)
     finally:
         _TRAINING.pop()
-    if (engine := _engine_of(trainer)) is not None:
-        layers = [engine.numbers[layer] for layer in engine.never_trained]
-        told = too_short_for(layers, len(engine.layers), engine.config.sampler)
-        if told:
-            say(engine.backend.ranks, told)
+    if (grass := _controller_of(trainer)) is not None:
+        layers = [grass.numbers[layer] for layer in grass.never_trained]
+        if told := too_short_for(layers, len(grass.layers), grass.config.sampler):
+            say(grass.backend.ranks, told)
     return result
 
 
@@ -195,7 +194,7 @@ def _put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module
     model = next((m for m in reversed(models) if any(id(p) in trained for p in m.parameters())), None)
     if isinstance(inner, GrassOptimizer):
         if model is not None and model is not inner._model:
-            raise GrassError("The model was wrapped anew, as auto_find_batch_size does; GRASS needs a set batch size.")
+            raise GrassError("The model was wrapped again, as auto_find_batch_size does; GRASS needs a set batch size.")
         return
     trainer = next((t for t in reversed(_TRAINING) if t.accelerator is accelerator), None)
     model = _checked(inner, accelerated, accelerator, model, trainer)
@@ -255,14 +254,14 @@ def _arguments_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {k: v for k, v in optimizer.defaults.items() if k in takes}
 
 
-def _after_finishing(clip: Callable[..., Any], accelerator: Any, engine: GrassController) -> Callable[..., Any]:
-    """Clips gradients that are those of the global batch: a parameter without one may hold a bucket of DDP's up."""
+def _after_finishing(clip: Callable[..., Any], accelerator: Any, grass: GrassController) -> Callable[..., Any]:
+    """Finishes the gradients first: a parameter without a gradient can leave a DDP bucket unreduced."""
 
     @functools.wraps(clip)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if accelerator.sync_gradients:
-            engine.finish_gradients()
-        if engine.phase == "probe" and clip.__name__ == "clip_grad_value_":
+            grass.finish_gradients()
+        if grass.phase == "probe" and clip.__name__ == "clip_grad_value_":
             return None  # torch's fails where there is no gradient
         return clip(*args, **kwargs)
 
@@ -273,32 +272,32 @@ def _after_finishing(clip: Callable[..., Any], accelerator: Any, engine: GrassCo
 
 
 def _log(stock: Callable[..., Any], trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-    engine = _engine_of(trainer)
-    if engine is not None and "loss" in logs:
-        logs.update(_numbers(engine))
+    grass = _controller_of(trainer)
+    if grass is not None and "loss" in logs:
+        logs.update(_numbers(grass))
     return stock(trainer, logs, *args, **kwargs)
 
 
-def _engine_of(trainer: Any) -> GrassController | None:
-    """The engine of what the trainer's wrappers of an optimizer hold: ours for ZeRO, or a `GrassOptimizer`."""
+def _controller_of(trainer: Any) -> GrassController | None:
+    """The controller of what the trainer's wrappers of an optimizer hold: ours for ZeRO, or a `GrassOptimizer`."""
     seen: list[Any] = [trainer]
     while (holder := getattr(seen[-1], "optimizer", None)) is not None and all(holder is not s for s in seen):
-        if isinstance(engine := getattr(holder, "grass", None), GrassController):
-            return engine
+        if isinstance(grass := getattr(holder, "grass", None), GrassController):
+            return grass
         seen.append(holder)
     return None
 
 
-def _numbers(engine: GrassController) -> dict[str, float]:
+def _numbers(grass: GrassController) -> dict[str, float]:
     numbers = {
-        "grass/round": float(engine.round),
-        "grass/entropy": entropy(engine.probabilities),
+        "grass/round": float(grass.round),
+        "grass/entropy": entropy(grass.probabilities),
     }
-    if engine.phase == "train":
-        numbers |= {f"grass/active_{i}": float(engine.numbers[layer]) for i, layer in enumerate(engine.active_layers)}
-    importances = engine.importances
-    if _LOGGED.get(engine) != repr(importances):
-        _LOGGED[engine] = repr(importances)
-        measured = zip(engine.numbers, importances, strict=True)
+    if grass.phase == "train":
+        numbers |= {f"grass/active_{i}": float(grass.numbers[layer]) for i, layer in enumerate(grass.active_layers)}
+    importances = grass.importances
+    if _LOGGED.get(grass) != repr(importances):
+        _LOGGED[grass] = repr(importances)
+        measured = zip(grass.numbers, importances, strict=True)
         numbers |= {f"grass/importance_{layer:02d}": m for layer, m in measured if not math.isnan(m)}
     return numbers

@@ -1,4 +1,4 @@
-"""zero/ds_config.py on dicts and files: what is read, what is refused, and what DeepSpeed gets."""
+"""backends/zero/ds_config.py on dicts and files: what is read, what is refused, and what DeepSpeed gets."""
 
 from __future__ import annotations
 

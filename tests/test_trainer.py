@@ -246,7 +246,7 @@ def test_refusals():
     with pytest.raises(UnsupportedModel, match="has a GrassOptimizer already"):
         accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     again = torch.nn.Sequential(model)
-    with pytest.raises(GrassError, match="wrapped anew, as auto_find_batch_size"):
+    with pytest.raises(GrassError, match="wrapped again, as auto_find_batch_size"):
         trainer._put_grass_in(optimizer, accelerator, [again], CONFIG)
     used = tiny()
     stepped = torch.optim.AdamW(used.parameters())

@@ -1,4 +1,4 @@
-"""What trains and what must be equal on all ranks: what every front door works out before it builds its engine."""
+"""What trains and what must be equal on all ranks: what every front door works out first."""
 
 from __future__ import annotations
 

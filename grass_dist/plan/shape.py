@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from grass_dist.errors import ConfigError, UnsupportedModel
-from grass_dist.model.discovery import LayerMap, Unit, find_layers
+from grass_dist.model.discovery import Unit, find_layers
 from grass_dist.model.foreign import CODE, MOST_LAYERS, build, plain_config, read_settings
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -211,11 +211,6 @@ def shape_of_config(name: str, config: Any) -> ModelShape:
         tied="lm_head" not in {unit.name for unit in found.roles},
         config=config,
     )
-
-
-def units_of(found: LayerMap) -> dict[str, Unit]:
-    """Returns the units of a model by name."""
-    return {unit.name: unit for unit in (*found.layers, *found.roles)}
 
 
 def _shapes(unit: Unit) -> Shapes:

@@ -54,7 +54,7 @@ class MovingStates(ABC):
         self._active: tuple[int, ...] = ()
         self._next: tuple[int, ...] | None = None  # known in the last step before a switch
 
-    # --- what the engine calls
+    # --- what the controller calls
 
     def expect(self, layers: Sequence[int], steps: int) -> None:
         if steps == 1:

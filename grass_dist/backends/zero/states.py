@@ -115,7 +115,7 @@ class ZeroStates:
         layers, roles: states of all groups.
         mode: keeps the states of the layers, and moves them unless they stay on the device.
         device: that trains.
-        still: states of groups that never train, for `whole.with_still`.
+        still: states of groups that never train, for a checkpoint.
     """
 
     def __init__(

@@ -310,10 +310,10 @@ def test_evaluations_and_other_optimizers_are_logged_as_they_are():
     assert log(optimizer, eval_loss=1.0) == {"eval_loss": 1.0}
     assert log(torch.optim.AdamW(tiny().parameters()), loss=1.0) == {"loss": 1.0}
     assert log(None, loss=1.0) == {"loss": 1.0}
-    assert trainer._engine_of(object()) is None
+    assert trainer._controller_of(object()) is None
     turning = SimpleNamespace()
     turning.optimizer = turning
-    assert trainer._engine_of(turning) is None
+    assert trainer._controller_of(turning) is None
 
 
 def test_both_are_public():

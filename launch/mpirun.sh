@@ -36,7 +36,7 @@ if [ -n "$HOSTS" ]; then
   WHERE=(--host "$HOSTS")
   nodes=$(tr ',' '\n' <<< "$HOSTS" | grep -c .)
 fi
-# Open MPI kills its ranks half a second after a Ctrl-C, SIGTERM or SIGHUP, but it hands SIGUSR1 on: the first of them
+# Open MPI kills its ranks a second or two after a Ctrl-C, SIGTERM or SIGHUP, but it hands SIGUSR1 on: the first of them
 # becomes that, and the ranks save; one that comes two seconds later or more ends them. So that a terminal's signals
 # come here alone, mpirun gets a session of its own.
 asked=

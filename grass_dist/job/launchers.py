@@ -148,7 +148,7 @@ def warning_of(environ: Mapping[str, str]) -> str | None:
     if "OMPI_COMM_WORLD_RANK" not in environ or "GRASS_DIST_SIGNAL" in environ:
         return None
     return (
-        "warning: mpirun kills its ranks about half a second after a Ctrl-C, SIGTERM or SIGHUP, before they can have "
+        "warning: mpirun kills its ranks a moment after a Ctrl-C, SIGTERM or SIGHUP, before they can have "
         "saved: to end this run with a checkpoint, send mpirun a SIGUSR1, or start it by launch/mpirun.sh, which does"
     )
 

@@ -25,7 +25,7 @@ LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)
 endif
 ARGS ?=
 
-.PHONY: setup demo test lint unit processes integration long soak bench benchmarks docs clean
+.PHONY: setup demo test lint unit processes integration long floors soak bench benchmarks docs clean
 
 setup: $(VENV)/.installed
 
@@ -62,6 +62,10 @@ integration: setup
 # And still more of them.
 long: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m long
+
+# The oldest versions that are claimed, each in a folder of its own.
+floors: setup
+	$(BIN)/python -m integration_tests.floors
 
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m integration_tests.soak_offload --minutes 20

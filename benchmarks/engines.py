@@ -51,7 +51,7 @@ class Trained:
         self.model: nn.Module = load(args, world)
         self.layers = find_layers(self.model)
         self.vocabulary: int = self.model.config.vocab_size  # type: ignore[union-attr,assignment]
-        blocks = list(self.model.get_submodule(self.layers.stack).children())
+        blocks = [self.model.get_submodule(unit.name) for unit in self.layers.layers]
         if method == "lora":
             self.model = with_lora(self.model)
         if backend.startswith("zero"):

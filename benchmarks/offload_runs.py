@@ -71,7 +71,7 @@ class Run:
             return
         if args.backend == "fsdp2":
             mesh = init_device_mesh(world.device.type, (world.size,))
-            for layer in model.get_submodule(find_layers(model).stack).children():
+            for layer in (model.get_submodule(unit.name) for unit in find_layers(model).layers):
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
         self.model = DistributedDataParallel(model) if args.backend == "ddp" else model

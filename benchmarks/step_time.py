@@ -105,7 +105,7 @@ def load(args: argparse.Namespace, world: World) -> nn.Module:
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(resolve_model(args.model), dtype=dtype)
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for layer in model.get_submodule(find_layers(model).stack).children():
+    for layer in (model.get_submodule(unit.name) for unit in find_layers(model).layers):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model.train()

@@ -40,8 +40,8 @@ trainer = SFTTrainer(
 )
 trainer.train()
 if trainer.is_world_process_zero():
-    logged = [{}, *(row for row in trainer.state.log_history if "loss" in row)]
-    for before, row in itertools.pairwise(logged):  # a row names the layers of the next step; none in the probe
-        layers = [int(before[key]) for key in sorted(before) if key.startswith("grass/active_")]
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    for before, row in itertools.pairwise(logged):  # a row names the layers of the next step
+        layers = [int(layer) for layer in before["grass/layers"].split()]
         print(f"step {row['step']}: trained layers {layers}, loss {row['loss']:.3f}")
 trainer.accelerator.end_training()

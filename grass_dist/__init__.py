@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from grass_dist.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from grass_dist.backends.muon import MuonAdamW
     from grass_dist.checkpoint.api import AsyncCheckpointer, load_checkpoint, save_checkpoint
     from grass_dist.config import GrassConfig, OffloadConfig
     from grass_dist.deepspeed import initialize
-    from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, UnsupportedModel
-    from grass_dist.events import Observer, Refreshed, Sampled
+    from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, StateError, UnsupportedModel
+    from grass_dist.events import Observer, Refreshed, Sampled, Started
     from grass_dist.huggingface import disable, enable
+    from grass_dist.huggingface.report import GrassReport
+    from grass_dist.huggingface.sync import WeightSync
     from grass_dist.method.controller import GrassController
     from grass_dist.method.samplers import RoundGenerator, register_sampler
     from grass_dist.model.discovery import find_layers
@@ -29,13 +32,18 @@ __all__ = [
     "GrassController",
     "GrassError",
     "GrassOptimizer",
+    "GrassReport",
+    "MuonAdamW",
     "Observer",
     "OffloadConfig",
     "RanksDisagree",
     "Refreshed",
     "RoundGenerator",
     "Sampled",
+    "Started",
+    "StateError",
     "UnsupportedModel",
+    "WeightSync",
     "disable",
     "enable",
     "find_layers",
@@ -49,13 +57,16 @@ _MODULES = {
     "checkpoint.api": ("AsyncCheckpointer", "load_checkpoint", "save_checkpoint"),
     "config": ("GrassConfig", "OffloadConfig"),
     "deepspeed": ("initialize",),
-    "errors": ("CheckpointError", "ConfigError", "GrassError", "RanksDisagree", "UnsupportedModel"),
-    "events": ("Observer", "Refreshed", "Sampled"),
+    "errors": ("CheckpointError", "ConfigError", "GrassError", "RanksDisagree", "StateError", "UnsupportedModel"),
+    "events": ("Observer", "Refreshed", "Sampled", "Started"),
     "huggingface": ("disable", "enable"),
+    "huggingface.report": ("GrassReport",),
+    "huggingface.sync": ("WeightSync",),
     "method.controller": ("GrassController",),
     "method.samplers": ("RoundGenerator", "register_sampler"),
     "model.discovery": ("find_layers",),
     "optimizer": ("GrassOptimizer",),
+    "backends.muon": ("MuonAdamW",),
 }
 
 

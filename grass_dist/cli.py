@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 
 from grass_dist.doctor.program import doctor
 from grass_dist.errors import ConfigError, GrassError
-from grass_dist.terminal import one_sentence_errors, parse_size, printable, warn
+from grass_dist.terminal import console, for_terminal, one_sentence_errors, parse_size, table, warn
 from grass_dist.version import __version__
 
 app = typer.Typer(
@@ -58,9 +57,24 @@ def train(
     raise typer.Exit(run(config, overrides or (), resume))
 
 
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[--active-layers N | --config FILE] [--report] [-m] SCRIPT [ARGS]...")
+    ] = None,
+) -> None:
+    """Run a training script, unchanged, with GRASS switched on, as python -m grass_dist.run does."""
+    from grass_dist.run import main
+
+    main(arguments or ())
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, e.g. runs/demo.")]) -> None:
-    """Write RUN/report.html, one self-contained page, and its pictures under RUN/plots."""
+    """Write RUN/report.html, one self-contained page, and its pictures under RUN/plots.
+
+    RUN is the folder of a run of grass-dist train, or the output_dir of a Trainer that had a GrassReport.
+    """
     with one_sentence_errors():
         from grass_dist.report import build_report
 
@@ -130,10 +144,15 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="Leave the checksums of the files out.")] = False,
 ) -> None:
-    """Show the checkpoints of a run, and what the newest good one holds."""
+    """Show the checkpoints of a run, and what the newest good one holds; of a Trainer's run, the newest."""
     with one_sentence_errors():
         from grass_dist.checkpoint.inspect import inspect_run
+        from grass_dist.checkpoint.marker import newest_marked, read_marker
 
+        run = newest_marked(run)
+        if (marked := read_marker(run)) is not None:
+            typer.echo(json.dumps(marked, allow_nan=False)) if as_json else _show_marker(run, marked)
+            return
         found = inspect_run(run, fast=fast)
         typer.echo(json.dumps(found, allow_nan=False)) if as_json else _show_checkpoints(found)
         if found["newest_good"] is None:
@@ -188,7 +207,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: bfloat16 or float32.")] = "bfloat16",
     always_active: Annotated[
         str, typer.Option(help="Roles that GRASS trains at every step, or none.")
-    ] = "embeddings,final_norm,lm_head",
+    ] = "embeddings,final_norm,lm_head,others",
     sampling_interval: Annotated[int, typer.Option(help="Steps between two switches to other layers.")] = 50,
     doctor_json: Annotated[Path | None, typer.Option("--from", help="JSON of grass-dist doctor: its speeds.")] = None,
     tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a GPU by its data sheet.")] = None,
@@ -226,30 +245,39 @@ def _show_example(found: Mapping[str, Any]) -> None:
             text.append(">>>" if piece["learnt"] else "<<<")
         learns = piece["learnt"]
         style = ("bold green" if learns else "") + (" underline" if piece["special"] else "")
-        text.append("".join(c if c in "\n\t" else printable(c) for c in piece["text"]), style=style)
+        text.append("".join(c if c in "\n\t" else for_terminal(c) for c in piece["text"]), style=style)
     console.print(text, soft_wrap=True)
     marks = "in green" if console.is_terminal else "between >>> and <<<"
     typer.echo(f"{found['tokens']} tokens; {found['learnt']} of them are learnt ({marks}).")
 
 
 def _show_checkpoints(found: Mapping[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    out = console(160)
     keys = ("step", "saved", "ranks", "backend", "format")
     health = "health" if found["checksums"] else "health (without checksums)"
     rows = [[*(row[key] for key in keys), _size(row["bytes"]), row["health"]] for row in found["checkpoints"]]
-    console.print(_table(f"Checkpoints of {found['run']}", (*keys, "size", health), rows))
+    out.print(table(f"Checkpoints of {found['run']}", (*keys, "size", health), rows))
     if (good := found["newest_good"]) is None:
         return
     for line in _about(good):
-        console.print(printable(line), markup=False, soft_wrap=True)
+        out.print(for_terminal(line), markup=False, soft_wrap=True)
     rows = [[layer["layer"], *_cells(layer), layer["name"]] for layer in good["layers"]]
     rows += [
         ["", role["times_trained"], "", "", "", _size(role["state_bytes"]), role["name"]] for role in good["roles"]
     ]
     columns = ("layer", "times trained", "importance", "probability", "trains", "state", "name")
-    console.print(_table(f"Layers after step {good['step']}", columns, rows))
+    out.print(table(f"Layers after step {good['step']}", columns, rows))
+
+
+def _show_marker(folder: Path, marked: Mapping[str, Any]) -> None:
+    """Shows a checkpoint that Trainer or Accelerate has written."""
+    out = console(160)
+    layers = ", ".join(map(str, marked["active_layers"])) or "none"
+    told = f"{folder}: a checkpoint of a GRASS run, {marked['step']} steps done, phase {marked['phase']}, "
+    for line in (f"{told}round {marked['round']}, layers that train: {layers}.", "Go on with these settings:"):
+        out.print(for_terminal(line), markup=False, soft_wrap=True)
+    for name, value in marked["config"].items():
+        out.print(for_terminal(f"  {name}: {json.dumps(value)}"), markup=False, soft_wrap=True)
 
 
 def _about(good: Mapping[str, Any]) -> Iterator[str]:
@@ -269,18 +297,6 @@ def _cells(layer: Mapping[str, Any]) -> list[Any]:
     trains = ", ".join(word for word in ("now", "next") if layer[word])
     numbers = [None if importance is None else f"{importance:.3g}", None if p is None else f"{p:.2%}"]
     return [layer["times_trained"], *numbers, trains, _size(layer["state_bytes"])]
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(printable(title)), title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
-    return table
 
 
 def _size(nbytes: int | None) -> str | None:

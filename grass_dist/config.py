@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from grass_dist.errors import ConfigError
 
-Role = Literal["embeddings", "final_norm", "lm_head"]
+Role = Literal["embeddings", "final_norm", "lm_head", "others"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
@@ -132,23 +132,26 @@ class GrassConfig(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the draws. They depend on (seed, round) alone: not on the generators of torch, not on the rank."""
 
-    always_active: tuple[Role, ...] = ROLES
-    """Roles (parameters outside the layers) that train at every step, each listed once. The others are frozen. Without
-    `embeddings` the backward stops at the lowest active layer. Tied embeddings train if `embeddings` or `lm_head` is
-    listed."""
+    always_active: tuple[str, ...] = ROLES
+    """What trains at every step outside the layers: roles (`embeddings`, `final_norm`, `lm_head`, and `others` for all
+    that has none of these, such as a classifier), FQNs of modules and parameters, and patterns with `*`, with or
+    without the prefixes of wrappers. What is not listed is frozen. Without `embeddings` the backward stops at the
+    lowest active layer. Tied embeddings train if `embeddings` or `lm_head` is listed. `others` may have as many
+    elements as the largest layer; what is listed by name has no limit (docs/models.md#others)."""
 
     fixed_layers: tuple[int, ...] = ()
     """The layers that the sampler `fixed` trains: `active_layers` different indices, from 0. Any other sampler refuses
     them."""
 
-    layers: str | None = None
+    layers: str | tuple[str, ...] | None = None
     """FQN of the `nn.ModuleList` or `nn.Sequential` that is the layer stack, e.g. `model.layers`, with or without the
-    prefixes of wrappers. null: the stack is found by its structure."""
+    prefixes of wrappers; or a list of several, whose layers compete as one set in the order of the model. null: the
+    stacks are found by their structure (docs/models.md#several-stacks)."""
 
     offload: OffloadConfig = OffloadConfig()
     """Where the optimizer states of the layers are, and when they move (docs/offload.md)."""
 
-    @field_validator("always_active", "fixed_layers", mode="before")
+    @field_validator("always_active", "fixed_layers", "layers", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -179,7 +182,11 @@ class GrassConfig(StrictModel):
                 (f"use 0 to {shortest - 1}" if shortest > 1 else "use 0") + ", or leave it out",
             )
         if len(set(self.always_active)) != len(self.always_active):
-            raise ConfigError("always_active", self.always_active, "a role is listed twice", "list each role once")
+            raise ConfigError("always_active", self.always_active, "a name is listed twice", "list each once")
+        if "" in self.always_active:
+            raise ConfigError("always_active", self.always_active, "a name is empty", "leave it out")
+        if self.layers == ():
+            raise ConfigError("layers", [], "it names no stack", "name one, or leave it out")
         if self.sampler == "fixed":
             if len(self.fixed_layers) != self.active_layers or len(set(self.fixed_layers)) != self.active_layers:
                 raise ConfigError(
@@ -196,6 +203,22 @@ class GrassConfig(StrictModel):
                 "set sampler='fixed' or leave fixed_layers out",
             )
         return self
+
+
+def as_config(given: Any) -> GrassConfig:
+    """A `GrassConfig`, from one or from a mapping of its settings.
+
+    Raises:
+        ConfigError: it is something else, or a setting cannot work.
+    """
+    if isinstance(given, GrassConfig):
+        return given
+    if isinstance(given, Mapping):
+        return GrassConfig(**{str(name): value for name, value in given.items()})
+    problem = "it is neither a GrassConfig nor a dict of its settings"
+    raise ConfigError(
+        "config", type(given).__name__, problem, 'pass GrassConfig(active_layers=2) or {"active_layers": 2}'
+    )
 
 
 def check_competing(config: GrassConfig, numbers: Sequence[int], num_layers: int) -> None:
@@ -285,3 +308,11 @@ def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]
             break
         model = nested[0]
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def slot_count(config: GrassConfig, mode: OffloadMode, num_layers: int) -> int:
+    """Slots on the device in a mode that moves states; "interval" has one more where layers come before the switch."""
+    if mode == "stream":
+        return min(config.offload.slots, config.active_layers)
+    landing = 1 if min(config.offload.prefetch_steps, config.lead) else 0
+    return min(config.active_layers + landing, num_layers)

@@ -23,11 +23,22 @@ from grass_dist.backends.zero.private import check_classes, deepspeed_version, s
 from grass_dist.config import check_num_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
+from grass_dist.method.changes import ChangeLog
 from grass_dist.method.controller import GrassController
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
+from grass_dist.model.compiled import too_low_recompile_limit
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
-from grass_dist.model.units import check_one_device, choose_units, fingerprint, frozen_layers, refuse_second
+from grass_dist.model.units import (
+    check_one_device,
+    choose_units,
+    fingerprint,
+    freeze_others,
+    frozen_layers,
+    refuse_second,
+    several_stacks,
+    started_with,
+)
 from grass_dist.ranks import Ranks, say, together, world
 
 Initialize = Callable[..., tuple[Any, Any, Any, Any]]
@@ -144,8 +155,9 @@ class ZeroMethod:
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
 
         found, layers, roles, still = _choose(model, setup, user, sharding)
-        if told := frozen_layers(found, layers):
-            say(sharding.ranks, told)
+        for told in (several_stacks(found), frozen_layers(found, layers), too_low_recompile_limit(model, layers)):
+            if told:
+                say(sharding.ranks, told)
         every = groups_of([*layers, *roles], user.param_groups)
         # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
         never = groups_of([Unit("never trained", None, still)] if still and stage == 3 else [], user.param_groups)
@@ -153,8 +165,9 @@ class ZeroMethod:
         states = place_states(user, every, never, sharding, stage, config, layers, roles)
         self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
         self._backend = ZeroBackend(self.zero, sharding, arguments["gradient_accumulation_steps"], stage, wire)
-        watch = GradientWatch(model, layers)
-        self.grass = GrassController(config, layers, roles, self._backend, states, watch, observers)
+        watch, changes = GradientWatch(model, layers), ChangeLog([*layers, *roles], model)
+        self.grass = GrassController(config, layers, roles, self._backend, states, watch, changes, observers)
+        self.grass.introduce(started_with(model, found, layers, roles))
 
     def gradients_ready(self) -> None:
         self.grass.check_gradients()
@@ -180,11 +193,12 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
         try:
             refuse_second(model)
             check_optimizer(user, setup)
-            found = find_layers(model, config.layers)
+            found = find_layers(model, config.layers, [p for group in groups for p in group["params"]])
             check_num_layers(config, len(found.layers))
             make_sampler(config, len(found.layers))
             given = {p for group in groups for p in group["params"] if p.requires_grad}
             layers, roles = choose_units(model, found, config, groups)
+            freeze_others([*layers, *roles], model.parameters())
             still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
             check_one_device([*layers, *roles], sharding)
         except ConfigError as error:

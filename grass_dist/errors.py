@@ -55,6 +55,10 @@ class CheckpointError(GrassError, RuntimeError):
         return self
 
 
+class StateError(GrassError, ValueError):
+    """A state dict that an optimizer cannot go on from."""
+
+
 class RanksDisagree(GrassError, RuntimeError):
     """Ranks that must be identical (configuration, model, importances, choice of layers) are not."""
 

@@ -1,9 +1,27 @@
-"""What a run tells: its observers of refreshes and draws, and what moving states has cost."""
+"""What a run tells: its observers of its start, of refreshes and draws, and what moving states has cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a run trains, told once before anything else to observers with a method ``started``. Names are FQNs."""
+
+    stacks: tuple[str, ...]
+    """The lists of layers."""
+    layers: tuple[str, ...]
+    """The layers that compete, in the order of their indices."""
+    num_layers: int
+    """Layers of the stacks, those that do not compete included."""
+    roles: Mapping[str, tuple[str, ...]]
+    """What trains at every step: for each role the names of its parameters."""
+    frozen: tuple[str, ...]
+    """What never trains: layers, roles, and modules for other parameters."""
+    frozen_share: float
+    """The share of its elements among all of the model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +71,5 @@ class Traffic:
 
 Event = Refreshed | Sampled
 Observer = Callable[[Event], None]
+"""Called with each event. If it has a method ``started``, that is called once with a `Started`: a function that tells
+two events apart need not know of it."""

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from grass_dist.backends import backend_for
-from grass_dist.backends.base import HookedBackend
+from grass_dist.backends import ranks_of
 from grass_dist.backends.clipping import clip_grads
+from grass_dist.backends.scaling import LossScaling, asking_scaler
 from grass_dist.checkpoint.torch_run import TorchHoldings
-from grass_dist.config import GrassConfig, check_num_layers
-from grass_dist.errors import ConfigError, GrassError
+from grass_dist.checkpoint.torch_states import METHOD, Loaded, StateDict, StateHooks, TorchStates
+from grass_dist.config import GrassConfig
+from grass_dist.construction import Given, Prepared, prepare, raised_by
+from grass_dist.errors import GrassError, StateError
 from grass_dist.events import Observer
 from grass_dist.method.controller import GrassController
-from grass_dist.method.samplers import make_sampler
-from grass_dist.method.watch import GradientWatch
-from grass_dist.model.discovery import LayerMap, Unit, find_layers
-from grass_dist.model.units import (
-    check_one_device,
-    choose_units,
-    fingerprint,
-    frozen_layers,
-    refuse_second,
-)
+from grass_dist.method.spoken import about_unmeasured, about_woken
+from grass_dist.model.discovery import Unit
+from grass_dist.model.groups import ParamGroups
 from grass_dist.ranks import say, together
 from grass_dist.states.moving import MovingStates
-from grass_dist.states.placement import place
-from grass_dist.states.resident import ResidentStates
-from grass_dist.states.unit_optimizer import ELEMENTWISE, HOW, UnitOptimizer
-
-ParamGroups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+from grass_dist.states.unit_optimizer import UnitOptimizer, set_training_of
+from grass_dist.states.update_rule import HOW, has_modes
+from grass_dist.states.view import StateView
 
 
 class GrassOptimizer(torch.optim.Optimizer):
@@ -45,16 +41,20 @@ class GrassOptimizer(torch.optim.Optimizer):
 
     Args:
         model: its decoder layers are found by structure, or named by ``config.layers``.
-        optimizer_class: a `torch.optim.Optimizer` class with per-parameter state, e.g. `torch.optim.AdamW`.
+        optimizer_class: a `torch.optim.Optimizer` class, e.g. `torch.optim.AdamW`, a `functools.partial` of one, or its
+            name in `torch.optim`. It must update a parameter from the parameter's own gradient and state, which a trial
+            on small stand-ins finds out: rules that mix parameters (Prodigy) or need a closure (LBFGS) are refused.
         optimizer_kwargs: its arguments, e.g. ``{"lr": 1e-5, "weight_decay": 0.01}``.
-        config: `GrassConfig`, equal on all ranks.
-        params: parameters or parameter groups to train, as for any optimizer; default all of the model's. Groups
-            (decay and no decay, say) stay groups in `param_groups`.
+        config: `GrassConfig`, or a dict of its settings, equal on all ranks.
+        params: parameters, pairs of name and parameter, or parameter groups to train, as for any optimizer; default
+            all of the model's. Groups (decay and no decay, say) stay groups in `param_groups`. What is not passed keeps
+            its ``requires_grad``; what is passed and is in no layer and no role that trains is frozen.
         gradient_accumulation_steps: micro-batches of a step. Only the probe needs it, which frees gradients after
             each micro-batch and sums them in host memory.
         observers: called with each `Refreshed` and `Sampled`, from the first draw on.
-        shard_states: under DDP each rank keeps and updates 1/N of every parameter, if the class is one of torch's that
-            work entry by entry. False: whole states on each rank, as Hugging Face Trainer wants, which saves rank 0's
+        shard_states: under DDP each rank keeps and updates 1/N of every parameter, if the class works entry by entry
+            (fused kernels of the CPU do not).
+            False: whole states on each rank, as Hugging Face Trainer wants, which saves rank 0's
             alone. Under FSDP2 states are sharded anyway.
 
     Attributes:
@@ -70,89 +70,70 @@ class GrassOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         model: nn.Module,
-        optimizer_class: type[torch.optim.Optimizer],
+        optimizer_class: type[torch.optim.Optimizer] | Callable[..., torch.optim.Optimizer] | str,
         optimizer_kwargs: Mapping[str, Any] | None = None,
         *,
-        config: GrassConfig,
+        config: GrassConfig | Mapping[str, Any],
         params: ParamGroups | None = None,
         gradient_accumulation_steps: int = 1,
         observers: Sequence[Observer] = (),
         shard_states: bool = True,
     ) -> None:
-        kwargs = dict(optimizer_kwargs or {})
         self._detached = False
-        self._flags = [(param, param.requires_grad) for param in model.parameters()]
-        backend = backend_for(model, gradient_accumulation_steps)
+        self._hooks = StateHooks()
+        undo = ExitStack()  # gives the model back as it was
+        how = config, params, gradient_accumulation_steps, observers, shard_states
+        given = Given(model, optimizer_class, optimizer_kwargs, *how)
+        ranks = ranks_of(model)
         try:
-            self._build(
-                model,
-                backend,
-                optimizer_class,
-                kwargs,
-                config,
-                params,
-                gradient_accumulation_steps,
-                observers,
-                shard_states,
-            )
+            made = together(ranks, lambda: prepare(given, undo, self._begin), Prepared.must_agree)
+            self._build(made, observers)
+            together(ranks, raised_by(self.grass.start))
         except BaseException:
-            backend.detach()  # its hooks would change how the model trains without it
-            self._thaw()
+            undo.close()
             raise
+        self._give_back = weakref.finalize(self, undo.close)  # the model outlives the optimizer
+        self._give_back.atexit = False
 
-    def _build(
-        self,
-        model: nn.Module,
-        backend: HookedBackend,
-        optimizer_class: type[torch.optim.Optimizer],
-        kwargs: Mapping[str, Any],
-        config: GrassConfig,
-        params: ParamGroups | None,
-        gradient_accumulation_steps: int,
-        observers: Sequence[Observer],
-        shard_states: bool,
-    ) -> None:
-        def prepare() -> tuple[LayerMap, list[dict[str, Any]], dict[str, Any], tuple[Unit, ...], tuple[Unit, ...]]:
-            if gradient_accumulation_steps < 1:
-                raise ConfigError(
-                    "gradient_accumulation_steps", gradient_accumulation_steps, "is below 1", "use 1 or more"
-                )
-            refuse_second(model)
-            found = find_layers(model, config.layers)
-            check_num_layers(config, len(found.layers))
-            make_sampler(config, len(found.layers))
-            groups, defaults = _full_groups(model, params, optimizer_class, kwargs)
-            layers, roles = choose_units(model, found, config, groups)
-            check_one_device([*layers, *roles], backend.sharding)
-            if shard_states and optimizer_class in ELEMENTWISE:
-                backend.sharding.divide_states([*layers, *roles])
-            return found, groups, defaults, layers, roles
-
-        found, groups, defaults, layers, roles = together(
-            backend.ranks,
-            prepare,
-            lambda made: fingerprint(
-                config, made[0], made[3], made[1], optimizer_class, kwargs, shard_states=shard_states
-            ),
-        )
-        if told := frozen_layers(found, layers):
-            say(backend.ranks, told)
+    def _begin(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> list[dict[str, Any]]:
         super().__init__(groups, defaults)
-        self._backend = backend
-        trained = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
+        return self.param_groups
+
+    def _build(self, made: Prepared, observers: Sequence[Observer]) -> None:
+        for told in made.sentences:
+            say(made.backend.ranks, told)
+        self._model, self._backend, self._ours = made.model, made.backend, made.ours
+        self._class_name = made.optimizer_class.__name__
+        trained = {id(p) for unit in (*made.layers, *made.roles) for _, p in unit.params}
         # In the model's order, as clip_grad_norm_(model.parameters()) would take them: a sum's last bit depends on it.
-        self._trained = [p for p in model.parameters() if id(p) in trained]
-        self._model = model
-        self._layer_optimizers = self._make_unit_optimizers(layers, optimizer_class, kwargs)
-        self._role_optimizers = self._make_unit_optimizers(roles, optimizer_class, kwargs)
-        self._states = self._place_states(config)
-        self._in_backward = config.offload.update_in_backward
+        self._trained = [p for _, p in made.ours if id(p) in trained]
+        count = len(made.layers)
+        self._layer_optimizers, self._role_optimizers = made.optimizers[:count], made.optimizers[count:]
+        self._states = made.place_states()
+        me, moves = weakref.proxy(self), isinstance(self._states, MovingStates)
+        self._view = StateView(
+            self._unit_optimizers, lambda *unit: me._put_state(*unit), moves=moves, asked=self._asked
+        )
+        self._has_modes = has_modes(made.optimizer_class)
+        self._training: bool | None = None  # what `train` and `eval` were last asked for; None: nothing, or a load
+        self._said: set[str] = set()  # what the user has been told
+        self._in_backward = made.config.offload.update_in_backward
         self._updated: set[int] = set()  # layers, since the last step ended
         if self._in_backward:
-            backend.tell_final(self._update_in_backward)
-        watch = GradientWatch(model, layers)
-        self.grass = GrassController(config, layers, roles, backend, self._states, watch, observers)
-        self.grass.start()
+            made.backend.tell_final(self._update_in_backward)
+        self.grass = GrassController(
+            made.config, made.layers, made.roles, made.backend, self._states, made.watch, made.changes, observers
+        )
+        self.grass.introduce(made.started)
+        self._dicts = TorchStates(
+            made.model,
+            self._unit_optimizers,
+            self.grass,
+            self._class_name,
+            self._view,
+            lambda index: me._borrowed(index),
+        )
+        self._scaling = LossScaling(made.backend, self.grass, in_backward=bool(self._in_backward))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -162,14 +143,39 @@ class GrassOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Ends an optimizer step: updates the active layers (nothing in the probe), then advances the method.
 
-        Call it once for each global batch, on every rank, after the last micro-batch's backward.
+        Call it once for each global batch, on every rank, after the last micro-batch's backward. Without a backward
+        it does nothing in the probe, and is counted in ``grass.skipped``.
+
+        Raises:
+            GrassError: it is compiled, by ``torch.compile(optimizer.step)`` or within a function that is.
         """
+        compiled = torch.compiler.is_compiling()
+        return self._step(closure, compiled=compiled)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @torch.compiler.disable()
+    def _step(self, closure: Callable[[], float] | None, *, compiled: bool) -> float | None:
+        """The work of `step`. A compiler does not follow it, so that the error is seen where `step` was traced."""
+        if compiled:
+            raise GrassError(
+                "torch.compile cannot compile GrassOptimizer.step: it moves states, draws layers and communicates. "
+                "Call it outside of compiled functions, and compile the model or its layers alone."
+            )
         self._check_attached()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._dicts.makes_states(self.param_groups):
+            return loss
+        self._dicts.answer(self.param_groups)
+        self._view.adopt()
         self._backend.check_before_step()
+        self._freeze_again()
+        if self.grass.phase == "probe" and not self.grass.arrived:
+            # On all ranks, or on none: a gradient that has arrived on one was reduced with those of the others.
+            self._scaling.skip()
+            self._say_once("unmeasured", about_unmeasured(self.grass.step))
+            return loss
         self.grass.finish_gradients()
         if self.grass.phase == "train":
             for layer in reversed(self.grass.active_layers):  # the order in which the backward finished them
@@ -181,14 +187,20 @@ class GrassOptimizer(torch.optim.Optimizer):
                     self._update(optimizer)
             self._states.finish()
             self._backend.sharding.publish(self.grass.trainable_units())
-        self.grass.advance()
+        self._backend.end_step()
+        self.grass.advance(self._scaling.take())
         return loss
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Clips the global gradient norm of the trainable parameters, over all shards and ranks.
 
+        With ``update_in_backward`` this raises, and torch's own functions would clip the roles alone: leave it off.
+
         Returns:
             The norm before clipping, a 0-dim tensor; 0 in the probe, where there is no gradient left to clip.
+
+        Raises:
+            GrassError: layers are updated in the backward.
         """
         self._check_attached()
         if self._in_backward:
@@ -201,6 +213,56 @@ class GrassOptimizer(torch.optim.Optimizer):
         params = [p for p in self._trained if id(p) in trainable and p.grad is not None]
         return clip_grads(params, max_norm, norm_type, self._backend.sharding)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, and starts the step anew if a backward has run since the last one.
+
+        Without `step` after its backward a batch is dropped by this: micro-batches, reductions and measurements since
+        the last step are forgotten, also in the probe. Call it on every rank.
+
+        Raises:
+            GrassError: ``update_in_backward`` has updated layers in a backward since the last step.
+        """
+        if not self._detached and not self._dicts.made():
+            self._check_undone()
+            self._scaling.restart()
+        super().zero_grad(set_to_none)
+
+    def skip_step(self) -> None:
+        """Ends a step that is not to be applied (a NaN, an exception after the backward), in place of `step`.
+
+        Nothing moves, no gradient is left, and the next batch begins the step anew; ``grass.skipped`` counts it. Call
+        it on every rank.
+
+        Raises:
+            GrassError: ``update_in_backward`` has updated layers in a backward since the last step.
+        """
+        self._check_attached()
+        self._check_undone()
+        self._scaling.skip()
+        super().zero_grad()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Read by `GradScaler.step`, before it unscales gradients and steps: see `asking_scaler`."""
+        if not self._detached and (scaler := asking_scaler()) is not None:
+            self._scaling.begin(scaler)
+        return False
+
+    def _check_undone(self) -> None:
+        """
+        Raises:
+            GrassError: the backward has updated layers, so that its batch can no longer be dropped.
+        """
+        if not self._updated:
+            return
+        names = [self.grass.layers[layer].name for layer in sorted(self._updated)]
+        shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ... {names[-1]}"
+        raise GrassError(
+            f"This batch can no longer be dropped: grass.offload.update_in_backward has updated {len(names)} layers "
+            f"({shown}) in its backward. Call optimizer.step() before zero_grad() or skip_step(), drop batches before "
+            "their backward, or set update_in_backward=False."
+        )
+
     def detach(self) -> None:
         """Gives the model back as it was: no hook of the method, ``requires_grad`` as at the start, no gradient.
 
@@ -210,19 +272,49 @@ class GrassOptimizer(torch.optim.Optimizer):
         if self._detached:
             return
         self._states.settle()
-        self.grass.detach()
-        self._thaw()
-        for param, _ in self._flags:
+        self._give_back()
+        for param in self._trained:
             param.grad = None
         self._detached = True
 
-    def _thaw(self) -> None:
-        for param, flag in self._flags:
-            param.requires_grad_(flag)
+    def _freeze_again(self) -> None:
+        """Freezes what was unfrozen by someone else since the last switch, and says so once."""
+        on = {id(p) for unit in self.grass.trainable_units() for _, p in unit.params}
+        woken = [(name, p) for name, p in self._ours if p.requires_grad and id(p) not in on]
+        for _, param in woken:
+            param.requires_grad_(False)
+            param.grad = None
+        if woken:
+            self._say_once("woken", about_woken([name for name, _ in woken], self.grass.step))
+
+    def _say_once(self, what: str, told: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            say(self._backend.ranks, told)
 
     def _check_attached(self) -> None:
         if self._detached:
             raise GrassError("This GrassOptimizer was detached from its model; make another one to go on training.")
+
+    def train(self) -> None:
+        """Has an optimizer class that keeps other weights for training, as those without a schedule do, show them.
+
+        For other classes it does nothing. Call it before the first step, and after `eval`.
+        """
+        self._set_training(training=True)
+
+    def eval(self) -> None:
+        """Has such a class show the weights to evaluate and to save, also of layers that do not train now."""
+        self._set_training(training=False)
+
+    def _set_training(self, *, training: bool) -> None:
+        self._check_attached()
+        if self._has_modes and training is not self._training:
+            self._training = training
+            self._view.adopt()
+            self._states.settle()
+            self.grass.note_changed(own.unit for own in self._unit_optimizers if own.has_state)
+            set_training_of(self._unit_optimizers, self._backend.sharding, training=training)
 
     @property
     def state_bytes(self) -> int:
@@ -238,16 +330,29 @@ class GrassOptimizer(torch.optim.Optimizer):
     def state(self) -> dict[nn.Parameter, dict[str, Any]]:
         """State of each parameter that has one, wherever it is: on the device, or in host memory.
 
-        To ask for it waits for the copies under way. What was taken out of it is valid until the next step, after which
-        it may lie elsewhere: ask again.
+        It is the state itself, to read and to change: entries and whole states that are replaced, edited in place,
+        added or taken away count from the next step on, in every offload mode. To ask for it waits for the copies
+        under way. What was taken out of it is valid until the next step, after which it may lie elsewhere: ask again.
         """
-        if hasattr(self, "_states"):
-            self._states.settle()
-        return self._shown
+        if not hasattr(self, "_dicts"):  # under construction
+            return self._first_state
+        self._view.adopt()  # before a state is bound to where it has arrived
+        self._states.settle()
+        return self._view.lend()
 
     @state.setter
     def state(self, state: dict[nn.Parameter, dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        self._shown = state
+        if hasattr(self, "_dicts"):
+            self._states.settle()
+            self._view.replace(state)
+        else:
+            self._first_state = state
+
+    def _asked(self) -> None:
+        self._dicts.ask(self.param_groups)
+
+    def _borrowed(self, index: int) -> bool:
+        return index < len(self._layer_optimizers) and self._states.in_slot(index)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: layers and their parameters are fixed then."""
@@ -255,64 +360,96 @@ class GrassOptimizer(torch.optim.Optimizer):
             raise GrassError("GrassOptimizer cannot take another parameter group; pass all of them as params=.")
         super().add_param_group(param_group)
 
+    def register_state_dict_pre_hook(
+        self, hook: Callable[[torch.optim.Optimizer], None], prepend: bool = False
+    ) -> RemovableHandle:
+        return self._hooks.add("state_dict pre", hook, prepend)
+
+    def register_state_dict_post_hook(
+        self, hook: Callable[[torch.optim.Optimizer, StateDict], StateDict | None], prepend: bool = False
+    ) -> RemovableHandle:
+        return self._hooks.add("state_dict post", hook, prepend)
+
+    def register_load_state_dict_pre_hook(
+        self, hook: Callable[[torch.optim.Optimizer, StateDict], StateDict | None], prepend: bool = False
+    ) -> RemovableHandle:
+        return self._hooks.add("load pre", hook, prepend)
+
+    def register_load_state_dict_post_hook(
+        self, hook: Callable[[torch.optim.Optimizer], None], prepend: bool = False
+    ) -> RemovableHandle:
+        return self._hooks.add("load post", hook, prepend)
+
     def state_dict(self) -> dict[str, Any]:
         """State of every layer that was ever active, of the method, and the parameter groups.
 
-        ``state[i]`` belongs to the i-th parameter in the order of `param_groups`, this rank's shard of it, with its
-        fp32 ``master`` if the weights are 16-bit and which ``part`` of how many it is if `shard_states` divides it. To
-        be loaded on the same rank of as many ranks. Save or copy it before the next step: as in any optimizer, its
-        tensors are the state itself, or lie in memory that it moves to.
+        ``state[i]`` belongs to the i-th parameter in the order of `param_groups`: what the optimizer class keeps, and
+        the fp32 ``master`` of 16-bit weights. Where the ranks divide a parameter or its state (FSDP2, HSDP, DDP with
+        `shard_states`), these are DTensors of the parameter's shape, of which each rank holds its part; so the dict is
+        to be loaded on the same rank of as many. `torch.distributed.checkpoint` saves and loads it for any number of
+        ranks by ``get_optimizer_state_dict`` and ``set_optimizer_state_dict``, which get the states of all layers.
+        Save or copy it before the next step: as in any optimizer, its tensors are the state itself, or lie in memory
+        that it moves to.
         """
+        self._hooks.run("state_dict pre", self)
+        self._view.show_own()
+        self._view.adopt()  # before a state is bound to where it has arrived
         self._states.settle()
-        position = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        state: dict[int, dict[str, Any]] = {}
-        for index, optimizer in enumerate(self._unit_optimizers):
-            in_slot = index < len(self._layer_optimizers) and self._states.in_slot(index)
-            for at, (_, param) in enumerate(optimizer.unit.params):
-                if own := optimizer.state_of(at):
-                    state[position[id(param)]] = {k: _copied(v) for k, v in own.items()} if in_slot else own
-        groups, start = [], 0
-        for group in self.param_groups:
-            count = len(group["params"])
-            groups.append({**group, "params": list(range(start, start + count))})
-            start += count
-        return {"state": dict(sorted(state.items())), "param_groups": groups, "grass": self.grass.state_dict()}
+        saved = self._dicts.save(self.param_groups)
+        self._dicts.answer(self.param_groups)
+        return self._hooks.run("state_dict post", self, saved)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from `state_dict`: the same model, groups and number of ranks.
+        """Continues from `state_dict`: the same model, groups and `GrassConfig`, of which `offload` may differ.
+
+        A tensor of a state may be a DTensor as `state_dict` gives it, or the whole. Call it on every rank.
+
+        Over the wire: one all-gather of what went wrong and of the position of the method.
 
         Raises:
-            ValueError: the groups, or the layers that compete, are not those of this optimizer, or the states are not
-                of this rank's shards. Nothing has been changed.
+            StateError: on every rank, a `ValueError`: one of them cannot go on from it, and the sentence says why.
+                Nothing has been changed.
+            RanksDisagree: the ranks were given states of different steps or groups. Nothing has been changed.
+            GrassError: something that trains was frozen since the layers were drawn.
         """
-        saved, mine = state_dict["param_groups"], self.param_groups
-        if [len(g["params"]) for g in saved] != [len(g["params"]) for g in mine]:
-            raise ValueError(
-                "The saved state is of parameter groups with "
-                f"{[len(g['params']) for g in saved]} parameters, this optimizer's have "
-                f"{[len(g['params']) for g in mine]}; build it with the same model and groups."
-            )
         self._check_attached()
-        position = {id(p): i for i, p in enumerate(p for g in mine for p in g["params"])}
-        entries = [
-            [state_dict["state"].get(position[id(p)], {}) for _, p in optimizer.unit.params]
-            for optimizer in self._unit_optimizers
-        ]
-        for optimizer, states in zip(self._unit_optimizers, entries, strict=True):
-            optimizer.check_parts(states)
-        self.grass.check_layers(state_dict["grass"])
-        for group, other in zip(mine, saved, strict=True):
-            group.update({k: v for k, v in other.items() if k != "params" and k not in HOW})
-        for index, states in enumerate(entries):
+        given = self._hooks.run("load pre", self, dict(state_dict))
+        self._dicts.answer(self.param_groups)
+
+        def check() -> Loaded:
+            self._backend.verify()
+            return self._dicts.check(given, self.param_groups)
+
+        fix = "load on all ranks what was saved at the same step"
+        loaded = together(self._backend.ranks, check, Loaded.must_agree, others=StateError, fix=fix)
+        for group, other in zip(self.param_groups, loaded.groups, strict=True):
+            group.update({k: v for k, v in other.items() if k not in HOW and k not in ("params", METHOD)})
+        for index, states in enumerate(loaded.states):
             self._put_state(index, states)
         self._updated.clear()
-        self.grass.load_state_dict(state_dict["grass"])
+        self._training = None
+        self.grass.load_state_dict(loaded.method)
+        self._hooks.run("load post", self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses to be copied and pickled: its hooks are in the parameters of the model.
+
+        Raises:
+            GrassError: always.
+        """
+        raise GrassError(
+            "A GrassOptimizer cannot be copied or pickled, since its hooks are in the parameters of its model; copy "
+            "the model, make another GrassOptimizer for the copy, and load this one's state_dict() into it."
+        )
 
     def holdings(self) -> TorchHoldings:
         """What `grass_dist.checkpoint` saves and loads: the model's weights too, for any number of ranks."""
+        self._view.adopt()  # before a state is bound to where it has arrived
+        self._states.settle()
         return TorchHoldings(
             self._model,
             self._unit_optimizers,
+            self._class_name,
             self.param_groups,
             self.grass,
             self._states.settle,
@@ -333,6 +470,7 @@ class GrassOptimizer(torch.optim.Optimizer):
             for _, param in unit.params:
                 param.grad = None
 
+        self._view.adopt()
         self._updated.add(unit.index)
         self._states.update(unit.index, job)
 
@@ -347,73 +485,10 @@ class GrassOptimizer(torch.optim.Optimizer):
         else:
             self._states.put(index, None)
             load()
-        self._show_state(optimizer)
+        self._view.show(optimizer)
 
     def _update(self, optimizer: UnitOptimizer) -> None:
         first = not optimizer.has_state
         optimizer.step(self.param_groups)
         if first:
-            self._show_state(optimizer)
-
-    def _show_state(self, optimizer: UnitOptimizer) -> None:
-        """Makes ``self.state[param]`` the very dict in which the layer's optimizer keeps that parameter's state."""
-        for at, (_, param) in enumerate(optimizer.unit.params):
-            if optimizer.inner is not None:
-                self._shown[param] = optimizer.targets[at].state
-            else:
-                self._shown.pop(param, None)
-
-    def _place_states(self, config: GrassConfig) -> ResidentStates | MovingStates:
-        fallback, resident = None, 0
-        try:
-            for optimizer in self._layer_optimizers:
-                optimizer.fields(self.param_groups)
-            resident = sum(f.nbytes for own in self._role_optimizers for f in own.fields(self.param_groups))
-        except GrassError as error:
-            fallback = str(error)
-        first, sharding = self._layer_optimizers[0].unit.params[0][1], self._backend.sharding
-        return place(
-            [own.state for own in self._layer_optimizers],
-            config,
-            sharding.ranks,
-            sharding.shard_of(first).device,
-            resident=resident,
-            fallback=fallback,
-        )
-
-    def _make_unit_optimizers(
-        self, units: Sequence[Unit], optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]
-    ) -> list[UnitOptimizer]:
-        group_of = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        sharding = self._backend.sharding
-        return [
-            UnitOptimizer(unit, [group_of[id(p)] for _, p in unit.params], optimizer_class, kwargs, sharding)
-            for unit in units
-        ]
-
-
-def _copied(value: Any) -> Any:
-    """Makes a copy in host memory: a slot on the device holds another layer's state later."""
-    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
-
-
-def _full_groups(
-    model: nn.Module,
-    params: ParamGroups | None,
-    optimizer_class: type[torch.optim.Optimizer],
-    kwargs: Mapping[str, Any],
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The user's groups with every hyperparameter filled in by the optimizer class, and its defaults.
-
-    The class is made over one-element stand-ins, since some classes make their state when they are made.
-    """
-    given: list[Any] = list(params) if params is not None else list(model.parameters())
-    if not given:
-        raise ConfigError("params", given, "there is no parameter to train", "pass the model's parameters")
-    groups = given if isinstance(given[0], dict) else [{"params": given}]
-    groups = [{**g, "params": [g["params"]] if torch.is_tensor(g["params"]) else list(g["params"])} for g in groups]
-    stand_ins = [{**g, "params": [nn.Parameter(torch.zeros(1)) for _ in g["params"]]} for g in groups]
-    template = optimizer_class([g for g in stand_ins if g["params"]], **kwargs)
-    filled = iter(template.param_groups)
-    full = [{**next(filled), "params": g["params"]} if g["params"] else g for g in groups]
-    return full, dict(template.defaults)
+            self._view.show(optimizer)

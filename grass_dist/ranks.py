@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 log = logging.getLogger("grass_dist")
 
+SAME_START = "start all ranks with the same configuration, model and versions"
+
 
 class Ranks:
     """The processes that must agree, and the collectives by which they do.
@@ -77,9 +79,30 @@ def world() -> Ranks:
 
 
 def say(ranks: Ranks, sentence: str) -> None:
-    """Tells the user, once for all ranks; seen without any set-up of logging."""
+    """Warns the user, once for all ranks; seen without any set-up of logging."""
     if ranks.rank == 0:
         log.warning(sentence)
+
+
+def tell(ranks: Ranks, sentence: str) -> None:
+    """Informs the user, once for all ranks: at INFO, and seen without any set-up of logging.
+
+    Logging shows no INFO by itself. So where its set-up would drop the sentence, it is written to stderr, and never
+    twice. Who sets the level of the logger "grass_dist" above INFO does not see it.
+    """
+    if ranks.rank != 0:
+        return
+    if log.isEnabledFor(logging.INFO) and log.hasHandlers():
+        log.info(sentence)
+    elif log.level <= logging.INFO and log.manager.disable < logging.INFO and not log.disabled:
+        console = logging.StreamHandler()  # to sys.stderr as it is now; it reports its own errors
+        console.handle(log.makeRecord(log.name, logging.INFO, __name__, 0, sentence, (), None))
+
+
+def note(ranks: Ranks, sentence: str) -> None:
+    """Logs at INFO, once for all ranks; seen by those who have set up logging for it."""
+    if ranks.rank == 0:
+        log.info(sentence)
 
 
 def together(
@@ -88,6 +111,8 @@ def together(
     must_agree: Mapping[str, Any] | Callable[[T], Mapping[str, Any]] | None = None,
     *,
     raise_as: type[GrassError] | None = None,
+    others: type[GrassError] = GrassError,
+    fix: str = SAME_START,
 ) -> T:
     """Does ``work`` on every rank. If it fails on one, every rank raises, and none goes on alone.
 
@@ -98,6 +123,8 @@ def together(
             gives them for the result of ``work``.
         raise_as: every rank raises an error of this class, with the sentence of the first rank that failed. Without
             it a rank that failed raises its own error (an `OSError` as a `GrassError`), and the others name that rank.
+        others: class of the error of those others.
+        fix: what to do where values differ, for the sentence.
 
     Returns:
         The result of ``work`` on this rank.
@@ -129,10 +156,10 @@ def together(
         raise problem
     for text, _ in reports:
         if text:
-            failure = (raise_as or GrassError)(text)
+            failure = (raise_as or others)(text)
             failure.on_every_rank = True
             raise failure from problem
-    raise_if_ranks_differ([values for _, values in reports])
+    raise_if_ranks_differ([values for _, values in reports], fix)
     return result
 
 
@@ -145,7 +172,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def raise_if_ranks_differ(shown: Sequence[Mapping[str, str]]) -> None:
+def raise_if_ranks_differ(shown: Sequence[Mapping[str, str]], fix: str = SAME_START) -> None:
     """Compares what the ranks have shown, {name: value as text} in rank order.
 
     Raises:
@@ -156,7 +183,4 @@ def raise_if_ranks_differ(shown: Sequence[Mapping[str, str]]) -> None:
         for name, value in values.items():
             if value != first.get(name):
                 here, there = shorten(value, 120), shorten(str(first.get(name)), 120)
-                raise RanksDisagree(
-                    f"{name} is {here} on rank {rank} and {there} on rank 0; "
-                    "start all ranks with the same configuration, model and versions."
-                )
+                raise RanksDisagree(f"{name} is {here} on rank {rank} and {there} on rank 0; {fix}.")

@@ -14,6 +14,7 @@ from integration_tests.support.scenarios import FOUR, TWO, scenarios
 from integration_tests.support.wire import Wire
 
 pytestmark = pytest.mark.timeout(420)
+LATER = pytest.mark.integration
 
 
 def layers_reached_by_backward(model: nn.Module, optimizer: grass_dist.GrassOptimizer) -> set[int]:
@@ -54,12 +55,13 @@ def four_steps(rank: int, world_size: int, backend: str, dtype: torch.dtype = to
             always_active=always,
         )
         optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
-        counted, expected, claimed, squares, lowest = [], [], [], [], []
+        counted, expected, counts, claimed, squares, lowest = [], [], [], [], [], []
         states, trained = [], {}
         roles = 4 * sum(len(unit.params) for unit in optimizer.grass.roles)  # AdamW's steps; layers' are not counted
         for step in range(4):
             units = optimizer.grass.trainable_units()
             expected.append(4 * sum(p.numel() for u in units for _, p in u.params))
+            counts.append(4 * sum(len(u.params) for u in units))
             reached = layers_reached_by_backward(model, optimizer)
             before = optimizer.grass.bytes_reduced
             x = global_batch(step, 2 * world_size)[2 * rank : 2 * rank + 2]
@@ -76,6 +78,7 @@ def four_steps(rank: int, world_size: int, backend: str, dtype: torch.dtype = to
         out[name] = {
             "counted": counted,
             "expected": expected,
+            "counts": counts,
             "claimed": claimed,
             "squares": squares,
             "lowest": lowest,
@@ -92,8 +95,8 @@ def four_steps(rank: int, world_size: int, backend: str, dtype: torch.dtype = to
         (TWO(four_steps, "ddp"), 8, 2),
         (TWO(four_steps, "fsdp2", torch.bfloat16), 12, 2),  # and the master
         (TWO(four_steps, "ddp", torch.bfloat16), 12, 2),
-        (FOUR(four_steps, "ddp"), 8, 4),
-        (FOUR(four_steps, "hsdp"), 8, 2),
+        pytest.param(FOUR(four_steps, "ddp"), 8, 4, marks=LATER),
+        pytest.param(FOUR(four_steps, "hsdp"), 8, 2, marks=LATER),
     ],
     indirect=["runs"],
     ids=str,
@@ -117,15 +120,21 @@ def test_fsdp2_scatters_what_trains_and_no_byte_more(runs, what):
 
 @pytest.mark.parametrize("what", ["with roles", "layers only"])
 @scenarios(TWO(four_steps, "ddp"))
-def test_ddp_reduces_what_trains_and_no_byte_more(runs, what):
+def test_ddp_reduces_what_trains_and_a_count_of_each_parameter(runs, what):
+    """How many ranks have used it: one element."""
     for run in runs:
         seen = run[what]
-        assert [step["all_reduce"] for step in seen["counted"]] == seen["expected"] == seen["claimed"]
+        expected = [e + counts for e, counts in zip(seen["expected"], seen["counts"], strict=True)]
+        assert [step["all_reduce"] for step in seen["counted"]] == expected == seen["claimed"]
 
 
 @pytest.mark.parametrize(
     ("runs", "width"),
-    [(TWO(four_steps, "ddp"), 4), (FOUR(four_steps, "ddp"), 4), (TWO(four_steps, "ddp", torch.bfloat16), 2)],
+    [
+        (TWO(four_steps, "ddp"), 4),
+        pytest.param(FOUR(four_steps, "ddp"), 4, marks=LATER),
+        (TWO(four_steps, "ddp", torch.bfloat16), 2),
+    ],
     indirect=["runs"],
     ids=str,
 )
@@ -138,6 +147,7 @@ def test_ddp_gathers_what_has_trained_and_no_byte_more(runs, width):
                 assert [8 * n for n in gathered] == [2 * seen["all layers"]] * 4  # γ of L layers
 
 
+@LATER
 @scenarios(FOUR(four_steps, "hsdp"))
 def test_hsdp_scatters_among_shards_and_reduces_over_replicas(runs):
     for run in runs:
@@ -147,7 +157,7 @@ def test_hsdp_scatters_among_shards_and_reduces_over_replicas(runs):
         assert [2 * claimed for claimed in seen["claimed"]] == [3 * expected for expected in seen["expected"]]
 
 
-@scenarios(TWO(four_steps, "fsdp2"), FOUR(four_steps, "hsdp"))
+@scenarios(TWO(four_steps, "fsdp2"), pytest.param(FOUR(four_steps, "hsdp"), marks=LATER))
 def test_one_all_reduce_a_refresh_carries_the_measurements(runs):
     seen = runs[0]["layers only"]["squares"]
     extra = [bytes_ for _, bytes_ in seen]

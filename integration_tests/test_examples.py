@@ -25,6 +25,8 @@ SCRIPTS = [
     pytest.param("accelerate_loop", marks=pytest.mark.integration),
     pytest.param("trl_sft", marks=[pytest.mark.integration, without_trl]),
 ]
+CARRIED = re.compile(r"after step (\d+): carried layers \[([\d, ]*)\], (\d+) of (\d+) bytes")
+REWARDED = re.compile(r"step (\d+): reward ([\d.]+)")
 
 
 def command_of(name: str) -> str:
@@ -44,21 +46,44 @@ def test_an_example_trains_layers_in_turn_and_learns(name, tmp_path):
         said = run.said
     assert code == 0, said[-3000:]
     printed = PRINTED.findall(said)
-    assert [int(step) for step, _, _ in printed] == list(range(1, STEPS + 1)), said[-3000:]  # by one rank
-    trained = [tuple(map(int, filter(None, layers.split(", ")))) for _, layers, _ in printed]
-    assert trained[:PROBE] == [()] * PROBE
-    rounds = [trained[at : at + INTERVAL] for at in range(PROBE, STEPS, INTERVAL)]
-    assert all(len(set(steps)) == 1 for steps in rounds)
-    assert all(len(set(layers)) == ACTIVE and max(layers) < LAYERS for layers in trained[PROBE:])
-    assert len(set(trained[PROBE:])) > 2
+    # Trainer probes before its first step, and its log names the layers of the step to come.
+    first, probe = (2, 0) if name == "trl_sft" else (1, PROBE)
+    assert [int(step) for step, _, _ in printed] == list(range(first, STEPS + 1)), said[-3000:]  # by one rank
+    steps = {int(step): tuple(map(int, filter(None, layers.split(", ")))) for step, layers, _ in printed}
+    assert all(steps.pop(step) == () for step in range(1, probe + 1))
+    rounds = {(step - probe - 1) // INTERVAL: layers for step, layers in steps.items()}
+    assert all(rounds[(step - probe - 1) // INTERVAL] == layers for step, layers in steps.items())
+    assert all(len(set(layers)) == ACTIVE and max(layers) < LAYERS for layers in rounds.values())
+    assert len(set(rounds.values())) > 2
     losses = [float(loss) for _, _, loss in printed]
     assert sum(losses[-3:]) < sum(losses[:3]) - 1
     if name == "fsdp2_loop":
         assert sorted(path.name for path in saved.iterdir()) == ["step-000015", "step-000020"]
 
 
+@pytest.mark.integration
+@without_trl
+@pytest.mark.timeout(200)
+def test_the_example_of_grpo_carries_what_has_changed(tmp_path):
+    launcher, *arguments = shlex.split(command_of("trl_grpo"))
+    with Launched([launcher, "--master_port", str(free_port()), *arguments], tmp_path / "log") as run:
+        code = run.end(within=150)
+        said = run.said
+    assert code == 0 and "the copy is the trained model, to the bit" in said, said[-3000:]
+    carried = [
+        (int(s), tuple(map(int, layers.split(", "))), int(n), int(of)) for s, layers, n, of in CARRIED.findall(said)
+    ]
+    step, layers, nbytes, of = carried[0]
+    assert (step, layers, nbytes) == (0, tuple(range(LAYERS)), of)  # before the probe
+    assert [step for step, *_ in carried] == list(range(STEPS + 1))
+    assert all(len(layers) == ACTIVE and nbytes < 0.4 * of for _, layers, nbytes, of in carried[1:])
+    assert len({layers for _, layers, *_ in carried}) > 3
+    rewards = [float(reward) for _, reward in REWARDED.findall(said)]
+    assert len(rewards) == STEPS and sum(rewards[-3:]) > sum(rewards[:3]) + 0.5
+
+
 def test_every_example_is_run_and_listed_with_its_command():
     names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-    assert names == sorted(param.values[0] for param in SCRIPTS)
+    assert names == sorted([*(param.values[0] for param in SCRIPTS), "trl_grpo"])
     table = (EXAMPLES / "README.md").read_text()
     assert all(f"[{name}.py]({name}.py)" in table and f"`{command_of(name)}`" in table for name in names)

@@ -16,7 +16,7 @@ from integration_tests.support.hosts import Host, Hosts, needs_hosts, needs_ssh
 from integration_tests.support.launched import BIN, ENVIRONMENT
 from integration_tests.support.program import ROOT, events
 
-pytestmark = [pytest.mark.timeout(170), pytest.mark.integration, needs_hosts]
+pytestmark = [pytest.mark.timeout(170), pytest.mark.integration, needs_hosts, needs_ssh]
 
 MPI_PROGRAM = """
 import datetime

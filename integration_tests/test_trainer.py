@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, get_scheduler
+from typer.testing import CliRunner
 
 import grass_dist
+from grass_dist.checkpoint.marker import read_marker
+from grass_dist.cli import app
+from grass_dist.report import load_run
+from integration_tests.support.fsdp_on_cpu import fsdp2_plugin, put_fsdp2_in
 from integration_tests.support.model import CLIP, GLOBAL_BATCH, LENGTH, VOCAB, global_batch, small_llama
 from integration_tests.support.ranks import refused, run_ranks
 
@@ -24,10 +29,14 @@ pytestmark = pytest.mark.timeout(300)
 
 GRASS = {"active_layers": 3, "probe_steps": 2, "sampling_interval": 3, "update_interval": 3, "temperature": 0.4}
 STEPS, ACCUMULATION, WARMUP, DECAY = 9, 2, 2, 0.1
-SAVED_AT, SWITCHED_AT = 4, 5  # between a draw and its switch, and at one: draws are at 2, 3, 6, switches at 2, 5, 8
+# Between a draw and its switch, and at one: draws are at 0, 1, 4, 7, switches at 0, 3, 6, 9.
+SAVED_AT, SWITCHED_AT = 4, 6
 ADAMW = {"lr": 1e-3, "eps": 1e-6, "fused": True}  # Trainer's default is the fused one
 
-DRAWN = [(), *[(0, 1, 2)] * 3, *[(0, 1, 5)] * 3, *[(0, 1, 6)] * 2]
+DRAWN = [*[(0, 1, 2)] * 2, *[(0, 1, 5)] * 3, *[(1, 2, 6)] * 3, (0, 4, 5)]
+
+PROBE = GRASS["probe_steps"]
+STEPS_OF_LOOP = [*range(PROBE), *range(STEPS)]  # whose batches: a probe's are trained on again
 
 DS_CONFIG = {
     "train_batch_size": "auto",
@@ -107,24 +116,33 @@ def check_same(run: dict, loop: dict, tolerance: float = 0.0) -> None:
     assert run.get("norms", loop["norms"]) == pytest.approx(loop["norms"], rel=1e-6)
 
 
-def check_rows(run: dict, resumed_at: int | None = None) -> None:
-    """The method's numbers in the rows of a Trainer's log, one a step.
+def check_report(folder: Path, run: dict, backend: str) -> None:
+    """The record that a Trainer and one that went on from its checkpoint have left, and the page of it."""
+    record = load_run(folder)
+    info, train = record.info, record.train_steps
+    assert (info.backend, info.world_size, info.layer_names[0]) == (backend, 2, "model.layers.0")
+    assert [s.step for s in record.steps] == list(range(1, PROBE + STEPS + 1)) and len(record.probe_steps) == PROBE
+    # A row of the log has the layers of the step to come.
+    assert [s.active_layers for s in train] == [record.samples[0].active_layers, *run["layers"][:-1]]
+    assert [s.loss for s in train] == pytest.approx([row["loss"] for row in run["rows"]], rel=1e-6)
+    assert [s.lr for s in train] == run["lr"]
+    assert [s.grad_norm for s in train] == pytest.approx(run["norms"], rel=1e-6)
+    sent = 4 * (ACCUMULATION if "ZeRO" in backend else 1)  # ZeRO reduces each micro-batch
+    for step in record.steps:
+        always = info.params_always_active if step.phase == "train" else 0
+        trains = sum(info.layer_numel[layer] for layer in step.active_layers) + always
+        assert step.bytes_reduced == pytest.approx(sent * trains, rel=1e-3) and step.state_bytes > 0
+    assert [e.step for e in record.refreshes] == [2, 3, 6, 9] and [e.step for e in record.samples] == [2, 5, 8, 11]
+    assert info.params_total == sum(p.numel() for p in small_llama().parameters()) and record.end
+    shown = CliRunner().invoke(app, ["report", str(folder)])
+    assert shown.exit_code == 0 and (folder / "report.html").exists(), shown.output
 
-    A new process tells the importances once more at its first log.
-    """
+
+def check_rows(run: dict) -> None:
+    """The method's numbers in the rows of a Trainer's log, one a step."""
     rows = run["rows"]
-    assert [row["grass/round"] for row in rows] == [-1, 0, 0, 0, 1, 1, 1, 2, 2]
-    assert rows[0]["grass/entropy"] == pytest.approx(math.log(8)) and rows[1]["grass/entropy"] < math.log(8) - 0.1
-    told = [sum(key.startswith("grass/importance_") for key in row) for row in rows]
-    refreshed = [0, 8, 8, 0, 0, 8, 0, 0, 8]
-    assert told == [8 if at == resumed_at else count for at, count in enumerate(refreshed)]
-    assert all(type(row[key]) is float for row in rows for key in row if key.startswith("grass/"))
-
-
-def check_importances(resumed: dict, run: dict) -> None:
-    """Those that were logged are the same, but for the row in which a new process tells them once more."""
-    for mine, theirs in zip(resumed["rows"], run["rows"], strict=True):
-        assert {k: v for k, v in theirs.items() if "importance" in k}.items() <= mine.items()
+    assert [row["grass/round"] for row in rows] == [0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert {key for row in rows for key in row if key.startswith("grass/")} == {"grass/round", "grass/layers"}
 
 
 # Under ZeRO.
@@ -150,14 +168,16 @@ def zero_loop(rank: int, world_size: int, stage: int) -> dict:
     scheduler = get_scheduler("linear", optimizer, WARMUP, STEPS)
     engine, *_ = grass_dist.initialize(model=model, optimizer=optimizer, config=sizes(world_size, stage))
     seen = {"layers": [], "lr": [], "norms": []}
-    for step in range(STEPS):
+    for at, step in enumerate(STEPS_OF_LOOP):
         for x in micro_batches(step, rank, world_size):
             engine.backward(loss_of(engine, x, world_size), scale_wrt_gas=False)
             engine.step()
+        if at < PROBE:
+            continue
         seen["lr"].append(optimizer.param_groups[0]["lr"])
         seen["norms"].append(float(engine.get_global_grad_norm()))
         scheduler.step()
-        seen["layers"].append(engine.grass.active_layers if engine.grass.phase == "train" else ())
+        seen["layers"].append(engine.grass.active_layers)
     return {**seen, "params": {n: full(p) for n, p in engine.module.named_parameters()}}
 
 
@@ -166,7 +186,7 @@ def read(trainer: Trainer) -> dict:
     from integration_tests.support.zero import full
 
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    layers = [tuple(int(row[f"grass/active_{i}"]) for i in range(3) if f"grass/active_{i}" in row) for row in rows]
+    layers = [tuple(map(int, row["grass/layers"].split())) for row in rows]
     params = {n.removeprefix("module."): full(p) for n, p in trainer.model.named_parameters()}
     return {
         "layers": layers,
@@ -193,7 +213,7 @@ def on_zero(rank: int, world_size: int, stage: int, folder: Path, offload: bool)
     if rank == 0:
         small_llama().save_pretrained(folder / "model")
     torch.distributed.barrier()
-    grass_dist.enable()
+    grass_dist.enable(report=True)
     config = ds_config(stage, grass=GRASS)
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -201,26 +221,46 @@ def on_zero(rank: int, world_size: int, stage: int, folder: Path, offload: bool)
     trainer = zero_trainer(rank, world_size, folder, config, save_strategy="steps", save_steps=SAVED_AT)
     trainer.train()
     seen["trainer"] = read(trainer)
+    seen["marked"] = read_marker(folder / "run" / f"checkpoint-{SAVED_AT}")
     seen["updated by"] = type(trainer.optimizer.optimizer.user_optimizer)
+    saved = str(folder / "run" / f"checkpoint-{SAVED_AT}")
     resumed = zero_trainer(rank, world_size, folder, config)
-    resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{SAVED_AT}"))
+    resumed.train(resume_from_checkpoint=saved)
     seen["resumed"] = read(resumed)
+    seen["changed"] = []
+    for change in ({"active_layers": 2}, {"seed": 9}, {"sampler": "uniform"}, {"probe_steps": 4}):
+        other = zero_trainer(rank, world_size, folder, {**config, "grass": {**GRASS, **change}})
+        seen["changed"].append(refused(lambda other=other: other.train(resume_from_checkpoint=saved)))
+    other = zero_trainer(rank, world_size, folder, config, optim="rmsprop")
+    seen["changed"].append(refused(lambda: other.train(resume_from_checkpoint=saved)))
     return seen
+
+
+OTHER = (
+    "active_layers=3 in the saved state, and 2 here",
+    "seed=0 in the saved state, and 9 here",
+    "sampler='grass' in the saved state, and 'uniform' here",
+    "probe_steps=2 in the saved state, and 4 here",
+    "optimizer class='AdamW' in the saved state, and 'RMSprop' here",
+)
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(2, False), pytest.param(3, True, marks=pytest.mark.integration)])
 def test_zero(stage, offload, tmp_path):
     for rank in run_ranks(2, on_zero, stage, tmp_path, offload, timeout=240):
-        assert min(rank["loop"]["norms"][2:]) > 2 * CLIP  # clipping binds at every step
+        assert min(rank["loop"]["norms"]) > 2 * CLIP  # clipping binds at every step
         check_same(rank["trainer"], rank["loop"])
         check_same(rank["resumed"], rank["loop"])
         check_rows(rank["trainer"])
-        check_rows(rank["resumed"], SAVED_AT)
-        check_importances(rank["resumed"], rank["trainer"])
+        check_rows(rank["resumed"])
+        assert rank["marked"] and rank["marked"]["step"] == PROBE + SAVED_AT and rank["marked"]["round"] == 1
+        told = zip(rank["changed"], OTHER, strict=True)
+        assert all(sentence.startswith(f"CheckpointError: {other}") for sentence, other in told), rank["changed"]
         if offload:
             assert rank["updated by"] is torch.optim.AdamW  # not DeepSpeedCPUAdam
             assert rank["evaluated"]["eval_loss"] == pytest.approx(math.log(VOCAB), rel=0.1)
             assert not [key for key in rank["evaluated"] if "grass" in key]
+    check_report(tmp_path / "run", rank["resumed"], f"DeepSpeed ZeRO-{stage}")
 
 
 def on_configured_zero(rank: int, world_size: int, scheduler: bool, folder: Path) -> dict:
@@ -236,7 +276,9 @@ def on_configured_zero(rank: int, world_size: int, scheduler: bool, folder: Path
     model = small_llama()
     config = {**sizes(world_size, 2), **sections}
     engine, *_ = grass_dist.initialize(model=model, model_parameters=model.parameters(), config=config, **more)
-    for step in range(STEPS):
+    schedule = engine.lr_scheduler
+    for at, step in enumerate(STEPS_OF_LOOP):
+        engine.lr_scheduler = schedule if at >= PROBE else None
         for x in micro_batches(step, rank, world_size):
             engine.backward(loss_of(engine, x, world_size), scale_wrt_gas=False)
             engine.step()
@@ -277,16 +319,19 @@ def ddp_loop(rank: int, world_size: int) -> dict:
     )
     scheduler = get_scheduler("linear", optimizer, WARMUP, STEPS)
     seen = {"layers": [], "lr": [], "norms": []}
-    for step in range(STEPS):
+    for at, step in enumerate(STEPS_OF_LOOP):
         for micro, x in enumerate(micro_batches(step, rank, world_size)):
             with contextlib.nullcontext() if micro == ACCUMULATION - 1 else model.no_sync():
                 loss_of(model, x, world_size).backward()
-        seen["norms"].append(float(optimizer.clip_grad_norm_(CLIP)))
+        norm = float(optimizer.clip_grad_norm_(CLIP))
         optimizer.step()
         optimizer.zero_grad()
+        if at < PROBE:
+            continue
+        seen["norms"].append(norm)
         seen["lr"].append(optimizer.param_groups[0]["lr"])
         scheduler.step()
-        seen["layers"].append(optimizer.grass.active_layers if optimizer.grass.phase == "train" else ())
+        seen["layers"].append(optimizer.grass.active_layers)
     return {**seen, "params": {n: p.detach().clone() for n, p in model.module.named_parameters()}}
 
 
@@ -296,23 +341,16 @@ def ddp_trainer(world_size: int, folder: Path, **more) -> Trainer:
 
 def accelerate_loop(rank: int, world_size: int, fsdp2: bool) -> dict:
     """The run of `ddp_loop` over Accelerate, with a schedule that is made before the optimizer is replaced."""
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-    )
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
-    if fsdp2:  # which Accelerate itself turns on for devices only
-        accelerator.state.fsdp_plugin = plugin
-        accelerator.state.distributed_type = DistributedType.FSDP
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if fsdp2:
+        put_fsdp2_in(accelerator, fsdp2_plugin())
     model: Any = small_llama()
     inner = optimizer_of(model)
     scheduler = get_scheduler("linear", inner, WARMUP * world_size, STEPS * world_size)  # stepped once a process
     model, optimizer, scheduler = accelerator.prepare(model, inner, scheduler)
     grass = optimizer.optimizer.grass
     seen: dict = {"layers": [], "lr": [], "backend": grass.backend.name}
-    for step in range(STEPS):
+    for at, step in enumerate(STEPS_OF_LOOP):
         for x in micro_batches(step, rank, world_size):
             with accelerator.accumulate(model):
                 accelerator.backward(loss_of(model, x, world_size) * ACCUMULATION)
@@ -320,10 +358,11 @@ def accelerate_loop(rank: int, world_size: int, fsdp2: bool) -> dict:
                     accelerator.clip_grad_norm_(model.parameters(), CLIP)
                     seen["lr"].append(inner.param_groups[0]["lr"])
                 optimizer.step()
-                scheduler.step()
+                if at >= PROBE:
+                    scheduler.step()
                 optimizer.zero_grad()
-        seen["layers"].append(grass.active_layers if grass.phase == "train" else ())
-    seen["saved"] = refused(optimizer.state_dict) if fsdp2 else None
+        seen["layers"].append(grass.active_layers)
+    seen = {name: values[PROBE:] if isinstance(values, list) else values for name, values in seen.items()}
     accelerator.state._reset_state(reset_partial_state=True)
     whole = {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
     return {**seen, "params": {n.removeprefix("module."): p for n, p in whole.items()}}
@@ -331,7 +370,7 @@ def accelerate_loop(rank: int, world_size: int, fsdp2: bool) -> dict:
 
 def on_ddp(rank: int, world_size: int, folder: Path) -> dict:
     seen: dict = {"loop": ddp_loop(rank, world_size)}
-    grass_dist.enable(grass_dist.GrassConfig(**GRASS))
+    grass_dist.enable(grass_dist.GrassConfig(**GRASS), report=True)
     seen["accelerate"] = accelerate_loop(rank, world_size, fsdp2=False)
     seen["accelerate, fsdp2"] = accelerate_loop(rank, world_size, fsdp2=True)
     trainer = ddp_trainer(world_size, folder, save_strategy="steps", save_steps=SWITCHED_AT)
@@ -348,18 +387,17 @@ def test_without_deepspeed(tmp_path):
         check_same(rank["trainer"], rank["loop"])
         check_same(rank["resumed"], rank["loop"])
         check_rows(rank["trainer"])
-        check_importances(rank["resumed"], rank["trainer"])
         assert rank["accelerate"]["backend"] == "ddp"
         check_same(rank["accelerate"], rank["loop"])
         assert rank["accelerate, fsdp2"]["backend"] == "fsdp2"
         check_same(rank["accelerate, fsdp2"], rank["loop"], tolerance=1e-6)
-        assert "have no place for layers without an optimizer state" in rank["accelerate, fsdp2"]["saved"]
+    check_report(tmp_path, rank["resumed"], "ddp")
 
 
 # TRL.
 
 
-def sft_trainer(world_size: int, folder: Path, config: dict) -> Any:
+def sft_trainer(world_size: int, folder: Path, config: dict | None, **more) -> Any:
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -372,7 +410,8 @@ def sft_trainer(world_size: int, folder: Path, config: dict) -> Any:
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
     )
     texts = [{"text": " ".join(f"w{i}" for i in item["input_ids"].tolist())} for item in data()]
-    args = arguments(folder, world_size, SFTConfig, deepspeed=config, report_to="tensorboard", max_length=LENGTH)
+    given = {"report_to": "tensorboard", "max_length": LENGTH, **more}
+    args = arguments(folder, world_size, SFTConfig, deepspeed=config, **given)
     return SFTTrainer(small_llama(), args=args, train_dataset=Dataset.from_list(texts), processing_class=processing)
 
 
@@ -397,11 +436,11 @@ def test_trl_and_tensorboard(tmp_path):
     check_rows(first)
     assert first["rows"][-1]["loss"] < first["rows"][2]["loss"]
     assert not first["reference"]  # the model that is not trained is DeepSpeed's own
-    written = EventAccumulator(str(tmp_path / "tensorboard"))
+    written = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0})
     written.Reload()
-    assert {f"train/grass/{n}" for n in ("round", "entropy", "active_0", "active_2", "importance_07")} <= set(
-        written.Tags()["scalars"]
-    )
-    assert [event.value for event in written.Scalars("train/grass/active_0")] == [
-        drawn[0] for drawn in first["layers"][1:]
+    assert [event.step for event in written.Histograms("train/grass/importances")] == [0, 1, 4, 7]
+    assert [event.value for event in written.Scalars("train/grass/round")] == [
+        row["grass/round"] for row in first["rows"]
     ]
+    tokens = GLOBAL_BATCH * LENGTH
+    assert [row["num_tokens"] for row in first["rows"]] == [tokens * step for step in range(1, STEPS + 1)]

@@ -11,14 +11,18 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.utils import safe_set_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from grass_dist import GrassConfig, GrassError, GrassOptimizer, WeightSync
 from grass_dist.backends.zero.private import PARAMETER
-from integration_tests.support.model import FROZEN, LAYERS, small_llama
+from grass_dist.checkpoint.model import fqn
+from integration_tests.support.model import ADAMW, FROZEN, LAYERS, global_batch, small_llama, wrapped
 from integration_tests.support.parity import check_parity
 from integration_tests.support.ranks import run_ranks
 from integration_tests.support.reference import run_reference
 from integration_tests.support.scenarios import FOLDER, Spawn, scenarios
+from integration_tests.support.training import full as full_tensor
 from integration_tests.support.training import train_grass
 from integration_tests.support.wire import Wire
 from integration_tests.support.zero import ds_config, full, make_engine, train_step, train_zero
@@ -66,8 +70,12 @@ FOUR_RANKS = Spawn(4, timeout=400)
 
 
 def at(stage: int, function: Callable[..., Any], *args: Any, name: str = "", **kwargs: Any) -> Any:
-    """A scenario of two ranks, whose function is given the stage after rank and world size."""
-    marks = pytest.mark.integration if stage == 1 else ()
+    """A scenario of two ranks, whose function is given the stage after rank and world size.
+
+    `make test` runs all of them at stage 2, and those of training and of copies at stage 3.
+    """
+    later = stage == 1 or (stage == 3 and function.__name__ not in ("trained", "zero_init", "synced"))
+    marks = pytest.mark.integration if later else ()
     return pytest.param(RANKS[stage](function, stage, *args, **kwargs), marks=marks, id=f"stage{stage} {name}".strip())
 
 
@@ -356,8 +364,10 @@ def weights_only(rank: int, world_size: int, stage: int, folder: str) -> None:
     for step in range(7, 9):
         train_step(engine, step, rank, world_size, 1)
     engine.save_checkpoint(folder, tag="newer")
+    before = engine.grass.changed_since(engine.grass.step)
     engine.load_checkpoint(folder, tag="t", load_module_only=True)
     assert same(weights_of(engine), weights)
+    assert before == () and engine.grass.changed_since(engine.grass.step) == (*engine.grass.layers, *engine.grass.roles)
     active = engine.grass.active_layers
     train_step(engine, 9, rank, world_size, 1)
     moved = {
@@ -397,3 +407,76 @@ def test_a_model_that_is_partitioned_as_it_is_made(runs, reference):
     run = runs[0]
     assert run["active"] == reference["active"]
     assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) <= 5e-6
+
+
+# What a copy of the model has to be given.
+
+
+class Receiver:
+    """A copy of the weights on rank 0, which `WeightSync` fills."""
+
+    def __init__(self, rank: int) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+        self.put = self._take if rank == 0 else None
+
+    def _take(self, name: str, weights: torch.Tensor) -> None:
+        self.weights[name] = weights.clone()
+
+    @staticmethod
+    def gone(name: str, weights: torch.Tensor) -> None:
+        raise ConnectionError("the server is gone")
+
+
+def follow(rank: int, grass, sync: WeightSync, train: Callable[[int], Any], whole: Callable[[], dict]) -> list[str]:
+    """Trains, and carries to a copy what has changed. Returns what is wrong."""
+    copied, wrong = Receiver(rank), []
+    for step in range(8):
+        units = grass.trainable_units() if grass.phase == "train" else []
+        before, at = whole(), grass.step
+        train(step)
+        after = whole()
+        moved = {name for name, weights in after.items() if not torch.equal(weights, before[name])}
+        told = {fqn(name) for unit in grass.changed_since(at) for name, _ in unit.params}
+        if step == 4:
+            with pytest.raises((ConnectionError, GrassError), match="the server is gone"):
+                sync.push(Receiver.gone if rank == 0 else None)
+        done = sync.push(copied.put)
+        expected = {fqn(name) for unit in units for name, _ in unit.params} if step else set(before)
+        wrong += ["names"] if set(done.names) != expected else []
+        wrong += ["told"] if told != moved else []
+        wrong += ["copy"] if rank == 0 and not same(copied.weights, after) else []
+    return wrong
+
+
+def synced(rank: int, world_size: int, stage: int, folder: str) -> dict[str, Any]:
+    engine = make_engine(ds_config(stage, SETTINGS, 1))
+    grass, sync = engine.grass, WeightSync(engine.module, engine)
+    told: dict[str, Any] = {"zero": follow(
+        rank, grass, sync, lambda step: train_step(engine, step, rank, world_size, 1), lambda: weights_of(engine)
+    )}  # fmt: skip
+    resting = next(unit for unit in grass.layers if unit.index not in grass.active_layers)
+    safe_set_full_fp32_param(resting.params[0][1], full(resting.params[0][1]) + 1)
+    told["set"] = [unit.name for unit in grass.changed_since(grass.step)] == [resting.name]
+    engine.save_checkpoint(folder, tag="t")
+    engine.load_checkpoint(folder, tag="t")
+    told["loaded"] = len(sync.push(None).names) == len(weights_of(engine))
+    engine.destroy()
+    model = wrapped(small_llama(), "fsdp2", world_size)
+    optimizer = GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=GrassConfig(**SETTINGS))
+
+    def train(step: int) -> None:
+        x = global_batch(step, 2 * world_size)[2 * rank : 2 * rank + 2]
+        model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def whole() -> dict[str, torch.Tensor]:
+        return {name: full_tensor(param).clone() for name, param in model.named_parameters()}
+
+    told["fsdp2"] = follow(rank, optimizer.grass, WeightSync(model, optimizer), train, whole)
+    return told
+
+
+@scenarios(at(2, synced, FOLDER), at(3, synced, FOLDER))
+def test_a_copy_is_given_what_has_changed_and_no_more(runs):
+    assert runs == [{"zero": [], "set": True, "loaded": True, "fsdp2": []}] * 2

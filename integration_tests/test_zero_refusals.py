@@ -64,11 +64,18 @@ def saved_within_an_accumulation(folder: str) -> str:
     return told
 
 
-def loaded_with_other_groups(folder: str) -> str:
-    engine = make_engine(ds_config(2, SETTINGS))
-    engine.save_checkpoint(folder, tag="t")
-    other = make_engine(ds_config(2, {**SETTINGS, "always_active": []}))
-    return refused(lambda: other.load_checkpoint(folder, tag="t"))
+def loaded_by(other: dict[str, Any], folder: str, **kwargs) -> str:
+    """What a run with the configuration ``other`` says to a checkpoint of one with SETTINGS."""
+    make_engine(ds_config(2, SETTINGS)).save_checkpoint(folder, tag="t")
+    engine = (
+        grass_dist.initialize(config=ds_config(2, other), **kwargs)[0] if kwargs else make_engine(ds_config(2, other))
+    )
+    return refused(lambda: engine.load_checkpoint(folder, tag="t"))
+
+
+def loaded_with_one_group(folder: str) -> str:
+    model = small_llama()
+    return loaded_by(SETTINGS, folder, model=model, optimizer=torch.optim.AdamW(model.parameters(), **ADAMW))
 
 
 def not_started(rank: int) -> str:
@@ -183,10 +190,11 @@ CASES: dict[str, tuple[Callable[[int, Path], str], str]] = {
         lambda rank, folder: saved_within_an_accumulation(made(folder / f"a{rank}")),
         "1 of 2 micro-batches",
     ),
-    "loaded with other groups": (
-        lambda rank, folder: loaded_with_other_groups(made(folder / "b")),
-        "parameter groups",
+    "loaded with other layers always active": (
+        lambda rank, folder: loaded_by({**SETTINGS, "always_active": []}, made(folder / "b")),
+        "always_active=[",
     ),
+    "loaded with other groups": (lambda rank, folder: loaded_with_one_group(made(folder / "c")), "parameter groups"),
     "cut off in a round": (
         lambda rank, folder: cut_off(rank, 3, {**SETTINGS, "always_active": ["final_norm", "lm_head"]}),
         "2 active layers (model.layers.",

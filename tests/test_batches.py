@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.batches import GlobalBatches, check_divides, make_batches, permutation, share
+from grass_dist.finetune.data.batches import GlobalBatches, MicroBatches, check_divides, permutation, share
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -35,7 +35,7 @@ class FakeStream:
 
 def steps(train, count: int, **options) -> list[list[list[int]]]:
     """For each step, for each micro-batch, the numbers of its examples."""
-    source = make_batches(train, **options)
+    source = MicroBatches(train, **options)
     return [[[example["input_ids"][0] for example in micro] for micro in step] for step in islice(source, count)]
 
 
@@ -118,7 +118,7 @@ def test_a_rank_makes_its_own_examples_of_a_stream_only():
 
 
 def test_iterating_again_starts_again():
-    source = make_batches(examples(7), seed=1, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1)
+    source = MicroBatches(examples(7), seed=1, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1)
     assert list(islice(source, 5)) == list(islice(source, 5))
 
 
@@ -131,7 +131,7 @@ def test_a_global_batch_that_cannot_be_shared(batch, world, micro, fix):
         check_divides(batch, world, micro)
     assert str(caught.value).count("\n") == 0
     with pytest.raises(ConfigError, match="global_batch_size"):
-        make_batches(examples(9), seed=0, global_batch_size=batch, micro_batch_size=micro, rank=0, world_size=world)
+        MicroBatches(examples(9), seed=0, global_batch_size=batch, micro_batch_size=micro, rank=0, world_size=world)
 
 
 def test_share_refuses_a_batch_that_does_not_divide():
@@ -142,6 +142,6 @@ def test_share_refuses_a_batch_that_does_not_divide():
 def test_no_examples():
     options = {"seed": 0, "global_batch_size": 2, "micro_batch_size": 1, "rank": 0, "world_size": 1}
     with pytest.raises(ConfigError, match=r"^data\.name=0: there are no examples"):
-        make_batches([], **options)
+        MicroBatches([], **options)
     with pytest.raises(ConfigError, match=r"^data\.streaming=True: the stream has no examples in epoch 0"):
         steps(FakeStream(0), 1, **options)

@@ -15,6 +15,7 @@ from grass_dist.checkpoint.files import read_manifest
 from grass_dist.checkpoint.folders import checkpoints_in
 from grass_dist.checkpoint.loading import newest_good, open_checkpoint
 from grass_dist.checkpoint.saving import write_snapshot
+from grass_dist.checkpoint.torch_run import TorchHoldings
 from tests.offload_runs import make, outcome, same, train
 
 STEPS = 12
@@ -183,6 +184,38 @@ def test_torch_reads_the_weights_without_us(tmp_path):
     dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(folder / "tensors")), no_dist=True)
     for name, param in model.named_parameters():
         assert torch.equal(state[name].view(param.shape), param)
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"temperature": 0.5}, {"probe_steps": 3}, {"active_layers": 2}, {}])
+def test_other_settings_are_refused_as_by_load_state_dict(change, tmp_path):
+    model, optimizer = make({})
+    train(model, optimizer, range(5))
+    folder = save_checkpoint(tmp_path, optimizer, 5)
+    other, its = make({"mode": "stream", "slots": 2}, **(change or {"cls": torch.optim.Adamax}))
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(ValueError, match=f"^{next(iter(change), 'optimizer class')}=.* in the saved state") as of_dicts:
+        its.load_state_dict(optimizer.state_dict())
+    with pytest.raises(CheckpointError) as refused:
+        load_checkpoint(tmp_path, its)
+    assert str(refused.value) == f"{folder}: {of_dicts.value}"
+    assert all(map(torch.equal, before, other.parameters())) and its.grass.step == 0
+
+
+def test_a_checkpoint_that_holds_no_settings_is_taken(tmp_path, monkeypatch):
+    model, optimizer = make({})
+    train(model, optimizer, range(5))
+    describe = TorchHoldings.describe
+
+    def older(holdings):
+        described = describe(holdings)
+        return {**described, "engine": {k: v for k, v in described["engine"].items() if k != "settings"}}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TorchHoldings, "describe", older)
+        save_checkpoint(tmp_path, optimizer, 5)
+    again, other = make({}, temperature=0.5)
+    assert load_checkpoint(tmp_path, other) == (5, {})
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
 def no_room(folder):

@@ -35,9 +35,10 @@ from grass_dist.errors import ConfigError
         ({"ema_alpha": 1.5}, "ema_alpha=1.5: .* less than or equal to 1"),
         ({"seed": -1}, "seed=-1: .* greater than or equal to 0"),
         ({"importance_scale": "max"}, "importance_scale='max': .* 'mean' or 'none'"),
-        ({"always_active": ["head"]}, "always_active.0='head': .* 'embeddings', 'final_norm' or 'lm_head'"),
+        ({"always_active": [4]}, "always_active.0=4: .* string"),
+        ({"always_active": ["lm_head", ""]}, "always_active=.* a name is empty"),
         ({"always_active": "embeddings"}, "always_active='embeddings': .* tuple"),
-        ({"always_active": ["lm_head", "lm_head"]}, "always_active=.* a role is listed twice"),
+        ({"always_active": ["lm_head", "lm_head"]}, "always_active=.* a name is listed twice"),
         ({"sampler": "fixed"}, r"fixed_layers=\(\): sampler='fixed' needs active_layers=4 different layers"),
         (
             {"sampler": "fixed", "active_layers": 2, "fixed_layers": [1, 1]},

@@ -10,7 +10,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from docs import generate
-from grass_dist.finetune.config_file import _Loader, dump_config, load_config
+from grass_dist.finetune.config_file import dump_config, load_config
+from grass_dist.yaml_files import _Loader
 
 CONFIGS = sorted(generate.SCHEMA.parent.glob("*.yaml"))
 REMEDY = "run make docs"

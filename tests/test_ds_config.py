@@ -21,7 +21,7 @@ from pydantic import create_model
 from grass_dist.backends.zero.ds_config import OPTIMIZER_TYPES, REFUSED, has_grass, load_ds_config, split_ds_config
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
-from grass_dist.states.unit_optimizer import ELEMENTWISE
+from grass_dist.states.update_rule import ELEMENTWISE
 
 PLAIN: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,

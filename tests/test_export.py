@@ -20,7 +20,7 @@ from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.checkpoint import export as module
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
-from grass_dist.checkpoint.export import Weight, export, split, weights_of
+from grass_dist.checkpoint.export import Weight, export, model_weights, split
 from grass_dist.checkpoint.folders import checkpoints_in, prune
 from grass_dist.checkpoint.inspect import inspect_run
 from grass_dist.checkpoint.loading import open_checkpoint
@@ -197,7 +197,7 @@ def test_one_shard_is_in_memory_at_a_time_and_no_optimizer_state(
     monkeypatch.setattr(TensorReader, "read_all", watched)
     done = export(trained.folder, tmp_path / "out", max_shard_bytes=40_000)
     checkpoint = open_checkpoint(trained.checkpoints / "step-000006")
-    shards = split(weights_of(checkpoint, checkpoint.tensors()), 40_000)
+    shards = split(model_weights(checkpoint, checkpoint.tensors()), 40_000)
     assert highest == max(sum(weight.nbytes for weight in shard) for shard in shards) <= 40_000 < done.nbytes / 2
     assert live == 0 and read == set(checkpoint.manifest.weights)
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from grass_dist import GrassConfig, GrassError, GrassOptimizer
+from grass_dist import GrassConfig, GrassError, GrassOptimizer, UnsupportedModel
 from tests.tiny import loss_of, tiny
 
 CONFIG = GrassConfig(active_layers=2, probe_steps=2, sampling_interval=3, update_interval=3)
@@ -140,3 +140,12 @@ def test_weights_in_host_memory_train_as_on_the_device():
 def test_a_training_that_keeps_layers_gathered_is_as_any(roles, monkeypatch):
     monkeypatch.setitem(globals(), "CONFIG", CONFIG.model_copy(update={"always_active": tuple(roles)}))
     assert all(map(torch.equal, trained(None, "torch's", reshard=False)[1], trained(None, "torch's")[1]))
+
+
+def test_trained_weights_of_two_dtypes_in_one_module_are_refused():
+    model, mesh = tiny(), init_device_mesh("cpu", (1,))
+    model.head.to(torch.bfloat16)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
+    with pytest.raises(UnsupportedModel, match=r"embed\.weight \(torch.float32\) and head\.weight \(torch.bfloat16\)"):
+        GrassOptimizer(model, torch.optim.AdamW, {"lr": 1e-2}, config=CONFIG)

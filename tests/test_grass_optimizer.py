@@ -132,7 +132,7 @@ def test_a_probe_with_accumulation_measures_the_whole_batch():
         one.step()
         for micro in range(2):
             (loss_of(parts, micro) / 2).backward()
-            assert all(p.grad is None for p in parts.parameters())
+            assert [n for n, p in parts.named_parameters() if p.grad is not None] in ([], ["norm.weight"])  # zeros
         two.step()
     assert two.grass.importances == pytest.approx(one.grass.importances, rel=1e-5)
 
@@ -152,7 +152,7 @@ def test_a_probe_with_more_backwards_than_it_was_told_says_so():
     model = tiny()
     optimizer = grass(model)
     loss_of(model, 0).backward()
-    with pytest.raises(GrassError, match="gradient_accumulation_steps=1: .* pass GrassOptimizer the number"):
+    with pytest.raises(GrassError, match="gradient_accumulation_steps=1: .* to GrassOptimizer"):
         loss_of(model, 1).backward()
     assert optimizer.grass.phase == "probe"
 
@@ -426,12 +426,12 @@ def test_always_active_roles():
 
 def test_without_embeddings_backward_ends_at_the_lowest_layer():
     model = tiny()
-    grass(model, probe_steps=0, sampler="fixed", fixed_layers=(4, 6), always_active=[])
+    held = grass(model, probe_steps=0, sampler="fixed", fixed_layers=(4, 6), always_active=[])
     outputs = {}
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda m, a, out, i=i: outputs.update({i: out.requires_grad}))
     loss_of(model, 0).backward()
-    assert outputs == {i: i >= 4 for i in range(8)}
+    assert outputs == {i: i >= 4 for i in range(8)} and held.grass.active_layers == (4, 6)
 
 
 def test_uniform_needs_no_probe_and_measures_nothing():
@@ -538,19 +538,26 @@ def test_what_cannot_work_is_one_sentence():
         grass(tiny(), accumulation=0)
     with pytest.raises(ConfigError, match=r"params=\[\]: there is no parameter to train"):
         grass(tiny(), params=[])
+    with pytest.raises(ConfigError, match=r"params='number 1 of group 0 of shape \(1,\)': the model .* no such"):
+        grass(model := tiny(), params=[model.norm.weight, torch.nn.Parameter(torch.zeros(1))])
     model = tiny()
     with pytest.raises(
         ConfigError, match="active_layers=2: 1 of the model's 8 layers compete, and the others are frozen"
     ):
         grass(model, params=list(model.layers[7].parameters()))
     with pytest.raises(UnsupportedModel, match="None of the 8 layers of layers has a parameter to train"):
-        grass(tiny().requires_grad_(False), params=[torch.nn.Parameter(torch.zeros(1))])
+        grass(tiny().requires_grad_(False))
     with pytest.raises(GrassError, match="cannot take another parameter group"):
         grass(model).add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    held = grass(model)
     with pytest.raises(UnsupportedModel, match="has a GrassOptimizer already"):
         grass(model)
-    with pytest.raises(ValueError, match="build it with the same model and groups"):
+    assert held.grass.step == 0
+    with pytest.raises(ValueError, match="freeze the same ones, in the same model"):
         grass(tiny()).load_state_dict(grass(tiny(layers=4)).state_dict())
+    halves = [{"params": (every := list((model := tiny()).parameters()))[::2]}, {"params": every[1::2]}]
+    with pytest.raises(ValueError, match="build it with the same model and groups"):
+        grass(tiny()).load_state_dict(grass(model, params=halves).state_dict())
 
 
 def test_other_engines_are_refused_by_name():
@@ -573,13 +580,13 @@ def test_ddp_inside_another_module_is_refused_by_name():
         grass(torch.nn.Sequential(DistributedDataParallel()))
 
 
-def test_parameters_that_the_groups_leave_out_are_frozen():
+def test_parameters_that_the_groups_leave_out_stay_as_they_are():
     model = tiny()
     left_out = [p for n, p in model.named_parameters() if n.endswith("bias")]
     optimizer = grass(model, params=[p for n, p in model.named_parameters() if not n.endswith("bias")])
     before = [p.detach().clone() for p in left_out]
     for step in range(4):
         loss_of(model, step).backward()
-        assert all(p.grad is None for p in left_out)
         optimizer.step()
+    assert all(p.requires_grad for p in left_out)
     assert all(torch.equal(p, b) for p, b in zip(left_out, before, strict=True))

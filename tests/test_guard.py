@@ -101,7 +101,7 @@ def test_a_display_that_fails_costs_the_run_nothing(monkeypatch, capsys):
 RECORD = """
 import json, resource, sys
 from pathlib import Path
-from grass_dist.finetune.writers import JsonLines
+from grass_dist.record.writers import JsonLines
 
 path = Path(sys.argv[1])
 lines = JsonLines(path)

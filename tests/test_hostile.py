@@ -22,7 +22,7 @@ from grass_dist.errors import GrassError
 from grass_dist.finetune.checkpoints import check_settings, position_of
 from grass_dist.finetune.config_file import load_config
 from grass_dist.ranks import Ranks
-from grass_dist.states.unit_optimizer import HOW
+from grass_dist.states.update_rule import HOW
 from tests import hostile
 from tests.forgeries import CLAIMS, FORGED, HARMLESS
 from tests.hostile import put_bytes, put_manifest, put_state

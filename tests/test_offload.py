@@ -229,12 +229,14 @@ def test_what_cannot_be_updated_in_backward_is_refused():
     with torch.no_grad():
         loss_of(model, 3)  # an evaluation counts for nothing
     loss_of(model, 3).backward()
+    loss = loss_of(model, 3)
     with pytest.raises(GrassError) as refusal:
-        loss_of(model, 3)
+        loss.backward()
+    last = optimizer.grass.active_layers[-1]
     assert str(refusal.value) == (
-        "gradient_accumulation_steps=1: the model ran once more than that before optimizer.step(), and "
-        "grass.offload.update_in_backward has updated layers; pass GrassOptimizer the number of micro-batches of a "
-        "step, run the model once for each, or set update_in_backward=False."
+        f"gradient_accumulation_steps=1: layers.{last} got one gradient more than that before optimizer.step(), and "
+        "grass.offload.update_in_backward has updated it already; pass GrassOptimizer the number of micro-batches of "
+        "a step, run the model once for each, or set update_in_backward=False."
     )
 
 

@@ -29,7 +29,8 @@ from grass_dist.states.slots import SlotPool
 from grass_dist.states.store import PAGE, LayerStateStore
 from grass_dist.states.streams import ThreadEvent, ThreadQueue
 from grass_dist.states.transfer import TransferEngine
-from grass_dist.states.unit_optimizer import ELEMENTWISE, UnitOptimizer
+from grass_dist.states.unit_optimizer import UnitOptimizer
+from grass_dist.states.update_rule import ELEMENTWISE
 from tests.offload_model import Toy
 from tests.tiny import tiny
 
@@ -202,8 +203,8 @@ def test_a_state_is_made_as_predicted_and_as_the_class_makes_it(cls, kwargs, dty
 
 class Unwilling(torch.optim.SGD):
     def step(self, closure=None):
-        if closure is None:
-            raise RuntimeError("a closure is needed")
+        if not all(p.grad.any() for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("a gradient of zeros")
         return super().step(closure)
 
 
@@ -213,7 +214,7 @@ def test_a_class_that_needs_real_parameters_stays_on_the_device(caplog):
         return GrassOptimizer(tiny(), Unwilling, {"lr": 0.1}, config=config)
 
     made()
-    why = "Unwilling does not say what it keeps: a closure is needed"
+    why = "Unwilling does not say what it keeps: a gradient of zeros"
     assert caplog.messages == [f"States stay on the device (grass.offload.mode='none'): {why}."]
     with pytest.raises(ConfigError) as refusal:
         made(mode="stream")

@@ -13,9 +13,8 @@ import os, sys
 from pathlib import Path
 import torch
 from grass_dist.errors import GrassError
-from grass_dist.job.blame import Roll
 from grass_dist.job.output import Output
-from grass_dist.job.peers import Peers
+from grass_dist.job.peers import Peers, Roll
 from grass_dist.job.world import World
 
 rank = int(sys.argv[1])

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from grass_dist.cli import app
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.plan import cost, memory, speeds
-from grass_dist.plan.choose import candidates, choose, nearest_to_fitting, remedies, row_of
+from grass_dist.plan.choose import candidates, choose, estimate, nearest_to_fitting, remedies
 from grass_dist.plan.command import PlanOptions, plan_run
 from grass_dist.plan.memory import memory_of, states_of, weights_of
 from grass_dist.plan.runs import Method, PlannedRun, lora_elements, methods_of, traversed
@@ -316,7 +316,7 @@ def test_the_layers_follow_the_formula(seven, gamma, roles):
     bare = replace(seven, vocab=0)
     job, method = job_of(seq_len=1), Method("grass", gamma, roles)
     told = sum(cost.flops(bare, job, method)) / sum(cost.flops(bare, job, Method("full", 32)))
-    assert told == pytest.approx(cost.relative_compute(gamma, 32, traversed(seven, method)), rel=1e-3)
+    assert told == pytest.approx((2 + 2 * traversed(seven, method) + 2 * gamma / 32) / 6, rel=1e-3)
     if gamma == 32:
         assert traversed(seven, method) == 1
 
@@ -386,7 +386,7 @@ def test_what_would_make_it_fit_does(seven):
     assert not near.fits
     told = remedies(seven, near, speeds.Speeds())
     assert told[0].startswith("It would fit with --backend fsdp2 (")
-    assert row_of(seven, replace(near.run, backend="fsdp2"), Method("grass", 1), speeds.Speeds()).fits
+    assert estimate(seven, replace(near.run, backend="fsdp2"), Method("grass", 1), speeds.Speeds()).fits
     short = job_of(gpu_bytes=6e9, seq_len=8192)
     near = nearest_to_fitting(seven, candidates(short, offload=True, checkpointing=True), speeds.Speeds())
     for sentence in remedies(seven, near, speeds.Speeds()):
@@ -395,9 +395,9 @@ def test_what_would_make_it_fit_does(seven):
 
 def test_host_memory_counts(seven):
     rates = replace(speeds.Speeds(), pinnable_bytes=50e9)
-    row = row_of(seven, job_of(), Method("grass", 4), rates)
+    row = estimate(seven, job_of(), Method("grass", 4), rates)
     assert row.memory.total < row.run.gpu_bytes and not row.fits  # 77.7 GB pinned
-    assert row_of(seven, job_of(offload="none"), Method("grass", 4), rates).fits
+    assert estimate(seven, job_of(offload="none"), Method("grass", 4), rates).fits
 
 
 @pytest.mark.parametrize("backend", ["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"])
@@ -407,7 +407,7 @@ def test_what_is_written_loads(small, backend, tmp_path):
 
     gpus = 1 if backend == "single" else 8
     job = job_of(gpus=gpus, backend=backend, replicate=2 if backend == "hsdp" else 1, checkpointing=True)
-    row = row_of(small, job, Method("grass", 2), speeds.Speeds())
+    row = estimate(small, job, Method("grass", 2), speeds.Speeds())
     files = write_config(tmp_path / "mine.yaml", small, row)
     config = load_config(tmp_path / "mine.yaml")
     assert config.grass.active_layers == 2 and config.data.max_length == 256
@@ -442,7 +442,7 @@ def test_a_report_of_the_doctor_replaces_the_constants(tmp_path):
     assert (found.pcie_bytes_per_s, found.within_bytes_per_s, found.across_bytes_per_s) == (12e9, 8e10, 3e9)
     assert found.within_latency_s == pytest.approx(5e-6) and found.across_latency_s == pytest.approx(1e-5)
     assert (found.device_bytes, found.pinnable_bytes) == (25e9, 90e9)
-    assert "across_bytes_per_s" in found.measured and found.flop_per_s == speeds.FLOP_PER_S
+    assert "across_bytes_per_s" in found.measured and found.flop_per_s == speeds.Speeds().flop_per_s
 
 
 @pytest.mark.parametrize("value", [0, -1e9, float("nan"), float("inf"), "fast", True])
@@ -533,13 +533,17 @@ def test_the_bytes_of_rings_are_those_of_a_list_of_hosts(seven, gpus, per_host, 
     """What is counted by arithmetic is what goes through the ranks one by one."""
     backend = "hsdp" if replicas > 1 else "fsdp2"
     job = PlannedRun(gpus=gpus, gpus_per_host=per_host, gpu_bytes=80e9, seq_len=64, backend=backend, replicate=replicas)
-    counted = cost._links(gpus, per_host, replicas)
     hosts = [str(rank // per_host) for rank in range(gpus)]
     group = gpus // replicas
-    walked = sent(1.0, hosts, replicate=replicas, whole=False)
-    over_each, over_replicas = (group - 1) / group, 2 / group * (replicas - 1) / replicas
-    found = [counted[0][place] * over_each + counted[1][place] * over_replicas for place in (0, 1)]
-    assert found == pytest.approx([walked.within, walked.across])
+    rings = [(range(first, first + group), (group - 1) / group) for first in range(0, gpus, group)]
+    over_replicas = 2 / group * (replicas - 1) / replicas
+    rings += [(range(first, gpus, group), over_replicas) for first in range(group)]
+    walked = {True: 0.0, False: 0.0}
+    for ring, nbytes in rings:
+        for rank, following in zip(ring, [*ring[1:], ring[0]], strict=True):
+            walked[hosts[rank] == hosts[following]] += nbytes
+    found = sent(1.0, hosts, replicate=replicas, whole=False)
+    assert (found.within, found.across) == pytest.approx((walked[True], walked[False]))
     moved = cost.step_bytes(seven, job, Method("full", seven.num_layers))
     assert moved.within + moved.across > 0
 
@@ -593,7 +597,7 @@ def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     assert [
         one.method.label
         for one in [
-            row_of(shape_of_model("config.json"), job_of(), m, speeds.Speeds())
+            estimate(shape_of_model("config.json"), job_of(), m, speeds.Speeds())
             for m in methods_of(shape_of_model("config.json"), job_of())
         ]
     ][:3] == ["full fine-tuning", "LoRA r=16", "LISA γ=2"]

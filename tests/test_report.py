@@ -22,13 +22,14 @@ from typer.testing import CliRunner
 import grass_dist.cli
 from grass_dist.errors import GrassError
 from grass_dist.events import Refreshed, Sampled, Traffic
-from grass_dist.finetune.metrics import MetricsLog, StepCosts
+from grass_dist.finetune.metrics import MetricsLog
+from grass_dist.record.costs import StepCosts
 from grass_dist.report import build_report, load_run
 from grass_dist.report.costs import BARS, _bars
 from grass_dist.report.drawing import byte_unit, envelope, rolling_mean
 from grass_dist.report.load import Interval, RefreshEvent, SampleEvent, relative
 from grass_dist.report.page import cards, layer_rows, numbers, pair_answers, render, untrained
-from grass_dist.report.plots import PLOTS, _columns, _held, _norm, plot_all
+from grass_dist.report.plots import PLOTS, _columns, _held, _norm, _training_loss, plot_all
 
 LAYERS, STEPS, PROBE, LAYER_NUMEL, ALWAYS = 30, 120, 6, 3_540_096, 28_312_128
 TOTAL = LAYERS * LAYER_NUMEL + ALWAYS
@@ -52,7 +53,13 @@ def run_json() -> Record:
         "layer_numel": [LAYER_NUMEL] * LAYERS,
         "params_total": TOTAL,
         "params_always_active": ALWAYS,
-        "grass": {"active_layers": 3, "sampling_interval": 20, "update_interval": 20, "sampler": "grass"},
+        "grass": {
+            "active_layers": 3,
+            "sampling_interval": 20,
+            "update_interval": 20,
+            "sampler": "grass",
+            "offload": {"prefetch_steps": 0},
+        },
         "train": {"max_steps": STEPS, "global_batch_size": 16, "micro_batch_size": 4, "learning_rate": 2e-5},
         "data": {"name": "arithmetic", "train_examples": 4000, "eval_examples": 200},
         "started": "2026-05-04T10:20:30+00:00",
@@ -113,7 +120,9 @@ def run_dir(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", events())
 
 
-def small_run(folder: Path, record: list[Record], numel: tuple[int, ...] = (10, 20, 30), always: int = 5) -> Path:
+def small_run(
+    folder: Path, record: list[Record], numel: tuple[int, ...] = (10, 20, 30), always: int = 5, **grass: Any
+) -> Path:
     """A run of a model with layers of ``numel`` parameters, one of which trains at a time."""
     info = run_json() | {
         "num_layers": len(numel),
@@ -121,7 +130,7 @@ def small_run(folder: Path, record: list[Record], numel: tuple[int, ...] = (10, 
         "layer_numel": list(numel),
         "params_total": sum(numel) + always,
         "params_always_active": always,
-        "grass": {"active_layers": 1, "sampler": "uniform"},
+        "grass": {"active_layers": 1, "sampler": "uniform", **grass},
     }
     return write_run(folder, record, info)
 
@@ -230,6 +239,19 @@ def test_full_state_counts_what_trains_wherever_states_are(tmp_path: Path) -> No
         assert ("host memory" in note) == (name != "none")
 
 
+def test_the_room_for_states_is_that_of_the_slots(tmp_path: Path) -> None:
+    """10 bytes a parameter, and room for one layer of the largest size more than train."""
+    for name, offload, slots in (("interval", {}, 2), ("stream", {"mode": "stream"}, 1)):
+        held = {"state_bytes": 10 * (5 + slots * 30), "bytes_to_host": 100}
+        record = [step(k + 1, [k], **held, host_state_bytes=100 * k) for k in range(3)]
+        assert numbers(load_run(small_run(tmp_path / name, record, offload=offload))).state_full == 650, name
+
+
+def test_a_record_that_begins_late_says_so(tmp_path: Path) -> None:
+    run = load_run(small_run(tmp_path, [step(8, [0]), step(9, [0]), {"event": "end", "step": 9, "seconds": 1.0}]))
+    assert run.notes[-1].startswith("The record begins at step 8:") and untrained(run) == []
+
+
 def test_how_even_the_probabilities_are_is_told_in_a_sentence(tmp_path: Path) -> None:
     def told(odds: list[float], **grass: Any) -> str:
         record = [
@@ -327,6 +349,16 @@ def test_a_record_of_before_layers_were_drawn_ahead_is_read(run_dir: Path) -> No
     assert [event.step for event in run.samples] == [6, 26, 46, 66, 86, 106]
     assert {event.drawn_at for event in run.samples} == {None}
     assert [event.step for event in run.probability_events()] == [s for s in range(6, 120, 20) for _ in range(2)]
+
+
+def test_losses_that_are_logged_now_and_then_are_joined(tmp_path: Path) -> None:
+    probe = step(1, [0, 1, 2], "probe", loss=None)
+    sparse = [probe, *(step(k, [0], loss=k if k % 10 == 0 else None) for k in range(2, 42))]
+    steps, loss, *words = _training_loss(load_run(small_run(tmp_path / "sparse", sparse)))
+    assert steps.tolist() == loss.tolist() == [10, 20, 30, 40] and words == ["where it was logged", "of these"]
+    every = [probe, *(step(k, [0], loss=None if k == 7 else k) for k in range(2, 42))]  # one was not finite
+    steps, loss, *words = _training_loss(load_run(small_run(tmp_path / "every", every)))
+    assert len(steps) == 40 and math.isnan(loss[5]) and words == ["each step", "steps"]
 
 
 def test_relative_importances_skip_the_unmeasured() -> None:

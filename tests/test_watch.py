@@ -69,9 +69,10 @@ def test_clipping_says_it_first():
 @pytest.mark.parametrize("settings", [{}, {"sampler": "uniform", "always_active": []}], ids=["probe", "layers only"])
 def test_without_any_gradient_the_sentence_precedes_torchs_error(make, settings):
     model = make().train()
-    optimizer_of(model, **settings)
+    held = optimizer_of(model, **settings)
     with pytest.raises(GrassError, match=rf"active layers \(layers\..* have run, and nothing .*{WAYS_OUT}"):
         loss_of(model, 0).backward()
+    assert held.grass.step == 0
 
 
 def needs_gradients(module: nn.Module, _: object, output: torch.Tensor) -> None:
@@ -177,9 +178,10 @@ def test_a_model_whose_active_layers_lead_nowhere_ends_the_run():
 
 def test_a_model_in_eval_mode_that_is_cut_off_is_told_as_well():
     model = wrapped(CheckpointImpl.REENTRANT).eval()
-    optimizer_of(model, sampler="uniform", always_active=[])
+    held = optimizer_of(model, sampler="uniform", always_active=[])
     with pytest.raises(GrassError, match=WAYS_OUT):
         loss_of(model, 0).backward()
+    assert held.grass.step == 0
 
 
 def test_each_round_is_looked_at():

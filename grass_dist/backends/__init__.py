@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from grass_dist.backends.base import HookedBackend
+from grass_dist.backends.base import HookedBackend, device_of
 from grass_dist.backends.ddp import DdpBackend
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
 from grass_dist.errors import UnsupportedModel
+from grass_dist.ranks import Ranks, world
 
 
 def backend_for(model: nn.Module, accumulation_steps: int) -> HookedBackend:
@@ -37,3 +41,33 @@ def backend_for(model: nn.Module, accumulation_steps: int) -> HookedBackend:
         if backend.knows(model):
             return backend(model, accumulation_steps)
     return SingleBackend(model, accumulation_steps)
+
+
+def trains_alone(backend: HookedBackend) -> str | None:
+    """What the first of several processes is told whose models are wrapped in nothing."""
+    everyone = world()
+    if not isinstance(backend, SingleBackend) or everyone.world_size == 1 or everyone.rank != 0:
+        return None
+    return (
+        f"The model is wrapped in nothing, so each of the {everyone.world_size} ranks trains it alone, with draws of "
+        "its own and weights that drift apart; wrap it in DistributedDataParallel, or shard it by fully_shard, first."
+    )
+
+
+def ranks_of(model: object) -> Ranks:
+    """The ranks that train ``model`` together, as far as it tells: they are told if one of them is refused. Never
+    raises.
+
+    A model that is wrapped in nothing is of a process alone. Where something else was passed, all processes are told.
+    """
+    if not isinstance(model, nn.Module):
+        return world()
+    if isinstance(model, DistributedDataParallel):
+        return Ranks(model.process_group, device_of(model))
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if not meshes:
+        return Ranks(None, device_of(model))
+    mesh = max(meshes, key=lambda m: m.size())
+    if mesh.size() != dist.get_world_size() and mesh.ndim == 1:
+        return Ranks(mesh.get_group(), device_of(model))
+    return Ranks(dist.group.WORLD if mesh.size() == dist.get_world_size() else None, device_of(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,15 +14,18 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from grass_dist.backends.base import HookedBackend, device_of
+from grass_dist.backends.dtensors import DTensorSharding, dtensor_of
 from grass_dist.errors import GrassError, UnsupportedModel
 from grass_dist.method.interfaces import Arrived, GradientSink
 from grass_dist.model.discovery import Unit
-from grass_dist.model.sharding import Sharding
 from grass_dist.ranks import Ranks
 
 
-class Fsdp2Sharding(Sharding):
-    """Parameters are DTensors: a rank holds rows of each, and the states of these."""
+class Fsdp2Sharding(DTensorSharding):
+    """Parameters are DTensors: a rank holds rows of each, and the states of these.
+
+    Frozen ones that FSDP2 was told to ignore are plain, and whole on every rank.
+    """
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -30,29 +33,30 @@ class Fsdp2Sharding(Sharding):
 
     def counts(self, param: nn.Parameter) -> bool:
         """A shard counts on the ranks at coordinate 0 of every mesh dimension that replicates it."""
-        tensor = cast(DTensor, param)
+        if not isinstance(tensor := param, DTensor):
+            return super().counts(param)
         where = tensor.device_mesh.get_coordinate() or []
         return all(c == 0 for c, placed in zip(where, tensor.placements, strict=True) if isinstance(placed, Replicate))
 
     def start_of(self, param: nn.Parameter) -> int:
-        tensor = cast(DTensor, param)
+        if not isinstance(tensor := param, DTensor):
+            return super().start_of(param)
         start, rows = 0, tensor.shape[0]
         where = tensor.device_mesh.get_coordinate() or []
         for coordinate, size, placed in zip(where, tensor.device_mesh.shape, tensor.placements, strict=True):
             if isinstance(placed, Replicate):
                 continue
-            if placed != Shard(0):
-                raise UnsupportedModel(
-                    "A checkpoint holds runs of consecutive entries, and a parameter of shape "
-                    f"{tuple(tensor.shape)} is placed as {placed}: call fully_shard without shard_placement_fn."
-                )
             chunk = -(-rows // size)
             skipped = min(coordinate * chunk, rows)
             start, rows = start + skipped, max(0, min(chunk, rows - skipped))
         return start * (tensor.numel() // max(tensor.shape[0], 1))
 
     def replicates(self, param: nn.Parameter) -> bool:
-        return False
+        return not isinstance(param, DTensor)
+
+    def as_dtensor(self, param: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+        tensor = cast(DTensor, param)
+        return dtensor_of(part, tensor.device_mesh, tensor.placements, tensor)
 
 
 class Fsdp2Backend(HookedBackend):
@@ -72,17 +76,22 @@ class Fsdp2Backend(HookedBackend):
 
     def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
         super().__init__(model, accumulation_steps, Fsdp2Sharding(Ranks(_group_of(model), device_of(model))))
-        self._first_forward = model.register_forward_pre_hook(self._settle_dtypes)
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        before: Any = torch.compiler.disable(self._before_forward)
         self._handles += [
-            model.register_forward_pre_hook(self._reduce_each_micro_batch_in_probe),
-            self._first_forward,
+            *(cast(nn.Module, m).register_forward_pre_hook(before) for m in self._sharded_modules),
             *(m.register_forward_hook(self._reshard_after_evaluation) for m in _alone(self._sharded_modules, model)),
         ]
+        self._begun = False  # whether a module of FSDP2 has run, which has then fixed the dtypes of its reductions
+        self._reduced: set[FSDPModule] = set()  # modules that have reduced a gradient
+        self._on: set[str] = set()
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         super().attach(layers, roles, sink, arrived)
         self._samples = [_place_of(self.model, unit.params[0][0]) for unit in self._units]
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        self._module_of = {unit.name: [_sharded_by(modules, name) for name, _ in unit.params] for unit in self._units}
+        self._check_dtypes()
         dtype = reduce_dtype(self.model)
         self._wire_bytes = {
             (u.name, i): _reduced_bytes(cast(DTensor, p), dtype or p.dtype)
@@ -90,9 +99,34 @@ class Fsdp2Backend(HookedBackend):
             for i, (_, p) in enumerate(u.params)
         }
 
+    def _check_dtypes(self) -> None:
+        """
+        Raises:
+            UnsupportedModel: FSDP2 could not reduce some gradients together, which it would say when they first train.
+        """
+        seen: dict[tuple[FSDPModule, DeviceMesh], tuple[str, torch.dtype]] = {}
+        for unit in self._units:
+            for module, (name, param) in zip(self._module_of[unit.name], unit.params, strict=True):
+                first, dtype = seen.setdefault((module, cast(DTensor, param).device_mesh), (name, param.dtype))
+                if dtype != param.dtype:
+                    raise UnsupportedModel(
+                        f"FSDP2 reduces {first} ({dtype}) and {name} ({param.dtype}) together, so they must be of "
+                        "one dtype: call fully_shard on the modules of each dtype, or convert one of them."
+                    )
+
+    def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:
+        super().set_trainable(units, probing=probing, measuring=measuring)
+        if self._begun:
+            self._settle_dtypes([unit for unit in units if unit.name not in self._on])
+        self._on = {unit.name for unit in units}
+
     def finish_gradients(self) -> None:
         super().finish_gradients()
         self._reshard()
+
+    def restart(self) -> None:
+        super().restart()
+        forget_unreduced(self._sharded_modules)
 
     def _begin_step(self) -> None:
         super()._begin_step()
@@ -100,7 +134,8 @@ class Fsdp2Backend(HookedBackend):
 
     def _on_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
         self.bytes_reduced += self._wire_bytes[unit.name, slot]
-        self._pending = True
+        self._pending = self._begun = True
+        self._reduced.add(self._module_of[unit.name][slot])
         super()._on_gradient(unit, slot, param)
 
     def _reshard_after_evaluation(self, module: nn.Module, *_: object) -> None:
@@ -129,36 +164,49 @@ class Fsdp2Backend(HookedBackend):
         if self._pending and not all(isinstance(getattr(owner, name), DTensor) for owner, name in self._samples):
             raise GrassError(
                 "FSDP2 has parameters gathered between the backward and optimizer.step(), after a forward that needs "
-                "gradients, or by set_reshard_after_backward(False): a clipping of model.parameters() leaves those "
-                "out. Run such a forward under torch.no_grad(), or clip by optimizer.clip_grad_norm_()."
+                "gradients, one by a method of register_fsdp_forward_method, or by set_reshard_after_backward(False): "
+                "a clipping of model.parameters() leaves those out. Run such a forward under torch.no_grad() and by a "
+                "call of the module, or clip by optimizer.clip_grad_norm_()."
             )
 
-    def _reduce_each_micro_batch_in_probe(self, *_: object) -> None:
-        if self._probing and isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(True)
+    def _before_forward(self, module: nn.Module, *_: object) -> None:
+        """Whatever method is called, `register_fsdp_forward_method`'s or a module within, some module of FSDP2 runs."""
+        self._begun = True
+        if self._probing:  # or FSDP2 would hold gradients of all layers, unsharded
+            cast(FSDPModule, module).set_requires_gradient_sync(True, recurse=False)
 
-    def _settle_dtypes(self, *_: object) -> None:
-        """Lets every module of FSDP2 take its reduce dtype from its parameters as if all of them trained.
+    def _settle_dtypes(self, units: Iterable[Unit]) -> None:
+        """Lets the modules of ``units``, which train from now on, take their reduce dtype from their parameters.
 
-        (They are the sharded ones, while parameters() of a module that runs gives the unsharded ones.)
-
-        FSDP2 takes it at the first forward from the parameters that are trainable then; a module that is frozen
-        then would reduce in the weights' dtype, not in `MixedPrecisionPolicy.reduce_dtype`, for ever after.
-        `FSDPModule.unshard` takes it again. FSDP2's own pre-forward hook has run when this one does. Over the wire:
-        one all-gather of each layer, once.
+        FSDP2 takes it when the model first runs, from the parameters that are trainable then. A module that is frozen
+        then has none, and would reduce in the dtype of its gradients, not in `MixedPrecisionPolicy.reduce_dtype`.
+        `FSDPModule.unshard` takes it again. Over the wire: one all-gather of a module, before it first trains.
         """
-        self._first_forward.remove()
-        params = [p for unit in self._units for _, p in unit.params]
-        trainable = [p.requires_grad for p in params]
-        for param in params:
-            param.requires_grad_(True)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
+        modules = {module: None for unit in units for module in self._module_of[unit.name]}
+        for module in modules:
+            if module not in self._reduced:
                 module.unshard()
-                if module is not self.model:  # the root has just been gathered for this forward and stays so
-                    module.reshard()
-        for param, flag in zip(params, trainable, strict=True):
-            param.requires_grad_(flag)
+                module.reshard()
+
+
+def forget_unreduced(modules: Sequence[FSDPModule]) -> None:
+    """Drops the gradients of micro-batches that FSDP2 has not reduced, or not over all replicas, since it was told to
+    wait (``set_requires_gradient_sync(False)``, ``set_requires_all_reduce(False)``).
+
+    Private: FSDP2 keeps them in its groups of parameters, and has no public way to drop them. Checked on torch
+    2.13; `tests/test_private_interfaces.py` fails when it changes.
+    """
+    for module in modules:
+        state = module._get_fsdp_state()
+        several = getattr(state, "_fsdp_param_groups", None)  # where a module may have several groups
+        for group in [state._fsdp_param_group] if several is None else several:
+            if group is None:
+                continue
+            group._partial_reduce_output = None
+            for param in group.fsdp_params:
+                param.unsharded_accumulated_grad = None
+                if hasattr(param, "_unsharded_param"):  # after the first all-gather
+                    param._unsharded_param.grad = None
 
 
 def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
@@ -172,13 +220,15 @@ def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
             "The parameters are DTensors but no module is sharded by fully_shard; "
             "call fully_shard on the layers and on the model before GrassOptimizer."
         )
-    plain = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
-    if plain:
-        raise UnsupportedModel(
-            f"{len(plain)} parameters are not sharded ({plain[0]}, ...) while others are; "
-            "call fully_shard(model) on the whole model after its layers, before GrassOptimizer."
-        )
-    meshes = {cast(DTensor, p).device_mesh for p in model.parameters()}
+    _refuse_plain(model)
+    sharded = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    for name, param in sharded:
+        if odd := [placed for placed in param.placements if placed != Shard(0) and not isinstance(placed, Replicate)]:
+            raise UnsupportedModel(
+                f"{name} of shape {tuple(param.shape)} is placed as {odd[0]}, and a checkpoint holds runs of "
+                "consecutive entries: call fully_shard without shard_placement_fn, which shards dimension 0."
+            )
+    meshes = {param.device_mesh for _, param in sharded}
     check_offloaded_weights(meshes, {p.device for p in model.parameters()}, torch.__version__)
     mesh = max(meshes, key=lambda m: m.size())
     if mesh.size() == dist.get_world_size():
@@ -189,6 +239,38 @@ def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
         f"The parameters' mesh {mesh} is of {mesh.ndim} dimensions and smaller than the world of "
         f"{dist.get_world_size()} ranks; use a mesh over all ranks, or of one dimension."
     )
+
+
+def _refuse_plain(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedModel: parameters that are to train are not sharded, or the model as a whole is not.
+    """
+    plain = [(name, p) for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if not plain:
+        return
+    ignored = {id(p) for _, p in plain}
+    wanted = {id(p) for p in model.parameters()} - ignored
+    whole = any(isinstance(m, FSDPModule) and wanted <= {id(p) for p in m.parameters()} for m in model.modules())
+    if not whole:
+        raise UnsupportedModel(
+            f"{len(plain)} parameters are not sharded ({plain[0][0]}, ...) while others are; "
+            "call fully_shard(model) on the whole model after its layers, before GrassOptimizer."
+        )
+    if trained := [name for name, p in plain if p.requires_grad]:
+        raise UnsupportedModel(
+            f"{len(trained)} parameters are not sharded and have requires_grad ({trained[0]}, ...), as fully_shard "
+            "leaves those of its ignored_params, whose gradients nothing averages over the ranks: set their "
+            "requires_grad to False, or leave them out of ignored_params."
+        )
+
+
+def _sharded_by(modules: Mapping[str, nn.Module], name: str) -> FSDPModule:
+    """The innermost module of FSDP2 around a parameter: the one that gathers and reduces it."""
+    owner = name.rpartition(".")[0]
+    while not isinstance(modules[owner], FSDPModule):
+        owner = owner.rpartition(".")[0]
+    return cast(FSDPModule, modules[owner])
 
 
 def _place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -38,6 +38,7 @@ class HostSums:
     def add(self, key: Hashable, grad: torch.Tensor, *, last: bool) -> torch.Tensor | None:
         """Adds a micro-batch's gradient; gives the whole sum on the gradient's device if it was the last one."""
         host = self._sums[key]
+        grad = grad.to_dense()  # a dense one is itself
         if key in self._begun:
             total = host.to(grad.device, non_blocking=True) if grad.is_cuda else host
             total.add_(grad)

@@ -9,3 +9,4 @@ class SingleBackend(HookedBackend):
     """Nothing goes over the wire."""
 
     name = "single"
+    takes_sparse = True

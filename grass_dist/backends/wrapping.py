@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,14 +18,14 @@ def shard_mesh(device_type: str, ranks: int, replicate: int) -> DeviceMesh:
     return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
-def shard(model: nn.Module, stack: str, mesh: DeviceMesh) -> None:
+def shard(model: nn.Module, layers: Sequence[str], mesh: DeviceMesh) -> None:
     """Shards each layer, and then what is outside the layers. The gradients of 16-bit weights are reduced in fp32.
 
     Args:
-        stack: FQN of the module that holds the layers.
+        layers: their FQNs.
     """
     low = next(model.parameters()).dtype != torch.float32
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
-    for layer in model.get_submodule(stack).children():
+    for layer in map(model.get_submodule, layers):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -33,9 +33,10 @@ from grass_dist.checkpoint import files
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.files import Stored
 from grass_dist.checkpoint.model import fqn
-from grass_dist.checkpoint.pieces import MASTER, Entries, decode, state_key
+from grass_dist.checkpoint.pieces import Entries, decode, state_key
 from grass_dist.checkpoint.torch_files import check_file
 from grass_dist.errors import CheckpointError
+from grass_dist.states.layer_state import MASTER
 
 TAG = "state"
 """The tag, and so the folder, of DeepSpeed's files."""

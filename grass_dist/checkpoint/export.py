@@ -135,7 +135,7 @@ def _export(
     if checkpoint.folder.resolve().is_relative_to(out):
         raise GrassError(f"{out} holds the checkpoint {checkpoint.folder}; choose another folder.")
     reader = checkpoint.tensors()
-    shards = split(weights_of(checkpoint, reader), max_shard_bytes)
+    shards = split(model_weights(checkpoint, reader), max_shard_bytes)
     _check_space(out, checkpoint, shards)
     _write(checkpoint, reader, shards, out, overwrite)
     if code := [name for name in _model_files(checkpoint) if name.endswith(".py")]:
@@ -146,7 +146,7 @@ def _export(
     return Exported(out, checkpoint.step, len(shards), sum(map(_nbytes, shards)))
 
 
-def numel_of(where: Path, key: str, entry: files.TensorEntry) -> int:
+def checked_numel(where: Path, key: str, entry: files.TensorEntry) -> int:
     """The number of entries of a weight.
 
     Raises:
@@ -157,7 +157,7 @@ def numel_of(where: Path, key: str, entry: files.TensorEntry) -> int:
     return files.numel(entry)
 
 
-def weights_of(checkpoint: Checkpoint, reader: TensorReader) -> list[Weight]:
+def model_weights(checkpoint: Checkpoint, reader: TensorReader) -> list[Weight]:
     """The model's tensors, in the model's order.
 
     Raises:
@@ -165,7 +165,7 @@ def weights_of(checkpoint: Checkpoint, reader: TensorReader) -> list[Weight]:
     """
     where, weights = checkpoint.folder, []
     for key, entry in checkpoint.manifest.weights.items():
-        numel, dtype = numel_of(where, key, entry), getattr(torch, entry.dtype, None)
+        numel, dtype = checked_numel(where, key, entry), getattr(torch, entry.dtype, None)
         if not isinstance(dtype, torch.dtype) or key == "__metadata__":
             raise CheckpointError(f"{where / files.MANIFEST} lists {key!r:.80} in {entry.dtype!r:.40}: no such weight.")
         if numel and reader.tensors.get(key) != (numel, dtype):  # a tensor without entries is in no file

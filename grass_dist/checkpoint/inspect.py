@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from grass_dist.checkpoint import files
-from grass_dist.checkpoint.export import folders_of, numel_of
+from grass_dist.checkpoint.export import checked_numel, folders_of
 from grass_dist.checkpoint.folders import step_of
 from grass_dist.checkpoint.loading import Checkpoint, EngineState, look_at, open_checkpoint
 from grass_dist.checkpoint.model import fqn
@@ -197,7 +197,7 @@ def _unit(checkpoint: Checkpoint, name: str, entries: Entries) -> dict[str, Any]
     for param, state in entries.items():
         if (weight := checkpoint.manifest.weights.get(param)) is None:
             raise _damaged(checkpoint, f"{name!r:.80} has no parameter {param!r:.80}")
-        numel = numel_of(checkpoint.folder, param, weight)
+        numel = checked_numel(checkpoint.folder, param, weight)
         for key, entry in state.items():
             if isinstance(entry, dict) and "value" not in entry:
                 nbytes += numel * decode(entry).itemsize
@@ -226,11 +226,9 @@ def _layers(
     unknown = {"name": None, "times_trained": None, "state_bytes": None}
     rows = []
     for i, (importance, p) in enumerate(zip(importances, probabilities, strict=True)):
-        row = {
-            "layer": _numbers(engine)[i],
-            **({**units.get(names[i], untrained), "name": names[i]} if names else unknown),
-        }
-        row |= {"importance": importance, "probability": p, "now": i in engine.active_layers}
+        known = {**units.get(names[i], untrained), "name": names[i]} if names else unknown
+        row = {"layer": _numbers(engine)[i], **known, "importance": importance, "probability": p}
+        row["now"] = i in engine.active_layers
         rows.append({**row, "next": i in engine.next.active_layers if engine.next else None})
     for row, times in zip(rows, _times(draws, engine.step, len(rows)), strict=True) if draws else ():
         row["times_trained"] = times
@@ -238,7 +236,15 @@ def _layers(
 
 
 def layer_names(checkpoint: Checkpoint, units: Sequence[str]) -> list[str] | None:
-    """The FQNs of the layers that compete, from the largest list of numbered blocks that has them and all ``units``."""
+    """The FQNs of the layers that compete: the saved ones, if they hold weights, all ``units`` among them. Older
+    releases saved none: then those of the largest list of numbered blocks that has them and all ``units``."""
+    if saved := checkpoint.state.engine.names:
+        count, homes = len(checkpoint.state.engine.tracker.importances), set()
+        for key in checkpoint.manifest.weights:
+            parts = key.split(".", 12)
+            homes.update(".".join(parts[:at]) for at in range(1, len(parts)))
+        fits = len(saved) == len(set(saved)) == count and set(units) <= set(saved) <= homes
+        return list(saved) if fits else None
     stacks: dict[str, dict[str, int]] = {}
     for key, entry in checkpoint.manifest.weights.items():
         parts = key.split(".", 12)
@@ -246,22 +252,18 @@ def layer_names(checkpoint: Checkpoint, units: Sequence[str]) -> list[str] | Non
             if part.isdecimal():
                 sizes = stacks.setdefault(".".join(parts[:at]), {})
                 name = ".".join(parts[: at + 1])
-                sizes[name] = sizes.get(name, 0) + numel_of(checkpoint.folder, key, entry)
+                sizes[name] = sizes.get(name, 0) + checked_numel(checkpoint.folder, key, entry)
     layers = len(checkpoint.state.engine.tracker.importances)
     numbers = checkpoint.state.engine.numbers
-    fitting = [
-        sizes
-        for sizes in stacks.values()
-        if set(units) <= set(sizes) and (len(sizes) == layers if not numbers else _has(len(sizes), numbers))
-    ]
+    fitting = [sizes for sizes in stacks.values() if set(units) <= set(sizes)]
+    if numbers:
+        fitting = [sizes for sizes in fitting if all(0 <= number < len(sizes) for number in numbers)]
+    else:
+        fitting = [sizes for sizes in fitting if len(sizes) == layers]
     if not fitting:
         return None
     names = list(max(fitting, key=lambda sizes: sum(sizes.values())))
     return names if not numbers else [names[number] for number in numbers]
-
-
-def _has(blocks: int, numbers: Sequence[int]) -> bool:
-    return all(0 <= number < blocks for number in numbers)
 
 
 def _draws_until(engine: EngineState, run: Path) -> list[Draw]:

@@ -18,11 +18,13 @@ from grass_dist.checkpoint.dcp import TensorReader, open_tensors
 from grass_dist.checkpoint.deepspeed_files import open_deepspeed
 from grass_dist.checkpoint.files import Stored, up_to_a_wrong_one
 from grass_dist.checkpoint.per_rank import MEASURED, measured_of, read_rng
-from grass_dist.checkpoint.pieces import MARK, MASTER, Entries, Holdings, decode, dtype_name, state_key
+from grass_dist.checkpoint.pieces import MARK, Entries, Holdings, decode, dtype_name, state_key
 from grass_dist.checkpoint.together import together
 from grass_dist.errors import CheckpointError, shorten
+from grass_dist.method.saved import SETTINGS, other_settings
 from grass_dist.ranks import Ranks
-from grass_dist.states.unit_optimizer import HOW
+from grass_dist.states.layer_state import MASTER
+from grass_dist.states.update_rule import HOW
 
 _ALL = {dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _DTYPES = {name: dtype for name, dtype in _ALL.items() if not name.startswith("q")}
@@ -55,12 +57,16 @@ class EngineState(Stored):
     active_layers: Layers
     numbers: Layers = []
     """The numbers, in the model's stack, of the layers that compete. Empty in checkpoints of older releases."""
+    names: Annotated[list[str], FailFast()] = []
+    """The FQNs of these layers. Empty in checkpoints of older releases."""
     next: NextState | None
     tracker: TrackerState
     measured: MeasuredState
     skipped: int = Field(default=0, ge=0)
     trained: Layers = []
     unused: Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], FailFast()] = []
+    settings: dict[str, Any] = {}
+    """See `settings_of`. Empty in checkpoints of older releases."""
 
 
 def _is_unit(value: Any) -> bool:
@@ -221,6 +227,8 @@ def _check_fits(checkpoint: Checkpoint, holdings: Holdings, described: Mapping[s
                 f"{where} holds {key} in {entry.dtype}, and this run trains it in {dtypes[key]}: set "
                 f"model.dtype={entry.dtype}."
             )
+    if told := other_settings(state.engine.model_dump(), described["engine"][SETTINGS]):
+        raise CheckpointError(f"{where}: {told}")
     _check_groups(where, state.groups, described["groups"])
     _check_engine(where, state, described["engine"], holdings.active, holdings.unit_names())
     _check_units(where, state.units, manifest)
@@ -261,6 +269,9 @@ def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: in
     if engine.numbers and engine.numbers != mine["numbers"]:
         theirs, ours = (shorten(", ".join(map(str, numbers)), 120) for numbers in (engine.numbers, mine["numbers"]))
         raise CheckpointError(f"{where}: layers {theirs} compete in it, and in this run {ours}; freeze the same ones.")
+    if engine.names and engine.names != mine["names"]:
+        theirs, ours = (shorten(", ".join(names), 120) for names in (engine.names, mine["names"]))
+        raise CheckpointError(f"{where}: the layers are {theirs!r:.130} in it, and in this run {ours}.")
     if any(m is not None and not 0 <= m < inf for m in importances):
         raise _damaged(where, "an importance is no number from 0 on")
     if any(not 0 <= i < layers or len(set(of)) != len(of) or not of for of in chosen for i in (of or [-1])):

@@ -48,12 +48,12 @@ def measured_of(layers: Sequence[Sequence[int]], saved_by: int, ranks: Ranks, re
     return {"rows": [part.tolist() for part in parts], "layers": [list(active) for active in layers]}
 
 
-Put = Callable[[torch.Tensor], object]
+SetGenerator = Callable[[torch.Tensor], object]
 
 
 def read_rng(
     tensors: Mapping[str, tuple[int, torch.dtype]], saved_by: int, ranks: Ranks, read: Read
-) -> list[tuple[Put, torch.Tensor]] | None:
+) -> list[tuple[SetGenerator, torch.Tensor]] | None:
     """The states of torch's generators, each with the function that sets it; None with another number of ranks.
 
     Raises:
@@ -61,7 +61,7 @@ def read_rng(
     """
     if saved_by != ranks.world_size:
         return None
-    found: list[tuple[Put, torch.Tensor]] = []
+    found: list[tuple[SetGenerator, torch.Tensor]] = []
     put_on_gpu = partial(torch.cuda.set_rng_state, device=_cuda(ranks))
     for key, put, device in ((RNG, torch.set_rng_state, "cpu"), (CUDA_RNG, put_on_gpu, _cuda(ranks))):
         if device == "cpu" or (key in tensors and torch.cuda.is_available()):

@@ -15,8 +15,6 @@ MARK = "@"
 """Separates the FQN of a parameter from the name of one of its states, as in ``lm_head.weight@exp_avg``. A key without
 it is a weight or a buffer of the model."""
 
-MASTER = "master"
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:

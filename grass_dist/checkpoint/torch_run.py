@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,12 +12,15 @@ from torch import nn
 
 from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
-from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
+from grass_dist.checkpoint.pieces import Entries, Piece, Read, UnitPieces, decode, encode, state_key
+from grass_dist.checkpoint.together import together
 from grass_dist.errors import CheckpointError
 from grass_dist.method.controller import GrassController
-from grass_dist.states.unit_optimizer import HOW, LOW, WHOLE, UnitOptimizer
-
-Put = Callable[[int, Sequence[Mapping[str, Any]]], None]
+from grass_dist.method.saved import SETTINGS, check_clock, settings_of
+from grass_dist.states.layer_state import MASTER
+from grass_dist.states.unit_optimizer import GROUP, UnitOptimizer
+from grass_dist.states.update_rule import HOW, LOW, step_unseen
+from grass_dist.states.view import PutState
 
 
 class TorchHoldings:
@@ -24,6 +28,7 @@ class TorchHoldings:
 
     Args:
         optimizers: those of all units.
+        class_name: of the optimizer class.
         groups: the user's parameter groups.
         settle: waits until the states can be read.
         put: replaces the state of a unit, by its index among ``optimizers``.
@@ -33,14 +38,16 @@ class TorchHoldings:
         self,
         model: nn.Module,
         optimizers: Sequence[UnitOptimizer],
+        class_name: str,
         groups: Sequence[dict[str, Any]],
         grass: GrassController,
         settle: Callable[[], None],
-        put: Put,
+        put: PutState,
     ) -> None:
         self.ranks, self._sharding = grass.backend.ranks, grass.backend.sharding
         self._model, self._optimizers, self._groups, self._grass = model, list(optimizers), groups, grass
         self._settle, self._put = settle, put
+        self._settings = settings_of(grass, class_name)
         self.name, self.active = grass.backend.name, grass.config.active_layers
 
     def unit_names(self) -> list[str]:
@@ -59,7 +66,7 @@ class TorchHoldings:
                 continue
             tensors, entries = [], {}
             for at, (name, param) in enumerate(optimizer.unit.params):
-                state = {k: v for k, v in optimizer.state_of(at).items() if k != "part"}
+                state = optimizer.state_of(at)
                 entries[fqn(name)] = {key: encode(value) for key, value in state.items()}
                 tensors += [
                     self._piece(optimizer, name, param, key, value)
@@ -70,7 +77,7 @@ class TorchHoldings:
 
     def describe(self) -> dict[str, Any]:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._groups]
-        return {"engine": self._grass.state_dict(), "groups": groups}
+        return {"engine": {**self._grass.state_dict(), SETTINGS: self._settings}, "groups": groups}
 
     def check(
         self, engine: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], units: Mapping[str, Entries]
@@ -79,7 +86,9 @@ class TorchHoldings:
 
         Raises:
             CheckpointError: the method is not at such a point then, or an optimizer cannot take a step from its state.
+            GrassError: something that trains was frozen since the layers were drawn.
         """
+        self._grass.backend.verify()
         check_clock(self._grass, engine)
         merged = [{**own, **_like(own, saved)} for own, saved in zip(self._groups, groups, strict=True)]
         group_of = {id(param): index for index, own in enumerate(self._groups) for param in own["params"]}
@@ -94,9 +103,13 @@ class TorchHoldings:
     def restore(self, saved: Mapping[str, Any], units: Mapping[str, Entries], read: Read) -> None:
         for group, other in zip(self._groups, saved["groups"], strict=True):
             group.update(_like(group, other))
-        for index, optimizer in enumerate(self._optimizers):
-            entries = units.get(fqn(optimizer.unit.name))
-            self._put(index, [] if entries is None else self._states(optimizer, entries, read))
+
+        def put() -> None:
+            for index, optimizer in enumerate(self._optimizers):
+                entries = units.get(fqn(optimizer.unit.name))
+                self._put(index, [] if entries is None else self._states(optimizer, entries, read))
+
+        together(self.ranks, put)
         self._grass.load_state_dict(saved["engine"])
 
     def _states(self, optimizer: UnitOptimizer, entries: Entries, read: Read) -> list[dict[str, Any]]:
@@ -110,8 +123,6 @@ class TorchHoldings:
                     out = torch.empty(shard.numel(), dtype=value)
                     value = read(state_key(fqn(name), key), self._start(optimizer, param), out).view(shard.shape)
                 state[key] = value
-            if state and optimizer.shards and self._sharding.part != WHOLE:
-                state["part"] = self._sharding.part
             states.append(state)
         return states
 
@@ -122,7 +133,8 @@ class TorchHoldings:
                 f"The {key} of {name} is of shape {tuple(value.shape)}, which is not the parameter's: a checkpoint "
                 "that any number of ranks can load needs states with an entry for each of the parameter's."
             )
-        shared = self._sharding.replicates(param) and (not optimizer.shards or self._sharding.part == WHOLE)
+        own = self._sharding
+        shared = own.keeps_whole_state(param) if optimizer.shards else own.replicates(param)
         writes = self._sharding.replicates(param) or self._sharding.counts(param)
         return Piece(state_key(fqn(name), key), param.numel(), self._start(optimizer, param), flat, writes, shared)
 
@@ -145,33 +157,16 @@ def _try_step(optimizer: UnitOptimizer, group: dict[str, Any], param: nn.Paramet
     stand_in = nn.Parameter(torch.zeros(2, 3, dtype=torch.float32 if like.dtype in LOW else like.dtype))
     stand_in.grad = torch.zeros_like(stand_in)
     try:
-        made = {key: decode(entry) for key, entry in state.items() if key != MASTER}
+        made = {key: copy.deepcopy(decode(entry)) for key, entry in state.items() if key != MASTER}
+        group |= {key.removeprefix(GROUP): made.pop(key) for key in list(made) if key.startswith(GROUP)}
         own = {k: torch.zeros(2, 3, dtype=v) if isinstance(v, torch.dtype) else v for k, v in made.items()}
         plain = {key: False for key in HOW if key in group}  # a stand-in is on the CPU
         stepped = optimizer.fresh([{**group, **plain, "params": [stand_in]}], **plain)
         if own:
             stepped.state[stand_in] = own
-        stepped.step()
+        step_unseen(stepped)
     except Exception as error:  # whatever it makes an optimizer raise
         raise CheckpointError(
             f"The state of {optimizer.name} in the checkpoint, or its parameter group, is none that this run's "
             f"optimizer can go on from ({type(error).__name__}: {printable(error)[:150]})."
         ) from None
-
-
-def check_clock(grass: GrassController, saved: Mapping[str, Any]) -> None:
-    """Compares the saved position of the method with this run's schedule.
-
-    Args:
-        saved: the saved state of the method.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    schedule, step, waiting, active = grass.schedule, saved["step"], saved["next"], grass.config.active_layers
-    trains = len(grass.layers) if schedule.phase(step) == "probe" else active
-    if any(len(layers) != trains for layers in (saved["active_layers"], *saved["measured"]["layers"])):
-        raise CheckpointError(f"The checkpoint's method is not where this run's is after {step} steps.")
-    due = step + schedule.steps_to_switch(step), schedule.round(step) + 1
-    if waiting and ((waiting["step"], waiting["round"]) != due or len(waiting["active_layers"]) != active):
-        raise CheckpointError(f"The checkpoint has drawn layers that this run does not switch to after step {step}.")

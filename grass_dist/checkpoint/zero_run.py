@@ -15,11 +15,13 @@ from grass_dist.backends.zero.states import GroupState, Made
 from grass_dist.checkpoint.deepspeed_files import FileLayout, GroupLayout, Placed
 from grass_dist.checkpoint.files import printable
 from grass_dist.checkpoint.model import fqn, pieces_of, shapes_of
-from grass_dist.checkpoint.pieces import MASTER, Entries, Piece, Read, UnitPieces, decode, encode, state_key
+from grass_dist.checkpoint.pieces import Entries, Piece, Read, UnitPieces, decode, encode, state_key
 from grass_dist.checkpoint.together import together
-from grass_dist.checkpoint.torch_run import check_clock
 from grass_dist.errors import CheckpointError
-from grass_dist.states.unit_optimizer import HOW, step_over
+from grass_dist.method.saved import SETTINGS, check_clock, settings_of
+from grass_dist.states.layer_state import MASTER
+from grass_dist.states.unit_optimizer import step_over
+from grass_dist.states.update_rule import HOW
 
 
 class ZeroHoldings:
@@ -57,7 +59,9 @@ class ZeroHoldings:
 
     def describe(self) -> dict[str, Any]:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self._zero.user_optimizer.param_groups]
-        return {"engine": self._grass.state_dict(), "groups": groups}
+        # Without the class: DeepSpeed has its own for that of a ds_config, and each goes on from the other's states.
+        settings = settings_of(self._grass)
+        return {"engine": {**self._grass.state_dict(), SETTINGS: settings}, "groups": groups}
 
     def layout(self) -> FileLayout:
         """Says where DeepSpeed's partitions lie in the files that it would write. Call `NarrowZero.complete` before."""

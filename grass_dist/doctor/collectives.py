@@ -114,11 +114,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 def _measure(world: World, part: Part, kind: str, nbytes: int) -> Collective:
-    one = torch.zeros(1, device=world.device)
-    latency = statistics.median(_times(world, lambda: dist.all_reduce(one, group=part.group), 20, warm=3))
-    if kind == "reduce_scatter":
-        out, each = torch.zeros(1, device=world.device), torch.zeros(part.ranks, device=world.device)
-        latency = statistics.median(_times(world, lambda: _reduce_scatter(out, each, group=part.group), 20, warm=3))
+    latency = statistics.median(_times(world, _call(world, part, kind, 4), 20, warm=3))
     probe = _slowest(part, min(_times(world, _call(world, part, kind, PROBE), 2, warm=1)))
     size = affordable(nbytes, PROBE, probe, COLLECTIVE_SECONDS / 2)
     count = max(1, min(REPEATS, int(COLLECTIVE_SECONDS / (probe * size / PROBE))))

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -31,13 +31,14 @@ from grass_dist.doctor.facts import Disk, Facts, Reach, Report
 from grass_dist.doctor.findings import judge, judge_meeting
 from grass_dist.doctor.gather import choose_own_address, own_device, own_facts, try_disk
 from grass_dist.doctor.meeting import GRACE, Meeting
-from grass_dist.doctor.network import Listener, bound_addresses, reach, reason
-from grass_dist.doctor.schema import as_json
+from grass_dist.doctor.network import TokenServer, bound_addresses, reach, reason
+from grass_dist.doctor.schema import report_json
 from grass_dist.doctor.tables import show
 from grass_dist.errors import GrassError
 from grass_dist.job.launchers import ProcessPlace, find_place, meet_by_mpi
 from grass_dist.job.peers import lost_peer
 from grass_dist.job.world import World
+from grass_dist.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def _together(place: ProcessPlace, options: DoctorOptions) -> int:
         _say_own(f"{report.failed} And {error}")
         code = 1
     if report.failed:
-        _abandon(code)  # ending a process group in which a rank is lost may hang
+        World.abandon(code)  # ending a process group in which a rank is lost may hang
     if world is not None:
         with _limited("the end of the doctor", options.timeout):
             world.leave()
@@ -143,7 +144,7 @@ def _meet(place: ProcessPlace, options: DoctorOptions, report: Report) -> Meetin
         raise GrassError(f"{chosen.problem}; and {error}" if chosen.problem else str(error)) from None
     token, port = os.urandom(16), 0
     try:
-        port = Listener(chosen.address, token).port
+        port = TokenServer(chosen.address, token).port
     except OSError as error:
         said = f"{chosen.interface or chosen.chosen_by} ({chosen.address}) cannot be listened on: {reason(error, 0)}"
         chosen = replace(chosen, problem=chosen.problem or said)
@@ -185,7 +186,7 @@ def _measure(report: Report, options: DoctorOptions) -> World | None:
 
     def step(what: str, work: Callable[[], list[T]]) -> list[T]:
         with _limited(what, 2 * options.timeout + ROLL_SECONDS), world.during(what):
-            return _of_all(world, work())
+            return [one for its in Ranks(world.background).gather_objects(work()) for one in its]
 
     def copies() -> list[Any]:
         turns = max(len(ranks) for ranks in hosts.values())
@@ -196,15 +197,11 @@ def _measure(report: Report, options: DoctorOptions) -> World | None:
     def disks() -> list[Disk]:
         return [_try_disk(mine, options)] if world.rank == here[0] else []
 
-    def of_first(measured: list[T]) -> list[T]:
-        return measured if world.rank == here[0] else []
-
     try:
         everywhere = step("the collectives over all ranks", lambda: measure_all(world, options.nbytes))
         report.collectives = everywhere[: len(everywhere) // world.size]
-        report.collectives += step(
-            "the collectives within each host", lambda: of_first(measure_hosts(world, hosts, options.nbytes))
-        )
+        within = step("the collectives within each host", lambda: [measure_hosts(world, hosts, options.nbytes)])
+        report.collectives += [one for ranks in hosts.values() for one in within[ranks[0]]]
         firsts = [(host, ranks[0]) for host, ranks in hosts.items()]
         links = step("the links between hosts", lambda: measure_links(world, firsts, options.nbytes))
         report.links = sorted(links, key=lambda link: (link.sender, link.receiver))
@@ -213,16 +210,10 @@ def _measure(report: Report, options: DoctorOptions) -> World | None:
     except Exception as error:
         if (lost := lost_peer(world.peers, error)) is None:
             _say_own(str(error) if isinstance(error, GrassError) else traceback.format_exc())
-            _abandon(1)  # at once: the others notice it, where a teardown would wait for them
+            World.abandon(1)  # at once: the others notice it, where a teardown would wait for them
         report.failed = str(lost)
         return None
     return world
-
-
-def _of_all(world: World, mine: list[T]) -> list[T]:
-    got: list[Any] = [None] * world.size
-    dist.all_gather_object(got, mine, group=world.background)
-    return [one for its in got for one in its]
 
 
 def _try_disk(host: str, options: DoctorOptions) -> Disk:
@@ -235,7 +226,7 @@ def _tell(report: Report, options: DoctorOptions) -> int:
     code = int(any(finding.is_error for finding in findings))
     if options.json_file is not None:
         try:
-            options.json_file.write_text(json.dumps(as_json(report, findings), indent=1, allow_nan=False) + "\n")
+            options.json_file.write_text(json.dumps(report_json(report, findings), indent=1, allow_nan=False) + "\n")
         except OSError as error:
             print(f"error: --json {options.json_file}: {error.strerror}.", file=sys.stderr, flush=True)
             return 1
@@ -253,7 +244,7 @@ def _limited(what: str, seconds: float, cause: str = "") -> Iterator[None]:
     def end() -> None:
         said = f"{what} did not end within {seconds:g} s."
         _say_own(f"{cause} And {said}" if cause else said)
-        _abandon(1)
+        World.abandon(1)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -268,10 +259,3 @@ def _say_own(text: str) -> None:
     """Prints what this rank alone may know."""
     where = f"rank {os.environ.get('RANK', '0')} (on host {socket.gethostname()})"
     print(f"error: {where}: {text}", file=sys.stderr, flush=True)
-
-
-def _abandon(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it
-            stream.flush()
-    os._exit(code)

@@ -11,7 +11,7 @@ from grass_dist.job.seats import Seat
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What one rank says about itself and its host."""
+    """Holds what one rank says about itself and its host."""
 
     rank: int
     seat: Seat
@@ -24,7 +24,7 @@ class Facts:
     device_bytes: int
     """Memory of its GPU; 0 on CPU."""
     unused_gpu: bool
-    """Whether the host has a driver for NVIDIA GPUs, and torch sees none of them."""
+    """True if the host has a driver for NVIDIA GPUs, and torch sees none of them."""
     cores: int
     """Number of cores that this process may run on."""
     host_cores: int
@@ -37,17 +37,17 @@ class Facts:
     port: int
     """Port on which it listens while the doctor runs; 0 if it cannot."""
     chosen_by: str
-    """What chose the interface, e.g. "GLOO_SOCKET_IFNAME", "the host name" or "the route to grass1"."""
+    """The reason for the interface, e.g. "GLOO_SOCKET_IFNAME", "the host name" or "the route to grass1"."""
     interface_problem: str
     """Sentence on an interface that is not there; "" if it is."""
     name_problem: str
-    """What is wrong with the address of the host's own name, which gloo listens on unless it is told an interface."""
+    """The problem of the address of the host's own name, on which gloo listens unless it is told an interface."""
     available_bytes: int | None
     """Host memory that this process may still take: MemAvailable, or what its control groups leave."""
     memlock_bytes: int | None
     """RLIMIT_MEMLOCK of this process; None without a limit, or with CAP_IPC_LOCK, to which none applies."""
     infiniband: bool
-    """Whether the host has adapters for RDMA."""
+    """True if the host has adapters for RDMA."""
     store_bound: tuple[str, ...] = ()
     """Addresses of this host at which the ranks' store listens; "0.0.0.0" and "::" mean all. Empty if it does not."""
 
@@ -83,7 +83,7 @@ class Collective:
     """One kind of collective over a set of ranks."""
 
     kind: str
-    """Which one: "all_reduce" or "reduce_scatter"."""
+    """The collective: "all_reduce" or "reduce_scatter"."""
     over: str
     """Its ranks: "all", or the name of a host."""
     ranks: int
@@ -92,15 +92,20 @@ class Collective:
     seconds: float
     """Median of several, on the slowest rank (t)."""
     latency_seconds: float
-    """Seconds for one element."""
+    """Seconds for one element of each rank."""
 
     @property
     def algorithm_bytes_per_s(self) -> float:
-        return algorithm_bandwidth(self.nbytes, self.seconds)
+        """Returns S / t: the input of each rank over the time of the collective."""
+        return self.nbytes / self.seconds
 
     @property
     def bus_bytes_per_s(self) -> float:
-        return bus_bandwidth(self.kind, self.ranks, self.nbytes, self.seconds)
+        """Returns what a rank sends in a ring over the time: S/t times 2 (n - 1) / n, or (n - 1) / n to reduce-scatter.
+
+        It can be compared with the speed of the wire, and between numbers of ranks.
+        """
+        return self.algorithm_bytes_per_s * (2 if self.kind == "all_reduce" else 1) * (self.ranks - 1) / self.ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ class Report:
     size: int
     timeout: float
     meets_at: str = ""
-    """Where the ranks meet, ``address:port`` of the store; "" for one process."""
+    """The place where the ranks meet, ``address:port`` of the store; "" for one process."""
     ranks: list[Facts] = field(default_factory=list)
     """Facts of the ranks that came."""
     reach: list[Reach] = field(default_factory=list)
@@ -180,16 +185,3 @@ class Report:
 
     def host_of(self, rank: int) -> str:
         return next((host for host, ranks in self.hosts.items() if any(f.rank == rank for f in ranks)), "?")
-
-
-def algorithm_bandwidth(nbytes: int, seconds: float) -> float:
-    """S / t in bytes/s: the input of each rank over the time of the collective."""
-    return nbytes / seconds
-
-
-def bus_bandwidth(kind: str, ranks: int, nbytes: int, seconds: float) -> float:
-    """What each rank sends in a ring over the time: S / t times 2 (n - 1) / n for all_reduce, (n - 1) / n otherwise.
-
-    It can be compared with the speed of the wire, and between numbers of ranks.
-    """
-    return algorithm_bandwidth(nbytes, seconds) * (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks

@@ -16,6 +16,7 @@ from grass_dist.doctor.network import CONNECTS_WITHIN, reason, shown
 from grass_dist.errors import GrassError
 from grass_dist.job.interfaces import find_interfaces
 from grass_dist.job.launchers import ProcessPlace
+from grass_dist.job.world import first_line
 
 GRACE = 10.0
 """Seconds by which the others wait longer than rank 0, which waits for the last of them."""
@@ -54,7 +55,7 @@ class Meeting:
         except RuntimeError as error:
             what = "rank 0 cannot listen on" if self._keeps else "no store of torch's answers at"
             raise GrassError(
-                f"{what} {place.address}:{place.port} ({_first_line(error)}); set MASTER_ADDR to rank 0's host and "
+                f"{what} {place.address}:{place.port} ({first_line(error)}); set MASTER_ADDR to rank 0's host and "
                 "MASTER_PORT to a port that is free there."
             ) from None
         # The agent's store outlives a restart of the ranks.
@@ -113,7 +114,7 @@ class Meeting:
             return self._store.get(key)
         except RuntimeError as error:
             raise GrassError(
-                f"rank 0 did not answer within {seconds:g} s ({_first_line(error)}); look at its output."
+                f"rank 0 did not answer within {seconds:g} s ({first_line(error)}); look at its output."
             ) from None
 
 
@@ -140,7 +141,3 @@ def _wait_for_port(place: ProcessPlace, timeout: float) -> None:
         f"{where} does not answer: {reason(last, CONNECTS_WITHIN)}, tried for {timeout:g} s; {fix}. "
         f"This host has {shown(find_interfaces())}."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]

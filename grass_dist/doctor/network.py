@@ -31,7 +31,7 @@ class Chosen:
     problem: str = ""
     """Sentence on what is wrong with the interface that was asked for."""
     name_problem: str = ""
-    """What is wrong with the address of the host name, without a full stop."""
+    """The problem of the address of the host name, without a full stop."""
 
 
 def choose_address(
@@ -108,7 +108,7 @@ def address_of_route(host: str) -> str:
     return "127.0.0.1"
 
 
-class Listener:
+class TokenServer:
     """Answers every byte with ``token`` and the time, from threads of its own, until the process ends.
 
     Raises:

@@ -27,28 +27,23 @@ from dataclasses import asdict
 from typing import Any
 
 from grass_dist.doctor.facts import Collective, Copies, Facts, Report
-from grass_dist.doctor.words import Finding
+from grass_dist.doctor.findings import Finding
 
 VERSION = 1
 
 
-def as_json(report: Report, findings: Sequence[Finding]) -> dict[str, Any]:
+def report_json(report: Report, findings: Sequence[Finding]) -> dict[str, Any]:
     """Returns the object that the module describes, with values that JSON can hold."""
     return {
         "version": VERSION,
         "size": report.size,
-        "ranks": [_rank(report, facts) for facts in report.ranks],
-        "hosts": [_host(report, host, ranks) for host, ranks in report.hosts.items()],
+        "ranks": [rank_entry(report, facts) for facts in report.ranks],
+        "hosts": [host_entry(report, host, ranks) for host, ranks in report.hosts.items()],
         "all_reduce": _collective(report, "all_reduce", "all"),
         "reduce_scatter": _collective(report, "reduce_scatter", "all"),
         "links": [{**asdict(link), "bytes_per_s": link.bytes_per_s} for link in report.links],
-        "unreachable": [
-            {"rank": one.rank, "to": one.to, "problem": one.problem} for one in report.reach if one.problem
-        ],
-        "findings": [
-            {"kind": one.kind, "where": one.where, "sentence": one.sentence, "is_error": one.is_error}
-            for one in findings
-        ],
+        "unreachable": [_picked(one, "rank", "to", "problem") for one in report.reach if one.problem],
+        "findings": [_picked(one, "kind", "where", "sentence", "is_error") for one in findings],
     }
 
 
@@ -78,22 +73,16 @@ def pinnable_bytes(ranks: Sequence[Facts], copies: Sequence[Copies]) -> int | No
     return min(*free, may_lock)
 
 
-def _rank(report: Report, facts: Facts) -> dict[str, Any]:
+def rank_entry(report: Report, facts: Facts) -> dict[str, Any]:
+    """Returns the entry of one rank in ``ranks``."""
     copies = next((one for one in report.copies if one.rank == facts.rank), None)
+    own = ("rank", "device", "device_bytes", "cores", "omp_threads", "interface", "address", "versions")
     return {
-        "rank": facts.rank,
+        **_picked(facts, *own, "memlock_bytes"),
+        "store_bound": list(facts.store_bound),
         "local_rank": facts.seat.local_rank,
         "host": report.host_of(facts.rank),
-        "device": facts.device,
-        "device_bytes": facts.device_bytes,
-        "cores": facts.cores,
-        "omp_threads": facts.omp_threads,
-        "interface": facts.interface,
-        "address": facts.address,
-        "store_bound": list(facts.store_bound),
-        "versions": facts.versions,
         "clock_offset_seconds": clock_offset(report, facts.rank),
-        "memlock_bytes": facts.memlock_bytes,
         "h2d_bytes_per_s": copies and copies.h2d_alone,
         "d2h_bytes_per_s": copies and copies.d2h_alone,
         "h2d_together_bytes_per_s": copies and copies.h2d_together,
@@ -102,7 +91,8 @@ def _rank(report: Report, facts: Facts) -> dict[str, Any]:
     }
 
 
-def _host(report: Report, host: str, ranks: Sequence[Facts]) -> dict[str, Any]:
+def host_entry(report: Report, host: str, ranks: Sequence[Facts]) -> dict[str, Any]:
+    """Returns the entry of one host, and of its ``ranks``, in ``hosts``."""
     disk = next((one for one in report.disks if one.host == host and not one.problem), None)
     # The ranks of a single host are all ranks.
     over = "all" if len(ranks) == report.size else host
@@ -126,11 +116,9 @@ def _collective(report: Report, kind: str, over: str) -> dict[str, Any] | None:
     found: Collective | None = next((c for c in report.collectives if (c.kind, c.over) == (kind, over)), None)
     if found is None:
         return None
-    return {
-        "ranks": found.ranks,
-        "nbytes": found.nbytes,
-        "seconds": found.seconds,
-        "latency_seconds": found.latency_seconds,
-        "algorithm_bytes_per_s": found.algorithm_bytes_per_s,
-        "bus_bytes_per_s": found.bus_bytes_per_s,
-    }
+    names = ("ranks", "nbytes", "seconds", "latency_seconds", "algorithm_bytes_per_s", "bus_bytes_per_s")
+    return _picked(found, *names)
+
+
+def _picked(value: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from grass_dist.doctor.facts import Report
+from grass_dist.doctor.findings import Finding, by_value, listed
 from grass_dist.doctor.network import ALL
-from grass_dist.doctor.schema import clock_offset, pinnable_bytes
-from grass_dist.doctor.words import Finding, by_value, duration, listed, size, speed
+from grass_dist.doctor.schema import host_entry, rank_entry
+from grass_dist.terminal import console, duration, size, speed, table
 
 LINKS_SHOWN = 16
 """Number of links that are shown, the slowest ones."""
@@ -18,81 +19,55 @@ LINKS_SHOWN = 16
 
 def show(report: Report, findings: Sequence[Finding]) -> None:
     """Prints all of it on stdout."""
-    from rich.console import Console
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    out = console(160)
     tables = [_ranks(report), _hosts(report)] if report.ranks else []
-    for table in [*tables, *_speeds(report)]:
-        console.print(table)
+    for made in [*tables, *_speeds(report)]:
+        out.print(made)
     for line in [*_store(report), *_versions(report), *_formulas(report), *_verdict(findings)]:
-        console.print(line, markup=False, soft_wrap=True)
+        out.print(line, markup=False, soft_wrap=True)
     sys.stdout.flush()
 
 
 def _ranks(report: Report) -> Any:
-    copies = {one.rank: one for one in report.copies}
     gpu = any(facts.on_gpu for facts in report.ranks)
     into, out = ("H2D, pinned", "D2H, pinned") if gpu else ("copies (no GPU)", "")
     rows = []
     for facts in report.ranks:
-        offset = clock_offset(report, facts.rank) if report.size > 1 else None
-        one = copies.get(facts.rank)
+        entry = rank_entry(report, facts)
         device = facts.device + (f", {size(facts.device_bytes)}" if facts.device_bytes else "")
-        where = f"{facts.address} ({facts.interface or '?'}, by {facts.chosen_by})" if report.size > 1 else None
-        rows.append(
-            [
-                facts.rank,
-                report.host_of(facts.rank),
-                facts.seat.local_rank,
-                device,
-                f"{facts.cores}/{facts.omp_threads}",
-                where,
-                None if offset is None else duration(offset),
-                one and _both(one.h2d_alone, one.h2d_together),
-                one and gpu and _both(one.d2h_alone, one.d2h_together),
-            ]
-        )
+        cells = [facts.rank, entry["host"], facts.seat.local_rank, device, f"{facts.cores}/{facts.omp_threads}"]
+        where = offset = None
+        if report.size > 1:
+            where = f"{facts.address} ({facts.interface or '?'}, by {facts.chosen_by})"
+            offset = _written(duration, entry["clock_offset_seconds"])
+        rows.append([*cells, where, offset, _copied(entry, "h2d"), gpu and _copied(entry, "d2h")])
     columns = ("rank", "host", "local", "device", "cores/threads", "address", "clock", into, out)
-    return _table("Ranks; copies alone → while all ranks of the host copy", columns, rows)
+    return table("Ranks; copies alone → while all ranks of the host copy", columns, rows)
 
 
-def _both(alone: float, together: float) -> str:
-    return speed(alone) if alone == together else f"{speed(alone)} → {speed(together)}"
+def _copied(entry: Mapping[str, Any], way: str) -> str | None:
+    alone, together = (_written(speed, entry[f"{way}{when}_bytes_per_s"]) for when in ("", "_together"))
+    return alone if alone == together else f"{alone} → {together}"
+
+
+def _written(write: Callable[[float], str], value: float | None) -> str | None:
+    return None if value is None else write(value)
 
 
 def _hosts(report: Report) -> Any:
-    disks = {one.host: one for one in report.disks if not one.problem}
-    rows = []
+    rows, folders = [], set[str]()
     for host, ranks in report.hosts.items():
-        free = [facts.available_bytes for facts in ranks if facts.available_bytes is not None]
+        entry = host_entry(report, host, ranks)
         limits = [facts.memlock_bytes for facts in ranks if facts.memlock_bytes is not None]
-        pinnable, disk = pinnable_bytes(ranks, report.copies), disks.get(host)
-        rows.append(
-            [
-                host,
-                len(ranks),
-                ranks[0].host_cores,
-                size(min(free)) if free else None,
-                None if pinnable is None else size(pinnable),
-                size(min(limits)) if limits else "no limit",
-                disk and speed(disk.write),
-                disk and speed(disk.read),
-                disk and size(disk.free_bytes),
-            ]
-        )
-    where = f"; the disk is that of {next(iter(disks.values())).folder}" if disks else ""
-    columns = (
-        "host",
-        "ranks",
-        "cores",
-        "memory free",
-        "can be pinned",
-        "memlock",
-        "write + fsync",
-        "read",
-        "disk free",
-    )
-    return _table(f"Hosts{where}", columns, rows)
+        memory = [_written(size, entry[name]) for name in ("available_bytes", "pinnable_bytes")]
+        disk = [_written(speed, entry[f"disk_{way}_bytes_per_s"]) for way in ("write", "read")]
+        limit = size(min(limits)) if limits else "no limit"
+        rows.append([host, len(ranks), entry["cores"], *memory, limit, *disk, _written(size, entry["disk_free_bytes"])])
+        folders |= {entry["folder"]} - {None}
+    where = f"; the disk is that of {min(folders)}" if folders else ""
+    memory = ("memory free", "can be pinned", "memlock")
+    columns = ("host", "ranks", "cores", *memory, "write + fsync", "read", "disk free")
+    return table(f"Hosts{where}", columns, rows)
 
 
 def _speeds(report: Report) -> Iterable[Any]:
@@ -111,7 +86,7 @@ def _speeds(report: Report) -> Iterable[Any]:
             for one in report.collectives
         ]
         columns = ("collective", "over", "ranks", "S", "t", "algorithm bandwidth", "bus bandwidth", "latency")
-        yield _table("Collectives", columns, rows)
+        yield table("Collectives", columns, rows)
     if report.links:
         slowest = sorted(report.links, key=lambda link: link.bytes_per_s)[:LINKS_SHOWN]
         kept = [link for link in report.links if link in slowest]
@@ -122,7 +97,7 @@ def _speeds(report: Report) -> Iterable[Any]:
         more = f", the slowest {len(kept)} of {len(report.links)}" if len(kept) < len(report.links) else ""
         median = speed(statistics.median(link.bytes_per_s for link in report.links))
         title = f"Links between first ranks{more}; the median is {median}"
-        yield _table(title, ("from", "to", "message", "bandwidth", "latency"), rows)
+        yield table(title, ("from", "to", "message", "bandwidth", "latency"), rows)
 
 
 def _store(report: Report) -> Iterable[str]:
@@ -161,18 +136,3 @@ def _verdict(findings: Sequence[Finding]) -> Iterable[str]:
         yield f"  {'error' if finding.is_error else 'warning'}: {finding.sentence}"
     if any(finding.stops for finding in findings):
         yield "Nothing was measured: the collectives would hang or fail."
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Any:
-    """Makes a table without the columns that are empty in all rows."""
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = [["" if cell is None or cell is False else str(cell) for cell in row] for row in rows]
-    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-    table = Table(title=Text(title), title_justify="left")
-    for i in used:
-        table.add_column(columns[i], overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(row[i]) for i in used))
-    return table

@@ -13,11 +13,14 @@ from grass_dist.finetune.hub import loading_options
 
 
 @torch.no_grad()
-def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
+def greedy_answer(
+    model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int, device: torch.device | None = None
+) -> str:
     """Returns the model's greedy continuation of ``prompt_ids``, up to its end-of-sequence token.
 
-    It ends where the model has no more positions. It is a sentence in parentheses where the prompt fills them all, or
-    where the model's generation_config.json holds something that cannot be used.
+    The model is on ``device`` meanwhile, and in host memory afterwards; None leaves it where it is. The answer ends
+    where the model has no more positions. It is a sentence in parentheses where the prompt fills them all, or where
+    the model's generation_config.json holds something that cannot be used.
     """
     positions = learnt_positions(model)
     if positions is not None:
@@ -25,8 +28,10 @@ def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_n
     if max_new_tokens < 1:
         return f"(the prompt has {len(prompt_ids)} tokens, and the model {positions} positions)"
     training = model.training
-    ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
     try:
+        if device is not None:
+            model.to(device)
+        ids = torch.tensor([prompt_ids], device=next(model.parameters()).device)
         out: Any = model.eval().generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
@@ -40,6 +45,8 @@ def greedy_answer(model: nn.Module, tokenizer: Any, prompt_ids: list[int], max_n
         return f"(no answer: {shorten(' '.join(str(error).split()), 200)})"
     finally:
         model.train(training)
+        if device is not None:
+            model.to("cpu")
     return tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True).strip()
 
 
@@ -59,5 +66,4 @@ def answer_from_folder(
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **loading_options(folder)
     )
-    model = model.to(device)
-    return greedy_answer(model, tokenizer, prompt_ids, max_new_tokens)
+    return greedy_answer(model.to(device), tokenizer, prompt_ids, max_new_tokens)

@@ -93,10 +93,9 @@ def checkpoint_to_resume(
         parent = Path(config.output_dir) / config.name / folders.CHECKPOINTS
         found = newest_good(parent, ranks, say)
         if found is None and world.together(lambda: bool(folders.checkpoints_in(parent)) if world.is_main else False):
-            error = "would begin at step 0 and throw them away; look at them, or set overwrite=true without --resume"
-            raise CheckpointError(
-                f"None of the checkpoints in {parent} is good, and --resume auto {error}."
-            ).everywhere()
+            fix = "would begin at step 0 and throw them away; look at them, or set overwrite=true without --resume"
+            said = f"None of the checkpoints in {parent} is good, and --resume auto {fix}."
+            raise CheckpointError(said).everywhere()
         return found
     path = Path(resume)
     if not (path / folders.CHECKPOINTS).is_dir():
@@ -126,6 +125,8 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
         old, new = before.get(name), now.get(name)
         if old == new or (name.startswith(_FREE) and name not in _SAID):
             continue
+        if name == "grass.always_active" and _without_others(old) == _without_others(new):
+            continue  # an older release had no such role; loading compares it where there is something in it
         if name.startswith(_FIXED) and name not in _SAID:
             fix = f"set it to {_shown(old)}, or begin a new run from the exported model"
             raise ConfigError(name, new, f"the run that it goes on with has {_shown(old)}", fix)
@@ -140,8 +141,12 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
     return changed
 
 
+def _without_others(roles: Any) -> Any:
+    return [role for role in roles if role != "others"] if isinstance(roles, list) else roles
+
+
 def was_rewritten(checkpoint: Checkpoint, written: str) -> bool:
-    """Whether the files of a stream were written to after the save, by the results of `written_at` then and now."""
+    """Says whether the files of a stream were written to after the save, by `written_at` then and now."""
     before = checkpoint.state.run.get("data_written")
     return bool(before) and before != written
 
@@ -155,7 +160,7 @@ def _shown(value: Any) -> str:
 
 
 def _is_flat(settings: Mapping[str, Any], depth: int = 6) -> bool:
-    """Whether these can be settings of a configuration. Long names in deep levels would fill the memory."""
+    """Says whether these can be settings of a configuration. Long names in deep levels would fill the memory."""
     below = [value for value in settings.values() if isinstance(value, dict)]
     named = len(settings) <= 1000 and all(len(name) <= 100 and name.isprintable() for name in settings)
     return named and (not below or (depth > 0 and all(_is_flat(value, depth - 1) for value in below)))
@@ -236,7 +241,7 @@ class Checkpoints:
         )
 
     def due(self, step: int) -> bool:
-        """Whether the run is saved at the end of ``step``; at the end of the last step it always is."""
+        """Says whether the run is saved at the end of ``step``; at the end of the last step it always is."""
         every = self._settings.every if self._settings else 0
         return self._settings is not None and (step == self._last_step or bool(every and step % every == 0))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -58,8 +57,52 @@ class CheckpointConfig(StrictModel):
     under that backend, else `dcp`."""
 
 
+OptimizerName = Literal["adamw", "adamw-8bit", "lion", "lion-8bit", "adafactor", "muon", "sgd"]
+
+_TAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(["adamw", "adamw-8bit"], ("betas", "eps")),
+    **dict.fromkeys(["lion", "lion-8bit"], ("betas",)),
+    "adafactor": (),
+    "muon": ("betas", "eps", "momentum", "nesterov", "ns_steps"),
+    "sgd": ("momentum", "nesterov"),
+}
+"""Settings that an optimizer takes beside the learning rate and the weight decay."""
+
+OF_BLOCKS = ("adamw-8bit", "lion-8bit", "adafactor")
+"""Optimizers with states of other shapes than the parameters', which checkpoints cannot hold."""
+
+
+class OptimizerConfig(StrictModel):
+    """Which optimizer. ``optimizer: lion`` is short for ``optimizer: {name: lion}``."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    name: OptimizerName = "adamw"
+    """`adamw-8bit`, `lion` and `lion-8bit` are those of bitsandbytes. `muon` updates the matrices of the layers by Muon
+    and everything else by AdamW, with one learning rate. `adafactor` and `sgd` are those of torch. deepspeed: `adamw`
+    only. fsdp2: not `adafactor`. `adafactor` and the 8-bit ones: with `train.checkpoint: null` only, since their states
+    have other shapes than the parameters."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """muon, sgd: momentum. null: 0.95 for muon, 0 for sgd."""
+    nesterov: bool | None = None
+    """muon, sgd: Nesterov's momentum. null: true for muon, false for sgd."""
+    ns_steps: int | None = Field(default=None, ge=1, lt=100)
+    """muon: steps of the Newton-Schulz iteration. null: 5."""
+
+    @model_validator(mode="after")
+    def _fields_are_of_the_optimizer(self) -> OptimizerConfig:
+        for field in ("momentum", "nesterov", "ns_steps"):
+            if (value := getattr(self, field)) is not None and field not in _TAKES[self.name]:
+                raise ConfigError(field, value, f"optimizer {self.name} does not take it", "leave it out")
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise ConfigError("nesterov", True, "sgd needs a momentum for it", "set momentum, or leave it out")
+        return self
+
+
 class TrainConfig(StrictModel):
     """How it is trained."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     max_steps: int = Field(ge=1)
     """Optimizer steps, those of the probe included. At least one must follow the probe."""
@@ -67,8 +110,10 @@ class TrainConfig(StrictModel):
     """Sequences of a step, over all ranks and micro-batches: a multiple of ranks × `micro_batch_size`."""
     micro_batch_size: int = Field(default=1, ge=1)
     """Sequences that a rank takes at a time. The steps of gradient accumulation follow from the number of ranks."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Which optimizer trains. `optimizer: lion` is short for `optimizer: {name: lion}`."""
     learning_rate: float = Field(default=1e-5, gt=0)
-    """Learning rate of AdamW after the warm-up."""
+    """Learning rate after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Schedule of the learning rate after the warm-up, down to `min_learning_rate_ratio`."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -76,9 +121,9 @@ class TrainConfig(StrictModel):
     min_learning_rate_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where `cosine` and `linear` end, as a share of `learning_rate`."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of AdamW on parameters of two or more dimensions, so not on norms and biases."""
+    """Weight decay on parameters of two or more dimensions, so not on norms and biases."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Betas of AdamW, from 0 to below 1."""
+    """Betas of AdamW or Lion, from 0 to below 1."""
     eps: float = Field(default=1e-8, gt=0)
     """Epsilon of AdamW."""
     clip_grad_norm: float | None = Field(default=1.0, gt=0)
@@ -96,12 +141,10 @@ class TrainConfig(StrictModel):
     checkpoint: CheckpointConfig | None = CheckpointConfig()
     """When the run is saved. null: never."""
 
-    @field_validator("learning_rate", "weight_decay", "eps", "clip_grad_norm", "min_learning_rate_ratio")
+    @field_validator("optimizer", mode="before", json_schema_input_type=OptimizerName | OptimizerConfig)
     @classmethod
-    def _finite(cls, value: float | None) -> float | None:
-        if value is not None and not math.isfinite(value):
-            raise ValueError("must be finite")
-        return value
+    def _name_of_an_optimizer(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -118,11 +161,18 @@ class TrainConfig(StrictModel):
     @model_validator(mode="after")
     def _steps_fit_together(self) -> TrainConfig:
         if self.global_batch_size % self.micro_batch_size:
+            problem = f"it is no multiple of micro_batch_size={self.micro_batch_size}"
+            raise ConfigError("global_batch_size", self.global_batch_size, problem, "change one of them")
+        for field in ("betas", "eps"):
+            value, name = getattr(self, field), self.optimizer.name
+            if field not in _TAKES[name] and value != type(self).model_fields[field].default:
+                raise ConfigError(field, value, f"optimizer {name} does not take it", "leave it out")
+        if self.optimizer.name in OF_BLOCKS and self.checkpoint is not None:
+            problem = (
+                "its states have other shapes than the parameters, so they cannot be saved for any number of ranks"
+            )
             raise ConfigError(
-                "global_batch_size",
-                self.global_batch_size,
-                f"it is no multiple of micro_batch_size={self.micro_batch_size}",
-                "change one of them",
+                "optimizer.name", self.optimizer.name, problem, "set train.checkpoint to null, or use adamw"
             )
         return self
 
@@ -154,14 +204,10 @@ class ParallelConfig(StrictModel):
     working directory."""
 
     @model_validator(mode="after")
-    def _replicas_are_of_shards(self) -> ParallelConfig:
+    def _fields_are_of_the_backend(self) -> ParallelConfig:
         if self.mesh != MeshConfig() and self.backend != "fsdp2":
             shown = self.mesh.model_dump(exclude_none=True)
             raise ConfigError("mesh", shown, f"backend={self.backend} does not use it", "leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _a_json_is_for_deepspeed(self) -> ParallelConfig:
         if self.backend == "deepspeed" and self.config is None:
             fix = "give the path of a DeepSpeed JSON, e.g. configs/zero2_grass.json"
             raise ConfigError("config", None, "backend=deepspeed needs one", fix)
@@ -205,38 +251,34 @@ class RunConfig(StrictModel):
         return {"backend": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _format_is_of_the_backend(self) -> RunConfig:
-        checkpoint = self.train.checkpoint
+    def _sections_fit_together(self) -> RunConfig:
+        checkpoint, clip = self.train.checkpoint, self.train.clip_grad_norm
         if checkpoint and checkpoint.format == "deepspeed" and self.parallel.backend != "deepspeed":
             problem = f"parallel.backend={self.parallel.backend} does not write DeepSpeed's files"
             raise ConfigError("train.checkpoint.format", "deepspeed", problem, "use dcp, or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _updates_can_be_early(self) -> RunConfig:
-        clip = self.train.clip_grad_norm
+        if self.parallel.backend == "fsdp2" and self.train.optimizer.name == "adafactor":
+            problem = "torch's Adafactor does not update shards of parameters"
+            raise ConfigError("train.optimizer.name", "adafactor", problem, "use parallel: ddp, or adamw")
+        if self.parallel.backend == "deepspeed" and self.train.optimizer.name != "adamw":
+            problem = "DeepSpeed updates flat partitions, and this program gives it adamw alone"
+            fix = "use adamw, or parallel: fsdp2"
+            raise ConfigError("train.optimizer.name", self.train.optimizer.name, problem, fix)
         if self.grass.offload.update_in_backward and clip is not None:
             problem = f"train.clip_grad_norm={clip} needs the norm of all gradients before any update"
             raise ConfigError("grass.offload.update_in_backward", True, problem, "set one of them to false or null")
+        self._check_steps()
         return self
 
-    @model_validator(mode="after")
-    def _something_trains(self) -> RunConfig:
+    def _check_steps(self) -> None:
+        """Checks that something is trained after the probe and the warm-up."""
         grass, steps = self.grass, self.train.max_steps
         try:
             sampler = make_sampler(grass, max((grass.active_layers, *(i + 1 for i in grass.fixed_layers))))
         except ConfigError as error:
             raise error.under("grass") from None
         if (probing := probe_steps(grass, sampler)) >= steps:
-            fix = "use more steps or a smaller grass.probe_steps"
-            raise ConfigError(
-                "train.max_steps", steps, f"the probe takes {probing} steps and nothing would be trained", fix
-            )
-        if self.train.warmup_steps >= steps - probing:
-            raise ConfigError(
-                "train.warmup_steps",
-                self.train.warmup_steps,
-                f"only {steps - probing} steps update, so the learning rate would never be reached",
-                "use fewer",
-            )
-        return self
+            problem = f"the probe takes {probing} steps and nothing would be trained"
+            raise ConfigError("train.max_steps", steps, problem, "use more steps or a smaller grass.probe_steps")
+        if (warmup := self.train.warmup_steps) >= steps - probing:
+            problem = f"only {steps - probing} steps update, so the learning rate would never be reached"
+            raise ConfigError("train.warmup_steps", warmup, problem, "use fewer")

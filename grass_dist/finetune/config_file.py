@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,9 @@ import yaml
 from grass_dist.errors import ConfigError
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.deepspeed_config import find_file, merge_grass, read_ds_config
-from grass_dist.regular_files import open_regular
+from grass_dist.yaml_files import LARGEST, parse_yaml, read_yaml
 
-LARGEST = 2**17
-"""Characters of a configuration file, and bytes of its JSON, at most: to read so much takes some seconds."""
-
-_DEEPEST, _LONGEST_NUMBER, _MOST_LAYERS = 20, 40, 10**5
+_DEEPEST, _MOST_LAYERS = 20, 10**5
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -37,40 +32,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
-    data = _parsed(_text_of(path), "--config", str(path), "correct it there")
+    data = read_yaml(path, "--config")
     if not isinstance(data, dict):
         raise ConfigError("--config", str(path), "it holds no settings", "see configs/ for examples")
     for key in [key for key in data if "." in key]:
-        if _is_set(data, key):
-            problem = f"the file sets it twice, as {key} and within a section"
-            raise ConfigError(key, data[key], problem, "keep one of them")
-        _put(data, key, data.pop(key))
+        _put(data, key, data.pop(key), once=True)
     for override in overrides:
         _override(data, override)
     settings = _with_json(data, path.parent)
     _check_names(settings)
     _check_layers(settings.get("grass"))
     return RunConfig(**settings)
-
-
-def _parsed(text: str, field: str, value: str, fix: str) -> Any:
-    """What YAML means, its keys as text."""
-    try:
-        return _with_text_keys(yaml.load(text, _Loader))
-    except RecursionError:
-        raise ConfigError(field, value, "it is nested too deeply", fix) from None
-    except _Ambiguous as error:
-        raise ConfigError(field, value, str(error), error.fix) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(field, value, f"it is not YAML: {error}", fix) from None
-    except (AttributeError, LookupError, OverflowError, TypeError):  # of PyYAML's constructors, after a tag like !!int
-        raise ConfigError(field, value, "it is not YAML: a value is not of the type of its tag", fix) from None
-
-
-def _with_text_keys(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_with_text_keys(entry) for entry in value]
-    return {str(key): _with_text_keys(entry) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def _check_names(settings: dict[str, Any], above: str = "") -> None:
@@ -85,7 +57,7 @@ def _check_names(settings: dict[str, Any], above: str = "") -> None:
 
 
 def _unwritable(text: str) -> str:
-    """Why a text can be neither a file's name nor written, or nothing."""
+    """Says why a text can be neither a file's name nor written, or nothing."""
     if "\0" in text:
         return "it has a NUL character"
     try:
@@ -136,92 +108,15 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _text_of(path: Path) -> str:
-    try:
-        with open_regular(path, follow=True) as file:
-            content = file.read(4 * LARGEST + 1)
-        text = content.decode("utf-8", errors="replace" if len(content) > 4 * LARGEST else "strict")
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise ConfigError(
-                "--config", str(path), "it is not a file", "give a file that all ranks can read"
-            ) from None
-        problem = f"it cannot be read ({error.strerror})"
-        raise ConfigError("--config", str(path), problem, "give an existing file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError("--config", str(path), f"it is not YAML: {error}", "write it in UTF-8") from None
-    if len(text) > LARGEST:
-        raise ConfigError(
-            "--config", str(path), f"it is longer than {LARGEST} characters", "give a file of settings, not of data"
-        )
-    return text
-
-
-class _Ambiguous(yaml.YAMLError):
-    """What two readers of YAML would read differently."""
-
-    def __init__(self, problem: str, fix: str) -> None:
-        super().__init__(problem)
-        self.fix = fix
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose 1e-5 is a number (YAML 1.2), where PyYAML's 1.1 wants 1.0e-5; without aliases and without traps.
-
-    A few lines of aliases can stand for a structure that fills any memory. Of a name that stands twice PyYAML takes the
-    last value without a word, 010 is 8 for YAML 1.1 and 10 for 1.2, and 1:30 is 90 for 1.1 and a text for 1.2.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it uses an alias (*name), which a configuration may not")
-        return super().compose_node(parent, index)
-
-    def compose_scalar_node(self, anchor: Any) -> Any:
-        node = super().compose_scalar_node(anchor)
-        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
-            raise yaml.YAMLError(f"it has a number of {len(node.value)} characters")
-        if node.tag in _NUMBERS and _OLD_NUMBER.fullmatch(node.value):
-            problem = f"line {node.start_mark.line + 1} has the number {node.value}, which not all read alike"
-            raise _Ambiguous(problem, "write it as a decimal number, or quote it if it is a text")
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for name, line in ((str(key.value), key.start_mark.line + 1) for key, _ in node.value):
-            if name in lines:
-                raise _Ambiguous(f"it sets {name} twice, in lines {lines[name]} and {line}", "keep one of them")
-            lines[name] = line
-        return node
-
-
-_OLD_NUMBER = re.compile(r"[-+]?0[0-9_]+|[-+]?0b[01_]+|.*:.*")
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError("override", override, "it is not of the form section.field=value", "write it like that")
-    _put(data, key, _parsed(text, key, text, "quote it") if text else None)
+    _put(data, key, parse_yaml(text, key, text, "quote it") if text else None)
 
 
-def _is_set(data: dict[str, Any], key: str) -> bool:
-    """Whether a dotted name has a value in the sections of ``data``."""
-    at: Any = data
-    for part in key.split("."):
-        if not isinstance(at, dict) or part not in at:
-            return False
-        at = at[part]
-    return True
-
-
-def _put(data: dict[str, Any], key: str, value: Any) -> None:
-    """Sets ``value`` at a dotted name."""
+def _put(data: dict[str, Any], key: str, value: Any, *, once: bool = False) -> None:
+    """Sets ``value`` at a dotted name; if ``once``, nothing may be there."""
     *path, last = key.split(".")
     if len(path) > _DEEPEST:
         raise ConfigError(key, value, f"no setting has {len(path)} dots", "write it as it stands in configs/")
@@ -236,6 +131,9 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(key, value, f"{part} is {below!r} in the file, not a section", f"override {part} itself")
         at[part] = below
         at = below
+    if once and last in at:
+        problem = f"the file sets it twice, as {key} and within a section"
+        raise ConfigError(key, value, problem, "keep one of them")
     at[last] = value
 
 

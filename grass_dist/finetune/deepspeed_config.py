@@ -7,16 +7,14 @@ neither wins without a word.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
+from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
-
-if TYPE_CHECKING:
-    from grass_dist.config import GrassConfig
-    from grass_dist.finetune.config import TrainConfig
+from grass_dist.finetune.config import TrainConfig
 
 FIELD = "parallel.config"
 _EQUAL = 'write "auto" there, or make the two equal'
@@ -33,9 +31,8 @@ def find_file(name: str, beside: Path) -> Path:
     for file in (beside / name, Path(name)):
         if file.is_file():
             return file.absolute()
-    raise ConfigError(
-        FIELD, name, f"there is no such file in {beside.absolute()} or here", "give the path of a DeepSpeed JSON"
-    )
+    problem = f"there is no such file in {beside.absolute()} or here"
+    raise ConfigError(FIELD, name, problem, "give the path of a DeepSpeed JSON")
 
 
 def read_ds_config(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -116,7 +113,7 @@ def fill(
 
 
 def check(filled: Mapping[str, Any]) -> ZeroSetup:
-    """What `grass_dist.initialize` will make of ``filled``.
+    """Returns what `grass_dist.initialize` will make of ``filled``.
 
     Raises:
         ConfigError: an option that GRASS cannot run with.
@@ -173,13 +170,6 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what Hugging Face's Trainer would still fill in: there DeepSpeed's own defaults hold."""
-
-    def kept() -> Iterator[tuple[str, Any]]:
-        for key, value in section.items():
-            if isinstance(value, Mapping):
-                yield key, _without_auto(value)
-            elif not (isinstance(value, str) and value == "auto"):
-                yield key, value
-
-    return dict(kept())
+    """Drops what Hugging Face's Trainer would still fill in: there DeepSpeed's own defaults hold."""
+    kept = {key: value for key, value in section.items() if not (isinstance(value, str) and value == "auto")}
+    return {key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in kept.items()}

@@ -84,7 +84,7 @@ def check_fit(config: RunConfig, model: nn.Module, tokenizer: Any, data: Data) -
     vocabulary = vocabulary_of(config.model.name, model, tokenizer)
     padding = padding_of(vocabulary)
     if isinstance(data.train, Stream):
-        data.train.vocabulary = vocabulary
+        data.train.check = vocabulary.check
         vocabulary.check(data.first)
     else:
         vocabulary.check_all(data.train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -39,12 +40,13 @@ def model_identity(model: nn.Module) -> dict[str, str]:
     Call it before the model is wrapped. The weights of a model that ZeRO-3 has loaded in shards are not read.
     """
     parameters = list(model.named_parameters())
+    whole = [p for _, p in parameters if not hasattr(p, "ds_id") and not p.is_meta]
     described = "\n".join(f"{name} {_shape(p)} {p.dtype}" for name, p in parameters)
     return {
-        "number of parameters": str(sum(_numel(p) for _, p in parameters)),
+        "number of parameters": str(sum(math.prod(_shape(p)) for _, p in parameters)),
         "names, shapes and dtypes of the parameters": _hash([described.encode()]),
         "configuration of the model": _hash([_settings(model).encode()]),
-        "weights of the model (a sample)": _hash(_sample(p) for _, p in parameters if _is_whole(p)),
+        "weights of the model (a sample)": _hash(map(_sample, whole)),
     }
 
 
@@ -70,14 +72,6 @@ def _version(package: str) -> str:
 
 def _shape(parameter: nn.Parameter) -> list[int]:
     return list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty vector in the parameter
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def _is_whole(parameter: nn.Parameter) -> bool:
-    return not hasattr(parameter, "ds_id") and not parameter.is_meta
 
 
 def _sample(parameter: nn.Parameter) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from grass_dist.finetune import setup
 from grass_dist.finetune.checkpoints import Checkpoints, Position, check_bad_steps
 from grass_dist.finetune.config import RunConfig
-from grass_dist.finetune.data.batches import Example, make_batches
+from grass_dist.finetune.data.batches import Example, MicroBatches
 from grass_dist.finetune.data.loading import Data
-from grass_dist.finetune.metrics import MetricsLog, StepCosts, timed
+from grass_dist.finetune.metrics import MetricsLog
 from grass_dist.finetune.parallel import Run
 from grass_dist.finetune.progress import Reporter
 from grass_dist.finetune.steps import StepResult, evaluate, train_step
 from grass_dist.job.signals import LeaveSignals
 from grass_dist.job.world import World
+from grass_dist.record.costs import StepCosts
 
 
 @dataclass
@@ -89,35 +91,23 @@ class Loop:
             micro_batches = self.world.together(lambda: next(batches)) if streaming else next(batches)
         grass = self.run.grass
         phase, active, rate = grass.phase, grass.active_layers, scheduler.get_last_lr()[0]
-        with timed() as seconds:
-            result = train_step(
-                self.run,
-                micro_batches,
-                self.pad_token_id,
-                self.world,
-                step,
-                lambda: [self.checkpoints.flag(), *self.signals.flags()],
-            )
-            if phase == "train" and result.applied:
-                scheduler.step()
-        self.reporter.step(step, phase, result.loss, seconds())
+        began = time.perf_counter()
+
+        def flags() -> list[float]:
+            return [self.checkpoints.flag(), *self.signals.flags()]
+
+        result = train_step(self.run, micro_batches, self.pad_token_id, self.world, step, flags)
+        if phase == "train" and result.applied:
+            scheduler.step()
+        seconds = time.perf_counter() - began
+        self.reporter.step(step, phase, result.loss, seconds)
         if result.bad:
             self.reporter.bad_step(step, result.loss, result.grad_norm)
         spent = costs.of_step()
         if self.log:
-            self.log.write(
-                "step",
-                step,
-                phase=phase,
-                loss=result.loss,
-                lr=rate if phase == "train" else 0.0,
-                grad_norm=result.grad_norm,
-                applied=result.applied,
-                seconds=seconds(),
-                tokens=result.tokens,
-                active_layers=active,
-                **spent,
-            )
+            did = {"phase": phase, "active_layers": active, "lr": rate if phase == "train" else 0.0, "seconds": seconds}
+            gave = {name: getattr(result, name) for name in ("loss", "grad_norm", "applied", "tokens")}
+            self.log.write("step", step, **did, **gave, **spent)
         saved, *asked = result.flags
         self.checkpoints.poll(saved)
         return result, self.signals.agreed(asked)
@@ -127,24 +117,16 @@ class Loop:
         return self.signals.agreed(self.world.sum(*self.signals.flags()))
 
     def _evaluate(self, step: int) -> int | None:
-        """
-        Returns:
-            The signal that came meanwhile and has ended it.
-        """
+        """Evaluates if it is time to; returns the signal that came meanwhile and has ended it."""
         settings = self.config.train
         last = step == settings.max_steps
         if not len(self.data.held_out):
             return None
         if step == 0 or last or (settings.eval_every and step % settings.eval_every == 0):
             with self.world.during(f"the evaluation after step {step}"):
-                loss = evaluate(
-                    self.run.model,
-                    self.data.held_out,
-                    settings.micro_batch_size,
-                    self.pad_token_id,
-                    self.world,
-                    lambda: self._asked() is not None,
-                )
+                micro, leaves = settings.micro_batch_size, lambda: self._asked() is not None
+                held_out, pad = self.data.held_out, self.pad_token_id
+                loss = evaluate(self.run.model, held_out, micro, pad, self.world, leaves)
                 if loss is None:
                     return self._asked()
             self.reporter.held_out(step, loss)
@@ -165,15 +147,6 @@ class Loop:
         return torch.optim.lr_scheduler.LambdaLR(self.run.optimizer, factor, last_epoch=start.updates - 1)
 
     def _batches(self, start_step: int) -> Iterator[list[list[Example]]]:
-        settings = self.config.train
-        return iter(
-            make_batches(
-                self.data.train,
-                seed=settings.seed,
-                global_batch_size=settings.global_batch_size,
-                micro_batch_size=settings.micro_batch_size,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                start_step=start_step,
-            )
-        )
+        sizes = self.config.train.model_dump(include={"seed", "global_batch_size", "micro_batch_size"})
+        ranks = {"rank": self.world.rank, "world_size": self.world.size}
+        return iter(MicroBatches(self.data.train, **sizes, **ranks, start_step=start_step))

@@ -63,7 +63,7 @@ from grass_dist.method.schedule import too_short_for
 from grass_dist.model.discovery import find_layers
 
 RESUME = "the run can go on with --resume auto"
-"""What a sentence about a lost rank ends with."""
+"""End of a sentence about a lost rank."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +93,12 @@ def train(path: Path, overrides: Sequence[str] = (), resume: str | None = None) 
 
 def _join(path: Path, overrides: Sequence[str], resume: str | None, signals: LeaveSignals) -> int:
     """Joins the other ranks for one fine-tune; the exit code. However it ends, it says why and waits for nobody."""
-    config, problem = read_config(path, list(overrides))
     try:
-        world = World.join(datetime.timedelta(seconds=config.train.timeout_seconds if config else 60))
+        timeout = load_config(path, overrides).train.timeout_seconds
+    except ConfigError:  # ranks join first, and fail together
+        timeout = 60
+    try:
+        world = World.join(datetime.timedelta(seconds=timeout))
     except GrassError as error:
         record_for_launcher(str(error))
         if not error.on_every_rank or os.environ.get("RANK") == "0":
@@ -112,7 +115,7 @@ def _join(path: Path, overrides: Sequence[str], resume: str | None, signals: Lea
     signals.meet(world.peers)
     code = 1
     try:
-        config = world.together(lambda: config or _raise(problem))
+        config = world.together(lambda: load_config(path, overrides))
         same = {"--resume": resume, **versions(deepspeed=config.parallel.backend == "deepspeed")}
         world.together(lambda: None, **flat_settings(config), **same)
         asked = finetune(config, world, output, resume, signals, guard)
@@ -149,14 +152,6 @@ def choose_parallelism(config: RunConfig, world: World) -> Parallelism:
     return Torch(config, world)
 
 
-def read_config(path: Path, overrides: list[str]) -> tuple[RunConfig | None, ConfigError | None]:
-    """The configuration or what is wrong with it: ranks join first, and fail together."""
-    try:
-        return load_config(path, overrides), None
-    except ConfigError as problem:
-        return None, problem
-
-
 def finetune(
     config: RunConfig, world: World, output: Output, resume: str | None, signals: LeaveSignals, guard: Guard
 ) -> int | None:
@@ -180,10 +175,8 @@ def finetune(
         world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
         start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
         layers = find_layers(model, config.grass.layers)
-        about = {
-            **describe_run(config, world, parallel.name, layers, data, model),
-            "example": shown(data.first, tokenizer),
-        }
+        about = describe_run(config, world, parallel.name, layers, data, model)
+        about["example"] = shown(data.first, tokenizer)
         record, answer = record_of(checkpoint) if checkpoint else (0, None)
         if checkpoint is None:
             answer = world.together(partial(_answer_before, config, parallel, model, data, tokenizer, world))
@@ -232,15 +225,19 @@ def _train(
     """All steps after ``start``, then the model, then the report; the signal by which it left before that."""
     config, world, run, reporter, log = loop.config, loop.world, loop.run, loop.reporter, loop.log
     began = time.perf_counter()
+
+    def leave(asked: int, why: str, then: str = "") -> int:
+        left = f"leaving because of {signal.Signals(asked).name}{why}"
+        reporter.say(left + then)
+        record_for_launcher(left)
+        return asked
+
     with reporter:
         asked = loop.train(start)
         for sentence in loop.data.train.told() if isinstance(loop.data.train, Stream) else ():
             reporter.say(sentence)
         if asked is not None:
-            left = f"leaving because of {signal.Signals(asked).name}; --resume auto goes on"
-            reporter.say(left)
-            record_for_launcher(left)
-            return asked
+            return leave(asked, "; --resume auto goes on")
     seconds = time.perf_counter() - began
     if untrained := too_short_for(
         [run.grass.numbers[i] for i in run.grass.never_trained], len(run.grass.layers), config.grass.sampler
@@ -254,14 +251,11 @@ def _train(
     with world.during("the end of the training"):
         asked = loop.signals.agreed(world.sum(*loop.signals.flags()))
     if asked is not None:
-        left = f"leaving because of {signal.Signals(asked).name}: the run has ended"
-        reporter.say(f"{left}, and grass-dist report {folder} makes its report")
-        record_for_launcher(left)
-        return asked
+        return leave(asked, ": the run has ended", f", and grass-dist report {folder} makes its report")
     run.close()  # its memory is free for the model that answers
     if log:
         with guard.around("the answer of the model and the report", f"grass-dist report {folder} makes the report"):
-            _conclude(config, world, tokenizer, answer, reporter, log)
+            _conclude(loop, log, tokenizer, answer)
     return None
 
 
@@ -303,17 +297,11 @@ def _answer_before(
         return {**question, "text": "(the whole model does not fit on one device)"}
 
 
-def _conclude(
-    config: RunConfig,
-    world: World,
-    tokenizer: Any,
-    before: dict[str, Any] | None,
-    reporter: Reporter,
-    log: MetricsLog,
-) -> None:
+def _conclude(loop: Loop, log: MetricsLog, tokenizer: Any, before: dict[str, Any] | None) -> None:
     """Writes the answer of the saved model, and the report; called on the main rank."""
     from grass_dist.report import build_report
 
+    config, reporter = loop.config, loop.reporter
     if config.save_model and before:
         try:
             text = answer_from_folder(
@@ -321,7 +309,7 @@ def _conclude(
                 tokenizer,
                 render_prompt(tokenizer, before["prompt"], config.data.chat_template),
                 config.answer_tokens,
-                world.device,
+                loop.world.device,
                 trust_remote_code=config.model.trust_remote_code,
             )
         except torch.cuda.OutOfMemoryError:
@@ -330,10 +318,6 @@ def _conclude(
         reporter.say(f"\nquestion: {before['prompt']}\n\nbefore: {before['text']}\n\nafter: {text}\n")
     log.close()
     reporter.say(f"report: {build_report(log.folder)}")
-
-
-def _raise(problem: ConfigError | None) -> RunConfig:
-    raise problem or ConfigError("--config", None, "it was not read", "give a file")
 
 
 def _load_data(config: RunConfig, tokenizer: Any) -> Data:

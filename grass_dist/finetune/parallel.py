@@ -28,7 +28,7 @@ class Stepped:
     norm: float | None
     """The norm of the gradients, before clipping; None in the probe and without clipping."""
     applied: bool
-    """Whether the step counts. It does not if a loss or gradient was not finite in training. Equal on all ranks."""
+    """True if the step counts. It does not if a loss or gradient was not finite in training. Equal on all ranks."""
 
 
 class Run(Protocol):

@@ -30,7 +30,7 @@ class Reporter:
         )
         self._max_steps, self._num_layers = max_steps, num_layers
         self._held_out: float | None = None
-        self._marks = "█·" if _can_show(self._console.encoding, "█·") else "#."
+        self._marks = "#." if self._console.options.ascii_only else "█·"
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -99,11 +99,3 @@ class Reporter:
 
     def _guarded(self) -> AbstractContextManager[None]:
         return self._guard.around("the display", "the run goes on, and not all is shown")
-
-
-def _can_show(encoding: str, text: str) -> bool:
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

@@ -8,9 +8,9 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.finetune.checkpoints import resume_run
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.run_deepspeed import DeepSpeed
+from grass_dist.job.launchers import ProcessPlace, free_port
 from grass_dist.job.world import World
 from grass_dist.model.discovery import find_layers
 from grass_dist.model.foreign import build, plain_config, read_settings
@@ -62,20 +63,17 @@ def to_deepspeed(
         GrassError: the source is damaged or was not saved by a fine-tune, its model cannot be made, or the ranks cannot
             be run.
     """
+    task = _Conversion(source.resolve(), out, ranks, ds_config.resolve(), model, trust_remote_code)
     checkpoint = open_checkpoint(source)
-    _settings_of(checkpoint, str(ds_config.resolve()), ranks, model, trust_remote_code)
+    _settings_of(checkpoint, task)
     if model is None:
         _own_config(checkpoint)
     made = out / folders.CHECKPOINTS / source.name
     if made.exists():
         raise CheckpointError(f"{made} exists already; give another folder.")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("spawn")
-    problems = context.Queue()
-    arguments = (ranks, port, str(source.resolve()), str(out), str(ds_config.resolve()), model, trust_remote_code)
-    processes = [context.Process(target=_rank, args=(rank, *arguments, problems)) for rank in range(ranks)]
+    problems, port = context.Queue(), free_port()
+    processes = [context.Process(target=_rank, args=(rank, port, task, problems)) for rank in range(ranks)]
     with _offline() if model is None else nullcontext():
         for process in processes:
             process.start()
@@ -87,35 +85,34 @@ def to_deepspeed(
     return made
 
 
-def _rank(
-    rank: int,
-    size: int,
-    port: int,
-    source: str,
-    out: str,
-    ds_config: str,
-    model: str | None,
-    trust_remote_code: bool,
-    problems: Any,
-) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+@dataclass(frozen=True, slots=True)
+class _Conversion:
+    """The arguments of `to_deepspeed`, for its processes."""
+
+    source: Path
+    out: Path
+    ranks: int
+    ds_config: Path
+    model: str | None
+    trust_remote_code: bool
+
+
+def _rank(rank: int, port: int, task: _Conversion, problems: Any) -> None:
+    place = ProcessPlace("grass-dist convert", rank, rank, task.ranks, "127.0.0.1", port)
+    os.environ.update(place.variables(), CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     try:
-        world = World.join(datetime.timedelta(minutes=10))
-        _save(world, Path(source), Path(out), ds_config, model, trust_remote_code)
+        _save(World.join(datetime.timedelta(minutes=10)), task)
     except GrassError as error:
         if rank == 0 or not error.on_every_rank:
             problems.put(str(error))
 
 
-def _save(
-    world: World, source: Path, out: Path, ds_config: str, model_name: str | None, trust_remote_code: bool
-) -> None:
+def _save(world: World, task: _Conversion) -> None:
     ranks = Ranks(world.patient)
-    checkpoint = open_checkpoint(source, ranks)
-    config = world.together(lambda: _settings_of(checkpoint, ds_config, world.size, model_name, trust_remote_code))
+    checkpoint = open_checkpoint(task.source, ranks)
+    config = world.together(lambda: _settings_of(checkpoint, task))
     parallel = world.together(lambda: DeepSpeed(config, world))
-    if model_name is None:
+    if task.model is None:
         own = world.together(lambda: _own_config(checkpoint))
 
         def make(config: RunConfig, device: torch.device) -> nn.Module:
@@ -128,13 +125,13 @@ def _save(
     resume_run(checkpoint, run, config.train.seed, world)
 
     def add_files(writing: Path) -> None:
-        if (source / files.MODEL).is_dir():
-            shutil.copytree(source / files.MODEL, writing / files.MODEL)
+        if (task.source / files.MODEL).is_dir():
+            shutil.copytree(task.source / files.MODEL, writing / files.MODEL)
 
     stored = _stored_config(checkpoint) | {"parallel": config.parallel.model_dump(mode="json")}
     extra = {**checkpoint.state.run, "config": stored}
     snapshot = world.together(lambda: DeepSpeedSnapshot.take(run.holdings(), checkpoint.step, extra))
-    write_snapshot(out / folders.CHECKPOINTS, snapshot, ranks, keep=10**9, add_files=add_files)
+    write_snapshot(task.out / folders.CHECKPOINTS, snapshot, ranks, keep=10**9, add_files=add_files)
     run.close()
     world.leave()
 
@@ -147,10 +144,8 @@ def _stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return stored
 
 
-def _settings_of(
-    checkpoint: Checkpoint, ds_config: str, size: int, model: str | None, trust_remote_code: bool
-) -> RunConfig:
-    """The method and batches of the checkpoint, under DeepSpeed on ``size`` ranks, in the dtype of its weights.
+def _settings_of(checkpoint: Checkpoint, task: _Conversion) -> RunConfig:
+    """The method and batches of the checkpoint, under DeepSpeed on the ranks of the task, in the dtype of its weights.
 
     Model, data and folders are not taken from the checkpoint's configuration, which anybody may have written.
     """
@@ -159,21 +154,21 @@ def _settings_of(
     whole, micro = train.get("global_batch_size"), train.get("micro_batch_size")
     if not isinstance(whole, int) or not isinstance(micro, int) or whole < 1 or micro < 1:
         raise CheckpointError(f"{checkpoint.folder / files.STATE} is damaged: it does not say how large a batch is.")
-    if whole % (size * micro):  # nothing is trained; any that fits will do
-        train |= {"micro_batch_size": 1 if whole % size == 0 else micro}
+    if whole % (task.ranks * micro):  # nothing is trained; any that fits will do
+        train |= {"micro_batch_size": 1 if whole % task.ranks == 0 else micro}
     low = any(entry.dtype == "bfloat16" for entry in checkpoint.manifest.weights.values())
     return RunConfig(
         **{
             "model": {
-                "name": model or str(checkpoint.folder / files.MODEL),
+                "name": task.model or str(checkpoint.folder / files.MODEL),
                 "dtype": "bfloat16" if low else "float32",
                 "attention": ATTENTION,
-                "trust_remote_code": trust_remote_code,
+                "trust_remote_code": task.trust_remote_code,
             },
             "data": {"name": "none", "text": "text"},
             "train": train,
             "grass": {key: value for key, value in stored["grass"].items() if key != "offload"},
-            "parallel": {"backend": "deepspeed", "config": ds_config},
+            "parallel": {"backend": "deepspeed", "config": str(task.ds_config)},
         }
     )
 
@@ -203,13 +198,10 @@ def _own_config(checkpoint: Checkpoint) -> Any:
 def _offline() -> Iterator[None]:
     """Inside the block, processes are started that do not connect to the Hub."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-    before = {name: os.environ.get(name) for name in names}
+    before = dict(os.environ)
     os.environ.update(dict.fromkeys(names, "1"))
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)

@@ -52,10 +52,10 @@ class DeepSpeed:
             raise GrassError("parallel.backend='deepspeed' needs DeepSpeed: pip install 'grass-dist[deepspeed]'.")
         check_ranks(config, world)
         self._config, self._world = config, world
-        self._accumulation = accumulation_steps(config, world)
         dtype = str(weight_dtype(config.model, world.device)).removeprefix("torch.")
         ds_config = read_ds_config(config.parallel.config)
-        self.ds_config = fill(ds_config, config.train, config.grass, accumulation=self._accumulation, dtype=dtype)
+        steps = accumulation_steps(config, world)
+        self.ds_config = fill(ds_config, config.train, config.grass, accumulation=steps, dtype=dtype)
         self._setup = check(self.ds_config)
         stage = max(self._setup.stage, 1)
         self.name, self._shards_weights = f"DeepSpeed ZeRO-{stage}", stage == 3
@@ -82,10 +82,7 @@ class DeepSpeed:
                 dtype=weight_dtype(settings, device),
                 trust_remote_code=settings.trust_remote_code,
             )
-        try:
-            return greedy_answer(model.to(device), tokenizer, prompt_ids, tokens)
-        finally:
-            model.to("cpu")
+        return greedy_answer(model, tokenizer, prompt_ids, tokens, device)
 
     def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> DeepSpeedRun:
         from grass_dist.deepspeed import initialize
@@ -96,8 +93,7 @@ class DeepSpeed:
         with contextlib.ExitStack() as keep:
             keep.enter_context(self._zero3())
             engine, *_ = initialize(model=model, optimizer=optimizer, config=self.ds_config, observers=observers)
-            clip, known = train.clip_grad_norm, keep.pop_all()
-        return DeepSpeedRun(engine, optimizer, self._accumulation, clip, self._world, known)
+            return DeepSpeedRun(engine, optimizer, self._config, self._world, keep.pop_all())
 
     def _join(self) -> None:
         """Has DeepSpeed take over the process group, which zero.Init needs before a model is made."""
@@ -108,9 +104,8 @@ class DeepSpeed:
         deepspeed.utils.logger.setLevel(logging.WARNING)  # it tells its whole set-up on every rank
         warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of names that DeepSpeed calls
         if (name := accelerator().device_name()) != self._world.device.type:
-            raise ConfigError(
-                "DS_ACCELERATOR", name, f"torch trains on {self._world.device.type} here", "unset the variable"
-            )
+            problem = f"torch trains on {self._world.device.type} here"
+            raise ConfigError("DS_ACCELERATOR", name, problem, "unset the variable")
         spare_the_compiler({})
         deepspeed.init_distributed(dist_backend=accelerator().communication_backend_name())
 
@@ -131,16 +126,11 @@ class DeepSpeedRun:
     """The `Run` of an engine that `grass_dist.initialize` made."""
 
     def __init__(
-        self,
-        engine: Any,
-        optimizer: torch.optim.Optimizer,
-        accumulation: int,
-        clip: float | None,
-        world: World,
-        keep: contextlib.ExitStack,
+        self, engine: Any, optimizer: torch.optim.Optimizer, config: RunConfig, world: World, keep: contextlib.ExitStack
     ) -> None:
         self.model, self.optimizer, self.grass = engine, optimizer, engine.grass
-        self._accumulation, self._clip, self._world, self._keep = accumulation, clip, world, keep
+        self._accumulation, self._clip = accumulation_steps(config, world), config.train.clip_grad_norm
+        self._world, self._keep = world, keep
 
     def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
@@ -160,11 +150,11 @@ class DeepSpeedRun:
 
     @property
     def state_bytes(self) -> int:
-        return self.model.optimizer.states.device_bytes
+        return self.model.optimizer.state_bytes
 
     @property
     def host_state_bytes(self) -> int:
-        return self.model.optimizer.states.host_bytes
+        return self.model.optimizer.host_state_bytes
 
     def save(self, tokenizer: Any, folder: Path) -> None:
         module = self.model.module

@@ -31,8 +31,7 @@ _OF_A_RUN = (
     *(folders.CHECKPOINTS, MODEL, f".{MODEL}.writing", f".{MODEL}.replaced"),
     *("plots", "tensorboard", "logs", "run.json", "report.html", RECORD),
 )
-"""What a run that is replaced leaves to the new one, in the order in which it goes: the record says to the last that
-there was a run."""
+"""The parts of a run that is replaced, in the order in which they go: the record says longest that there was one."""
 
 
 class RunFolder:
@@ -58,7 +57,7 @@ class RunFolder:
         self._lock.release()
 
     def goes_on(self, checkpoint: Checkpoint | None) -> bool:
-        """Whether the run is that of the checkpoint; else it begins, maybe from another run's."""
+        """Says whether the run is that of the checkpoint; else it begins, maybe from another run's."""
         if checkpoint is None:
             return False
         return checkpoint.folder.resolve().parent == (self.path / folders.CHECKPOINTS).resolve()
@@ -145,7 +144,8 @@ class _Lock:
         self._made = False
 
     def take(self, patience: float = 0.0) -> None:
-        """
+        """Takes the file for this process, and writes into it who that is.
+
         Args:
             patience: seconds for which a process of another host is waited for, which may be gone with its host.
 
@@ -202,7 +202,7 @@ def _has_model(folder: Path) -> bool:
 
 
 def _why_kept(folder: Path) -> str | None:
-    """What a run has that a new start must not replace; None if it was stopped before there was anything."""
+    """Says what a run has that a new start must not replace; None if it was stopped before there was anything."""
     if _has_model(folder):
         return f"has ended (its model is in {folder / MODEL})"
     why = None

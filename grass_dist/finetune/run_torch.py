@@ -21,8 +21,9 @@ from grass_dist.events import Observer
 from grass_dist.finetune.answers import greedy_answer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.export import gather_torch, save_pretrained
+from grass_dist.finetune.optimizers import optimizer_of
 from grass_dist.finetune.parallel import Batch, Stepped
-from grass_dist.finetune.setup import accumulation_steps, adamw_settings, check_ranks, load_model, parameter_groups
+from grass_dist.finetune.setup import accumulation_steps, check_ranks, load_model, parameter_groups
 from grass_dist.job.world import World
 from grass_dist.model.discovery import LayerMap
 from grass_dist.model.loss import summed_loss
@@ -41,17 +42,13 @@ class Torch:
         return load_model(self._config, self._world.device)
 
     def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
-        try:
-            return greedy_answer(model.to(self._world.device), tokenizer, prompt_ids, self._config.answer_tokens)
-        finally:
-            model.to("cpu")
+        return greedy_answer(model, tokenizer, prompt_ids, self._config.answer_tokens, self._world.device)
 
     def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> TorchRun:
         model = wrap(model, self._config, self._world, layers)
         optimizer = GrassOptimizer(
             model,
-            torch.optim.AdamW,
-            adamw_settings(self._config.train),
+            *optimizer_of(self._config.train),
             config=_early_updates(self._config),
             params=parameter_groups(model, self._config.train.weight_decay),
             gradient_accumulation_steps=accumulation_steps(self._config, self._world),
@@ -88,7 +85,7 @@ class TorchRun:
         return Stepped(total, norm, applied)
 
     def _is_finite(self, total: torch.Tensor, norm: float | None) -> bool:
-        """Whether the step may update, judged by the norm of all gradients or, without it, by the loss of all ranks."""
+        """Says whether the step may update, by the norm of all gradients or, without it, by the loss of all ranks."""
         if norm is not None:
             return math.isfinite(norm)
         if self.grass.config.offload.update_in_backward:
@@ -133,7 +130,7 @@ def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) ->
     if backend == "ddp":
         model = model.to(world.device)
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
-    shard(model, layers.stack, shard_mesh(world.device.type, world.size, replicate))
+    shard(model, [unit.name for unit in layers.layers], shard_mesh(world.device.type, world.size, replicate))
     return model
 
 

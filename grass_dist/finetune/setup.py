@@ -19,6 +19,7 @@ from grass_dist.finetune.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.finetune.data.batches import check_divides
 from grass_dist.finetune.hub import hub_problem, loading_options
 from grass_dist.job.world import World
+from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import find_layers
 from grass_dist.model.foreign import too_deep
 from grass_dist.model.packaged import resolve_model
@@ -88,6 +89,7 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     try:
         layers = find_layers(model, config.grass.layers)
         check_num_layers(config.grass, len(layers.layers))
+        always_active_roles(model, layers, config.grass)
     except ConfigError as error:
         raise error.under("grass") from None
     model.config.use_cache = False
@@ -105,14 +107,12 @@ def check_ranks(config: RunConfig, world: World) -> None:
     """
     parallel, train = config.parallel, config.train
     if parallel.backend == "single" and world.size > 1:
-        raise ConfigError(
-            "parallel.backend", "single", f"{world.size} ranks were started", "use fsdp2 or ddp, or start one process"
-        )
+        fix = "use fsdp2 or ddp, or start one process"
+        raise ConfigError("parallel.backend", "single", f"{world.size} ranks were started", fix)
     mesh = parallel.mesh
     if world.size % mesh.replicate:
-        raise ConfigError(
-            "parallel.mesh.replicate", mesh.replicate, f"it does not divide the {world.size} ranks", "use a divisor"
-        )
+        problem = f"it does not divide the {world.size} ranks"
+        raise ConfigError("parallel.mesh.replicate", mesh.replicate, problem, "use a divisor")
     if mesh.shard not in (None, world.size // mesh.replicate):
         problem = f"with replicate={mesh.replicate} it makes {mesh.replicate * mesh.shard} ranks, not {world.size}"
         raise ConfigError("parallel.mesh.shard", mesh.shard, problem, "leave it out, or start as many ranks")

@@ -19,7 +19,7 @@ from grass_dist.model.loss import IGNORED, summed_loss
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step on the global batch gave."""
+    """Holds the result of a step on the global batch."""
 
     loss: float
     """Mean loss over all target tokens."""
@@ -28,7 +28,7 @@ class StepResult:
     tokens: int
     """Number of target tokens."""
     applied: bool
-    """Whether anything was updated: nothing is where a loss or gradient is not finite."""
+    """True if anything was updated: nothing is where a loss or gradient is not finite."""
     flags: list[float]
     """Sums over the ranks of the flags that each gave."""
 

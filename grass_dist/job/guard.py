@@ -14,22 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from grass_dist.errors import shorten
+from grass_dist.record.once import Once
 
 READER_SECONDS = 1.0
 """Seconds that are waited for a terminal which takes nothing for the moment."""
 
 
-class Guard:
-    """Stands around writers and displays: what one of them raises is told once, in its name, and dropped.
-
-    Args:
-        tell: takes a sentence; by default it goes to stderr as a warning.
-    """
-
-    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
-        self._tell = tell or _warn
-        self._told: set[str] = set()
+class Guard(Once):
+    """Stands around writers and displays of a program of our own, whose threads it may watch too."""
 
     @contextlib.contextmanager
     def around(self, what: str, then: str) -> Iterator[None]:
@@ -50,14 +42,6 @@ class Guard:
         finally:
             _OWNERS.update(dict.fromkeys(set(threading.enumerate()) - block.before, block))
             _BLOCKS.remove(block)
-
-    def note(self, what: str, then: str, error: BaseException) -> None:
-        """Tells an error if it is the first of ``what``."""
-        if what not in self._told:
-            self._told.add(what)
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            reason = " ".join(reason.split()).rstrip(".") or type(error).__name__
-            self._tell(f"{what}: {shorten(reason, 200)}; {then}.")
 
 
 def steady_streams() -> None:
@@ -152,7 +136,3 @@ def _number_of(stream: TextIO) -> int | None:
         return stream.fileno()
     except (OSError, ValueError):
         return None
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -186,9 +186,8 @@ def _by_variables(environ: Mapping[str, str]) -> ProcessPlace | None:
     if size > 1 and not (address and port):
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise GrassError(f"RANK={rank} is set without {missing}; set it to rank 0's, the same for all processes.")
-    return ProcessPlace(
-        launcher, rank, local, size, address, _number(environ, "MASTER_PORT", launcher) if port else None
-    )
+    number = _number(environ, "MASTER_PORT", launcher) if port else None
+    return ProcessPlace(launcher, rank, local, size, address, number)
 
 
 _MPI = {
@@ -201,12 +200,10 @@ def _by_mpi(environ: Mapping[str, str]) -> ProcessPlace | None:
     for launcher, (rank, size, local) in _MPI.items():
         if rank in environ and size in environ:
             number = _number(environ, local, launcher) if local in environ else 0
-            where = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-            port = _number(environ, "MASTER_PORT", launcher) if all(where) else None
-            address = where[0] if all(where) else None
-            return ProcessPlace(
-                launcher, _number(environ, rank, launcher), number, _number(environ, size, launcher), address, port
-            )
+            place = ProcessPlace(launcher, _number(environ, rank, launcher), number, _number(environ, size, launcher))
+            if not (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT")):
+                return place
+            return replace(place, address=environ["MASTER_ADDR"], port=_number(environ, "MASTER_PORT", launcher))
     return None
 
 

@@ -10,12 +10,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
 from grass_dist.errors import GrassError
-from grass_dist.job.blame import Answer, Roll, blame, sentence
 
 LOOKS_EVERY = 1.0
 """Seconds between two looks into the store for a roll that a rank has called."""
@@ -32,6 +31,27 @@ _CALLER = "caller"
 _DURING = "during "
 _OF_GLOO = re.compile(r"gloo/|Timed out waiting \d+ms|Connection (closed|reset) by peer|Broken pipe")
 _TIMED_OUT = re.compile(r"(?:Timed out waiting|timeout after|ran for) (\d+) ?m(?:illi)?s")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Holds what a rank says when the roll is called."""
+
+    doing: str
+    failed: bool
+    """True if it has an error of its own; otherwise the roll has found it in the middle of its work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """The ranks that were still there after an error."""
+
+    caller: int
+    """The rank whose error came first."""
+    answers: dict[int, Answer]
+    """Answer of each rank; a rank that is missing did not answer in time."""
+    waited: float = 0.0
+    """Seconds for which no rank had heard of those that are missing."""
 
 
 class Peers:
@@ -65,7 +85,7 @@ class Peers:
     ) -> None:
         self.rank, self.hosts, self.keeper = rank, tuple(hosts), keeper
         self.doing = ""
-        """What the main thread does, see `during`."""
+        """The work of the main thread, see `during`."""
         self._keeps, self._launched = keeps, launched
         self._answers_within, self._lost_after = answers_within, lost_after
         self._store_heard = self._next_heard = self._beaten = time.monotonic()
@@ -147,7 +167,7 @@ class Peers:
 
     @property
     def tells(self) -> bool:
-        """Whether this rank is to tell a person of a lost one: the first that noticed, else some on each host.
+        """Says whether this rank is to tell a person of a lost one: the first that noticed, else some on each host.
 
         Rank 0 also tells it where the first is on another host, which may have another terminal.
         """
@@ -218,8 +238,8 @@ class Peers:
             return  # all are there, but one has failed, and the main thread will hear of it
         doing = self.doing or "a wait for the others"
         waited = time.monotonic() - self._store_heard if self._roll is None else self._roll.waited
-        blamed = blame(self, self._roll, doing, timed_out=False)
-        end(sentence(doing, f"waited {waited:.0f} s in vain", blamed or "", then))
+        blamed = _blame(self, self._roll, doing, timed_out=False)
+        end(_sentence(doing, f"waited {waited:.0f} s in vain", blamed or "", then))
 
     def _hold_roll(self, line: dist.Store, number: int) -> bool:
         """Calls roll ``number``, or answers it. All ranks come to one outcome: that of the first that knows it.
@@ -244,14 +264,14 @@ class Peers:
         answers = {rank: Answer(**json.loads(line.get(f"{number}/answer/{rank}"))) for rank in present}
         line.set(f"{number}/read/{self.rank}", "1")
         if len(present) == len(ranks) and not any(answer.failed for answer in answers.values()):
-            self._begin_anew()
+            self._begin_again()
             return False
         self._roll = Roll(caller, answers, silence + time.monotonic() - began)
         if self._keeps:
             self._wait_for(line, f"{number}/read", present, LINGERS)
         return True
 
-    def _begin_anew(self) -> None:
+    def _begin_again(self) -> None:
         self._store_heard = time.monotonic()
         self._wake.clear()
         self._all_here.set()
@@ -288,12 +308,51 @@ def lost_peer(peers: Peers, error: BaseException, then: str = "") -> GrassError 
     waited = _TIMED_OUT.search(text)
     roll = peers.call_roll(doing)
     happened = f"did not end within {int(waited[1]) / 1000:g} s" if waited else "failed"
-    blamed = blame(peers, roll, doing, timed_out=waited is not None)
-    return sentence(doing, happened, blamed or f"all ranks are there, and the error was: {text[:200]}", then)
+    blamed = _blame(peers, roll, doing, timed_out=waited is not None)
+    return _sentence(doing, happened, blamed or f"all ranks are there, and the error was: {text[:200]}", then)
+
+
+def _blame(peers: Peers, roll: Roll | None, doing: str, *, timed_out: bool) -> str | None:
+    """Finds who is to blame, and what for; None if nobody is."""
+    if roll is None:
+        silence = "" if peers.launcher_silence is None else f" (for {peers.launcher_silence:.0f} s)"
+        return f"{peers.keeper}, which keeps the store of all ranks, does not answer{silence}" if peers.keeper else None
+    silent = [rank for rank in range(len(peers.hosts)) if rank not in roll.answers]
+    if peers.rank in silent:
+        return f"{_names(peers, [roll.caller])} called the roll, and this rank answered too late"
+    if silent:
+        return f"{_names(peers, silent)} {'does' if len(silent) == 1 else 'do'} not answer"
+    elsewhere = [rank for rank, answer in roll.answers.items() if not answer.failed and answer.doing != doing]
+    if timed_out and elsewhere:
+        at = roll.answers[elsewhere[0]].doing or "something else"
+        return f"{_names(peers, elsewhere[:1])} was still at {at}"
+    if roll.caller != peers.rank:
+        return f"{_names(peers, [roll.caller])} failed before, in {roll.answers[roll.caller].doing}"
+    return None
+
+
+def _sentence(doing: str, happened: str, cause: str, then: str) -> GrassError:
+    """Writes the error: what was being done, what came of it, who is to blame, and what to do."""
+    look = ""
+    if not cause.startswith("all ranks are there"):
+        look = "Look at their logs" if " do not answer" in cause else "Look at its log"
+    advice = "; ".join(part for part in (look, then) if part)
+    advice = f" {advice[0].upper()}{advice[1:]}." if advice else ""
+    return GrassError(f"{doing[0].upper()}{doing[1:]} {happened}: {cause}.{advice}")
+
+
+def _names(peers: Peers, ranks: list[int]) -> str:
+    """Writes ranks with their hosts, e.g. "rank 1 (on host b)" or "ranks 1 to 3 (on hosts b, c)"."""
+    hosts = list(dict.fromkeys(peers.hosts[rank] for rank in ranks))
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} (on host {hosts[0]})"
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    where = ", ".join(hosts[:8]) + (", …" if len(hosts) > 8 else "")
+    return f"ranks {shown} (on {'host' if len(hosts) == 1 else 'hosts'} {where})"
 
 
 def of_collective(error: BaseException) -> bool:
-    """Whether an error comes from a collective or a store that failed, however it is wrapped."""
+    """Says whether an error comes from a collective or a store that failed, however it is wrapped."""
     return _is_of_collective(_origin(error))
 
 

@@ -96,7 +96,7 @@ class World:
                 ) from error
             raise GrassError(
                 f"rank {rank} and the others did not all join at {place.address}:{place.port} within "
-                f"{timeout.total_seconds():g} s ({_first_line(error)}); start all {size} ranks, on hosts that reach "
+                f"{timeout.total_seconds():g} s ({first_line(error)}); start all {size} ranks, on hosts that reach "
                 "that address."
             ) from error
         peers = _acquaint(rank, [seat.host for seat in seats], line, timeout)
@@ -104,7 +104,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that speaks and writes files."""
+        """Says whether this is the rank that speaks and writes files."""
         return self.rank == 0
 
     def together(self, work: Callable[[], T], **must_agree: Any) -> T:
@@ -148,7 +148,8 @@ class World:
         self.peers.stop()
         dist.destroy_process_group()
 
-    def abandon(self, code: int) -> NoReturn:
+    @staticmethod
+    def abandon(code: int) -> NoReturn:
         """Ends the process at once, without any teardown, which may hang where a peer is lost."""
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # closed, or a pipe that nobody reads
@@ -263,7 +264,7 @@ def _enter(
     """
     dist.init_process_group(backend, timeout=timeout, store=store, rank=place.rank, world_size=place.size)
     groups = _gloo_groups(timeout)
-    seats = _seats(place, device, groups[1])
+    seats = Ranks(groups[1]).gather_objects(own_seat(place.local_rank, device))
     if said := problem_of(seats):
         wrong = GrassError(said)
         wrong.on_every_rank = True
@@ -276,13 +277,6 @@ def _gloo_groups(timeout: datetime.timedelta) -> tuple[dist.ProcessGroup, dist.P
     patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     background = dist.new_group(backend="gloo", timeout=timeout)
     return cast(dist.ProcessGroup, patient), cast(dist.ProcessGroup, background)
-
-
-def _seats(place: ProcessPlace, device: torch.device, group: dist.ProcessGroup) -> list[Seat]:
-    """Gathers the seats of all ranks."""
-    seats: list[Any] = [None] * place.size
-    dist.all_gather_object(seats, own_seat(place.local_rank, device), group=group)
-    return seats
 
 
 def _acquaint(rank: int, hosts: list[str], line: dist.Store, timeout: datetime.timedelta) -> Peers:
@@ -301,5 +295,6 @@ def _acquaint(rank: int, hosts: list[str], line: dist.Store, timeout: datetime.t
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says, cut to 200 characters."""
     return str(error).strip().split("\n")[0][:200]

@@ -13,15 +13,18 @@ import torch
 
 from grass_dist.config import GrassConfig, among_competing
 from grass_dist.errors import GrassError, RanksDisagree, shorten
-from grass_dist.events import Event, Observer, Refreshed, Sampled, Traffic
+from grass_dist.events import Event, Observer, Refreshed, Sampled, Started, Traffic
+from grass_dist.method.changes import ChangeLog
 from grass_dist.method.importance import ImportanceTracker
 from grass_dist.method.interfaces import GradientHooks, LayerStates
 from grass_dist.method.measurement import SquareSums, sum_of_squares
 from grass_dist.method.samplers import draw_layers, make_sampler, probe_steps
 from grass_dist.method.schedule import Phase, Schedule
+from grass_dist.method.spoken import about_layers, about_run
 from grass_dist.method.watch import WAYS_OUT, GradientWatch
 from grass_dist.model.discovery import Unit
-from grass_dist.ranks import say, together
+from grass_dist.model.stacks import bare_name
+from grass_dist.ranks import note, say, tell, together
 
 
 class GrassController:
@@ -35,7 +38,10 @@ class GrassController:
 
     Attributes:
         step: optimizer steps completed, those of the probe included.
-        skipped: steps that were not applied, on all ranks alike, because a loss or gradient was not finite.
+        skipped: steps that were not applied, on all ranks alike: a loss or gradient was not finite, or there was no
+            backward in a step of the probe.
+        started: what the run trains, and what never trains.
+        arrived: whether a backward has given a gradient since the last step ended or began anew.
         layers: those that compete, of which a `Unit.number` is the place in the model's stack.
         active_layers: indices in `layers` of those that train in the next step; all of them in the probe.
     """
@@ -48,10 +54,11 @@ class GrassController:
         backend: GradientHooks,
         states: LayerStates,
         watch: GradientWatch,
+        changes: ChangeLog,
         observers: Iterable[Observer] = (),
     ) -> None:
         self.config, self.layers, self.roles = config, layers, roles
-        self.backend, self.states, self._watch = backend, states, watch
+        self.backend, self.states, self._watch, self._changes = backend, states, watch, changes
         self._drawn_by = among_competing(config, self.numbers)
         self._sampler = make_sampler(self._drawn_by, len(layers))
         probing = probe_steps(config, self._sampler)
@@ -65,16 +72,30 @@ class GrassController:
         self._next: Sampled | None = None
         device = backend.sharding.shard_of(layers[0].params[0][1]).device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
-        backend.attach(layers, roles, self._sums.put, watch.arrived)
+        self.arrived = False
+        self.started: Started | None = None
+        backend.attach(layers, roles, self._sums.put, self._note_arrival)
+
+    def _note_arrival(self, layer: int | None) -> None:
+        self.arrived = True
+        self._watch.arrived(layer)
 
     def start(self) -> None:
         """Begins the probe or, without one, the first round; called once, before any step."""
+        for observer in self._observers:
+            if self.started is not None and callable(tell_start := getattr(observer, "started", None)):
+                tell_start(self.started)
         if self.phase == "probe":
             self._set_trainable()
         else:
             self._refresh_from_weights()
             self._draw()
             self._switch()
+
+    def introduce(self, started: Started) -> None:
+        """Says what this run is; `start`, which comes next, tells it to the observers."""
+        self.started = started
+        tell(self.backend.ranks, about_run(self.config, started, self.schedule.probe_steps))
 
     @property
     def phase(self) -> Phase:
@@ -117,6 +138,40 @@ class GrassController:
         """For each layer, in how many first steps of a probe or round the model left it out on this rank."""
         return dict(sorted(self._watch.unused.items()))
 
+    def changed_since(self, step: int) -> tuple[Unit, ...]:
+        """What differs from the weights as they were after ``step`` completed steps, and maybe more, never less.
+
+        A unit is changed by each step that updates it, by loads (of a state, of a checkpoint, of weights by a module's
+        ``load_state_dict``), by ``train()`` and ``eval()`` of an optimizer without a schedule, and by DeepSpeed's
+        ``safe_set_*``. Steps of the probe and skipped steps change nothing. After a load every unit counts as changed
+        since each step up to the highest one that this process had been at. Ranks do not communicate for it: it is the
+        same on all of them if all have loaded and set the same.
+
+        Not seen are weights that are set in another way (see `note_changed`), those of another optimizer, and buffers.
+
+        Args:
+            step: `step` at an earlier time in this process; 0 is before the first one.
+
+        Returns:
+            Layers in their order, then roles; and after a load a unit of the name "other", with the parameters that
+            the method does not train. ``unit.params`` has names and parameters, with the prefixes of wrappers
+            (``module.`` under DDP); ``unit.number`` is a layer's place in the model's stack. `WeightSync` takes them.
+
+        Raises:
+            ConfigError: ``step`` is negative, or higher than any that this process has been at.
+        """
+        if self.config.offload.update_in_backward and self.arrived and self.phase == "train":
+            self._changes.note(self.layers[layer] for layer in self.active_layers)
+        return self._changes.since(step)
+
+    def note_changed(self, units: Iterable[Unit] | None = None) -> None:
+        """Counts units as changed now, after their weights were set in a way that `changed_since` does not see.
+
+        Args:
+            units: of `layers` and `roles`; everything by default.
+        """
+        self._changes.note(units)
+
     @property
     def bytes_reduced(self) -> int:
         """Gradient bytes that this rank has put into reductions since the start."""
@@ -130,6 +185,7 @@ class GrassController:
     def detach(self) -> None:
         """Takes the method's hooks off the model; nothing else is called after it."""
         self._watch.close()
+        self._changes.close()
         self.backend.detach()
 
     def add_observer(self, observer: Observer) -> None:
@@ -165,12 +221,19 @@ class GrassController:
                 f"are counted in `unused`.{advice}",
             )
 
-    def advance(self) -> None:
-        """Ends an optimizer step: keeps its measurement, then refreshes, draws and switches layers if that is due."""
+    def advance(self, scale: torch.Tensor | None = None) -> None:
+        """Ends an optimizer step: keeps its measurement, then refreshes, draws and switches layers if that is due.
+
+        Args:
+            scale: factor of the losses of the step, an fp64 scalar on the gradients' device; None is a factor of 1.
+        """
+        self.arrived = False
         if self._measuring:
-            self._sums.close_step(self.active_layers)
-        if self.phase == "train":
+            self._sums.close_step(self.active_layers, scale)
+        trains = self.phase == "train"
+        if trains:
             self._trained.update(self.active_layers)
+        self._changes.end_step(self.step + 1, self.trainable_units() if trains else ())
         self.step += 1
         if self.schedule.probe_ends(self.step) or self.schedule.refresh_due(self.step):
             self._refresh()
@@ -182,10 +245,18 @@ class GrassController:
             self.states.expect(self._next.active_layers, self.schedule.steps_to_switch(self.step))
 
     def skip_step(self) -> None:
-        """Ends an optimizer step that was not applied (fp16 overflow, a NaN): nothing moves, what it measured is
-        forgotten."""
+        """Ends an optimizer step that was not applied (fp16 overflow, a NaN): the clock stands still, and what the step
+        has reduced and measured is forgotten. The gradients in ``.grad`` stay; `GrassOptimizer.skip_step` drops them.
+        """
         self.skipped += 1
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the step anew: forgets micro-batches, reductions and measurements since the last step ended."""
+        self.arrived = False
+        self.backend.restart()
         self._sums.discard()
+        self._watch.restart()
 
     @property
     def _measuring(self) -> bool:
@@ -233,6 +304,8 @@ class GrassController:
         self.states.leave(self.active_layers)
         self._set_trainable()
         self.states.enter(self.active_layers)
+        probed, numbers = self.schedule.probe_ends(self.step), [self.numbers[i] for i in self.active_layers]
+        (tell if probed else note)(self.backend.ranks, about_layers(numbers, self.step, event.round, probed))
         self._tell(event)
 
     def _agree_on(self, drawn: int, chosen: tuple[int, ...], problem: Exception | None) -> None:
@@ -275,6 +348,7 @@ class GrassController:
             "active_layers": list(self.active_layers),
             "next": None if self._next is None else dataclasses.asdict(self._next),
             "numbers": list(self.numbers),
+            "names": self._names,
             "tracker": self._tracker.state_dict(),
             "measured": self._sums.state_dict(),
             "skipped": self.skipped,
@@ -294,9 +368,19 @@ class GrassController:
                 f"In the saved state layers {shorten(str(theirs), 80)} compete, and here "
                 f"{shorten(str(list(self.numbers)), 80)}; freeze the same ones, in the same model."
             )
+        if (names := list(state.get("names", ())) or self._names) != self._names:  # an older release has none
+            raise ValueError(
+                f"In the saved state the layers are {shorten(str(names), 80)}, and here "
+                f"{shorten(str(self._names), 80)}; use the same model and the same layers=."
+            )
+
+    @property
+    def _names(self) -> list[str]:
+        return [bare_name(unit.name) for unit in self.layers]
 
     def load_state_dict(self, state: dict) -> None:
         self.step, self.skipped = int(state["step"]), int(state.get("skipped", 0))
+        self._changes.load(self.step)
         self.active_layers = tuple(state["active_layers"])
         self._tracker.load_state_dict(state["tracker"])
         self._sums.load_state_dict(state["measured"])

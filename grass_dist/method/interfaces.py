@@ -32,6 +32,9 @@ class GradientHooks(ABC):
     name: str
     """The way of wrapping, as checkpoints and reports name it."""
     sharding: Sharding
+    measures_alike: bool = False
+    """Whether each rank delivers 1/N of the sum of all, so that the ranks' measurements are equal; else those of its
+    own shards."""
     bytes_reduced: int = 0
     """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
 
@@ -59,6 +62,13 @@ class GradientHooks(ABC):
     @abstractmethod
     def finish_gradients(self) -> None:
         """Makes every gradient of the global batch final, before it is clipped or used."""
+
+    def restart(self) -> None:
+        """Starts the step anew: what was made of gradients since the last one is forgotten, on all ranks alike.
+
+        A forward whose backward has not begun stays valid.
+        """
+        return
 
     def check_before_step(self) -> None:
         """Raises if gradients may have been clipped in part since the backward; called first in a step."""

@@ -9,6 +9,8 @@ import torch
 
 def sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
     """Σ x² in fp64, a 0-dim tensor on the device; the entries are widened one by one, with no fp64 copy."""
+    if tensor.layout != torch.strided:
+        tensor = tensor.coalesce().values()
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
 
 
@@ -34,9 +36,15 @@ class SquareSums:
         """Sets the part of parameter ``slot`` of ``layer`` for the step that is under way."""
         self._scratch[layer, slot] = squares
 
-    def close_step(self, active: tuple[int, ...]) -> None:
-        """Ends a step: what was put becomes a row of one number for each of the ``active`` layers."""
+    def close_step(self, active: tuple[int, ...], scale: torch.Tensor | None = None) -> None:
+        """Ends a step: what was put becomes a row of one number for each of the ``active`` layers.
+
+        Args:
+            scale: factor of the gradients that were measured, an fp64 scalar on the device, to be taken out.
+        """
         totals = self._scratch.sum(dim=1)
+        if scale is not None:
+            totals /= scale.square()
         self._rows.append(torch.stack([totals[layer] for layer in active]))
         self._layers.append(active)
         self._scratch.zero_()

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from grass_dist.errors import GrassError
+from grass_dist.model.compiled import is_compiled, is_wrapper_of_compile
 from grass_dist.model.discovery import Unit
 
 WAYS_OUT = (
@@ -56,24 +57,25 @@ class GradientWatch:
         self._known: set[int] = set()  # layers of which is known whether they ran
         self._blind = 0  # steps looked at in which no layer has got a gradient, up to now
         self._within: bool | None = None  # a forward of the model: whether it is to have a backward
+        self._stale = False  # the step began anew after a forward that may still have its backward
         self.unused: Counter[int] = Counter()
 
-    def __deepcopy__(self, memo: object) -> GradientWatch:
-        """A copy of a model has hooks of ours, too, and no optimizer: they do nothing."""
-        return GradientWatch(nn.Module(), ())
+    def __reduce__(self) -> Any:
+        """A copy or pickle of a model has hooks of ours, too, and no optimizer: they do nothing."""
+        return GradientWatch, (nn.Module(), ())
 
     def begin(self, layers: Sequence[int]) -> None:
         """Looks at the next step, in which ``layers`` are active."""
         self.close()
         self._watched = tuple(layers)
-        if not _is_compiled(self._model):
+        if not is_compiled(self._model):
             self._handles += [
                 self._model.register_forward_pre_hook(self._before_forward),
                 self._model.register_forward_hook(self._after_forward, always_call=True),
             ]
         for layer in layers:
             owners = self._owners[layer]
-            if not _in_a_graph(self._ways[layer]) and not any(map(_is_compiled, owners)):
+            if not _in_a_graph(self._ways[layer]) and not any(map(is_compiled, owners)):
                 self._handles += [owner.register_forward_pre_hook(self._hooks[layer]) for owner in owners]
                 self._known.add(layer)
 
@@ -81,6 +83,7 @@ class GradientWatch:
         """A gradient has arrived: that of a parameter of ``layer``, or of a role for None."""
         if self._watched is not None:
             self._seen.add(layer)
+            self._stale = False
 
     def end(self, step: int) -> list[tuple[int, bool]]:
         """All gradients of the step have arrived.
@@ -111,15 +114,28 @@ class GradientWatch:
         self.unused.update(layer for layer, _ in left_out)
         return new
 
+    def restart(self) -> None:
+        """The step begins anew: what was seen of it is forgotten.
+
+        If no gradient has come yet, the backward of the last forward may follow, or another forward.
+        """
+        self._stale = not self._seen
+        if self._seen:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._seen.clear()
+        self._ran.clear()
+        self._without.clear()
+
     def close(self) -> None:
         """Looks at no step any more, until `begin`."""
         for handle in self._handles:
             handle.remove()
         self._watched = self._within = None
+        self._stale = False
         self._handles.clear()
-        self._seen.clear()
-        self._ran.clear()
-        self._without.clear()
+        self._forget()
         self._known.clear()
 
     def _is_cut_off(self, layer: int, *, none: bool) -> bool:
@@ -139,6 +155,9 @@ class GradientWatch:
 
     def _before_forward(self, *_: object) -> None:
         self._within = torch.is_grad_enabled()
+        if self._within and self._stale:
+            self._stale = False
+            self._forget()
 
     def _after_forward(self, model: nn.Module, _: object, output: object) -> None:
         """A backward would raise torch's own error, or DeepSpeed's, if nothing of ``output`` needs a gradient."""
@@ -184,17 +203,8 @@ def _owners_of(modules: Mapping[str, nn.Module], unit: Unit) -> list[nn.Module]:
 
 def _in_a_graph(way: Sequence[nn.Module]) -> bool:
     """Whether hooks on the last module would become part of a compiled graph: its own, or one of a module above."""
-    wrapped = any(type(module).__name__ == "OptimizedModule" for module in way[:-1])  # what torch.compile returns
-    return wrapped or any(map(_is_compiled, way))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether `nn.Module.compile` was called.
-
-    Private: reads ``nn.Module._compiled_call_impl``, which it sets. Checked on torch 2.9 and 2.13;
-    `tests/test_private_interfaces.py` fails when it changes.
-    """
-    return module._compiled_call_impl is not None
+    wrapped = any(map(is_wrapper_of_compile, way[:-1]))
+    return wrapped or any(map(is_compiled, way))
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

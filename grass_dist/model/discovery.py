@@ -1,29 +1,35 @@
-"""Finds the decoder layers of a model by structure, and gives every other parameter a role.
+"""Finds the layers of a model by structure, and gives every other parameter a role.
 
-No class of any model is named here. The stack is the list of equal blocks with most parameters. The modules on the way
-down to it are the *trunk*. All else hangs off the trunk in *branches* (an embedding, a norm, a head, a vision tower).
+No class of any model is named here. The modules on the way down to a stack of layers are its *trunk*. All else hangs
+off the trunk in *branches* (an embedding, a norm, a head, a vision tower). Each stack gives roles around its own trunk.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
 
 from grass_dist.config import ROLES, Role
-from grass_dist.errors import ConfigError, UnsupportedModel
+from grass_dist.errors import UnsupportedModel
+from grass_dist.model.stacks import (
+    children_of,
+    choose_stacks,
+    class_of,
+    given_stacks,
+    has_blocks,
+    has_params,
+    join,
+    large_stacks,
+    numel_of,
+    shape_of,
+    sides_of,
+)
 
 NamedParameter = tuple[str, nn.Parameter]
-
-_RIVAL_SHARE = 0.25
-_LISTS = (nn.ModuleList, nn.Sequential)
-# What DDP, torch.compile, FSDP1 and activation checkpointing put into an FQN.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,120 +44,92 @@ class Unit:
     @property
     def numel(self) -> int:
         """Number of elements of all its parameters."""
-        return sum(_numel(p) for _, p in self.params)
+        return sum(numel_of(p) for _, p in self.params)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerMap:
-    """Every parameter of a model, exactly once: in a layer, in a role, or in neither."""
+    """Every parameter of a model, exactly once: in a layer, in a role, or among the others."""
 
-    stack: str  # FQN of the layer stack, e.g. "model.layers" (empty where the model itself is the stack)
-    layers: tuple[Unit, ...]  # in their order; a child of the stack without parameters is no layer
-    roles: tuple[Unit, ...]  # those that the model has, in the order of ROLES
-    other: tuple[NamedParameter, ...] = field(repr=False)  # no role (a vision tower, a value head): they stay frozen
+    stacks: tuple[str, ...]  # FQNs of the lists of layers, e.g. "model.layers" ("" where the model itself is the list)
+    layers: tuple[Unit, ...]  # of all stacks, in the order of the model; a child without parameters is no layer
+    roles: tuple[Unit, ...]  # those that the model has, in the order of ROLES and without "others"
+    other: tuple[NamedParameter, ...] = field(repr=False)  # no layer and no role of its own: a classifier, a projector
+    aside: frozenset[str] = field(
+        default=frozenset(), repr=False
+    )  # names in `other`: around a stack that was not named
+
+    @property
+    def stack(self) -> str:
+        """The stacks, for a sentence."""
+        return " and ".join(self.stacks)
+
+    @property
+    def others(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the role ``others`` trains: of `other` what is not `aside`."""
+        return tuple(p for name, p in self.other if name not in self.aside)
 
     @property
     def numel(self) -> int:
         """Number of elements of all parameters."""
-        return sum(unit.numel for unit in (*self.layers, *self.roles)) + sum(_numel(p) for _, p in self.other)
+        return sum(unit.numel for unit in (*self.layers, *self.roles)) + sum(numel_of(p) for _, p in self.other)
 
 
-def find_layers(model: nn.Module, layers: str | None = None) -> LayerMap:
-    """Finds the decoder layers of ``model`` and sorts the parameters outside of them.
+def find_layers(
+    model: nn.Module, layers: str | Sequence[str] | None = None, params: Iterable[nn.Parameter] | None = None
+) -> LayerMap:
+    """Finds the layers of ``model`` and sorts the parameters outside of them.
 
     A parameter that several modules share is listed once, under the name that ``named_parameters()`` gives it: tied
     embeddings are embeddings, and what several layers share is the first one's.
 
     Args:
         model: any module, wrapped in DDP, torch.compile or FSDP2 or not. It is not changed.
-        layers: FQN of the layer stack, with or without the prefixes of wrappers. Left out: the ``nn.ModuleList`` or
-            ``nn.Sequential`` of two or more blocks of one class that has most parameters.
+        layers: FQN of the layer stack, or of several, with or without the prefixes of wrappers. Left out: the largest
+            list of blocks of which something trains, and the other such lists that are large (docs/models.md).
+        params: what is to train. Left out: what has ``requires_grad``, so call it before there is a `GrassOptimizer`.
 
     Raises:
-        UnsupportedModel: there is no stack, or more than one it could be; or a layer has no parameter of its own.
-        ConfigError: ``layers`` names no ``nn.ModuleList`` or ``nn.Sequential`` with parameters.
+        UnsupportedModel: there is no stack; or a layer has no parameter of its own.
+        ConfigError: ``layers`` names no ``nn.ModuleList`` or ``nn.Sequential`` with parameters, or one twice.
     """
+    trained = {id(p) for p in (model.parameters() if params is None else params) if p.requires_grad}
     # With every name of a shared module: an embedding can be the encoder's by its first name, the decoder's by another.
     modules = dict(model.named_modules(remove_duplicate=False))
-    stack = _choose_stack(model) if layers is None else _given_stack(model, modules, layers)
-    blocks = {_join(stack, name): block for name, block in _children(modules[stack]) if _has_params(block)}
+    large = large_stacks(model, trained)
+    stacks = choose_stacks(model, modules, large) if layers is None else given_stacks(model, modules, layers)
+    blocks = {
+        stack: {join(stack, name): block for name, block in children_of(modules[stack]) if has_params(block)}
+        for stack in stacks
+    }
+    every = {name: block for of in blocks.values() for name, block in of.items()}
 
     # Roles first: a layer that holds the embedding or the head too (multi-token prediction) leaves them their role.
-    home: dict[int, int | Role] = dict(_roles(modules, stack, blocks))
-    for index, block in enumerate(blocks.values()):
+    found = [_roles(modules, stack, blocks[stack]) for stack in stacks]
+    home: dict[int, int | Role] = {
+        at: role for role in reversed(ROLES) for roles in found for at, own in roles.items() if own == role
+    }
+    for index, block in enumerate(every.values()):
         for p in block.parameters():
             home.setdefault(id(p), index)
-    params: dict[int | Role | None, list[NamedParameter]] = {key: [] for key in (*range(len(blocks)), *ROLES, None)}
+    params_of: dict[int | Role | None, list[NamedParameter]] = {key: [] for key in (*range(len(every)), *ROLES, None)}
     for name, p in model.named_parameters():
-        params[home.get(id(p))].append((name, p))
+        params_of[home.get(id(p))].append((name, p))
 
-    for index, name in enumerate(blocks):
-        if not params[index]:
+    for index, name in enumerate(every):
+        if not params_of[index]:
             raise UnsupportedModel(
-                f"layer {name} of {_class(model).__name__} shares all its parameters with earlier layers or the "
+                f"layer {name} of {class_of(model).__name__} shares all its parameters with earlier layers or the "
                 'embeddings, so it cannot train on its own; untie it, or choose another stack with layers="FQN".'
             )
+    beside = {id(p) for side in sides_of(stacks, large) for p in modules[side].parameters()}
     return LayerMap(
-        stack=stack,
-        layers=tuple(Unit(name, index, tuple(params[index]), index) for index, name in enumerate(blocks)),
-        roles=tuple(Unit(role, None, tuple(params[role])) for role in ROLES if params[role]),
-        other=tuple(params[None]),
+        stacks=tuple(stacks),
+        layers=tuple(Unit(name, index, tuple(params_of[index]), index) for index, name in enumerate(every)),
+        roles=tuple(Unit(role, None, tuple(params_of[role])) for role in ROLES if params_of[role]),
+        other=tuple(params_of[None]),
+        aside=frozenset(name for name, p in params_of[None] if id(p) in beside),
     )
-
-
-def _stacks(model: nn.Module) -> list[tuple[int, str, bool]]:
-    """(parameters, FQN, whether all blocks are of one class) of the outermost lists of blocks, largest first."""
-    found: list[tuple[int, str, bool]] = []
-    hidden: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, _LISTS) or f"{name}.".startswith(tuple(hidden)):
-            continue
-        children = _children(module)
-        kinds = Counter(_kind(block) for _, block in children)
-        equal = len(children) >= 2 and len(kinds) == 1 and all(_has_params(block) for _, block in children)
-        # A mixed list that repeats a block (attention and Mamba) is not chosen unasked, but neither may the experts
-        # inside of its blocks, or a vision tower next to it, be taken for the layers in its place.
-        blocks = children if equal else [(n, m) for n, m in children if kinds[_kind(m)] >= 2 and _is_block(m)]
-        if blocks:
-            found.append((sum(_numel(p) for _, block in blocks for p in block.parameters()), name, equal))
-            hidden += [_join(name, child) + "." for child, _ in blocks]
-    return sorted(found, key=lambda stack: -stack[0])
-
-
-def _choose_stack(model: nn.Module) -> str:
-    stacks = _stacks(model)
-    near = [(name, equal) for size, name, equal in stacks if size >= _RIVAL_SHARE * stacks[0][0]]
-    if len(near) > 1:
-        raise UnsupportedModel(
-            f"{_class(model).__name__} has more than one stack of layers ({', '.join(name for name, _ in near)}); "
-            f'set layers="..." to one of them, e.g. layers="{near[0][0]}".'
-        )
-    if not near or not near[0][1]:
-        hint = f', e.g. layers="{near[0][0]}", whose blocks are of several classes' if near else ""
-        raise UnsupportedModel(
-            f"{_class(model).__name__} has no nn.ModuleList or nn.Sequential of two or more equal layers; "
-            f'set layers="FQN of the layer stack"{hint}.'
-        )
-    return near[0][0]
-
-
-def _given_stack(model: nn.Module, modules: dict[str, nn.Module], layers: str) -> str:
-    def bare(name: str) -> str:
-        return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-    names = [layers] if layers in modules else [name for name in modules if bare(name) == bare(layers)]
-    lists = [name for name, module in modules.items() if isinstance(module, _LISTS)]
-    usable = [name for name in lists if any(_has_params(block) for _, block in _children(modules[name]))]
-    if chosen := [name for name in names if name in usable]:
-        return chosen[0]
-    if not names:
-        problem = f"{_class(model).__name__} has no module of that name"
-    elif names[0] in lists:
-        problem = "none of its children has parameters"
-    else:
-        problem = f"it is a {_class(modules[names[0]]).__name__}, and no nn.ModuleList or nn.Sequential"
-    options = dict.fromkeys([name for _, name, _ in _stacks(model)] + difflib.get_close_matches(layers, usable))
-    raise ConfigError("layers", layers, problem, f"use {' or '.join(map(repr, options)) or 'another model'}")
 
 
 class _Widths(NamedTuple):
@@ -162,12 +140,12 @@ class _Widths(NamedTuple):
 
     def is_norm(self, *params: nn.Parameter) -> bool:
         """Whether there are parameters and all are vectors of one of the widths."""
-        return bool(params) and all(len(_shape(p)) == 1 and _shape(p)[0] in self for p in params)
+        return bool(params) and all(len(shape_of(p)) == 1 and shape_of(p)[0] in self for p in params)
 
     def is_position(self, name: str, *params: nn.Parameter) -> bool:
         """Whether it is a table of position embeddings. By its name too: many a weight has such a shape."""
         named = any(word in _leaf(name) for word in ("pos", "emb", "wpe"))
-        return named and all(len(_shape(p)) >= 2 and _shape(p)[-1] in self for p in params)
+        return named and all(len(shape_of(p)) >= 2 and shape_of(p)[-1] in self for p in params)
 
     def projection(self, linear: nn.Linear) -> Role | None:
         """Role of a projection between the two widths, if it is one."""
@@ -183,10 +161,10 @@ def _roles(modules: dict[str, nn.Module], stack: str, blocks: dict[str, nn.Modul
     parts = stack.split(".") if stack else []
     trunk = {name: modules[name] for name in (".".join(parts[:n]) for n in range(len(parts) + 1))}
     order = {name: i for i, name in enumerate(modules)}
-    children = [(_join(above, name), m) for above in trunk if above != stack for name, m in _children(trunk[above])]
+    children = [(join(above, name), m) for above in trunk if above != stack for name, m in children_of(trunk[above])]
     branches = dict(sorted(((n, m) for n, m in children if m not in trunk.values()), key=lambda item: order[item[0]]))
     # A branch with layers of its own (a vision tower, an encoder) has no role as a whole.
-    inside = {name: () if _has_blocks(m) else tuple(m.modules()) for name, m in branches.items()}
+    inside = {name: () if has_blocks(m) else tuple(m.modules()) for name, m in branches.items()}
     loose = [m for name in branches for m in inside[name]]
 
     # The innermost answer for the input: around a language model, others may answer with the embedding of an image.
@@ -199,7 +177,7 @@ def _roles(modules: dict[str, nn.Module], stack: str, blocks: dict[str, nn.Modul
 
     embedding: int | None = getattr(source, "embedding_dim", None)
     # Nearly every parameter of a block has the width of the residual stream among its dimensions.
-    sizes = Counter(d for block in blocks.values() for p in block.parameters() for d in set(_shape(p)) if d > 1)
+    sizes = Counter(d for block in blocks.values() for p in block.parameters() for d in set(shape_of(p)) if d > 1)
     widths = _Widths(embedding, max(sizes, key=lambda d: (sizes[d], d == embedding), default=None))
 
     roles: dict[str, Role | None] = {}
@@ -256,48 +234,6 @@ def _ask(trunk: Iterable[nn.Module], method: str) -> nn.Module | None:
         if isinstance(answer, nn.Module):
             return answer
     return None
-
-
-def _class(module: nn.Module) -> type:
-    """The class of a module, seen through the one that fully_shard() or replicate() generates."""
-    cls = type(module)
-    names = {f"{prefix}{base.__name__}": base for prefix in ("FSDP", "Replicate") for base in cls.__mro__[1:]}
-    return names.get(cls.__name__, cls)
-
-
-def _kind(module: nn.Module) -> Hashable:
-    """What two blocks must have in common: their class, and of lists (which say nothing by it) their children's."""
-    return (_class(module), *(_kind(m) for _, m in _children(module) if isinstance(module, _LISTS)))
-
-
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Like ``named_children()``, but with a child as often as it occurs."""
-    return [(name, child) for name, child in module._modules.items() if child is not None]
-
-
-def _has_params(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _is_block(module: nn.Module) -> bool:
-    return bool(_children(module)) and _has_params(module) and not isinstance(module, _LISTS)
-
-
-def _has_blocks(module: nn.Module) -> bool:
-    return any(isinstance(m, _LISTS) and any(_is_block(child) for _, child in _children(m)) for m in module.modules())
-
-
-def _shape(p: nn.Parameter) -> tuple[int, ...]:
-    # DeepSpeed's ZeRO-3 leaves an empty tensor in the parameter, and its shape in this attribute.
-    return tuple(getattr(p, "ds_shape", p.shape))
-
-
-def _numel(p: nn.Parameter) -> int:
-    return math.prod(_shape(p))
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _leaf(name: str) -> str:

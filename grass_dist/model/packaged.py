@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -76,7 +78,7 @@ def _convert_into(source: Path, target: Path) -> None:
         )
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        _convert(source, temporary)
+        _convert_in_a_process(source, temporary)
         try:
             temporary.rename(target)
         except OSError:
@@ -84,6 +86,20 @@ def _convert_into(source: Path, target: Path) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _convert_in_a_process(source: Path, folder: Path) -> None:
+    """Converts in a process of no group: in one, ``save_pretrained`` of transformers writes on rank 0 alone.
+
+    Raises:
+        GrassError: it failed.
+    """
+    command = [sys.executable, "-m", "grass_dist.model.packaged", str(source), str(folder)]
+    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        raise GrassError(f"model.name={PREFIX + NAME!r} could not be converted into {folder.parent}: {why}")
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -101,3 +117,7 @@ def _convert(source: Path, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     give_usual_modes(folder)
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -20,9 +20,6 @@ class Sharding:
         ranks: those that train one model together.
     """
 
-    part: tuple[int, int] = (0, 1)
-    """(i, n): `state_shard` gives part i of n; (0, 1) where nothing is divided but by the wrapper itself."""
-
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
@@ -60,6 +57,33 @@ class Sharding:
     def state_start_of(self, param: nn.Parameter) -> int:
         """The position in the flattened whole parameter at which those of `state_shard` begin."""
         return self.start_of(param)
+
+    def keeps_whole_state(self, param: nn.Parameter) -> bool:
+        """Whether every rank updates all of ``param`` and keeps all of its state."""
+        return self.replicates(param)
+
+    def as_dtensor(self, param: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+        """A state of `state_shard`'s entries as torch's distributed checkpoint takes it.
+
+        Args:
+            part: this rank's entries, of the shape of `state_shard`.
+
+        Returns:
+            ``part`` itself where every rank keeps the whole, else a tensor that knows its place in the whole.
+        """
+        return part
+
+    def own_part(self, param: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This rank's entries of a state: the inverse of `as_dtensor`; also of a whole tensor.
+
+        Raises:
+            ValueError: it is of another shape, or divided in another way.
+        """
+        shape = self.state_shard(param.detach()).shape
+        if value.shape != param.shape:
+            raise ValueError(f"is of shape {tuple(value.shape)} where the parameter's is {tuple(param.shape)}")
+        start = self.state_start_of(param)
+        return value.reshape(-1)[start : start + shape.numel()].view(shape)
 
     def publish(self, units: Sequence[Unit]) -> None:
         """Gives the other ranks what `state_shard` left this one to update; called after the updates of a step."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -12,8 +14,11 @@ from torch import nn
 
 from grass_dist.config import GrassConfig, check_competing
 from grass_dist.errors import UnsupportedModel
+from grass_dist.events import Started
+from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import LayerMap, Unit
 from grass_dist.model.sharding import Sharding
+from grass_dist.model.stacks import numel_of, shape_of
 
 
 class GradientHook:
@@ -26,6 +31,11 @@ class GradientHook:
     def __init__(self, method: Callable[[str, int, nn.Parameter], None], name: str, slot: int) -> None:
         self._method, self._name, self._slot = weakref.WeakMethod(method), name, slot
 
+    @property
+    def alive(self) -> bool:
+        """Whether there still is an object whose method is called."""
+        return self._method() is not None
+
     def __call__(self, param: torch.Tensor) -> None:
         if (call := self._method()) is not None:
             call(self._name, self._slot, cast(nn.Parameter, param))
@@ -34,34 +44,31 @@ class GradientHook:
 def refuse_second(model: nn.Module) -> None:
     """
     Raises:
-        UnsupportedModel: a parameter of the model has a `GradientHook`.
+        UnsupportedModel: a parameter of the model has a `GradientHook` of an optimizer that is still in use.
     """
-    for param in model.parameters():
-        if not param.requires_grad:
-            continue
-        handle = param.register_post_accumulate_grad_hook(_nothing)  # whose handle shows the other hooks
-        others = handle.hooks_dict_ref() or {}
-        handle.remove()
-        if any(isinstance(hook, GradientHook) for hook in others.values()):
+    if _is_hooked(model):
+        gc.collect()  # an optimizer without a reference may not have been collected
+        if _is_hooked(model):
             raise UnsupportedModel(
                 "The model has a GrassOptimizer already, whose hooks are in its parameters; detach that one "
                 "(optimizer.detach(), or engine.destroy() under DeepSpeed), load a state into it, or build a new model."
             )
 
 
+def _is_hooked(model: nn.Module) -> bool:
+    for param in model.parameters():
+        if not param.requires_grad:
+            continue
+        handle = param.register_post_accumulate_grad_hook(_nothing)  # whose handle shows the other hooks
+        others = handle.hooks_dict_ref() or {}
+        handle.remove()
+        if any(isinstance(hook, GradientHook) and hook.alive for hook in others.values()):
+            return True
+    return False
+
+
 def _nothing(_: torch.Tensor) -> None:
     pass
-
-
-def always_active_roles(found: LayerMap, config: GrassConfig) -> tuple[Unit, ...]:
-    """The roles of a model that train at every step.
-
-    Tied embeddings are one parameter, in the role embeddings: they train if either of their two roles is to.
-    """
-    wanted = set(config.always_active)
-    if "lm_head" in wanted and "lm_head" not in {unit.name for unit in found.roles}:
-        wanted.add("embeddings")
-    return tuple(unit for unit in found.roles if unit.name in wanted)
 
 
 def choose_units(
@@ -70,11 +77,11 @@ def choose_units(
     """The layers that compete and the always-active roles, each with those of its parameters that the groups train.
 
     A layer of which the user has frozen or left out every parameter does not compete; the others keep their numbers.
-    Every other parameter of the model is frozen for good.
 
     Raises:
-        UnsupportedModel: no layer has a parameter to train.
-        ConfigError: fewer layers compete than are to train at a time, or a fixed layer does not.
+        UnsupportedModel: no layer has a parameter to train, or one that trains is of complex numbers.
+        ConfigError: fewer layers compete than are to train at a time, or a fixed layer does not; or as
+            `always_active_roles` has it.
     """
     trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
 
@@ -89,12 +96,34 @@ def choose_units(
         )
     check_competing(config, [unit.index for unit in competing if unit.index is not None], len(found.layers))
     layers = tuple(dataclasses.replace(unit, index=position) for position, unit in enumerate(competing))
-    roles = tuple(unit for unit in map(narrowed, always_active_roles(found, config)) if unit.params)
-    trains = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
-    for param in model.parameters():
+    roles = always_active_roles(model, found, config, trained)
+    _refuse_quantised(found, layers)
+    for name, param in (named for unit in (*layers, *roles) for named in unit.params):
+        if param.is_complex():
+            raise UnsupportedModel(
+                f"{name} is of {param.dtype}, and grass_dist measures and keeps real numbers: freeze it, leave it out "
+                "of params=, or store it as pairs of real numbers (torch.view_as_real)."
+            )
+    return layers, roles
+
+
+def freeze_others(units: Iterable[Unit], params: Iterable[nn.Parameter]) -> None:
+    """Freezes those of ``params`` that are in none of ``units``."""
+    trains = {id(p) for unit in units for _, p in unit.params}
+    for param in params:
         if id(param) not in trains:
             param.requires_grad_(False)
-    return layers, roles
+
+
+def restore_flags(flags: Iterable[tuple[nn.Parameter, bool]]) -> None:
+    """Gives parameters their ``requires_grad`` back."""
+    for param, flag in flags:
+        param.requires_grad_(flag)
+
+
+def shown_names(names: Sequence[str]) -> str:
+    """A list of names, cut where it is long."""
+    return ", ".join(names) if len(names) <= 8 else f"{names[0]}, {names[1]}, ... {names[-1]}"
 
 
 def frozen_layers(found: LayerMap, layers: Sequence[Unit]) -> str | None:
@@ -102,18 +131,89 @@ def frozen_layers(found: LayerMap, layers: Sequence[Unit]) -> str | None:
     compete = {unit.name for unit in layers}
     if not (frozen := [unit.name for unit in found.layers if unit.name not in compete]):
         return None
-    shown = ", ".join(frozen) if len(frozen) <= 8 else f"{frozen[0]}, {frozen[1]}, ... {frozen[-1]}"
     return (
-        f"{len(frozen)} of {len(found.layers)} layers stay frozen, since none of their parameters has requires_grad "
-        f"and is in the optimizer: {shown}; the other {len(layers)} compete."
+        f"{len(frozen)} of {len(found.layers)} layers do not compete, since none of their parameters has requires_grad "
+        f"and is in the optimizer: {shown_names(frozen)}; the other {len(layers)} compete."
     )
+
+
+def several_stacks(found: LayerMap) -> str | None:
+    """A sentence on the stacks, if there are several."""
+    if len(found.stacks) == 1:
+        return None
+    counts = [sum(unit.name.startswith(f"{stack}.") for unit in found.layers) for stack in found.stacks]
+    ends = list(accumulate(counts))
+    shown = [f"{s} ({end - count} to {end - 1})" for s, count, end in zip(found.stacks, counts, ends, strict=True)]
+    return (
+        f"The layers of {' and '.join(shown)} compete as one set of {len(found.layers)}; to train those of one stack "
+        f'alone, set layers="{found.stacks[-1]}", say: then what is around the other stays frozen.'
+    )
+
+
+def started_with(model: nn.Module, found: LayerMap, layers: Sequence[Unit], roles: Sequence[Unit]) -> Started:
+    """What a run trains, and what is frozen for good. Call it after `freeze_others`.
+
+    Frozen are layers and roles of which nothing trains, and for other parameters the outermost modules of which all is
+    frozen. What another optimizer trains is not among them.
+    """
+    trains = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
+    still = [(name, p) for name, p in model.named_parameters() if id(p) not in trains and not p.requires_grad]
+    frozen = {id(p) for _, p in still}
+    whole = [unit for unit in (*found.layers, *found.roles) if all(id(p) in frozen for _, p in unit.params)]
+    home = {id(p): unit.name for unit in whole for _, p in unit.params}
+    moving = {at for name, p in model.named_parameters() if id(p) not in frozen or id(p) in home for at in _above(name)}
+    names = [home.get(id(p)) or next((at for at in _above(name) if at not in moving), name) for name, p in still]
+    numel = found.numel
+    return Started(
+        stacks=found.stacks,
+        layers=tuple(unit.name for unit in layers),
+        num_layers=len(found.layers),
+        roles={unit.name: tuple(name for name, _ in unit.params) for unit in roles},
+        frozen=tuple(dict.fromkeys(names)),
+        frozen_share=sum(numel_of(p) for _, p in still) / numel if numel else 0.0,
+    )
+
+
+def _above(name: str) -> list[str]:
+    """The modules around a parameter, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _refuse_quantised(found: LayerMap, layers: Sequence[Unit]) -> None:
+    """
+    Raises:
+        UnsupportedModel: the matrices of a layer are of whole numbers, and nothing but vectors would train.
+    """
+    whole = {unit.name: unit for unit in found.layers}
+    for unit in layers:
+        odd = [(n, p) for n, p in whole[unit.name].params if not (p.is_floating_point() or p.is_complex())]
+        if odd and all(len(shape_of(p)) < 2 for _, p in unit.params):
+            trains = shown_names([n.removeprefix(unit.name + ".") for n, _ in unit.params])
+            raise UnsupportedModel(
+                f"The layers are quantised: {odd[0][0]} is of {odd[0][1].dtype}, which has no gradient, so that of "
+                f"{unit.name} only {trains} would train; load the model without quantization."
+            )
+
+
+def sparse_parameters(model: nn.Module, units: Sequence[Unit]) -> list[str]:
+    """Names of the parameters of ``units`` whose module says that their gradients are sparse."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    sparse = {id(m.weight) for m in model.modules() if isinstance(m, kinds) and m.sparse}
+    return [name for unit in units for name, param in unit.params if id(param) in sparse]
 
 
 def check_one_device(units: Sequence[Unit], sharding: Sharding) -> None:
     """
     Raises:
-        UnsupportedModel: what trains is on several devices of this rank.
+        UnsupportedModel: what trains is on several devices of this rank, or has no memory yet.
     """
+    every = [named for unit in units for named in unit.params]
+    if every and all(param.is_meta for _, param in every):
+        raise UnsupportedModel(
+            f"The model's parameters have no memory ({every[0][0]} is on the meta device): call "
+            "model.to_empty(device=...) and load or initialize its weights before you make the optimizer."
+        )
     on: dict[torch.device, str] = {}
     for unit in units:
         for name, param in unit.params:

@@ -14,24 +14,24 @@ from grass_dist.errors import ConfigError, GrassError
 from grass_dist.plan.choose import (
     USUAL_GAMMA,
     Choice,
-    Row,
+    Estimate,
     candidates,
     check_weights,
     choose,
-    gb,
+    estimate,
     nearest_to_fitting,
     remedies,
-    row_of,
 )
 from grass_dist.plan.memory import Memory, states_of
 from grass_dist.plan.runs import Method, PlannedRun, methods_of, trained_roles
 from grass_dist.plan.scale import Point, assumptions, draw_scale, parse_scale, scale
-from grass_dist.plan.schema import as_json, most_layers
+from grass_dist.plan.schema import most_layers, plan_json
 from grass_dist.plan.shape import ModelShape, parse_count, shape_of_model, shape_of_params
 from grass_dist.plan.simulate import can_simulate, simulate
 from grass_dist.plan.speeds import Speeds, check_speed, speeds_from_doctor
 from grass_dist.plan.tables import show
 from grass_dist.plan.write import write_config
+from grass_dist.terminal import size
 
 BUDGET_S = 40.0
 """Seconds after which no further method is simulated; the closed form answers for the rest."""
@@ -89,14 +89,19 @@ def plan_run(options: PlanOptions, tell: Callable[[str], None]) -> None:
     run, shape = _planned_run(options, speeds), _shape(options, tell)
     check_weights(shape, run)
     choice = plan(shape, run, speeds, options, tell)
-    points, assumed = _points(shape, choice, speeds, counts)
+    points, assumed = list[Point](), ""
+    if counts:
+        gamma = min(USUAL_GAMMA, shape.num_layers)
+        method = choice.recommended.method if choice.recommended else Method("grass", gamma, choice.run.roles)
+        points = scale(shape, choice.run, method, speeds, counts)
+        assumed = assumptions(shape, choice.run, method, speeds)
     show(shape, choice, speeds, points, assumed)
     if points:
         plot = options.plot or Path("scale.png")
         draw_scale(points, assumed, plot)
         tell(f"{plot}: step time and efficiency over the number of GPUs")
     if options.json_file:
-        _write_json(options.json_file, as_json(shape, choice, speeds, points))
+        _write_json(options.json_file, plan_json(shape, choice, speeds, points))
     if options.write:
         if choice.recommended is None:
             raise GrassError(f"--write={str(options.write)!r}: nothing fits, so there are no settings to write.")
@@ -112,14 +117,14 @@ def plan(
     chosen, method = choose(shape, runs, speeds)
     if method is None:
         chosen = nearest_to_fitting(shape, runs, speeds).run
-    rows: tuple[Row, ...] = ()
-    recommended: Row | None = None
+    rows: tuple[Estimate, ...] = ()
+    recommended: Estimate | None = None
     taken = chosen
     # The simulation may find more than the closed form by which the first was chosen.
     for tried in [chosen, *runs[runs.index(chosen) + 1 :]]:
         first = method or Method("grass", 1, tried.roles)
         memories = {} if options.fast else _simulated(shape, tried, first, tell)
-        found = tuple(row_of(shape, tried, m, speeds, memories.get(m)) for m in methods_of(shape, tried))
+        found = tuple(estimate(shape, tried, m, speeds, memories.get(m)) for m in methods_of(shape, tried))
         recommended = _recommended(found)
         if recommended or not rows:
             taken, rows = tried, found
@@ -129,7 +134,7 @@ def plan(
     return Choice(taken, rows, recommended, tuple(sentences))
 
 
-def _recommended(rows: tuple[Row, ...]) -> Row | None:
+def _recommended(rows: tuple[Estimate, ...]) -> Estimate | None:
     """Returns GRASS with the usual γ if that fits, else with the largest smaller one that does."""
     fits = [row for row in rows if row.method.name == "grass" and row.fits]
     usual = [row for row in fits if row.method.active_layers <= USUAL_GAMMA] or fits[:1]
@@ -166,8 +171,8 @@ def _simulated(shape: ModelShape, run: PlannedRun, first: Method, tell: Callable
 def _sentences(
     shape: ModelShape,
     runs: list[PlannedRun],
-    rows: tuple[Row, ...],
-    recommended: Row | None,
+    rows: tuple[Estimate, ...],
+    recommended: Estimate | None,
     speeds: Speeds,
     options: PlanOptions,
 ) -> list[str]:
@@ -175,8 +180,8 @@ def _sentences(
     if recommended is None:
         near = nearest_to_fitting(shape, runs, speeds)
         short = near.memory.total - near.run.gpu_bytes
-        lacking = f"{gb(short)} more than there are" if short > 0 else f"{gb(near.host_bytes)} pinned on each host"
-        takes = f"{gb(near.memory.total)} a GPU, {lacking}"
+        lacking = f"{size(short)} more than there are" if short > 0 else f"{size(near.host_bytes)} pinned on each host"
+        takes = f"{size(near.memory.total)} a GPU, {lacking}"
         first = f"Nothing fits. Nearest is {near.method.label} ({_named(near.run)}): {takes}."
         return [first, *remedies(shape, near, speeds)]
     time = recommended.time.total / rows[0].time.total
@@ -187,27 +192,14 @@ def _sentences(
     by_choice = f" ({' and '.join(opened)} chosen)" if opened else ""
     return [
         f"GRASS fits with up to γ={most} of {shape.num_layers} layers at a time{also}.",
-        f"Recommended: γ={gamma}, {_named(run)}{by_choice}: {gb(recommended.memory.total)} of {gb(run.gpu_bytes)} "
-        f"a GPU, {gb(recommended.host_bytes)} pinned on each host, {time:.2f} × the "
+        f"Recommended: γ={gamma}, {_named(run)}{by_choice}: {size(recommended.memory.total)} of {size(run.gpu_bytes)} "
+        f"a GPU, {size(recommended.host_bytes)} pinned on each host, {time:.2f} × the "
         "step time of full fine-tuning.",
     ]
 
 
 def _named(run: PlannedRun) -> str:
-    return f"{run.backend}, offload {run.offload}, {_checkpointing(run)}"
-
-
-def _checkpointing(run: PlannedRun) -> str:
-    return f"activation checkpointing {'on' if run.checkpointing else 'off'}"
-
-
-def _points(shape: ModelShape, choice: Choice, speeds: Speeds, counts: list[int]) -> tuple[list[Point], str]:
-    if not counts:
-        return [], ""
-    gamma = min(USUAL_GAMMA, shape.num_layers)
-    method = choice.recommended.method if choice.recommended else Method("grass", gamma, choice.run.roles)
-    text = assumptions(shape, choice.run, method, speeds)
-    return scale(shape, choice.run, method, speeds, counts), text
+    return f"{run.backend}, offload {run.offload}, {run.named_checkpointing}"
 
 
 def _speeds(options: PlanOptions) -> Speeds:
@@ -229,20 +221,15 @@ def _planned_run(options: PlanOptions, speeds: Speeds) -> PlannedRun:
     replicate = options.replicate or (hosts if backend == "hsdp" else 1)
     if replicate > 1 and backend != "hsdp":
         raise ConfigError("--replicate", replicate, f"{backend} has no replicas to choose", "use --backend hsdp")
+    same = ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "dtype", "sampling_interval")
     return PlannedRun(
-        gpus=options.gpus,
-        gpus_per_host=options.gpus_per_host,
+        **{name: getattr(options, name) for name in same},
         gpu_bytes=gpu_bytes,
-        seq_len=options.seq_len,
-        micro_batch=options.micro_batch,
-        accumulation=options.accumulation,
         backend=cast(Any, backend),
         replicate=replicate,
         offload=cast(Any, options.offload or "interval"),
-        dtype=options.dtype,
         checkpointing=bool(options.checkpointing),
         roles=_roles(options.always_active),
-        sampling_interval=options.sampling_interval,
     )
 
 
@@ -258,20 +245,13 @@ def _roles(text: str) -> tuple[Role, ...]:
 
 def _shape(options: PlanOptions, tell: Callable[[str], None]) -> ModelShape:
     if (options.model is None) == (options.params is None):
-        given = options.model if options.model is not None else None
-        raise ConfigError("--model", given, "the model is given by --model or by --params", "give one of them")
+        raise ConfigError("--model", options.model, "the model is given by --model or by --params", "give one of them")
     if options.model is not None:
         return shape_of_model(options.model, tell)
     assert options.params is not None
-    return shape_of_params(
-        parse_count("--params", options.params),
-        layers=options.layers,
-        hidden=options.hidden,
-        intermediate=options.intermediate,
-        heads=options.heads,
-        kv_heads=options.kv_heads,
-        vocab=options.vocab,
-    )
+    sizes = ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab")
+    given = {name: getattr(options, name) for name in sizes}
+    return shape_of_params(parse_count("--params", options.params), **given)
 
 
 def _write_json(path: Path, found: dict[str, Any]) -> None:

@@ -17,7 +17,10 @@ from grass_dist.plan.memory import slots_of, states_of
 from grass_dist.plan.runs import Method, PlannedRun, head_trains, lora_elements, trained_roles, traversed
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
+from grass_dist.report.wire import Sent, sent
 
+LANES = ("compute", "update", "network", "network_hidden", "pcie", "pcie_hidden")
+"""Parts of a `StepTime`."""
 UPDATE_BYTES = 30
 """Bytes of GPU memory that AdamW reads and writes for each entry: master and moments both ways, gradient, weight."""
 
@@ -57,15 +60,10 @@ class StepTime:
         return self.tokens / self.total
 
 
-def relative_compute(gamma: int, layers: int, f_above: float = 1.0) -> float:
-    """Step time relative to full fine-tuning, counting the layers' FLOPs alone: (2 + 2 f_above + 2 γ/L) / 6."""
-    return (2 + 2 * f_above + 2 * gamma / layers) / 6
-
-
 def flops(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, float]:
     """FLOP of one micro-batch on a rank: those of the forward, and those of the backward."""
     layers, f = shape.num_layers, traversed(shape, method)
-    matrices, head = shape.layer_matrices * layers, shape.head_matrix
+    matrices, head = shape.layer_matrices * layers, shape.vocab * shape.hidden
     # A causal query meets half of the keys on average; products with keys and with values, 2 FLOP each.
     attention = 2 * run.seq_len * shape.heads * shape.head_dim * layers
     adapters = lora_elements(shape) * layers if method.name == "lora" else 0
@@ -85,9 +83,9 @@ class _Wire:
     gather_forward: float
     gather_backward: float
     reduce_layers: float
-    """What is reduced while the backward runs."""
+    """Bytes reduced while the backward runs."""
     reduce_last: float
-    """What is left to reduce when the backward has ended."""
+    """Bytes left to reduce when the backward has ended."""
     gather_end: float
     """Updated weights that are gathered."""
 
@@ -114,30 +112,18 @@ def step_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> StepBytes:
     reduced = reduces * (wire.reduce_layers + wire.reduce_last)
     gathered = m * (wire.gather_forward + wire.gather_backward) + wire.gather_end
     whole = run.backend in ("ddp", "zero1", "zero2")
-    group, replicas = _group(run), run.replicate
-    over_each = ((2 if whole else 1) * reduced + gathered) * (group - 1) / group
-    over_replicas = 2 * reduced / group * (replicas - 1) / replicas
-    (in_group, from_group), (in_replicas, from_replicas) = _links(run.gpus, run.gpus_per_host, replicas)
-    within = in_group * over_each + in_replicas * over_replicas
-    across = from_group * over_each + from_replicas * over_replicas
+    of_reduced, of_gathered = _sent_of_one(run.gpus, run.gpus_per_host, run.replicate, whole)
+    within = reduced * of_reduced.within + gathered * of_gathered.within
+    across = reduced * of_reduced.across + gathered * of_gathered.across
     return StepBytes(_pcie_bytes(shape, run, method), within, across)
 
 
 @lru_cache(maxsize=64)
-def _links(gpus: int, per_host: int, replicas: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Counts the links of all rings, within hosts and between hosts: those of the shard groups, and of the replicas.
-
-    The rings are those of `grass_dist.report.wire.sent`.
-    """
-    ranks, group = np.arange(gpus), gpus // replicas
-    following = (ranks // group * group + (ranks + 1) % group, (ranks + group) % gpus)
-    same = [ranks // per_host == others // per_host for others in following]
-    (in_group, from_group), (in_replicas, from_replicas) = ((int(s.sum()), int((~s).sum())) for s in same)
-    return (in_group, from_group), (in_replicas, from_replicas)
-
-
-def _group(run: PlannedRun) -> int:
-    return run.gpus // run.replicate
+def _sent_of_one(gpus: int, per_host: int, replicate: int, whole: bool) -> tuple[Sent, Sent]:
+    """Counts what goes over all links for one byte that each rank reduces, and for one that it gathers."""
+    hosts = np.arange(gpus) // per_host
+    of_reduced = sent(1, hosts, replicate=replicate, whole=whole)
+    return of_reduced, sent(0, hosts, replicate=replicate, whole=whole, gathered=1)
 
 
 def _pcie_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> float:
@@ -212,7 +198,7 @@ def _ring(nbytes: float, calls: int, passes: int, run: PlannedRun, speeds: Speed
 
     A shard group has all ranks, except under hsdp.
     """
-    ranks = _group(run)
+    ranks = run.gpus // run.replicate
     if ranks == 1 or nbytes == 0:
         return 0.0
     hosts = -(-ranks // run.gpus_per_host)

@@ -3,6 +3,17 @@
 A step has moments at which memory can peak. The closed form adds up what there is at each of them and takes the largest
 sum, so the parts belong to one moment and add up. Every layer is taken to be as large as the largest, and the draw to
 be the worst: the layers at the top, whose gradients exist while most activations still do.
+
+Activations are those that transformers' Llama keeps from the forward for its backward with ``attention="sdpa"``. Per
+token, a layer of width h, with q entries of queries, k of keys and of values, and i in the feed-forward, keeps for
+weights of w bytes:
+
+    two norms          each an fp32 copy of its input, 4 h, and one number; if trained the normed and the scaled, 2 w h
+    attention          queries, keys, values, output: w (2 q + 2 k), and one fp32 number a head
+    feed-forward       gate, up and the activated gate: 3 w i; if trained the product that goes down, w i
+
+The output keeps what a norm keeps, and the log-probabilities in fp32. A frozen layer need not keep its inputs, and the
+layers below the lowest one that trains keep nothing.
 """
 
 from __future__ import annotations
@@ -10,15 +21,46 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from grass_dist.plan.activations import Activations, activations_of
+from grass_dist.config import slot_count
 from grass_dist.plan.runs import Method, PlannedRun, grass_config, lora_elements, trained_roles
-from grass_dist.plan.shape import ModelShape, Shapes, numel
-from grass_dist.states.plan import slot_count
+from grass_dist.plan.shape import ModelShape, Shapes, elements_in
 
 FRAGMENTATION_SHARE = 0.08
 """Share of what a step allocates and frees (gradients, activations, buffers) that is lost to fragmentation."""
 RUNTIME_BYTES = 0.8e9
-"""What a process takes before it allocates anything: CUDA context, kernels, cuBLAS workspace and NCCL's channels."""
+"""Bytes that a process takes before it allocates any: CUDA context, kernels, cuBLAS workspace and NCCL's channels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes of the activations of one micro-batch on a rank."""
+
+    trained_layer: float
+    frozen_layer: float
+    """A frozen layer that a gradient passes through."""
+    kept_layer: float
+    """Bytes that a layer keeps from forward to backward under activation checkpointing: its input."""
+    head: float
+    """Bytes of what comes after the layers, without the loss."""
+    loss: float
+    """Upper bound: log-probabilities and the gradients that the loss makes of them."""
+    flow: float
+    """Gradients of activations that pass through a layer in the backward."""
+
+
+def activations_of(shape: ModelShape, run: PlannedRun) -> Activations:
+    """Computes the activations by the closed form that the module describes."""
+    w, h, i, tokens = run.weight_bytes, shape.hidden, shape.intermediate, run.tokens
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = w * (2 * queries + 2 * keys) + 4 * shape.heads
+    inner = (3 if shape.gated else 2) * w * i
+    frozen = 2 * (4 * h + 4) + attention + inner
+    trained = frozen + 4 * w * h + (w * i if shape.gated else 0)
+    head = 4 * h + 4 + 2 * w * h
+    # The loss's backward holds the log-probabilities, their gradient and that of the logits, each in fp32.
+    loss = 12 * shape.vocab
+    flow = w * (2 * h + 2 * i) + 4 * h
+    return Activations(*(tokens * nbytes for nbytes in (trained, frozen, w * h, head, loss, flow)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +78,9 @@ class Memory:
     simulated: bool = False
 
     @property
-    def model_states(self) -> float:
-        return self.weights + self.gradients + self.states
-
-    @property
     def allocated(self) -> float:
-        """What ``torch.cuda.max_memory_allocated`` counts."""
-        return self.model_states + self.activations + self.buffers
+        """Returns what ``torch.cuda.max_memory_allocated`` counts."""
+        return self.weights + self.gradients + self.states + self.activations + self.buffers
 
     @property
     def allowance(self) -> float:
@@ -54,7 +92,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """What the GPU must have, at least."""
+        """Returns what the GPU must have, at least."""
         return self.allocated + self.allowance + self.runtime
 
 
@@ -63,7 +101,7 @@ PARTS = tuple(f.name for f in fields(Memory) if f.type == "float")
 
 def weights_of(shape: ModelShape, run: PlannedRun) -> float:
     """Bytes of the weights that rest on a rank."""
-    everything = (*shape.layers, *shape.roles.values(), shape.other)
+    everything = (*shape.layers, *shape.roles.values())
     return run.weight_bytes * sum(_held(shapes, run) for shapes in everything) + _persistent(shape, run)
 
 
@@ -114,7 +152,7 @@ def zero_settings(shape: ModelShape, run: PlannedRun) -> dict[str, int | bool]:
         **common,
         "stage3_prefetch_bucket_size": layer,
         "stage3_param_persistence_threshold": 10 * shape.hidden,
-        "stage3_max_live_parameters": 2 * layer + max(map(numel, shape.roles.values()), default=0),
+        "stage3_max_live_parameters": 2 * layer + max(map(elements_in, shape.roles.values()), default=0),
         "stage3_max_reuse_distance": layer,
     }
 
@@ -124,11 +162,9 @@ def memory_of(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
     acts = activations_of(shape, run)
     counts = _Counts(shape, run, method, acts)
     weights, states = weights_of(shape, run), states_of(shape, run, method)[0]
-    moments = [
-        replace(part, weights=weights, states=states)
-        for part in (counts.loss(), counts.reducing(1), counts.reducing(method.active_layers), counts.recomputing())
-    ]
-    moments += [replace(part, weights=weights, states=states) for part in (counts.backward_end(), counts.update())]
+    parts = [counts.loss(), counts.reducing(1), counts.reducing(method.active_layers), counts.recomputing()]
+    parts += [counts.backward_end(), counts.update()]
+    moments = [replace(part, weights=weights, states=states) for part in parts]
     if run.backend.startswith("zero"):
         masters = 4 * counts.trained / run.gpus
         moments.append(Memory(weights, 0.0, states, 0.0, masters, "switch to other layers"))
@@ -153,7 +189,7 @@ class _Counts:
             self.layers = total * acts.kept_layer
         else:
             self.layers = gamma * acts.trained_layer + (total - gamma) * acts.frozen_layer
-        self.gathered_root = w * sum(map(numel, shape.roles.values())) if run.backend in ("fsdp2", "hsdp") else 0
+        self.gathered_root = w * sum(map(elements_in, shape.roles.values())) if run.backend in ("fsdp2", "hsdp") else 0
         self.held = self._accumulated()
 
     def _accumulated(self) -> float:
@@ -282,7 +318,7 @@ def _overlapping(shapes: Shapes, ranks: int) -> list[int]:
 
     Where a partition cuts a parameter, DeepSpeed keeps the whole gradient, and the partition has a view of it.
     """
-    length, held, start = -(-numel(shapes) // ranks), [0] * ranks, 0
+    length, held, start = -(-elements_in(shapes) // ranks), [0] * ranks, 0
     for shape in shapes:
         end = start + math.prod(shape)
         for rank in range(start // length, -(-end // length)):

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
 
 from grass_dist.config import ROLES, GrassConfig, OffloadConfig, Role
 from grass_dist.errors import ConfigError
-from grass_dist.plan.adamw import state_bytes
-from grass_dist.plan.shape import ModelShape, check_whole, numel
+from grass_dist.model.discovery import Unit
+from grass_dist.model.sharding import Sharding
+from grass_dist.plan.shape import ModelShape, check_whole, elements_in
+from grass_dist.ranks import Ranks
+from grass_dist.states.unit_optimizer import UnitOptimizer
 
-BackendName = Literal["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"]
+PlannedBackend = Literal["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["interval", "stream", "none"]
-BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+BACKENDS: tuple[PlannedBackend, ...] = get_args(PlannedBackend)
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
 LARGEST = {"gpus": 2**20, "accumulation": 2**16}
 """Largest values that are accepted: the computation goes through all of them."""
 LORA_RANK = 16
+
+_SETTINGS: dict[str, Any] = {"lr": 1e-5, "foreach": True}
+GROUP: dict[str, Any] = {"params": [], **torch.optim.AdamW([nn.Parameter(torch.zeros(1))], **_SETTINGS).defaults}
+"""A parameter group of the AdamW that every plan counts with, with all defaults filled in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +47,7 @@ class PlannedRun:
     micro_batch: int = 1
     accumulation: int = 1
     """Micro-batches of a step."""
-    backend: BackendName = "fsdp2"
+    backend: PlannedBackend = "fsdp2"
     replicate: int = 1
     """Replicas of the sharded model, for hsdp."""
     offload: Offload = "interval"
@@ -113,6 +124,10 @@ class PlannedRun:
     def num_hosts(self) -> int:
         return -(-self.gpus // self.gpus_per_host)
 
+    @property
+    def named_checkpointing(self) -> str:
+        return f"activation checkpointing {'on' if self.checkpointing else 'off'}"
+
     def on(self, gpus: int) -> PlannedRun:
         """Returns the same run on another number of GPUs, where hsdp shards within each host."""
         hosts = -(-gpus // self.gpus_per_host)
@@ -163,7 +178,7 @@ def trained_roles(shape: ModelShape, method: Method) -> dict[str, int]:
     wanted = set(method.roles)
     if shape.tied and "lm_head" in wanted:
         wanted.add("embeddings")
-    return {name: numel(shapes) for name, shapes in shape.roles.items() if name in wanted}
+    return {name: elements_in(shapes) for name, shapes in shape.roles.items() if name in wanted}
 
 
 def head_trains(shape: ModelShape, method: Method) -> bool:
@@ -172,16 +187,26 @@ def head_trains(shape: ModelShape, method: Method) -> bool:
 
 def lora_elements(shape: ModelShape) -> int:
     """Elements of the adapters of one layer: rank times (rows + columns) of each of its matrices."""
-    return sum(LORA_RANK * sum(s) for s in max(shape.layers, key=numel) if len(s) == 2)
+    return sum(LORA_RANK * sum(s) for s in max(shape.layers, key=elements_in) if len(s) == 2)
 
 
-def traversed(shape: ModelShape, method: Method, *, worst: bool = False) -> float:
-    """Share of the layers that a gradient passes through (f_above in docs/plan.md, Time).
-
-    Args:
-        worst: takes the worst draw instead of the mean over all draws.
-    """
+def traversed(shape: ModelShape, method: Method) -> float:
+    """Mean share, over all draws, of the layers that a gradient passes through (f_above in docs/plan.md, Time)."""
     total, gamma = shape.num_layers, method.active_layers
-    if method.name in ("full", "lora") or "embeddings" in trained_roles(shape, method) or worst:
+    if method.name in ("full", "lora") or "embeddings" in trained_roles(shape, method):
         return 1.0
     return 1 - (total - gamma) / (gamma + 1) / total
+
+
+def optimizer_of(unit: Unit, sharding: Sharding) -> UnitOptimizer:
+    """Makes the optimizer that a run has for ``unit``."""
+    return UnitOptimizer(unit, [0] * len(unit.params), torch.optim.AdamW, _SETTINGS, sharding)
+
+
+@cache
+def state_bytes(dtype: str) -> int:
+    """Bytes that `UnitOptimizer` keeps for each element of weights of this dtype."""
+    model = nn.Linear(2, 3, bias=False, dtype=getattr(torch, dtype))
+    unit = Unit("linear", None, tuple(model.named_parameters()))
+    fields = optimizer_of(unit, Sharding(Ranks())).fields([GROUP])
+    return sum(field.nbytes for field in fields) // model.weight.numel()

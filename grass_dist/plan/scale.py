@@ -10,12 +10,12 @@ from pathlib import Path
 from grass_dist.errors import ConfigError
 from grass_dist.plan.cost import step_time
 from grass_dist.plan.memory import memory_of
-from grass_dist.plan.runs import BackendName, Method, PlannedRun
+from grass_dist.plan.runs import Method, PlannedBackend, PlannedRun
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
 MOST = 2**16
-NAMES: dict[BackendName, str] = {"fsdp2": "FSDP2", "hsdp": "HSDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+NAMES: dict[PlannedBackend, str] = {"fsdp2": "FSDP2", "hsdp": "HSDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Point:
     efficiency: float
     """Compute over the whole step: 1 where only the model's own computation takes time."""
     fits: bool
-    """Whether the closed form fits into the GPU."""
+    """True if the closed form fits into the GPU."""
 
 
 def parse_scale(text: str) -> list[int]:
@@ -64,15 +64,10 @@ def scale(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, co
 
 def assumptions(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds) -> str:
     """Writes what the points assume, in three lines for the picture and below the table."""
-    measured = f"; measured: {', '.join(speeds.measured)}" if speeds.measured else ""
-    reached, within = speeds.flop_per_s * speeds.flop_share, speeds.within_bytes_per_s
+    more = f" and micro-batch, {run.accumulation} of them" if run.accumulation > 1 else ""
     return (
-        f"{shape.name}, {method.label}, {run.dtype}, {run.micro_batch} × {run.seq_len} tokens a GPU"
-        f"{' and micro-batch, ' + str(run.accumulation) + ' of them' if run.accumulation > 1 else ''} at every size; "
-        f"{run.gpus_per_host} GPUs a host\n"
-        f"{reached / 1e12:.3g} TFLOP/s reached, {within / 1e9:.3g} GB/s within "
-        f"a host, {speeds.across_bytes_per_s / 1e9:.3g} GB/s from a host to others, "
-        f"{speeds.across_latency_s * 1e6:.3g} µs a hop{measured}\n"
+        f"{shape.name}, {method.label}, {run.dtype}, {run.micro_batch} × {run.seq_len} tokens a GPU{more} "
+        f"at every size; {run.gpus_per_host} GPUs a host\n{speeds.sentence}\n"
         "rings over all ranks, overlapped as each backend does it; no stragglers, no loading; HSDP: a replica a host"
     )
 
@@ -98,12 +93,8 @@ def draw_scale(points: Sequence[Point], text: str, path: Path) -> None:
                 x = [p.gpus for p in mine]
                 for ax, values in ((top, [p.step_s for p in mine]), (bottom, [p.efficiency * 100 for p in mine])):
                     ax.plot(x, values, color=colors[backend], label=name, lw=1.8)
-                    for filled in (True, False):
-                        at = [(p.gpus, v) for p, v in zip(mine, values, strict=True) if p.fits == filled]
-                        face = colors[backend] if filled else "white"
-                        ax.scatter(
-                            *zip(*at, strict=True) if at else ([], []), s=28, color=colors[backend], fc=face, zorder=3
-                        )
+                    faces = [colors[backend] if p.fits else "white" for p in mine]
+                    ax.scatter(x, values, s=28, color=colors[backend], fc=faces, zorder=3)
             counts = sorted({p.gpus for p in points})
             top.set(title="Step time (hollow: does not fit)", ylabel="seconds", ylim=(0, None))
             top.legend(loc="lower right", ncols=4, bbox_to_anchor=(1, 1), borderaxespad=0)

@@ -25,17 +25,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from grass_dist.plan.choose import Choice, Row
+from grass_dist.plan.choose import Choice, Estimate
+from grass_dist.plan.cost import LANES
 from grass_dist.plan.memory import PARTS, memory_of
 from grass_dist.plan.scale import Point
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
 VERSION = 1
+_OF_RUN = ("gpus", "gpus_per_host", "micro_batch", "accumulation", "backend", "replicate", "offload", "dtype")
 _UNPRINTED = ("device_bytes", "pinnable_bytes")
 
 
-def as_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Point]) -> dict[str, Any]:
+def plan_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Point]) -> dict[str, Any]:
     """Returns the object that the module describes, with values that JSON can hold."""
     run, recommended = choice.run, choice.recommended
     full = next(row for row in choice.rows if row.method.name == "full")
@@ -44,17 +46,10 @@ def as_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[
         "model": shape.name,
         "params": shape.numel,
         "num_layers": shape.num_layers,
-        "gpus": run.gpus,
-        "gpus_per_host": run.gpus_per_host,
+        **{name: getattr(run, name) for name in _OF_RUN},
         "hosts": run.num_hosts,
         "gpu_memory_bytes": run.gpu_bytes,
         "seq_len_tokens": run.seq_len,
-        "micro_batch": run.micro_batch,
-        "accumulation": run.accumulation,
-        "backend": run.backend,
-        "replicate": run.replicate,
-        "offload": run.offload,
-        "dtype": run.dtype,
         "activation_checkpointing": run.checkpointing,
         "always_active": list(run.roles),
         "sampling_interval_steps": run.sampling_interval,
@@ -67,12 +62,12 @@ def as_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[
     }
 
 
-def most_layers(rows: Sequence[Row]) -> int:
+def most_layers(rows: Sequence[Estimate]) -> int:
     """Returns the largest γ with which GRASS fits; 0 if none does."""
     return max((r.method.active_layers for r in rows if r.method.name == "grass" and r.fits), default=0)
 
 
-def _row(shape: ModelShape, row: Row, full: Row) -> dict[str, Any]:
+def _row(shape: ModelShape, row: Estimate, full: Estimate) -> dict[str, Any]:
     memory, time = row.memory, row.time
     return {
         "method": row.method.name,
@@ -80,22 +75,14 @@ def _row(shape: ModelShape, row: Row, full: Row) -> dict[str, Any]:
         "fits": row.fits,
         "simulated": memory.simulated,
         "moment": memory.moment,
-        **{f"{part}_bytes": getattr(memory, part) for part in PARTS},
-        "allowance_bytes": memory.allowance,
-        "runtime_bytes": memory.runtime,
+        **{f"{part}_bytes": getattr(memory, part) for part in (*PARTS, "allowance", "runtime", "allocated")},
         "peak_bytes": memory.total,
         "closed_form_bytes": memory_of(shape, row.run, row.method).allocated,
-        "allocated_bytes": memory.allocated,
         "host_pinned_bytes": row.host_bytes,
         "pcie_bytes_per_step": row.moved.pcie,
         "within_hosts_bytes_per_step": row.moved.within,
         "across_hosts_bytes_per_step": row.moved.across,
-        "compute_s": time.compute,
-        "update_s": time.update,
-        "network_s": time.network,
-        "network_hidden_s": time.network_hidden,
-        "pcie_s": time.pcie,
-        "pcie_hidden_s": time.pcie_hidden,
+        **{f"{lane}_s": getattr(time, lane) for lane in LANES},
         "step_s": time.total,
         "tokens_per_s": time.tokens_per_s,
         "relative_to_full": time.total / full.time.total,

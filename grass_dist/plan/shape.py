@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError, UnsupportedModel
+from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import Unit, find_layers
 from grass_dist.model.foreign import CODE, MOST_LAYERS, build, plain_config, read_settings
+from grass_dist.model.stacks import class_of
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -33,9 +36,7 @@ class ModelShape:
     layers: tuple[Shapes, ...]
     """Parameter shapes of each layer, in the model's order."""
     roles: Mapping[str, Shapes]
-    """Parameter shapes of embeddings, final_norm and lm_head; tied embeddings are in embeddings alone."""
-    other: Shapes
-    """Shapes of the parameters that never train."""
+    """Parameter shapes of embeddings, final_norm, lm_head and others; tied embeddings are in embeddings alone."""
     hidden: int
     intermediate: int
     heads: int
@@ -43,7 +44,7 @@ class ModelShape:
     head_dim: int
     vocab: int
     gated: bool
-    """Whether the feed-forward has a gate (Llama, Gemma, Qwen)."""
+    """True if the feed-forward has a gate (Llama, Gemma, Qwen)."""
     tied: bool
     config: Any = field(repr=False, compare=False)
     """The transformers configuration, from which `simulate` builds the model."""
@@ -55,12 +56,12 @@ class ModelShape:
     @property
     def layer_numel(self) -> int:
         """Elements of the largest layer."""
-        return max(numel(layer) for layer in self.layers)
+        return max(elements_in(layer) for layer in self.layers)
 
     @property
     def layers_numel(self) -> int:
         """Elements of all layers."""
-        return sum(numel(layer) for layer in self.layers)
+        return sum(elements_in(layer) for layer in self.layers)
 
     @property
     def layer_matrices(self) -> int:
@@ -68,16 +69,11 @@ class ModelShape:
         return max(sum(math.prod(s) for s in layer if len(s) >= 2) for layer in self.layers)
 
     @property
-    def head_matrix(self) -> int:
-        """Elements of the output projection, tied or not."""
-        return self.vocab * self.hidden
-
-    @property
     def numel(self) -> int:
-        return self.layers_numel + sum(map(numel, self.roles.values())) + numel(self.other)
+        return self.layers_numel + sum(map(elements_in, self.roles.values()))
 
 
-def numel(shapes: Shapes) -> int:
+def elements_in(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
@@ -182,7 +178,8 @@ def shape_of_config(name: str, config: Any) -> ModelShape:
 
     Raises:
         ConfigError: transformers has no causal language model for it.
-        UnsupportedModel: the model has no layer stack.
+        UnsupportedModel: the model has no layer stack, or several, or layers of several classes.
+        ConfigError: what has no role is too large to train at every step.
     """
     try:
         model = build(config, torch.bfloat16, "meta")
@@ -192,6 +189,12 @@ def shape_of_config(name: str, config: Any) -> ModelShape:
         reason = " ".join(str(error).split())[:150]
         raise ConfigError("--model", name, f"it cannot be built ({reason})", "give a causal language model") from None
     found = find_layers(model)
+    kinds = {class_of(model.get_submodule(unit.name)).__name__ for unit in found.layers}
+    if len(found.stacks) > 1 or len(kinds) > 1:
+        raise UnsupportedModel(
+            f"{name}: a plan is of one list of layers of one class, and here are {found.stack} with "
+            f"{' and '.join(sorted(kinds))}; plan a model of one class, or give the number of parameters by --params."
+        )
     text = config.get_text_config()
     hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
     layer = _shapes(found.layers[0])
@@ -199,8 +202,7 @@ def shape_of_config(name: str, config: Any) -> ModelShape:
     return ModelShape(
         name=name,
         layers=tuple(_shapes(unit) for unit in found.layers),
-        roles={unit.name: _shapes(unit) for unit in found.roles},
-        other=tuple(tuple(p.shape) for _, p in found.other),
+        roles={unit.name: _shapes(unit) for unit in always_active_roles(model, found, GrassConfig())},
         hidden=hidden,
         intermediate=inner,
         heads=heads,

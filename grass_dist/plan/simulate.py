@@ -23,15 +23,15 @@ from grass_dist.backends.ddp import DdpSharding
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
 from grass_dist.backends.wrapping import shard, shard_mesh
+from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
+from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.foreign import build
 from grass_dist.model.loss import summed_loss
 from grass_dist.model.sharding import Sharding
-from grass_dist.model.units import always_active_roles
-from grass_dist.plan.adamw import GROUP, optimizer_of
 from grass_dist.plan.memory import Memory, states_of
-from grass_dist.plan.runs import Method, PlannedRun, grass_config
+from grass_dist.plan.runs import GROUP, Method, PlannedRun, grass_config, optimizer_of
 from grass_dist.plan.shape import ModelShape
 from grass_dist.ranks import world
 from grass_dist.states.unit_optimizer import UnitOptimizer
@@ -53,7 +53,7 @@ _PART_OF_KIND = {
 
 
 def can_simulate(run: PlannedRun, method: Method) -> bool:
-    """Whether `simulate` can: without DeepSpeed and LoRA, with one micro-batch a step and stock state sizes."""
+    """Says whether `simulate` can: without DeepSpeed and LoRA, with one micro-batch a step and stock state sizes."""
     return run.backend in SIMULATED and method.name != "lora" and run.accumulation == 1 and run.state_bytes is None
 
 
@@ -139,7 +139,7 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
             enable({"use_reentrant": False})  # type: ignore[operator]
         backend = _wrapped(model, run, mesh)
         layers = find_layers(model)
-        units = _training(layers, run, method)
+        units = _training(model, layers, run, method)
         ids = torch.zeros(run.micro_batch, run.seq_len, dtype=torch.long)
         batch = {"input_ids": ids, "labels": ids}
         tracker, peak = track(model, mesh is not None)
@@ -150,11 +150,9 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
                 with torch.no_grad():
                     model(input_ids=ids[:, :1], use_cache=False)
                 tracker.reset_mod_stats()
-            backend.attach(layers.layers, layers.roles, lambda *_: None, lambda _: None)
+            roles = always_active_roles(model, layers, GrassConfig())
+            backend.attach(layers.layers, roles, lambda *_: None, lambda _: None)
             backend.set_trainable(units, probing=False, measuring=False)
-            for name, param in layers.other:
-                del name
-                param.requires_grad_(False)
             summed_loss(model, batch).backward()
             with torch.no_grad():
                 for optimizer in optimizers:
@@ -176,12 +174,12 @@ def _optimizers(units: Sequence[Unit], sharding: Sharding) -> tuple[list[UnitOpt
     return optimizers, states
 
 
-def _training(layers: LayerMap, run: PlannedRun, method: Method) -> list[Unit]:
+def _training(model: nn.Module, layers: LayerMap, run: PlannedRun, method: Method) -> list[Unit]:
     """Returns the units of the worst draw, in the order of the updates.
 
     They are the topmost layers, one of them replaced by the lowest where that decides how far the backward goes.
     """
-    roles = always_active_roles(layers, grass_config(run, method))
+    roles = always_active_roles(model, layers, grass_config(run, method))
     top = list(layers.layers[len(layers.layers) - method.active_layers :])
     if "embeddings" not in {unit.name for unit in roles}:
         top[0] = layers.layers[0]
@@ -195,7 +193,7 @@ def _wrapped(model: nn.Module, run: PlannedRun, mesh: Any) -> HookedBackend:
     """
     if mesh is None:
         return SingleBackend(model, 1, DdpSharding(world()) if run.backend == "ddp" else None)
-    shard(model, find_layers(model).stack, mesh)
+    shard(model, [unit.name for unit in find_layers(model).layers], mesh)
     return Fsdp2Backend(model, 1)
 
 

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
-from grass_dist.plan.choose import Choice, Row, gb
+from grass_dist.plan.choose import Choice, Estimate
+from grass_dist.plan.cost import LANES
+from grass_dist.plan.memory import FRAGMENTATION_SHARE, RUNTIME_BYTES
 from grass_dist.plan.scale import NAMES, Point
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
+from grass_dist.terminal import console, duration, size, table
 
-WIDTH = 170
-"""Number of columns where the output is no terminal."""
+ABOUT_MEMORY = (
+    f"Allowance: {FRAGMENTATION_SHARE:.0%} of gradients, activations and buffers, for fragmentation. Runtime: "
+    f"{size(RUNTIME_BYTES)} for the CUDA context and NCCL."
+)
 
 
 def show(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequence[Point], assumed: str) -> None:
     """Prints the plan."""
-    from rich.console import Console
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    console.print(_memory_table(shape, choice))
-    console.print(_time_table(choice))
+    out = console(170)
+    out.print(_memory_table(shape, choice))
+    out.print(_time_table(choice))
     if points:
-        console.print(_scale_table(points))
-        console.print(assumed, markup=False, soft_wrap=True)
-    for sentence in (*_about_memory(choice), about_speeds(speeds), *choice.sentences):
-        console.print(sentence, markup=False, soft_wrap=True)
-
-
-def seconds(value: float) -> str:
-    """Writes seconds with a unit, e.g. 1.23 s, 45.6 ms, 7.8 µs or 0 s."""
-    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return "0 s" if value == 0 else f"{value * 1e6:.2g} µs"
-
-
-def about_speeds(speeds: Speeds) -> str:
-    """Says in a sentence with which constants the times were computed."""
-    measured = f" Measured by the doctor: {', '.join(speeds.measured)}." if speeds.measured else ""
-    return (
-        f"Times are of a model of costs: {speeds.flop_share:.0%} of {speeds.flop_per_s / 1e12:.4g} TFLOP/s a GPU, "
-        f"{speeds.pcie_bytes_per_s / 1e9:.3g} GB/s of PCIe each way, {speeds.within_bytes_per_s / 1e9:.3g} GB/s within "
-        f"and {speeds.across_bytes_per_s / 1e9:.3g} GB/s across hosts.{measured}"
-    )
+        out.print(_scale_table(points))
+        out.print(assumed, markup=False, soft_wrap=True)
+    for sentence in (ABOUT_MEMORY, *([] if points else [speeds.sentence]), *choice.sentences):
+        out.print(sentence, markup=False, soft_wrap=True)
 
 
 def _memory_table(shape: ModelShape, choice: Choice) -> Any:
@@ -53,19 +38,21 @@ def _memory_table(shape: ModelShape, choice: Choice) -> Any:
     replicas = f" of {run.replicate} replicas" if run.backend == "hsdp" else ""
     title = (
         f"{shape.name}: {shape.numel / 1e9:.3g} billion parameters, {shape.num_layers} layers · {run.gpus} GPUs of "
-        f"{gb(run.gpu_bytes)} on {hosts} · {run.backend}{replicas} · {run.dtype} · {run.micro_batch} × {run.seq_len} "
-        f"tokens a GPU{f' × {run.accumulation}' if run.accumulation > 1 else ''} · offload {run.offload} · activation "
-        f"checkpointing {'on' if run.checkpointing else 'off'}\nMemory of a GPU at its peak"
+        f"{size(run.gpu_bytes)} on {hosts} · {run.backend}{replicas} · {run.dtype} · {run.micro_batch} × {run.seq_len} "
+        f"tokens a GPU{f' × {run.accumulation}' if run.accumulation > 1 else ''} · offload {run.offload} · "
+        f"{run.named_checkpointing}\nMemory of a GPU at its peak"
     )
     columns = ("", "weights", "gradients", "states", "activations", "buffers", "allowance", "runtime")
-    return _table(title, (*columns, "peak", "fits", "pinned a host", "by"), map(_memory_cells, choice.rows))
+    columns = (*columns, "peak", "fits", "pinned a host", "by")
+    return table(title, columns, map(_memory_cells, choice.rows), align_right=True)
 
 
-def _memory_cells(row: Row) -> list[str]:
+def _memory_cells(row: Estimate) -> list[str]:
     m = row.memory
     parts = (m.weights, m.gradients, m.states, m.activations, m.buffers, m.allowance, m.runtime, m.total)
     fits = "yes" if row.fits else "no: host" if m.total <= row.run.gpu_bytes else "no"
-    return [row.method.label, *map(gb, parts), fits, gb(row.host_bytes), "simulation" if m.simulated else "closed form"]
+    by = "simulation" if m.simulated else "closed form"
+    return [row.method.label, *map(size, parts), fits, size(row.host_bytes), by]
 
 
 def _time_table(choice: Choice) -> Any:
@@ -75,14 +62,11 @@ def _time_table(choice: Choice) -> Any:
     rows = []
     for row in choice.rows:
         t = row.time
-        lanes = (t.compute, t.update, t.network, t.network_hidden, t.pcie, t.pcie_hidden, t.total)
+        lanes = (*(getattr(t, name) for name in LANES), t.total)
         cells = [f"{t.total / full.time.total:.2f} ×", f"{t.tokens_per_s:,.0f}"]
-        rows.append([row.method.label, *map(seconds, lanes), *cells, *map(gb, _volumes(row))])
-    return _table("Time of a step, and bytes that it moves (of all ranks, but for PCIe)", (*columns, *volumes), rows)
-
-
-def _volumes(row: Row) -> tuple[float, float, float]:
-    return row.moved.pcie, row.moved.within, row.moved.across
+        rows.append([row.method.label, *map(duration, lanes), *cells, *map(size, astuple(row.moved))])
+    title = "Time of a step, and bytes that it moves (of all ranks, but for PCIe)"
+    return table(title, (*columns, *volumes), rows, align_right=True)
 
 
 def _scale_table(points: Sequence[Point]) -> Any:
@@ -93,28 +77,6 @@ def _scale_table(points: Sequence[Point]) -> Any:
         for backend in NAMES:
             p = by.get((backend, gpus))
             fits = "" if p is None or p.fits else " (does not fit)"
-            cells.append("" if p is None else f"{seconds(p.step_s)}, {p.efficiency:.0%}{fits}")
+            cells.append("" if p is None else f"{duration(p.step_s)}, {p.efficiency:.0%}{fits}")
         rows.append([f"{gpus:,}", *cells])
-    return _table("Step time and efficiency over the number of GPUs", ("GPUs", *NAMES.values()), rows)
-
-
-def _about_memory(choice: Choice) -> Iterable[str]:
-    from grass_dist.plan.memory import FRAGMENTATION_SHARE, RUNTIME_BYTES
-
-    yield (
-        f"Allowance: {FRAGMENTATION_SHARE:.0%} of gradients, activations and buffers, for fragmentation. Runtime: "
-        f"{gb(RUNTIME_BYTES)} for the CUDA context and NCCL."
-    )
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in title)))
-    table.title_justify = "left"
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+    return table("Step time and efficiency over the number of GPUs", ("GPUs", *NAMES.values()), rows, align_right=True)

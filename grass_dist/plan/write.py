@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from grass_dist.errors import ConfigError
-from grass_dist.plan.choose import Row, gb
+from grass_dist.plan.choose import Estimate
 from grass_dist.plan.memory import zero_settings
 from grass_dist.plan.runs import grass_config
 from grass_dist.plan.shape import ModelShape
+from grass_dist.terminal import size
 
 STEPS = 500
-_AUTO = (
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-)
 
 
-def write_config(path: Path, shape: ModelShape, row: Row) -> list[Path]:
+def write_config(path: Path, shape: ModelShape, row: Estimate) -> list[Path]:
     """Writes the settings of ``row``.
 
     Returns:
@@ -45,14 +41,15 @@ def write_config(path: Path, shape: ModelShape, row: Row) -> list[Path]:
     return list(files)
 
 
-def deepspeed_json(shape: ModelShape, row: Row) -> dict[str, Any]:
+def deepspeed_json(shape: ModelShape, row: Estimate) -> dict[str, Any]:
     """Returns the DeepSpeed configuration whose buckets the plan has counted."""
-    auto = dict.fromkeys(_AUTO, "auto")
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    auto = dict.fromkeys(names, "auto")
     low = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
     return {"zero_optimization": zero_settings(shape, row.run), **low, **auto}
 
 
-def settings_of(path: Path, shape: ModelShape, row: Row) -> dict[str, Any]:
+def settings_of(path: Path, shape: ModelShape, row: Estimate) -> dict[str, Any]:
     """Returns the settings as nested sections; what is not planned is as in configs/."""
     run = row.run
     parallel: Any = {"single": "single", "ddp": "ddp", "fsdp2": "fsdp2"}.get(run.backend)
@@ -88,14 +85,13 @@ def settings_of(path: Path, shape: ModelShape, row: Row) -> dict[str, Any]:
     }
 
 
-def _yaml(path: Path, shape: ModelShape, row: Row) -> str:
+def _yaml(path: Path, shape: ModelShape, row: Estimate) -> str:
     import yaml
 
     run = row.run
     text = yaml.safe_dump(settings_of(path, shape, row), sort_keys=False, allow_unicode=True)
     text = text.replace("  name: reasoning-gym:gsm_symbolic\n", "  name: reasoning-gym:gsm_symbolic # or yours\n")
     hosts = f"{run.num_hosts} hosts of {run.ranks_per_host}" if run.num_hosts > 1 else "one host"
-    return (
-        f"# Planned by grass-dist plan for {' '.join(shape.name.split())} on {run.gpus} GPUs ({hosts}):\n"
-        f"# {gb(row.memory.total)} of {gb(run.gpu_bytes)} on each, {gb(row.host_bytes)} pinned on each host.\n{text}"
-    )
+    takes = f"{size(row.memory.total)} of {size(run.gpu_bytes)} on each, {size(row.host_bytes)} pinned on each host"
+    on = f"{run.gpus} GPUs ({hosts})"
+    return f"# Planned by grass-dist plan for {' '.join(shape.name.split())} on {on}:\n# {takes}.\n{text}"

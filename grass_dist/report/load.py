@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from grass_dist.errors import GrassError
 from grass_dist.regular_files import open_regular, read_regular
-from grass_dist.report.example import ShownExample
 
 LARGEST_INFO, LARGEST_CONFIG = 2**24, 2**20
 """Largest sizes of run.json and of config.yaml, in bytes."""
@@ -22,9 +22,27 @@ LONGEST_LINE = 2**24
 MOST_EVENTS = 5_000_000
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Step = Annotated[int, Field(ge=0, lt=2**53)]
-Reading = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
+StepNumber = Annotated[int, Field(ge=0, lt=2**53)]
+Measured = Annotated[float | None, AfterValidator(lambda x: x if x is not None and math.isfinite(x) else None)]
 """A number that was measured; None if it is missing, infinite or not a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExamplePiece:
+    """A part of an example: a special token, or text between two."""
+
+    text: str
+    learnt: bool
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShownExample:
+    """A training example as the model sees it; ``tokens`` and ``learnt`` are numbers of tokens."""
+
+    tokens: int
+    learnt: int
+    pieces: tuple[ExamplePiece, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +69,10 @@ class RunInfo:
     """Host of each rank; empty where it was not recorded."""
     replicate: Annotated[int, Field(ge=1)] = 1
     """Replicas of the sharded model (HSDP)."""
+    frozen_layers: tuple[int, ...] = ()
+    """Layers that the user has frozen, so that they do not compete."""
+    recorded_by: str = ""
+    """Names the program, where it is not the training program of this package."""
     example: ShownExample | None = None
     """The first training example; None in older records."""
 
@@ -59,11 +81,11 @@ class RunInfo:
 class StepEvent:
     """One step, after which the optimizer has done ``step`` steps."""
 
-    step: Step
+    step: StepNumber
     phase: Literal["probe", "train"]
-    loss: Reading
+    loss: Measured
     lr: float
-    grad_norm: Reading
+    grad_norm: Measured
     seconds: float
     tokens: Count
     bytes_reduced: Count
@@ -80,17 +102,17 @@ class StepEvent:
 class EvalEvent:
     """The held-out loss after ``step`` steps."""
 
-    step: Step
-    loss: Reading
+    step: StepNumber
+    loss: Measured
 
 
 @dataclass(frozen=True, slots=True)
 class RefreshEvent:
     """New importances and probabilities after ``step`` steps; an importance is None until it is measured."""
 
-    step: Step
-    importances: tuple[Reading, ...]
-    probabilities: tuple[Reading, ...]
+    step: StepNumber
+    importances: tuple[Measured, ...]
+    probabilities: tuple[Measured, ...]
     dropped: Count
 
 
@@ -98,16 +120,16 @@ class RefreshEvent:
 class SampleEvent:
     """The draw of the layers that train after ``step`` steps, made after ``drawn_at``; None in older records."""
 
-    step: Step
-    round: Step
+    step: StepNumber
+    round: StepNumber
     active_layers: tuple[int, ...]
-    probabilities: tuple[Reading, ...]
-    drawn_at: Step | None = None
+    probabilities: tuple[Measured, ...]
+    drawn_at: StepNumber | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerEvent:
-    """What the model answered before or after the training."""
+    """Holds what the model answered before or after the training."""
 
     when: Literal["before", "after"]
     prompt: str
@@ -119,20 +141,16 @@ class AnswerEvent:
 class EndEvent:
     """The run came to its end after ``step`` steps and ``seconds`` seconds."""
 
-    step: Step
+    step: StepNumber
     seconds: float
 
 
 RecordEvent = StepEvent | EvalEvent | RefreshEvent | SampleEvent | AnswerEvent | EndEvent
 
 _EVENTS: dict[str, TypeAdapter[RecordEvent]] = {
-    "step": TypeAdapter(StepEvent),
-    "eval": TypeAdapter(EvalEvent),
-    "refresh": TypeAdapter(RefreshEvent),
-    "sample": TypeAdapter(SampleEvent),
-    "answer": TypeAdapter(AnswerEvent),
-    "end": TypeAdapter(EndEvent),
+    kind.__name__.removesuffix("Event").lower(): TypeAdapter(kind) for kind in get_args(RecordEvent)
 }
+"""How each kind of line is read, by its "event"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +177,11 @@ class RunRecord:
     end: EndEvent | None = None
     notes: tuple[str, ...] = ()
     """Sentences about what the record lacks, for the reader of the page."""
+
+    @property
+    def begins_at(self) -> int:
+        """The first step that was recorded; 1 where there is none."""
+        return self.steps[0].step if self.steps else 1
 
     @property
     def probe_steps(self) -> list[StepEvent]:
@@ -194,10 +217,6 @@ class RunRecord:
         draws = [event if event.drawn_at is None else replace(event, step=event.drawn_at) for event in self.samples]
         return sorted([*self.refreshes, *draws], key=lambda event: event.step)
 
-    def has_importances(self) -> bool:
-        """Whether any layer's importance was ever recorded."""
-        return any(value is not None for event in self.refreshes for value in relative(event.importances))
-
 
 def relative(importances: Sequence[float | None]) -> list[float | None]:
     """Returns importances over the mean of the measured ones; None for one not measured, for all if the mean is 0."""
@@ -220,7 +239,7 @@ def load_run(folder: Path) -> RunRecord:
     ends = [event for event in events if isinstance(event, EndEvent)]
     if not ends:
         notes.append("The record has no end: the run was cut off, or was still going when this page was made.")
-    return RunRecord(
+    record = RunRecord(
         folder=folder,
         info=info,
         config_text=_read_config(folder / "config.yaml", notes),
@@ -230,8 +249,10 @@ def load_run(folder: Path) -> RunRecord:
         samples=_by_step(event for event in events if isinstance(event, SampleEvent)),
         answers=tuple(event for event in events if isinstance(event, AnswerEvent)),
         end=ends[-1] if ends else None,
-        notes=tuple(notes),
     )
+    if record.begins_at > 1:
+        notes.append(f"The record begins at step {record.begins_at}: what the run did before is not on this page.")
+    return replace(record, notes=tuple(notes))
 
 
 _Stepped = TypeVar("_Stepped", StepEvent, EvalEvent, RefreshEvent, SampleEvent)
@@ -244,8 +265,10 @@ def _by_step(events: Iterable[_Stepped]) -> tuple[_Stepped, ...]:
 
 
 def _read_info(path: Path) -> RunInfo:
+    with _readable(path):
+        content = read_regular(path, LARGEST_INFO)
     try:
-        info = TypeAdapter(RunInfo).validate_python(json.loads(_read_whole(path)))
+        info = TypeAdapter(RunInfo).validate_python(json.loads(content))
     except ValidationError as error:
         raise GrassError(f"{path}: this is not the record of a run; {_first_problem(error)}.") from None
     except (ValueError, RecursionError) as error:
@@ -262,12 +285,14 @@ def _read_events(path: Path, num_layers: int) -> tuple[list[RecordEvent], list[s
     """Reads all events that this version knows, and the note about a half-written last line."""
     events: list[RecordEvent] = []
     broken: tuple[int, Exception] | None = None
-    with _open(path) as stream:
+    with _readable(path), open_regular(path) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
             if not line.strip():
                 continue
             if broken is not None:  # so it was not the last one
-                raise _damaged(path, *broken)
+                number, error = broken
+                problem = _first_problem(error) if isinstance(error, ValidationError) else _lower(str(error))
+                raise GrassError(f"{path}, line {number}: this line is damaged; {problem}.")
             try:
                 if len(line) > LONGEST_LINE:
                     raise ValueError(f"it has more than {LONGEST_LINE} bytes")
@@ -282,11 +307,6 @@ def _read_events(path: Path, num_layers: int) -> tuple[list[RecordEvent], list[s
     if broken is None:
         return events, []
     return events, [f"The last line of metrics.jsonl (line {broken[0]}) was half-written; it is left out."]
-
-
-def _damaged(path: Path, number: int, error: Exception) -> GrassError:
-    problem = _first_problem(error) if isinstance(error, ValidationError) else _lower(str(error))
-    return GrassError(f"{path}, line {number}: this line is damaged; {problem}.")
 
 
 def _parse(line: bytes, num_layers: int) -> RecordEvent | None:
@@ -321,24 +341,15 @@ def _read_config(path: Path, notes: list[str]) -> str:
     return ""
 
 
-def _read_whole(path: Path) -> bytes:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says of a file that cannot be read whose it should be."""
     try:
-        return read_regular(path, LARGEST_INFO)
+        yield
     except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open_regular(path)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> GrassError:
-    missing = isinstance(error, FileNotFoundError)
-    problem = "this file is missing" if missing else f"this file cannot be read ({error.strerror})"
-    return GrassError(f"{path}: {problem}, so {path.parent} is not the folder of a run.")
+        missing = isinstance(error, FileNotFoundError)
+        problem = "this file is missing" if missing else f"this file cannot be read ({error.strerror})"
+        raise GrassError(f"{path}: {problem}, so {path.parent} is not the folder of a run.") from None
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from grass_dist.config import GrassConfig, slot_count
+from grass_dist.errors import GrassError
 from grass_dist.method.importance import effective_layers
 from grass_dist.method.schedule import too_short_for
-from grass_dist.report.captions import CAPTIONS
-from grass_dist.report.load import EvalEvent, RunInfo, RunRecord, relative
+from grass_dist.report.drawing import byte_unit
+from grass_dist.report.load import AnswerEvent, EvalEvent, RunInfo, RunRecord, relative
 from grass_dist.report.wire import Sent, sent
-from grass_dist.report.wording import bytes_text, count_text, duration, loss_text, percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +71,6 @@ class LayerRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture with its sentences; ``data`` is a data URL, None where there is nothing to draw."""
-
-    name: str
-    heading: str
-    told: str
-    """Sentence with numbers before the picture; may be empty."""
-    caption: str
-    missing: str
-    data: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class AnswerPair:
     """A prompt, and what the model answered to it before and after the training."""
 
@@ -105,11 +93,11 @@ def render(run: RunRecord, pictures: Mapping[str, Path | None]) -> str:
     )
     return environment.get_template("page.html.j2").render(
         info=run.info,
-        summary=_summary(run),
         facts=_facts(run),
         notes=[*run.notes, *untrained(run)],
         cards=cards(found, run),
-        pictures=[_picture(name, pictures.get(name), told.get(name, "")) for name in CAPTIONS],
+        pictures={name: path and _data_url(path) for name, path in pictures.items()},
+        told=told,
         layers=layer_rows(run),
         answers=pair_answers(run),
         config_text=run.config_text,
@@ -119,13 +107,11 @@ def render(run: RunRecord, pictures: Mapping[str, Path | None]) -> str:
 def numbers(run: RunRecord) -> Numbers:
     """Computes the key figures. Without a training step, the share is that of γ layers of average size."""
     info, train, probe = run.info, run.train_steps, run.probe_steps
-    trained = [_trained_params(run, step.active_layers) for step in train]
+    trained = [sum(info.layer_numel[i] for i in step.active_layers) + info.params_always_active for step in train]
     active = info.grass.get("active_layers")
     expected = sum(info.layer_numel) * (active if isinstance(active, int) else info.num_layers) / info.num_layers
     mean_trained = sum(trained) / len(trained) if trained else expected + info.params_always_active
     seconds = sum(step.seconds for step in train)
-    # The least of them are of the first steps, when nothing has a state but what trains.
-    rates = [(s.state_bytes + s.host_state_bytes) / n for s, n in zip(train, trained, strict=True) if n]
     return Numbers(
         steps=run.steps[-1].step if run.steps else 0,
         probe_steps=len(probe),
@@ -136,7 +122,7 @@ def numbers(run: RunRecord) -> Numbers:
         bytes_probe=sum(step.bytes_reduced for step in probe) / len(probe) if probe else None,
         bytes_sent=_sent(info, sum(step.bytes_reduced for step in train) / len(train)) if train else None,
         state_peak=max((step.state_bytes for step in train), default=None),
-        state_full=min(rates) * info.params_total if rates else None,
+        state_full=_full_state(run, trained),
         host_peak=max((step.host_state_bytes for step in train), default=0),
         bytes_to_device=sum(step.bytes_to_device for step in run.steps),
         bytes_to_host=sum(step.bytes_to_host for step in run.steps),
@@ -147,17 +133,45 @@ def numbers(run: RunRecord) -> Numbers:
     )
 
 
+def _full_state(run: RunRecord, trained: Sequence[int]) -> float | None:
+    """Bytes of the states of all parameters, at the bytes a parameter that the record shows; None if it shows none.
+
+    Args:
+        trained: parameters that trained in each of the training steps.
+    """
+    info, train = run.info, run.train_steps
+    if slots := _slots(run):
+        room = info.params_always_active + slots * max(info.layer_numel)
+        return train[0].state_bytes / room * info.params_total
+    # The least of them are of the first steps, when nothing has a state but what trains.
+    rates = [(s.state_bytes + s.host_state_bytes) / n for s, n in zip(train, trained, strict=True) if n]
+    return min(rates) * info.params_total if rates else None
+
+
+def _slots(run: RunRecord) -> int:
+    """Number of layers for whose states the device has room at all times; 0 where states stay, or it is not known."""
+    moved = any(step.bytes_to_device + step.bytes_to_host for step in run.steps)
+    try:
+        config = GrassConfig(**run.info.grass)
+    except (GrassError, TypeError):  # of another version
+        return 0
+    mode = config.offload.mode or "interval"
+    if not moved or not run.train_steps or mode not in ("interval", "stream"):
+        return 0
+    return slot_count(config, mode, run.info.num_layers - len(run.info.frozen_layers))
+
+
 def cards(found: Numbers, run: RunRecord) -> list[Card]:
     """Returns the row of key figures."""
     limit = run.info.train.get("max_steps")
     planned = f" of {limit:,}" if isinstance(limit, int) and limit != found.steps else ""
     rate = found.tokens_per_second
-    share = f"{count_text(found.trained_params)} of {count_text(run.info.params_total)}"
+    share = f"{_count_text(found.trained_params)} of {_count_text(run.info.params_total)}"
     return [
         _loss_card(found.first_eval, found.last_eval),
         Card("Steps", f"{found.steps:,}{planned}", f"{found.probe_steps:,} of them the probe"),
-        Card("Tokens a second", count_text(rate) if rate else "—", "in training steps; evaluation is left out"),
-        Card("Parameters trained at a time", percent(found.share), f"{share}, counting those outside the layers"),
+        Card("Tokens a second", _count_text(rate) if rate else "—", "in training steps; evaluation is left out"),
+        Card("Parameters trained at a time", _percent(found.share), f"{share}, counting those outside the layers"),
         _bytes_card(found),
         _state_card(found),
     ]
@@ -176,22 +190,15 @@ def layer_rows(run: RunRecord) -> list[LayerRow]:
 
 def pair_answers(run: RunRecord) -> list[AnswerPair]:
     """Returns one entry for each prompt, in the order of the record; the last answer to a prompt counts."""
-    before = {answer.prompt: answer for answer in run.answers if answer.when == "before"}
-    after = {answer.prompt: answer for answer in run.answers if answer.when == "after"}
-    pairs = [(prompt, before.get(prompt), after.get(prompt)) for prompt in {**before, **after}]
-    return [
-        AnswerPair(
-            prompt,
-            next((answer.expected for answer in (first, last) if answer and answer.expected is not None), None),
-            first.text if first else None,
-            last.text if last else None,
-        )
-        for prompt, first, last in pairs
-    ]
-
-
-def _trained_params(run: RunRecord, layers: tuple[int, ...]) -> int:
-    return sum(run.info.layer_numel[i] for i in layers) + run.info.params_always_active
+    said: dict[str, dict[str, AnswerEvent]] = {}
+    for answer in run.answers:
+        said.setdefault(answer.prompt, {})[answer.when] = answer
+    pairs = []
+    for prompt, by_time in said.items():
+        texts = [by_time[when].text if when in by_time else None for when in ("before", "after")]
+        expected = [answer.expected for answer in by_time.values() if answer.expected is not None]
+        pairs.append(AnswerPair(prompt, expected[0] if expected else None, *texts))
+    return pairs
 
 
 def _loss_card(first: EvalEvent | None, last: EvalEvent | None) -> Card:
@@ -199,10 +206,10 @@ def _loss_card(first: EvalEvent | None, last: EvalEvent | None) -> Card:
     if first is None or last is None:
         return Card(label, "—", "no evaluation was recorded")
     if first.step == last.step:
-        return Card(label, loss_text(first.loss), f"at step {first.step:,} only")
+        return Card(label, _loss_text(first.loss), f"at step {first.step:,} only")
     change = f", {last.loss / first.loss - 1:+.1%}".replace("-", "−") if first.loss and last.loss else ""
     return Card(
-        label, f"{loss_text(first.loss)} → {loss_text(last.loss)}", f"steps {first.step:,} and {last.step:,}{change}"
+        label, f"{_loss_text(first.loss)} → {_loss_text(last.loss)}", f"steps {first.step:,} and {last.step:,}{change}"
     )
 
 
@@ -212,16 +219,14 @@ def _bytes_card(found: Numbers) -> Card:
         return Card(label, "—", "no training step was recorded")
     if not found.bytes_train:
         return Card(label, "0", "nothing is reduced, as in a run on one process")
-    note = f"by parameters, {percent(found.share)} of full fine-tuning"
+    note = f"by parameters, {_percent(found.share)} of full fine-tuning"
     if found.bytes_probe:
-        measured = percent(found.bytes_train / found.bytes_probe)
-        note = f"{measured} of the {bytes_text(found.bytes_probe)} that a probe step reduces; {note}"
+        measured = _percent(found.bytes_train / found.bytes_probe)
+        note = f"{measured} of the {_bytes_text(found.bytes_probe)} that a probe step reduces; {note}"
     if found.bytes_sent:
-        ways = (
-            f"{bytes_text(found.bytes_sent.within)} within hosts and {bytes_text(found.bytes_sent.across)} across them"
-        )
-        note = f"{note}; all ranks send {ways}, as rings do"
-    return Card(label, bytes_text(found.bytes_train), note)
+        within, across = map(_bytes_text, astuple(found.bytes_sent))
+        note = f"{note}; all ranks send {within} within hosts and {across} across them, as rings do"
+    return Card(label, _bytes_text(found.bytes_train), note)
 
 
 def _sent(info: RunInfo, reduced: float) -> Sent | None:
@@ -234,21 +239,21 @@ def _state_card(found: Numbers) -> Card:
     label = "Optimizer state a rank"
     if found.state_peak is None or found.state_full is None:
         return Card(label, "—", "no training step was recorded")
-    rest = f" on the device, and up to {bytes_text(found.host_peak)} in host memory" if found.host_peak else ""
-    note = f"peak{rest}; full fine-tuning would hold {bytes_text(found.state_full)} at the same bytes a parameter"
-    return Card(label, bytes_text(found.state_peak), note)
+    rest = f" on the device, and up to {_bytes_text(found.host_peak)} in host memory" if found.host_peak else ""
+    note = f"peak{rest}; full fine-tuning would hold {_bytes_text(found.state_full)} at the same bytes a parameter"
+    return Card(label, _bytes_text(found.state_peak), note)
 
 
 def _moves(found: Numbers) -> str:
     """Says in one sentence what moving states has cost this rank."""
     if not found.bytes_to_device + found.bytes_to_host:
         return ""
-    ways = f"moved {bytes_text(found.bytes_to_device)} to the device and {bytes_text(found.bytes_to_host)} back"
+    ways = f"moved {_bytes_text(found.bytes_to_device)} to the device and {_bytes_text(found.bytes_to_host)} back"
     if not found.copying:
         return f"This rank {ways}."
     hidden = 100 * max(0.0, 1 - found.waiting / found.copying)
     share = f"{hidden:.0f}%" if hidden < 99 else f"{min(hidden, 99.9):.1f}%" if found.waiting else "100%"
-    waited = f"waited {duration(found.waiting)} in all" if found.waiting else "never waited"
+    waited = f"waited {_time_text(found.waiting)} in all" if found.waiting else "never waited"
     return f"This rank {ways}; {share} of the copying time ran beside the compute; training {waited}."
 
 
@@ -267,17 +272,13 @@ def _evenness(run: RunRecord) -> str:
 
 def untrained(run: RunRecord) -> list[str]:
     """Returns the note on layers that a finished run did not reach."""
-    never = [layer for layer, times in enumerate(run.times_trained()) if not times]
-    told = too_short_for(never, run.info.num_layers, str(run.info.grass.get("sampler"))) if run.end else None
+    if run.begins_at > 1:
+        return []  # what trained before is not known
+    frozen = set(run.info.frozen_layers)
+    never = [layer for layer, times in enumerate(run.times_trained()) if not times and layer not in frozen]
+    compete = run.info.num_layers - len(frozen)
+    told = too_short_for(never, compete, str(run.info.grass.get("sampler"))) if run.end else None
     return [told] if told else []
-
-
-def _summary(run: RunRecord) -> str:
-    info = run.info
-    ranks = "1 rank" if info.world_size == 1 else f"{info.world_size} ranks"
-    layers = f"γ = {info.grass.get('active_layers', '?')} of {info.num_layers} layers"
-    sampler = f"sampler {info.grass.get('sampler', '?')}"
-    return " · ".join([info.model, f"{info.backend} on {ranks}", f"{info.device}, {info.dtype}", sampler, layers])
 
 
 def _facts(run: RunRecord) -> str:
@@ -287,7 +288,7 @@ def _facts(run: RunRecord) -> str:
     parts = [
         f"{named} ({', '.join(examples)})" if named and examples else named or ", ".join(examples),
         f"started {run.info.started}" if run.info.started else "",
-        f"took {duration(run.end.seconds)}" if run.end else "",
+        f"took {_time_text(run.end.seconds)}" if run.end else "",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     return " · ".join(part for part in parts if part)
@@ -296,7 +297,35 @@ def _facts(run: RunRecord) -> str:
 _EXAMPLES = {"train_examples": "training examples", "eval_examples": "held out"}
 
 
-def _picture(name: str, path: Path | None, told: str) -> Picture:
-    heading, caption, missing = CAPTIONS[name]
-    data = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() if path else None
-    return Picture(name, heading, told, caption, missing, data)
+def _data_url(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+def _loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%" if share < 0.0995 else f"{100 * share:.0f}%"
+
+
+def _bytes_text(count: float) -> str:
+    scale, unit = byte_unit(count)
+    return f"{count / scale:.3g} {unit}"
+
+
+def _count_text(count: float) -> str:
+    for scale, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
+        if count >= scale:
+            return f"{count / scale:.4g}{unit}"
+    return f"{count:,.0f}"
+
+
+def _time_text(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    if minutes:
+        return f"{minutes} min {rest:02d} s"
+    return f"{seconds:.1f} s" if seconds >= 0.1 or not seconds else f"{1000 * seconds:.2g} ms"

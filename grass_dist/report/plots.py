@@ -36,34 +36,46 @@ from grass_dist.report.load import RunRecord, relative
 
 def plot_loss(run: RunRecord, folder: Path) -> Path | None:
     """Draws the training loss, raw and smoothed, and the held-out loss."""
-    steps = np.array([s.step for s in run.steps])
-    loss = as_floats([s.loss for s in run.steps])
+    steps, loss, which, of = _training_loss(run)
     evals = [e for e in run.evals if e.loss is not None]
     if not np.isfinite(loss).any() and not evals:
         return None
     with picture(folder / "loss.png", 4.6) as (ax,):
         probe = shade_probe(ax, run)
         if len(steps) >= 10:
-            ax.plot(*envelope(steps, loss), color=BLUE, alpha=0.3, lw=0.9, label="training loss, each step")
+            ax.plot(*envelope(steps, loss), color=BLUE, alpha=0.3, lw=0.9, label=f"training loss, {which}")
             window = max(3, len(steps) // 15)
             smooth = rolling_mean(loss, window)
-            ax.plot(*envelope(steps, smooth), color=BLUE, lw=2, label=f"training loss, mean of {window:,} steps")
+            ax.plot(*envelope(steps, smooth), color=BLUE, lw=2, label=f"training loss, mean of {window:,} {of}")
         elif len(steps):
-            ax.plot(steps, loss, color=BLUE, lw=1.5, marker="o", ms=4, label="training loss, each step")
+            ax.plot(steps, loss, color=BLUE, lw=1.5, marker="o", ms=4, label=f"training loss, {which}")
         if evals:
             size = 6.5 if len(evals) <= 60 else 3
             marker: dict[str, Any] = {"marker": "D", "ms": size, "mec": "white", "mew": 0.8, "clip_on": False}
             held_out = as_floats([e.loss for e in evals])
             ax.plot([e.step for e in evals], held_out, color=ORANGE, lw=1.2, label="held-out loss", zorder=4, **marker)
-        ax.set(title="Training and held-out loss", ylabel="loss (nats a token)")
-        step_axis(ax, [*steps, *(e.step for e in evals)])
+        ax.set(title="Training and held-out loss", ylabel="loss" if run.info.recorded_by else "loss (nats a token)")
+        step_axis(ax, [*(s.step for s in run.steps), *(e.step for e in evals)])
         ax.legend(handles=[*ax.get_legend_handles_labels()[0], *probe], ncols=2)
     return folder / "loss.png"
 
 
+def _training_loss(run: RunRecord) -> tuple[np.ndarray, np.ndarray, str, str]:
+    """Returns steps, their losses, and words for the legend.
+
+    Where a loss was logged now and then, the steps without one are left out: a line between two of them shows nothing.
+    """
+    steps, loss = np.array([s.step for s in run.steps]), as_floats([s.loss for s in run.steps])
+    if sum(s.loss is not None for s in run.train_steps) >= 0.9 * len(run.train_steps):
+        begins = int(np.isfinite(loss).argmax()) if len(loss) else 0  # a probe may have none
+        return steps[begins:], loss[begins:], "each step", "steps"
+    known = np.isfinite(loss)
+    return steps[known], loss[known], "where it was logged", "of these"
+
+
 def plot_importance(run: RunRecord, folder: Path) -> Path | None:
     """Draws a heatmap of the importances over their mean, by layer and step."""
-    if not run.has_importances():
+    if all(value is None for event in run.refreshes for value in relative(event.importances)):
         return None
     columns = _columns(run, run.refreshes[-1].step)
     grid = _held(run.refreshes, columns, lambda event: relative(event.importances), run.info.num_layers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +18,9 @@ class Sent:
     """Bytes to ranks of other hosts."""
 
 
-def sent(reduced: float, hosts: Sequence[str], *, replicate: int, whole: bool) -> Sent:
+def sent(
+    reduced: float, hosts: Sequence[str] | np.ndarray, *, replicate: int, whole: bool, gathered: float = 0.0
+) -> Sent:
     """Counts what rings send that go through the ranks in their order, as NCCL's do.
 
     A ring of n ranks sends (n - 1) / n of the bytes over each of its n links to reduce-scatter them, and as much again
@@ -28,27 +32,17 @@ def sent(reduced: float, hosts: Sequence[str], *, replicate: int, whole: bool) -
         hosts: host of each rank.
         replicate: number of replicas of the sharded model (HSDP); 1 without replicas.
         whole: whether every rank ends with the whole sum (an all-reduce), as under DDP.
+        gathered: bytes that each rank gets from its shard group besides.
     """
-    size, shard = len(hosts), len(hosts) // replicate
+    hosts, size = np.asarray(hosts), len(hosts)
+    ranks, group = np.arange(size), size // replicate
+    over_each = ((2 if whole else 1) * reduced + gathered) * (group - 1) / group
+    over_replicas = 2 * reduced / group * (replicate - 1) / replicate
     within = across = 0.0
-
-    def ring(ranks: Sequence[int], nbytes: float, passes: int) -> None:
-        nonlocal within, across
-        over_each = passes * nbytes * (len(ranks) - 1) / len(ranks)
-        for rank, following in _links(ranks):
-            if hosts[rank] == hosts[following]:
-                within += over_each
-            else:
-                across += over_each
-
-    for first in range(0, size, shard):
-        ring(range(first, first + shard), reduced, 2 if whole else 1)
-    if replicate > 1:
-        for first in range(shard):
-            ring(range(first, size, shard), reduced / shard, 2)
+    for following, nbytes in (
+        (ranks // group * group + (ranks + 1) % group, over_each),
+        ((ranks + group) % size, over_replicas),
+    ):
+        same = int((hosts == hosts[following]).sum())
+        within, across = within + same * nbytes, across + (size - same) * nbytes
     return Sent(within, across)
-
-
-def _links(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    if len(ranks) > 1:
-        yield from zip(ranks, [*ranks[1:], ranks[0]], strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from grass_dist.errors import GrassError
 from grass_dist.states.layout import Field
 
 Kept = list[tuple[str, torch.Size, torch.dtype]]
@@ -28,9 +29,11 @@ def kept_for(step: Step, group: Mapping[str, Any], like: torch.Tensor, *, elemen
     Raises:
         Exception: the optimizer cannot take such a step.
     """
-    kept = []
-    for key, value in _stepped(step, group, like, elementwise).items():
+    kept, plain = [], (torch.Tensor, nn.Parameter, type(torch.empty(0)))  # the planner's are fake
+    for key, value in stepped(step, group, like, elementwise).items():
         if torch.is_tensor(value) and value.numel() > 1:
+            if type(value) not in plain:
+                raise TypeError(f"its {key} is {type(value).__name__}, which is no plain tensor")
             kept.append((key, like.shape if elementwise else value.shape, value.dtype))
     return kept
 
@@ -42,7 +45,7 @@ def counts_for(step: Step, group: Mapping[str, Any], like: torch.Tensor, *, elem
     on the parameter's device if it is capturable or fused, else in host memory.
     """
     try:
-        made = _stepped(step, group, like, elementwise)
+        made = stepped(step, group, like, elementwise)
     except Exception:
         return usual_counts(group, like)
     return {key: value for key, value in made.items() if torch.is_tensor(value) and value.numel() == 1}
@@ -54,23 +57,29 @@ def usual_counts(group: Mapping[str, Any], like: torch.Tensor) -> Counts:
     return {"step": torch.zeros((), device=like.device if on_device else "cpu")}
 
 
-def placed_count(value: torch.Tensor, key: str, made: Counts) -> torch.Tensor:
-    """A copy of a loaded tensor of one element, on the device and in the dtype that the optimizer class keeps it in."""
-    like = made.get(key, value)
+def placed_count(value: torch.Tensor | float, key: str, made: Counts) -> torch.Tensor:
+    """A copy of a loaded count, on the device and in the dtype that the optimizer class keeps it in.
+
+    Args:
+        value: a tensor of one element, or a number as older releases of torch kept it.
+    """
+    like = made[key]
+    if not torch.is_tensor(value):
+        return torch.full_like(like, value)
     return value.detach().to(device=like.device, dtype=like.dtype, copy=True)
 
 
-def _stepped(step: Step, group: Mapping[str, Any], like: torch.Tensor, elementwise: bool) -> Mapping[str, Any]:
-    """The state of a stand-in after a step with a zero gradient."""
+def stepped(step: Step, group: Mapping[str, Any], like: torch.Tensor, elementwise: bool) -> Mapping[str, Any]:
+    """The state of a stand-in after a step with a zero gradient; for the arguments see `kept_for`."""
     shape = torch.Size([2, 3]) if elementwise else like.shape
     stand_in = nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
     stand_in.grad = torch.zeros_like(stand_in)
     return step([{**group, "params": [stand_in]}])[stand_in]
 
 
-def field(name: str, key: str, shape: torch.Size, dtype: torch.dtype) -> Field:
-    """The field of state entry ``key`` of parameter ``name``."""
-    return Field(f"{name}/{key}", shape, dtype, narrow=key != "master" and dtype == torch.float32)
+def field(name: str, key: str, shape: torch.Size, dtype: torch.dtype, *, rounds: bool = True) -> Field:
+    """The field of state entry ``key`` of parameter ``name``; ``rounds``: host memory may round a moment."""
+    return Field(f"{name}/{key}", shape, dtype, narrow=rounds and key != "master" and dtype == torch.float32)
 
 
 Home = tuple[torch.Tensor, str, torch.Tensor]
@@ -93,6 +102,11 @@ def move_home(homes: Iterable[Home], state: Mapping[Any, dict[str, Any]]) -> Non
         own = state.get(target, {})
         made = own.get(key)
         if torch.is_tensor(made) and made is not memory:
+            if made.dtype != memory.dtype or made.shape != memory.shape or type(made) is not type(memory):
+                raise GrassError(
+                    f"The optimizer class has made a state {key} of {made.dtype} and shape {tuple(made.shape)}, where "
+                    f"a trial had told {memory.dtype} and {tuple(memory.shape)}; use grass.offload.mode='none'."
+                )
             if made.data_ptr() != memory.data_ptr():
                 misplaced.append((memory, made.clone()))  # it may lie where another belongs
             own[key] = memory
@@ -115,8 +129,9 @@ class _MadeIn(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.zeros_like, torch.full_like) and args and (free := self._free.get(id(args[0]))):
-            memory = free[0]
-            if memory.dtype == (kwargs.get("dtype") or args[0].dtype) and memory.shape == args[0].shape:
+            dtype, shape = kwargs.get("dtype") or args[0].dtype, args[0].shape
+            at = next((i for i, memory in enumerate(free) if memory.dtype == dtype and memory.shape == shape), None)
+            if at is not None:
                 fill = 0 if func is torch.zeros_like else kwargs.get("fill_value", args[1] if len(args) > 1 else 0)
-                return free.pop(0).fill_(fill)
+                return free.pop(at).fill_(fill)
         return func(*args, **kwargs)

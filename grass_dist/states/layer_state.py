@@ -27,23 +27,33 @@ class TargetState:
         state: what the optimizer class keeps, by key: moments wherever they are, and step counts.
         master: wherever it is; None if there is no state yet, or if the weights themselves are updated.
         param: what the optimizer class updates now; None if it updates nothing of this.
-        homes: memory that is bound, by key.
+        last_homes: memory that was bound before; a state that is being bound is in the one or the other.
         resident: whether that is on the device.
     """
 
     def __init__(self, name: str, kept: Kept) -> None:
         self.name = name
         self.state: dict[str, Any] = {}
-        self.homes: dict[str, torch.Tensor] = {}
+        self._bound: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.last_homes: dict[str, torch.Tensor] = {}
         self.master: torch.Tensor | None = None
         self.param: torch.Tensor | None = None
         self.resident = True
         self.foretell(kept)
 
     def foretell(self, kept: Kept) -> None:
-        """Says which tensors the state will have: (key, shape, dtype) of each, a master first."""
+        """Says which tensors the state will have: (key, shape, dtype) of each, a master first.
+
+        Host memory rounds nothing of a quantised state: its fp32 tensors are scales.
+        """
         self.dtypes = {key: dtype for key, _, dtype in kept}
-        self.fields = [field(self.name, *entry) for entry in kept]
+        quantised = any(not dtype.is_floating_point for dtype in self.dtypes.values())
+        self.fields = [field(self.name, *entry, rounds=not quantised) for entry in kept]
+
+    @property
+    def homes(self) -> dict[str, torch.Tensor]:
+        """Memory that is bound, by key."""
+        return {key: view for key, (view, _) in self._bound.items()}
 
     @property
     def target(self) -> torch.Tensor:
@@ -57,14 +67,30 @@ class TargetState:
         return self.target.device
 
     def bind(self, views: Sequence[torch.Tensor], *, resident: bool) -> None:
-        """Makes ``views``, one for each of `fields`, the state; before there is one, the memory that it is made in."""
-        self.homes, self.resident = dict(zip(self.dtypes, views, strict=True)), resident
-        for key, view in self.homes.items():
+        """Makes ``views``, one for each of `fields`, the state; before there is one, the memory that it is made in.
+
+        A copy that ends may call this while another thread reads, so what is bound changes as a whole.
+        """
+        homes = dict(zip(self.dtypes, views, strict=True))
+        self.last_homes, self.resident = self.homes, resident
+        self._bound = {key: (view, view.detach()) for key, view in homes.items()}
+        for key, view in homes.items():
             if key == MASTER and self.master is not None:
                 self.master = self.used(view)
                 self.show(self.master)
             elif key in self.state:
                 self.state[key] = self.used(view)
+
+    def left(self, key: str) -> bool:
+        """Whether a caller has given the tensor of a bound entry another memory (``.data = ...``)."""
+        view, memory = self._bound.get(key, (None, None))
+        return view is not None and memory is not None and view.data_ptr() != memory.data_ptr()
+
+    def come_home(self) -> None:
+        """Gives such tensors their memory again, with what it held."""
+        for view, memory in self._bound.values():
+            if view.data_ptr() != memory.data_ptr():
+                view.data = memory
 
     def used(self, view: torch.Tensor) -> torch.Tensor:
         """The entries of a bound view that the state has."""
@@ -86,6 +112,8 @@ class TargetState:
 
     def placed(self, key: str, value: Any, counts: Counts) -> Any:
         """A copy of a loaded entry, where it belongs; the tensor may lack the padding at its end."""
+        if key in counts and isinstance(value, (torch.Tensor, int, float)):
+            return placed_count(value, key, counts)
         if not torch.is_tensor(value):
             return value
         if (home := self.homes.get(key)) is not None:
@@ -93,8 +121,6 @@ class TargetState:
             flat[: value.numel()].copy_(value.reshape(-1))
             flat[value.numel() :].zero_()
             return self.used(home)
-        if key in counts:
-            return placed_count(value, key, counts)
         return value.to(self.device, copy=True)
 
     def exact(self, key: str, value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from grass_dist.config import GrassConfig, OffloadMode
+from grass_dist.config import GrassConfig, OffloadMode, slot_count
 from grass_dist.errors import ConfigError
 from grass_dist.ranks import Ranks, say
 
@@ -85,14 +85,6 @@ def make_plan(
     parts += [f"{_gb(sum(here))} {where} {count}"] if host else []
     say(ranks, f"states ({mode}): {', '.join(parts)}")
     return Plan(mode, costs[mode], host)
-
-
-def slot_count(config: GrassConfig, mode: OffloadMode, num_layers: int) -> int:
-    """Slots on the device in a mode that moves states; "interval" has one more where layers come before the switch."""
-    if mode == "stream":
-        return min(config.offload.slots, config.active_layers)
-    landing = 1 if min(config.offload.prefetch_steps, config.lead) else 0
-    return min(config.active_layers + landing, num_layers)
 
 
 def free_host_memory() -> int | None:

@@ -17,7 +17,7 @@ CLIP = 0.5
 
 
 FROZEN = (0, 3)
-"""Layers that a user has frozen, in the runs in which some are."""
+"""Layers that a user has frozen, in the runs in which some are. Their models have a matrix without a role, too."""
 
 
 def small_llama(dtype: torch.dtype = torch.float32, frozen: Sequence[int] = ()) -> LlamaForCausalLM:
@@ -37,6 +37,8 @@ def small_llama(dtype: torch.dtype = torch.float32, frozen: Sequence[int] = ()) 
     model = LlamaForCausalLM(config).to(dtype)
     for layer in frozen:
         model.model.layers[layer].requires_grad_(False)
+    if frozen:
+        model.model.norm = nn.Sequential(model.model.norm, nn.Linear(64, 64, bias=False, dtype=dtype))
     return model
 
 

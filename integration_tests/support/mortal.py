@@ -37,12 +37,13 @@ from grass_dist.backends.ddp import DdpSharding
 from grass_dist.checkpoint import disk, files, saving
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.pieces import Piece
-from grass_dist.finetune import run_torch, steps, writers
+from grass_dist.finetune import run_torch, steps
 from grass_dist.finetune.loop import Loop
 from grass_dist.finetune.run_folder import MODEL, RunFolder
 from grass_dist.job import world
 from grass_dist.method import controller as engine
 from grass_dist.ranks import Ranks
+from grass_dist.record import writers
 from grass_dist.states.moving import IntervalStates
 from grass_dist.states.transfer import TransferEngine
 from grass_dist.states.unit_optimizer import UnitOptimizer

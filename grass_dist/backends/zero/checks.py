@@ -10,14 +10,19 @@ from torch import nn
 from grass_dist.backends.zero.ds_config import ZeroSetup
 from grass_dist.backends.zero.jit import on_cpu
 from grass_dist.errors import ConfigError, UnsupportedModel
-from grass_dist.states.unit_optimizer import ELEMENTWISE
+from grass_dist.states.refused import check_class
+from grass_dist.states.update_rule import ELEMENTWISE
 
 _FIXES = {
     "OnebitAdam": "use AdamW",
     "ZeroOneAdam": "use AdamW",
     "OnebitLamb": "use AdamW",
     "FusedLamb": "use AdamW, which treats each entry by itself",
-    "MuonWithAuxAdam": "use AdamW",
+    **dict.fromkeys(
+        ["Muon", "MuonAdamW", "MuonWithAuxAdam"],
+        "use AdamW, or GrassOptimizer with grass_dist.MuonAdamW under FSDP2 or DDP, where matrices are whole",
+    ),
+    "Adafactor": "use AdamW: its factors and its scale are of whole matrices, and ZeRO gives it flat partitions",
     "Adagrad": "it makes the states of all layers when it is constructed; use AdamW",
 }
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
@@ -69,6 +74,7 @@ def check_optimizer(optimizer: Any, setup: ZeroSetup) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         return  # a callable: it is checked when it has made one
     name = type(optimizer).__name__
+    check_class(type(optimizer))
     if name in _FIXES:
         raise ConfigError("optimizer", name, "GRASS cannot train single layers with it", _FIXES[name])
     if name in _DEEPSPEED_CPU and not on_cpu():

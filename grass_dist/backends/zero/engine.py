@@ -13,7 +13,7 @@ from torch import nn
 from grass_dist.backends.zero.groups import groups_of
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS, ENGINE_HOOKS
-from grass_dist.backends.zero.whole import trainable
+from grass_dist.backends.zero.saved_state import trainable
 from grass_dist.errors import GrassError
 from grass_dist.ranks import say, world
 
@@ -99,6 +99,7 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(*args, **kwargs).arguments
         if given.get("load_module_only"):
             given["load_optimizer_states"] = False  # or ZeRO-3 would load nothing
+        zero.grass.note_changed()
         try:
             with zero.whole():
                 found = stock(**given)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from grass_dist.model.discovery import Unit
-from grass_dist.states.unit_optimizer import hyperparameters, step_over
+from grass_dist.model.groups import hyperparameters
+from grass_dist.states.unit_optimizer import step_over
 
 ALIGNED = 2
 """ZeRO-1 and 2 pad a rank's partition to a multiple of so many elements."""

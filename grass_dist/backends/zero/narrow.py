@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from typing import Any, ClassVar, Protocol
@@ -23,10 +23,12 @@ from torch import nn
 from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
 from grass_dist.backends.zero.reads import Reads
+from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, take_over, trainable, whole_state
 from grass_dist.backends.zero.states import ZeroStates
-from grass_dist.backends.zero.whole import GRASS_KEY, GROUPS_KEY, take_over, trainable, whole_state
-from grass_dist.errors import GrassError
+from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.method.controller import GrassController
+from grass_dist.method.saved import SETTINGS, check_clock, other_settings, settings_of
+from grass_dist.model.discovery import Unit
 
 _Stock: Any = object  # a type checker cannot know DeepSpeed's class, which stands behind this one
 
@@ -76,7 +78,8 @@ class NarrowZero(_Stock):
         self.user_optimizer: torch.optim.Optimizer = arguments["init_optimizer"]
         self.every, self.states = list(every), states
         self.groups: list[Group] = []
-        self.reads = Reads(every, states, self.saved_order, self._has_gradient, arguments["dp_process_group"])
+        group = arguments["dp_process_group"]
+        self.reads = Reads(every, states, self.saved_order, self._has_gradient, group, self._note_changed)
         self.loaded: dict[str, Any] | None = None
         self._put_aside: dict[str, Any] | None = None  # within `whole`: DeepSpeed's lists of what trains
         self._built = False
@@ -85,6 +88,16 @@ class NarrowZero(_Stock):
     def grass(self) -> GrassController:
         """The method's controller, as `GrassOptimizer.grass`."""
         return self.listener.grass
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state that rest on this rank's device, as `GrassOptimizer.state_bytes`."""
+        return self.states.device_bytes
+
+    @property
+    def host_state_bytes(self) -> int:
+        """Bytes of optimizer state that rest in this rank's host memory."""
+        return self.states.host_bytes
 
     # --- what the engine and schedulers see
 
@@ -137,7 +150,8 @@ class NarrowZero(_Stock):
         state = self._state_of_what_trains()
         if self._put_aside is not None:
             order = [self.states.of[group.key] for group in self.every]
-            return whole_state(state, self.names, order, self.states.still, self.param_groups, self.grass.state_dict())
+            position = {**self.grass.state_dict(), SETTINGS: self._settings}
+            return whole_state(state, self.names, order, self.states.still, self.param_groups, position)
         if self.groups:  # DeepSpeed holds no master that is in host memory
             key, kept = self.names.masters_key, [self.states.of[group.key].master for group in self.groups]
             state[key] = [
@@ -149,14 +163,29 @@ class NarrowZero(_Stock):
         """Takes over this rank's saved state, if it is of GRASS; nothing trains until the next `narrow` or `rest`.
 
         Raises:
+            CheckpointError: the method was set otherwise, or is not where this run's is after that many steps.
             GrassError: the state is of other layers or parameter groups.
         """
         saved = state_dict_list[torch.distributed.get_rank(self.dp_process_group)]
         self.loaded = saved.get(GRASS_KEY, {})
         if GROUPS_KEY in saved:
+            self._check(saved[GRASS_KEY])
             take_over(saved, self.names, self.every, self.states, self.param_groups)
             self.loss_scaler, self.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
             self.groups = []
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return settings_of(self.grass, type(self.user_optimizer).__name__)
+
+    def _check(self, position: Mapping[str, Any]) -> None:
+        if told := other_settings(position, self._settings):
+            raise CheckpointError(told).everywhere()
+        try:
+            self.grass.check_layers(position)
+        except ValueError as error:
+            raise CheckpointError(str(error)).everywhere() from None
+        check_clock(self.grass, position)
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         """`engine.offload_states` calls it.
@@ -213,6 +242,9 @@ class NarrowZero(_Stock):
     def saved_order(self, group: Group) -> list[nn.Parameter]:
         """The parameters of ``group`` in the order in which its flat partitions hold them."""
         return list(group.params)
+
+    def _note_changed(self, unit: Unit) -> None:
+        self.grass.note_changed([unit])
 
     def _has_gradient(self, group: Group) -> bool:
         return self.averaged_gradients.get(self.groups.index(group)) is not None

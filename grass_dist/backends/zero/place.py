@@ -14,10 +14,12 @@ from grass_dist.backends.zero.states import GroupState, ZeroStates, capacity
 from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
 from grass_dist.model.discovery import Unit
+from grass_dist.model.groups import hyperparameters
 from grass_dist.states.fields import Counts, Kept, Step, counts_for, kept_for
 from grass_dist.states.layer_state import LayerState
 from grass_dist.states.placement import place
-from grass_dist.states.unit_optimizer import ELEMENTWISE, hyperparameters, step_over
+from grass_dist.states.unit_optimizer import step_over
+from grass_dist.states.update_rule import ELEMENTWISE
 
 
 def place_states(

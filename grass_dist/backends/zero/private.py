@@ -14,6 +14,10 @@ from grass_dist.errors import GrassError
 SUPPORTED = ">=0.16.9,!=0.17.*,!=0.18.*"
 """Tested: 0.16.9 and 0.19.8. Stock ZeRO of 0.17 and 0.18 has faults that the tests find (docs/deepspeed.md)."""
 
+RECOMPUTES_FROZEN = ">=0.19.3"
+"""Stage 3 of earlier releases releases a frozen parameter in the recomputation of a layer, before torch has compared
+what is recomputed with what was there, which fails."""
+
 
 @dataclass(frozen=True, slots=True)
 class Names:

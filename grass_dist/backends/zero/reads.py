@@ -21,6 +21,7 @@ from grass_dist.backends.zero.groups import Extent, Group, extents, numel_of, pa
 from grass_dist.backends.zero.private import FRAGMENT, LINKED, MAPPING, OPTIMIZER, check_linked
 from grass_dist.backends.zero.states import GroupState, Made, ZeroStates
 from grass_dist.errors import GrassError
+from grass_dist.model.discovery import Unit
 
 T = TypeVar("T")
 
@@ -51,6 +52,7 @@ class Reads:
         order: returns the parameters of a group in the order in which its partition holds them.
         has_gradient: whether DeepSpeed has an averaged gradient of a group that trains.
         ranks: the data-parallel ranks.
+        changed: told of a unit whose weights or masters are set.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Reads:
         order: Callable[[Group], Sequence[nn.Parameter]],
         has_gradient: Callable[[Group], bool],
         ranks: dist.ProcessGroup | None,
+        changed: Callable[[Unit], None],
     ) -> None:
         self._states, self._order, self._has_gradient, self._ranks = states, order, has_gradient, ranks
+        self._changed = changed
         self._rank, self._world_size = dist.get_rank(ranks), dist.get_world_size(ranks)
         self._group_of: dict[nn.Parameter, Group] = {p: g for g in groups for p in g.params}
 
@@ -226,6 +230,8 @@ class Reads:
         if key is None and not part.own.numel and param.dtype != torch.float32:
             self._begin(part.own.group.unit.name)
             part = self._part(param)
+        if key is None and part is not None:
+            self._changed(part.own.group.unit)
         return part
 
     def _entries(self, part: _Part, key: str | None) -> torch.Tensor | None:

@@ -95,7 +95,7 @@ class GroupState(TargetState):
             self.master = self.placed(MASTER, master, {})
 
     def forget(self) -> None:
-        self.state, self.lists, self.homes = {}, {}, {}
+        self.state, self.lists, self._bound = {}, {}, {}
         self.master = self.param = None  # or the optimizer of now would seem to train what the next one does not
         self.numel = self.foreseen = 0
         self.changed = self.noted = False

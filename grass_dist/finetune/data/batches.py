@@ -72,11 +72,11 @@ class Examples:
 
 
 def has_labels(example: Example) -> bool:
-    """Whether an example has a token with loss."""
+    """Says whether an example has a token with loss."""
     return any(label != IGNORED for label in example["labels"])
 
 
-def pack(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
+def pack_examples(examples: Iterable[Example], max_length: int) -> Iterator[Example]:
     """Puts whole examples one after the other, in their order, into sequences of at most max_length tokens.
 
     ``position_ids`` restart at 0 with each example, which is how transformers keeps them apart; see
@@ -120,20 +120,6 @@ def collate(examples: Sequence[Example], pad_token_id: int, pad_to_multiple_of: 
     else:
         columns["attention_mask"] = [[1] * (width - n) + [0] * n for n in missing]
     return {name: torch.tensor(rows, dtype=torch.long) for name, rows in columns.items()}
-
-
-class BatchSource(Protocol):
-    """Micro-batches without end: value n is this rank's list of them (lists of examples) for step start_step + n."""
-
-    def __iter__(self) -> Iterator[list[list[Example]]]: ...
-
-
-class MapExamples(Protocol):
-    """Examples in memory, by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
 
 
 @runtime_checkable
@@ -183,14 +169,11 @@ class GlobalBatches:
         found: list[int] = []
         while len(found) < self.global_batch_size:
             epoch, offset = divmod(k * self.global_batch_size + len(found), self.n)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, permutation(self.n, self.seed, epoch)
             missing = self.global_batch_size - len(found)
-            found += self._order_of(epoch)[offset : offset + missing].tolist()
+            found += self._order[offset : offset + missing].tolist()
         return found
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.n, self.seed, epoch)
-        return self._order
 
 
 def check_divides(global_batch_size: int, world_size: int, micro_batch_size: int) -> None:
@@ -202,12 +185,10 @@ def check_divides(global_batch_size: int, world_size: int, micro_batch_size: int
     unit = world_size * micro_batch_size
     if global_batch_size < 1 or global_batch_size % unit:
         below = global_batch_size // unit * unit
-        raise ConfigError(
-            "train.global_batch_size",
-            global_batch_size,
-            f"world size {world_size} times micro_batch_size {micro_batch_size} is {unit}, which does not divide it",
-            f"use {below} or {below + unit}" if below else f"use {unit}, or a smaller micro_batch_size",
-        )
+        product = f"world size {world_size} times micro_batch_size {micro_batch_size}"
+        problem = f"{product} is {unit}, which does not divide it"
+        fix = f"use {below} or {below + unit}" if below else f"use {unit}, or a smaller micro_batch_size"
+        raise ConfigError("train.global_batch_size", global_batch_size, problem, fix)
 
 
 def share(batch: Sequence[T], rank: int, world_size: int, micro_batch_size: int) -> list[list[T]]:
@@ -225,69 +206,12 @@ def share(batch: Sequence[T], rank: int, world_size: int, micro_batch_size: int)
     return [list(batch[start : start + micro_batch_size]) for start in starts]
 
 
-class MapBatches:
-    """`BatchSource` over examples in memory, in another random order each epoch. See `make_batches`."""
-
-    def __init__(
-        self, examples: MapExamples, batches: GlobalBatches, rank: int, world_size: int, micro: int, start_step: int
-    ) -> None:
-        self._examples, self._batches, self._start_step = examples, batches, start_step
-        self._share = (rank, world_size, micro)
-
-    def __iter__(self) -> Iterator[list[list[Example]]]:
-        for step in count(self._start_step):
-            parts = share(self._batches.indices(step), *self._share)
-            yield [[self._examples[index] for index in part] for part in parts]
-
-
-class StreamBatches:
-    """`BatchSource` over a stream: every rank walks all of it and makes the examples of its part only.
-
-    Raises:
-        ConfigError: while iterating, the stream has no examples.
-    """
-
-    def __init__(
-        self, stream: ItemStream, batch_size: int, seed: int, rank: int, world_size: int, micro: int, start_step: int
-    ) -> None:
-        self._stream, self._batch_size, self._seed, self._start_step = stream, batch_size, seed, start_step
-        self._share = (rank, world_size, micro)
-
-    def __iter__(self) -> Iterator[list[list[Example]]]:
-        items = islice(self._endless(), self._start_step * self._batch_size, None)
-        while True:
-            parts = share(list(islice(items, self._batch_size)), *self._share)
-            yield [[self._stream.example(item) for item in part] for part in parts]
-
-    def _endless(self) -> Iterator[Any]:
-        for epoch in count():
-            empty = True
-            for item in self._stream.epoch(self._seed, epoch):
-                empty = False
-                yield item
-            if empty:
-                raise ConfigError(
-                    "data.streaming",
-                    True,
-                    f"the stream has no examples in epoch {epoch}",
-                    "give a dataset that has some",
-                )
-
-
-def make_batches(
-    train: MapExamples | ItemStream,
-    *,
-    seed: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    start_step: int = 0,
-) -> BatchSource:
-    """Makes the micro-batches of one rank, step after step, without end.
+class MicroBatches:
+    """Micro-batches of one rank without end: item n is its list of them (lists of examples) for step start_step + n.
 
     The global batches depend on the seed and global_batch_size alone: over the ranks, the micro-batches of a step
-    are the same examples whatever world_size and micro_batch_size are.
+    are the same examples whatever world_size and micro_batch_size are. Examples in memory come in another random order
+    each epoch. Every rank walks the whole of a stream, and makes the examples of its part only.
 
     Args:
         start_step: step at which a resumed run begins; what follows equals the tail of a run from 0. (A stream is
@@ -297,8 +221,42 @@ def make_batches(
         ConfigError: global_batch_size is not a multiple of world_size * micro_batch_size, or there are no
             examples (of a stream: while iterating).
     """
-    check_divides(global_batch_size, world_size, micro_batch_size)
-    if isinstance(train, ItemStream):
-        return StreamBatches(train, global_batch_size, seed, rank, world_size, micro_batch_size, start_step)
-    batches = GlobalBatches(len(train), global_batch_size, seed)
-    return MapBatches(train, batches, rank, world_size, micro_batch_size, start_step)
+
+    def __init__(
+        self,
+        train: Examples | Sequence[Example] | ItemStream,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
+    ) -> None:
+        check_divides(global_batch_size, world_size, micro_batch_size)
+        self._train, self._seed, self._batch_size, self._start_step = train, seed, global_batch_size, start_step
+        self._share = (rank, world_size, micro_batch_size)
+        if not isinstance(train, ItemStream):
+            self._batches = GlobalBatches(len(train), global_batch_size, seed)
+
+    def __iter__(self) -> Iterator[list[list[Example]]]:
+        train = self._train
+        if isinstance(train, ItemStream):
+            items = islice(_endless(train, self._seed), self._start_step * self._batch_size, None)
+            while True:
+                parts = share(list(islice(items, self._batch_size)), *self._share)
+                yield [[train.example(item) for item in part] for part in parts]
+        for step in count(self._start_step):
+            parts = share(self._batches.indices(step), *self._share)
+            yield [[train[index] for index in part] for part in parts]
+
+
+def _endless(stream: ItemStream, seed: int) -> Iterator[Any]:
+    for epoch in count():
+        empty = True
+        for item in stream.epoch(seed, epoch):
+            empty = False
+            yield item
+        if empty:
+            problem = f"the stream has no examples in epoch {epoch}"
+            raise ConfigError("data.streaming", True, problem, "give a dataset that has some")

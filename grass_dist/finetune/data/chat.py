@@ -255,7 +255,7 @@ def _to_come(answer: str, given: str) -> str:
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether a text holds another one; a template may strip or add white space."""
+    """Says whether a text holds another one; a template may strip or add white space."""
     return part.strip() in text or _squeezed(part) in _squeezed(text)
 
 

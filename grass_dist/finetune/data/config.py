@@ -138,12 +138,12 @@ def kind_of(name: str) -> str:
 
 
 def is_file(name: str) -> bool:
-    """Whether a dataset's name is the name of a file."""
+    """Says whether a dataset's name is the name of a file."""
     return kind_of(name) != ""
 
 
 def fields_of(spec: str, part: str) -> list[tuple[str, str | None]]:
-    """A template cut into (literal text, column that follows it or None); of a plain column name no columns.
+    """Cuts a template into (literal text, column that follows it or None); of a plain column name no columns.
 
     Raises:
         ConfigError: braces do not match, or a field is not just a column's name. It is about ``part``.
@@ -174,7 +174,7 @@ def fill_template(spec: str, row: Mapping[str, Any], part: str) -> str:
 
 
 def is_filled(spec: str, row: Mapping[str, Any], part: str) -> bool:
-    """Whether any column that ``spec``, a column or template, names holds more than white space.
+    """Says whether any column that ``spec``, a column or template, names holds more than white space.
 
     Raises:
         ConfigError: see `fill_template`.

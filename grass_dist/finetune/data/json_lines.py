@@ -69,7 +69,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Skipped:
-    """What on_bad_line="skip" left out of a file; ``str()`` of it is a sentence."""
+    """Counts what on_bad_line="skip" left out of a file; ``str()`` of it is a sentence."""
 
     file: str
     count: int = 0

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.batches import Example, Examples, has_labels, pack
+from grass_dist.finetune.data.batches import Example, Examples, has_labels, pack_examples
 from grass_dist.finetune.data.chat import chat_of
 from grass_dist.finetune.data.config import DataConfig, fill_template
 from grass_dist.finetune.data.first_ids import first_ids
@@ -21,18 +21,6 @@ from grass_dist.finetune.data.json_lines import Row, Skipped
 from grass_dist.finetune.data.rows import Reading, RowSource, load_rows, sources
 from grass_dist.finetune.data.stream_identity import stream_identity
 from grass_dist.model.loss import IGNORED
-
-
-class Vocabulary(Protocol):
-    """The tokens that a model has weights for (`grass_dist.finetune.fit.Vocabulary`)."""
-
-    def check(self, example: Example) -> None:
-        """Checks an example.
-
-        Raises:
-            ConfigError: it has a token without weights.
-        """
-        ...
 
 
 class Stream:
@@ -48,15 +36,15 @@ class Stream:
         self._rows, self._tokenizer, self._config = rows, tokenizer, config
         self._source = sources(config)[0]
         self.unlabelled = self.unanswered = 0
-        self.vocabulary: Vocabulary | None = None
-        """What every example that is made is checked against."""
+        self.check: Callable[[Example], None] = lambda _: None
+        """Checks every example that is made, e.g. `grass_dist.finetune.fit.Vocabulary.check`."""
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
         """Reads the rows, or packed examples, of one pass, in an order that is a function of (seed, epoch).
 
         Raises:
             ConfigError: while iterating, a row cannot be read or used; for a file it names the line. With packing, also
-                a row with a token that is not in `vocabulary`.
+                a row that `check` refuses.
         """
         config, rows = self._config, self._rows
         if config.shuffle_buffer:
@@ -65,13 +53,13 @@ class Stream:
         if not config.packing:
             return self._answered(rows)
         examples = (self._made(row) for row in self._answered(rows))
-        return pack((example for example in examples if has_labels(example)), config.max_length)
+        return pack_examples((example for example in examples if has_labels(example)), config.max_length)
 
     def example(self, item: Any) -> Example:
         """Makes the example of an item of `epoch`.
 
         Raises:
-            ConfigError: it has a token that is not in `vocabulary`.
+            ConfigError: `check` refuses it.
         """
         if self._config.packing:
             return item
@@ -100,8 +88,7 @@ class Stream:
 
     def _made(self, row: Row) -> Example:
         example = tokenise(row, self._tokenizer, self._config)
-        if self.vocabulary is not None:
-            self.vocabulary.check(example)
+        self.check(example)
         return example
 
     def _answered(self, rows: Iterable[Any]) -> Iterator[Row]:
@@ -119,7 +106,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Data:
-    """What `load_data` returns."""
+    """Holds the examples that `load_data` has loaded."""
 
     train: Examples | Stream
     """Training examples, packed if ``packing`` is on."""
@@ -131,7 +118,7 @@ class Data:
     """The held-out rows with an answer, even without a label left; rows of a file have only the columns in use."""
 
     reading: Reading
-    """What there is to tell about the files."""
+    """The record of the files that were read."""
 
     first: Example
     """The first training example, unpacked."""
@@ -175,7 +162,7 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     train = _tokenise_all(source, rows, tokenizer)
     first = train[0]
     if config.packing:
-        train = Examples(pack(train, config.max_length), train.dropped, train.unanswered)
+        train = Examples(pack_examples(train, config.max_length), train.dropped, train.unanswered)
     # A run goes on tomorrow, too, and hosts may be in two time zones.
     train.dated = config.chat_template and "strftime_now" in str(tokenizer.chat_template)
     return Data(train, held_out, held_out_rows, reading, first)
@@ -214,8 +201,8 @@ def _tokenise_all(
         else:
             examples.dropped += 1
     if not len(examples):
-        error = source.no_labels if examples.dropped else source.no_answers
-        raise error(examples.dropped + examples.unanswered, held_out=held_out)
+        count = examples.dropped + examples.unanswered
+        raise source.nothing_left(count, labels=examples.dropped > 0, held_out=held_out)
     return examples
 
 

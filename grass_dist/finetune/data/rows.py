@@ -36,10 +36,10 @@ Rows = datasets.Dataset | datasets.IterableDataset
 
 @dataclass
 class Reading:
-    """What there is to tell about the files of a dataset once they are read."""
+    """Collects what there is to tell about the files of a dataset once they are read."""
 
     skipped: dict[str, Skipped] = field(default_factory=dict)
-    """What on_bad_line="skip" left out of each file."""
+    """The lines that on_bad_line="skip" left out, by file."""
 
     patterns: dict[str, list[str]] = field(default_factory=dict)
     """The files that each name with a ``*`` stood for."""
@@ -53,24 +53,26 @@ class RowSource(NamedTuple):
     split: str
     config: DataConfig
 
+    @property
+    def learnt(self) -> str:
+        """Name of the part that is learnt."""
+        return "text" if self.config.text is not None else "completion"
+
     def has_answer(self, row: Row) -> bool:
-        """Whether a row has anything of its own to learn; null, white space and a template around them do not count."""
-        part = "text" if self.config.text is not None else "completion"
-        return is_filled(self.config.parts[part], row, part)
+        """Says whether a row has anything to learn; null, white space and a template around them do not count."""
+        return is_filled(self.config.parts[self.learnt], row, self.learnt)
 
-    def no_answers(self, count: int, *, held_out: bool) -> ConfigError:
-        """Makes the error that none of ``count`` rows has an answer."""
-        part = "text" if self.config.text is not None else "completion"
-        problem = f"{self._none_of(count, held_out)} {'has text' if part == 'text' else 'has an answer'}"
-        fix = f"name the column that holds the {'text' if part == 'text' else 'answer'}, or repair the data"
-        return ConfigError(part, self.config.parts[part], problem, f"{'hold out more, ' * held_out}{fix}")
-
-    def no_labels(self, count: int, *, held_out: bool) -> ConfigError:
-        """Makes the error that nothing is left to learn of ``count`` rows."""
-        what = "completion" if self.config.text is None else "text"
-        problem = f"{self._none_of(count, held_out)} has a token of its {what} left within it"
-        fix = f"raise max_length, {'hold out more, ' * held_out}or check the {what} of the data"
-        return ConfigError("max_length", self.config.max_length, problem, fix)
+    def nothing_left(self, count: int, *, labels: bool, held_out: bool) -> ConfigError:
+        """Makes the error that none of ``count`` rows has an answer or, if any has (``labels``), a label within it."""
+        which, more = self._none_of(count, held_out), "hold out more, " * held_out
+        if labels:
+            fix = f"raise max_length, {more}or check the {self.learnt} of the data"
+            problem = f"{which} has a token of its {self.learnt} left within it"
+            return ConfigError("max_length", self.config.max_length, problem, fix)
+        answer = "text" if self.learnt == "text" else "answer"
+        problem = f"{which} has {'text' if answer == 'text' else 'an answer'}"
+        fix = f"{more}name the column that holds the {answer}, or repair the data"
+        return ConfigError(self.learnt, self.config.parts[self.learnt], problem, fix)
 
     def _none_of(self, count: int, held_out: bool) -> str:
         if held_out:

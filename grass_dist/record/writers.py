@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from grass_dist.regular_files import open_regular
+
+_LONGEST_LINE = 2**24
+
 
 class Writer(Protocol):
-    """Takes down events. `MetricsLog` guards it: what it raises is told once, and costs the run nothing."""
+    """Takes down events. `EventLog` guards it: what it raises is told once, and costs the run nothing."""
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Writes one event after ``step`` steps."""
@@ -86,3 +90,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def length_until(path: Path, step: int) -> int:
+    """Returns the bytes of the lines with which a record begins, up to the first of a later step or of its end.
+
+    A line that is damaged ends them too. Without the file it is 0.
+    """
+    length = 0
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError), open_regular(path) as record:
+        while (line := record.readline(_LONGEST_LINE)).endswith(b"\n"):
+            event = json.loads(line)
+            if not isinstance(event, dict) or event.get("event") == "end" or not 0 <= event["step"] <= step:
+                break
+            length += len(line)
+    return length

@@ -1,0 +1,54 @@
+"""DTensors of states that this library keeps as plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+
+from grass_dist.model.sharding import Sharding
+
+
+def dtensor_of(part: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], param: torch.Tensor) -> DTensor:
+    """A DTensor of the shape of ``param`` whose entries on this rank are ``part``.
+
+    ``part`` may rest in host memory beside a mesh of GPUs: then its entries are copied there into the memory of a new
+    one, since `DTensor.from_local` would move them to the GPU.
+    """
+    if part.device.type == mesh.device_type:
+        # A storage of its own: torch's staging for asynchronous saves fails for a DTensor that begins within another's.
+        own = part if part.storage_offset() == 0 else torch.from_dlpack(part)
+        return _local(own, mesh, placements, param)
+    made = cast(DTensor, torch.empty_like(_local(part.to("meta"), mesh, placements, param), device=part.device))
+    made.to_local().copy_(part)
+    return made
+
+
+def _local(part: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], param: torch.Tensor) -> DTensor:
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+
+
+def placed_as(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """``value``; where ``param`` is a DTensor and ``value`` a whole tensor, one placed as it is. All ranks call it."""
+    if not isinstance(param, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements)
+
+
+class DTensorSharding(Sharding):
+    """A `Sharding` that also takes states as DTensors."""
+
+    def own_part(self, param: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        if not isinstance(value, DTensor):
+            return super().own_part(param, value)
+        mine, shape = value.to_local(), self.state_shard(param.detach()).shape
+        if value.shape == param.shape and mine.shape == shape:
+            return mine
+        raise ValueError(
+            f"is of shape {tuple(value.shape)} and divided as {value.placements} on a mesh of shape "
+            f"{tuple(value.device_mesh.shape)}: this rank holds {tuple(mine.shape)} of it where it keeps {tuple(shape)}"
+        )

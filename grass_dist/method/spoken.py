@@ -1,0 +1,88 @@
+"""What a run says of itself: at its start, at the end of the probe, and at each switch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grass_dist.config import GrassConfig
+from grass_dist.events import Started
+from grass_dist.model.units import shown_names
+
+_DRAWN = {
+    "grass": "drawn by gradient norms",
+    "grass-static": "drawn by the gradient norms of the probe",
+    "weight-norm": "drawn by weight norms",
+    "uniform": "drawn evenly",
+    "cyclic": "in turn",
+    "random-cyclic": "in turn, in a random order",
+    "fixed": "always the same",
+}
+
+
+def about_run(config: GrassConfig, started: Started, probing: int) -> str:
+    """The sentence of a start.
+
+    Args:
+        probing: steps of the probe.
+    """
+    layers, of = len(started.layers), started.num_layers
+    competing = "" if layers == of else f" ({layers} compete)"
+    drawn = _DRAWN.get(config.sampler, f"drawn by the sampler {config.sampler!r}")
+    probe = f"probe until step {probing}, in which nothing is updated" if probing else "no probe"
+    return (
+        f"GRASS: {config.active_layers} of {of} layers{competing} train at a time, {drawn}; {probe}; "
+        f"always training: {', '.join(map(_role, started.roles.items())) or 'nothing'}; "
+        f"frozen for good: {_frozen(started)}."
+    )
+
+
+def _role(role: tuple[str, Sequence[str]]) -> str:
+    name, params = role
+    if name != "others":
+        return name
+    modules = dict.fromkeys(param.rpartition(".")[0] or param for param in params)
+    return f"{name} ({shown_names(list(modules))})"
+
+
+def _frozen(started: Started) -> str:
+    if not started.frozen:
+        return "nothing"
+    together = "together " if len(started.frozen) > 1 else ""
+    return f"{shown_names(started.frozen)} ({together}{100 * started.frozen_share:.2g} %)"
+
+
+def about_layers(numbers: Sequence[int], step: int, round: int, probed: bool) -> str:
+    """The sentence of a switch.
+
+    Args:
+        numbers: of the layers that train from now on, in the model's stack.
+        step: optimizer steps completed.
+        probed: whether the probe has just ended.
+    """
+    shown = [str(number) for number in numbers]
+    named = ", ".join(shown) if len(shown) <= 40 else f"{', '.join(shown[:40])} and others"
+    ended = f"the probe has ended after step {step}; " if probed else ""
+    train = f"layer {named} trains" if len(shown) == 1 else f"layers {named} train"
+    return f"GRASS: {ended}{train} from step {step + 1} on (round {round})."
+
+
+def about_woken(names: Sequence[str], step: int) -> str:
+    """The sentence where someone else has unfrozen parameters.
+
+    Args:
+        names: theirs.
+        step: optimizer steps completed.
+    """
+    return (
+        f"{len(names)} parameters of the optimizer were unfrozen before step {step + 1} and are frozen again "
+        f"({shown_names(names)}): layers train when they are drawn, and what did not train at the start needs another "
+        "optimizer, made after optimizer.detach()."
+    )
+
+
+def about_unmeasured(step: int) -> str:
+    """The sentence of a step of the probe without a backward, after ``step`` steps."""
+    return (
+        f"optimizer.step() was called in the probe after {step} steps, and no backward had given a gradient: it "
+        "measures nothing and is no step of the probe; such calls are counted in grass.skipped."
+    )

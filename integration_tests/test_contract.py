@@ -42,9 +42,9 @@ from tests.test_optimizer_state import EDITS, give_other_memory
 from tests.tiny import Tiny, loss_of, tiny
 
 THREE = Spawn(3, timeout=1400)
+ALONE = Spawn(3)  # of the tests that are skipped without a package: a shared spawn would run theirs all the same
 SIZES = {"layers": 3, "width": 4, "vocab": 17}
 STEPS = 4
-
 
 NOT_OF_DTENSORS = ("does not have a sharding strategy", "in-place operations that require placement changes")
 """What torch says where a class steps by an operation that DTensors do not have."""
@@ -194,9 +194,9 @@ def test_every_flag_is_stock_or_refused_on_uneven_ranks(runs, wrapper):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3700)
 @pytest.mark.parametrize(
-    ("runs", "wrapper"), [(THREE(matrix, w), w) for w in ("fsdp2", "ddp")], indirect=["runs"], ids=str
+    ("runs", "wrapper"), [(Spawn(3, timeout=3600)(matrix, w), w) for w in ("fsdp2", "ddp")], indirect=["runs"], ids=str
 )
 def test_every_flag_in_every_mode_on_uneven_ranks(runs, wrapper):
     every_flag(runs, wrapper, len(MODES))
@@ -488,6 +488,6 @@ def quantised_on_ranks(rank: int, world_size: int, wrapper: str) -> list[str]:
 
 @pytest.mark.integration
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-@scenarios(THREE(quantised_on_ranks, "fsdp2"), THREE(quantised_on_ranks, "ddp"))
+@scenarios(ALONE(quantised_on_ranks, "fsdp2"), ALONE(quantised_on_ranks, "ddp"))
 def test_states_of_8_bits_stay_so_and_move_on_ranks(runs):
     assert runs == [[]] * 3

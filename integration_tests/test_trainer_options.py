@@ -143,6 +143,8 @@ def one_run(folder: Path, world_size: int, stage: int | None, option: Mapping[st
         trainer = Trainer(model, args, train_dataset=data(STEPS), eval_dataset=data(1))
         trainer.train()
         engine = trainer.model_wrapped if stage is not None else None
+        if engine is not None:
+            engine.empty_partition_cache()  # an evaluation leaves parameters in flight, in stock, too
         return {
             "params": {name: whole_of(p) for name, p in model.named_parameters()},
             "rows": [comparable(row) for row in trainer.state.log_history],

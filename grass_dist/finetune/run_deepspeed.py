@@ -157,6 +157,7 @@ class DeepSpeedRun:
         return self.model.optimizer.host_state_bytes
 
     def save(self, tokenizer: Any, folder: Path) -> None:
+        self.grass.backend.before_read()
         module = self.model.module
         save_pretrained(module, gather_zero(module, self._world), tokenizer, folder, self._world)
 

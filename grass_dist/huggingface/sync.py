@@ -69,6 +69,7 @@ class WeightSync:
         ranks, step = grass.backend.ranks, grass.step
         mine = together(ranks, lambda: self._choose(grass))
         chosen = set().union(*ranks.gather_objects(mine))  # one rank may have set weights alone
+        grass.backend.before_read()
         params = self._params(grass)
         names, problem = tuple(name for name in params if name in chosen), None
         for name in names:

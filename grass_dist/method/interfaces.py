@@ -74,6 +74,10 @@ class GradientHooks(ABC):
         """Raises if gradients may have been clipped in part since the backward; called first in a step."""
         return
 
+    def before_read(self) -> None:
+        """Makes the weights of the model safe to read; called on all ranks before whole parameters are gathered."""
+        return
+
     def verify(self) -> None:
         """Raises if what the model would train is no longer what `set_trainable` said; called before each draw."""
         return

@@ -129,6 +129,11 @@ class ZeroBackend(GradientHooks):
             for slot, (_, param) in enumerate(unit.params)
         ]
 
+    def before_read(self) -> None:
+        """Ends what DeepSpeed prefetches past the end of an evaluation: `GatheredParameters` refuses it."""
+        if self.stage == 3:
+            self.zero.empty_partition_cache()
+
     def detach(self) -> None:
         """Takes the hooks off the parameters."""
         for hook in self._hooks:

@@ -139,6 +139,11 @@ class GrassConfig(StrictModel):
     lowest active layer. Tied embeddings train if `embeddings` or `lm_head` is listed. `others` may have as many
     elements as the largest layer; what is listed by name has no limit (docs/models.md#others)."""
 
+    freeze: tuple[str, ...] = ()
+    """What never trains, layers or not: FQNs of modules and parameters, and patterns with `*`, such as `*.router` or
+    `*.mlp.gate` for the routers of a mixture of experts, with or without the prefixes of wrappers. It is as if you had
+    set `requires_grad=False` there: the rest of a layer trains when the layer is drawn."""
+
     fixed_layers: tuple[int, ...] = ()
     """The layers that the sampler `fixed` trains: `active_layers` different indices, from 0. Any other sampler refuses
     them."""
@@ -151,7 +156,7 @@ class GrassConfig(StrictModel):
     offload: OffloadConfig = OffloadConfig()
     """Where the optimizer states of the layers are, and when they move (docs/offload.md)."""
 
-    @field_validator("always_active", "fixed_layers", "layers", mode="before")
+    @field_validator("always_active", "fixed_layers", "freeze", "layers", mode="before")
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -181,10 +186,13 @@ class GrassConfig(StrictModel):
                 f"is not below sampling_interval={self.sampling_interval} and update_interval={self.update_interval}",
                 (f"use 0 to {shortest - 1}" if shortest > 1 else "use 0") + ", or leave it out",
             )
-        if len(set(self.always_active)) != len(self.always_active):
-            raise ConfigError("always_active", self.always_active, "a name is listed twice", "list each once")
-        if "" in self.always_active:
-            raise ConfigError("always_active", self.always_active, "a name is empty", "leave it out")
+        for field, names in (("always_active", self.always_active), ("freeze", self.freeze)):
+            if len(set(names)) != len(names):
+                raise ConfigError(field, names, "a name is listed twice", "list each once")
+            if "" in names:
+                raise ConfigError(field, names, "a name is empty", "leave it out")
+        if both := sorted({*self.freeze} & {*self.always_active}):
+            raise ConfigError("freeze", both, "it is in always_active, too", "list it in one of them")
         if self.layers == ():
             raise ConfigError("layers", [], "it names no stack", "name one, or leave it out")
         if self.sampler == "fixed":

@@ -21,6 +21,7 @@ from grass_dist.method.watch import GradientWatch
 from grass_dist.model.compiled import too_low_recompile_limit
 from grass_dist.model.discovery import Unit, find_layers
 from grass_dist.model.groups import full_groups, shortly
+from grass_dist.model.names import freeze_named
 from grass_dist.model.units import (
     check_one_device,
     choose_units,
@@ -139,6 +140,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     backend = backend_for(model, steps)
     undo.callback(backend.detach)  # its hooks would change how the model trains without it
 
+    freeze_named(model, config)
     groups = begin(*_full_groups(model, given.params, optimizer_class, kwargs))
     found = find_layers(model, config.layers, [p for group in groups for p in group["params"]])
     check_num_layers(config, len(found.layers))

@@ -29,6 +29,8 @@ from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
 from grass_dist.model.compiled import too_low_recompile_limit
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
+from grass_dist.model.experts import expert_blocks
+from grass_dist.model.names import freeze_named
 from grass_dist.model.units import (
     check_one_device,
     choose_units,
@@ -155,16 +157,17 @@ class ZeroMethod:
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
 
         found, layers, roles, still = _choose(model, setup, user, sharding)
-        for told in (several_stacks(found), frozen_layers(found, layers), too_low_recompile_limit(model, layers)):
-            if told:
-                say(sharding.ranks, told)
+        told = [several_stacks(found), frozen_layers(found, layers), too_low_recompile_limit(model, layers)]
+        told += [_gather_with_experts(model, layers)] if stage == 3 else []
+        for sentence in filter(None, told):
+            say(sharding.ranks, sentence)
         every = groups_of([*layers, *roles], user.param_groups)
         # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
         never = groups_of([Unit("never trained", None, still)] if still and stage == 3 else [], user.param_groups)
 
         states = place_states(user, every, never, sharding, stage, config, layers, roles)
         self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
-        self._backend = ZeroBackend(self.zero, sharding, arguments["gradient_accumulation_steps"], stage, wire)
+        self._backend = ZeroBackend(model, self.zero, sharding, arguments["gradient_accumulation_steps"], stage, wire)
         watch, changes = GradientWatch(model, layers), ChangeLog([*layers, *roles], model)
         self.grass = GrassController(config, layers, roles, self._backend, states, watch, changes, observers)
         self.grass.introduce(started_with(model, found, layers, roles))
@@ -193,6 +196,7 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
         try:
             refuse_second(model)
             check_optimizer(user, setup)
+            freeze_named(model, config)
             found = find_layers(model, config.layers, [p for group in groups for p in group["params"]])
             check_num_layers(config, len(found.layers))
             make_sampler(config, len(found.layers))
@@ -209,6 +213,17 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
     return together(
         sharding.ranks, choose, lambda made: fingerprint(config, made[0], made[1], groups, type(user), kwargs)
     )
+
+
+def _gather_with_experts(model: nn.Module, layers: Sequence[Unit]) -> str | None:
+    """Has ZeRO-3 gather a mixture of experts as one: ranks would gather what their batches use, and disagree."""
+    from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
+
+    if not (classes := {type(block) for block in expert_blocks(model, layers) if not z3_leaf_module(block)}):
+        return None
+    set_z3_leaf_modules(model, sorted(classes, key=str))
+    names = ", ".join(sorted(cls.__name__ for cls in classes))
+    return f"ZeRO-3 gathers all experts of a layer together ({names}), as ranks may use different ones."
 
 
 def _scheduler(name: str, params: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:

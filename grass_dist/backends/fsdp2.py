@@ -18,6 +18,7 @@ from grass_dist.backends.dtensors import DTensorSharding, dtensor_of
 from grass_dist.errors import GrassError, UnsupportedModel
 from grass_dist.method.interfaces import Arrived, GradientSink
 from grass_dist.model.discovery import Unit
+from grass_dist.model.experts import give_idle_experts_zeros
 from grass_dist.ranks import Ranks
 
 
@@ -88,6 +89,7 @@ class Fsdp2Backend(HookedBackend):
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         super().attach(layers, roles, sink, arrived)
+        self._handles += give_idle_experts_zeros(self.model, layers)
         self._samples = [_place_of(self.model, unit.params[0][0]) for unit in self._units]
         modules = dict(self.model.named_modules(remove_duplicate=False))
         self._module_of = {unit.name: [_sharded_by(modules, name) for name, _ in unit.params] for unit in self._units}

@@ -22,6 +22,7 @@ from grass_dist.job.world import World
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import find_layers
 from grass_dist.model.foreign import too_deep
+from grass_dist.model.names import freeze_named
 from grass_dist.model.packaged import resolve_model
 
 log = logging.getLogger("grass_dist")
@@ -87,6 +88,7 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     _check_complete(settings, found)
     _check_dropout(settings, model.config.to_dict())
     try:
+        freeze_named(model, config.grass)
         layers = find_layers(model, config.grass.layers)
         check_num_layers(config.grass, len(layers.layers))
         always_active_roles(model, layers, config.grass)

@@ -18,14 +18,16 @@ CLASS = "optimizer class"
 def settings_of(grass: GrassController, class_name: str | None = None) -> dict[str, Any]:
     """The settings that must not change within a run, as JSON holds them: all but where the states are.
 
-    The role ``others`` is among them only where there is something in it: older releases did not have it.
+    The role ``others`` and ``freeze`` are among them only where there is something in them: older releases did not
+    have them.
 
     Args:
         class_name: of the optimizer class; None where another one may go on.
     """
     config, roles = grass.config, {unit.name for unit in grass.roles}
     always = [name for name in config.always_active if name != "others" or name in roles]
-    settings = config.model_dump(mode="json", exclude={"offload"}) | {"always_active": always}
+    unknown = {"offload", *(() if config.freeze else ("freeze",))}
+    settings = config.model_dump(mode="json", exclude=unknown) | {"always_active": always}
     settings |= {} if class_name is None else {CLASS: class_name}
     return json.loads(json.dumps(settings))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -12,6 +10,7 @@ from torch import nn
 from grass_dist.config import ROLES, GrassConfig
 from grass_dist.errors import ConfigError
 from grass_dist.model.discovery import LayerMap, NamedParameter, Unit
+from grass_dist.model.names import matches, near
 from grass_dist.model.stacks import bare_name, numel_of, shape_of
 
 _MOMENTS, _MASTER = 8, 4
@@ -62,13 +61,13 @@ def _named(model: nn.Module, found: LayerMap, config: GrassConfig, trained: Coll
     inside = {id(p): unit.name for unit in found.layers for _, p in unit.params}
     named: set[int] = set()
     for pattern in patterns:
-        hit = [at for name, at in names if _matches(bare_name(pattern), name)]
+        hit = [at for name, at in names if matches(bare_name(pattern), name)]
         if not hit:
             raise ConfigError(
                 "always_active",
                 pattern,
                 "no role, module or parameter of the model has that name",
-                _near(pattern, names),
+                near(pattern, [name for name, _ in names], ROLES),
             )
         if layers := list(dict.fromkeys(inside[at] for at in hit if at in inside)):
             raise ConfigError(
@@ -86,20 +85,6 @@ def _named(model: nn.Module, found: LayerMap, config: GrassConfig, trained: Coll
             )
         named.update(hit)
     return named
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether a pattern is that of a parameter, or of a module around it."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
-
-
-def _near(pattern: str, names: Sequence[tuple[str, int]]) -> str:
-    parts = [name.split(".") for name, _ in names]
-    known = dict.fromkeys([*ROLES, *(".".join(p[:n]) for p in parts for n in range(1, len(p) + 1))])
-    last = pattern.rpartition(".")[2]
-    near = difflib.get_close_matches(pattern, known, n=3) + [n for n in known if n.rpartition(".")[2] == last]
-    return f"use {' or '.join(map(repr, dict.fromkeys(near[:3] or ROLES)))}"
 
 
 def _check_size(others: Sequence[NamedParameter], found: LayerMap, trained: Collection[int]) -> None:

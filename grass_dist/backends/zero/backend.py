@@ -15,6 +15,7 @@ from grass_dist.errors import GrassError
 from grass_dist.method.interfaces import Arrived, GradientHooks, GradientSink
 from grass_dist.method.measurement import sum_of_squares
 from grass_dist.model.discovery import Unit
+from grass_dist.model.experts import give_idle_experts_zeros
 from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import GradientHook
 
@@ -96,6 +97,7 @@ class ZeroBackend(GradientHooks):
     element. Under dynamic loss scaling one all-reduce of 8 bytes a probe step says whether a gradient overflowed.
 
     Args:
+        model: the module that the engine wraps.
         zero: nothing of DeepSpeed's is constructed yet.
         sharding: over the data-parallel ranks.
         accumulation_steps: micro-batches of a step.
@@ -106,9 +108,15 @@ class ZeroBackend(GradientHooks):
     name = "deepspeed"
 
     def __init__(
-        self, zero: NarrowZero, sharding: ZeroSharding, accumulation_steps: int, stage: int, wire_bytes: int
+        self,
+        model: nn.Module,
+        zero: NarrowZero,
+        sharding: ZeroSharding,
+        accumulation_steps: int,
+        stage: int,
+        wire_bytes: int,
     ) -> None:
-        self.zero, self.sharding = zero, sharding
+        self._model, self.zero, self.sharding = model, zero, sharding
         self.accumulation_steps, self.stage, self._wire_bytes = accumulation_steps, stage, wire_bytes
         self._probing = self._measuring = False
         self._on: set[str] | None = None
@@ -128,6 +136,8 @@ class ZeroBackend(GradientHooks):
             for unit in self._units
             for slot, (_, param) in enumerate(unit.params)
         ]
+        if self.stage < 3:  # which gathers them as one, and knows of each
+            self._hooks += give_idle_experts_zeros(self._model, layers)
 
     def before_read(self) -> None:
         """Ends what DeepSpeed prefetches past the end of an evaluation: `GatheredParameters` refuses it."""

@@ -18,7 +18,7 @@ from grass_dist.events import Started
 from grass_dist.method.changes import ChangeLog
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
-from grass_dist.model.compiled import too_low_recompile_limit
+from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
 from grass_dist.model.discovery import Unit, find_layers
 from grass_dist.model.groups import full_groups, shortly
 from grass_dist.model.names import freeze_named
@@ -158,6 +158,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     told = [
         several_stacks(found),
         frozen_layers(found, layers),
+        compiled_whole(model, layers),
         too_low_recompile_limit(model, layers),
         trains_alone(backend),
     ]

@@ -27,7 +27,7 @@ from grass_dist.method.changes import ChangeLog
 from grass_dist.method.controller import GrassController
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
-from grass_dist.model.compiled import too_low_recompile_limit
+from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.experts import expert_blocks
 from grass_dist.model.names import freeze_named
@@ -157,7 +157,8 @@ class ZeroMethod:
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
 
         found, layers, roles, still = _choose(model, setup, user, sharding)
-        told = [several_stacks(found), frozen_layers(found, layers), too_low_recompile_limit(model, layers)]
+        told = [several_stacks(found), frozen_layers(found, layers)]
+        told += [compiled_whole(model, layers), too_low_recompile_limit(model, layers)]
         told += [_gather_with_experts(model, layers)] if stage == 3 else []
         for sentence in filter(None, told):
             say(sharding.ranks, sentence)

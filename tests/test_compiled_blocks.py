@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import nn
 
 from grass_dist import GrassConfig, GrassOptimizer
+from grass_dist.model.compiled import compile_layers
 from tests.tiny import Block, loss_of, tiny
 
 CONFIG = {"active_layers": 2, "probe_steps": 3, "sampling_interval": 1, "update_interval": 1}
@@ -82,3 +83,42 @@ def test_blocks_that_are_alike_need_no_other_limit(caplog):
 def test_what_torch_compile_returns_is_looked_into(caplog):
     said, _ = run(caplog, 8, indexed=True, wrapped=True)
     assert len(said) == 1 and "6 compiled blocks of Indexed differ (by index)" in said[0]
+
+
+@pytest.mark.parametrize(("always_active", "most"), [(("embeddings", "final_norm", "lm_head"), 3), ((), 4)])
+def test_thirty_draws_of_compiled_layers_need_few_graphs(caplog, always_active, most):
+    import transformers
+
+    torch._dynamo.reset()
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2, use_cache=False))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_layers(model, [f"model.layers.{i}" for i in range(6)], backend=backend)
+        config = GrassConfig(**CONFIG, always_active=always_active)
+        optimizer = GrassOptimizer(model, torch.optim.AdamW, {"lr": 1e-2}, config=config)
+        for step in range(33):
+            ids = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(step))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.grass.round >= 30
+    assert 2 <= len(graphs) <= most
+    assert not [r for r in caplog.records if "dynamo" in r.getMessage()]
+
+
+def test_a_model_that_is_compiled_whole_is_told_of_once(caplog):
+    for compiled in (True, False):
+        caplog.clear()
+        model = tiny(layers=6)
+        if compiled:
+            model = torch.compile(model, backend="eager")
+        GrassOptimizer(model, torch.optim.AdamW, {"lr": 1e-2}, config=GrassConfig(**CONFIG)).detach()
+        said = [r.getMessage() for r in caplog.records if "compiled as a whole" in r.getMessage()]
+        assert len(said) == compiled
+        assert not compiled or said[0].startswith("Tiny is compiled as a whole with 6 layers in it")

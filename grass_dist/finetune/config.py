@@ -26,6 +26,9 @@ class ModelConfig(StrictModel):
     """Implementation of attention in transformers."""
     activation_checkpointing: bool = False
     """Recompute the activations of each layer in the backward (non-reentrant)."""
+    compile: Literal["layer"] | None = None
+    """`layer`: each layer is compiled by torch.compile, with up to four graphs in all, whichever layers are drawn. It
+    needs a C++ compiler. Not with deepspeed."""
     trust_remote_code: bool = False
     """Allow code that comes with the model to run. `true` is your permission: the code runs on every rank with your
     rights, and the program says so when it starts. Look for it in a configuration that somebody gave you."""
@@ -263,6 +266,9 @@ class RunConfig(StrictModel):
             problem = "DeepSpeed updates flat partitions, and this program gives it adamw alone"
             fix = "use adamw, or parallel: fsdp2"
             raise ConfigError("train.optimizer.name", self.train.optimizer.name, problem, fix)
+        if self.parallel.backend == "deepspeed" and self.model.compile:
+            problem = "DeepSpeed's hooks gather and reduce within the layers, where torch.compile would cut them"
+            raise ConfigError("model.compile", self.model.compile, problem, "leave it out, or use parallel: fsdp2")
         if self.grass.offload.update_in_backward and clip is not None:
             problem = f"train.clip_grad_norm={clip} needs the norm of all gradients before any update"
             raise ConfigError("grass.offload.update_in_backward", True, problem, "set one of them to false or null")

@@ -25,6 +25,7 @@ from grass_dist.finetune.optimizers import optimizer_of
 from grass_dist.finetune.parallel import Batch, Stepped
 from grass_dist.finetune.setup import accumulation_steps, check_ranks, load_model, parameter_groups
 from grass_dist.job.world import World
+from grass_dist.model.compiled import compile_layers
 from grass_dist.model.discovery import LayerMap
 from grass_dist.model.loss import summed_loss
 from grass_dist.optimizer import GrassOptimizer
@@ -45,6 +46,8 @@ class Torch:
         return greedy_answer(model, tokenizer, prompt_ids, self._config.answer_tokens, self._world.device)
 
     def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> TorchRun:
+        if self._config.model.compile:
+            compile_layers(model, [layer.name for layer in layers.layers])
         model = wrap(model, self._config, self._world, layers)
         optimizer = GrassOptimizer(
             model,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from grass_dist.model.discovery import Unit
 
 _Trait = tuple[str, str, Hashable]
+
+_LIMITS = ("recompile_limit", "accumulated_recompile_limit")
 
 VARIANTS = 6
 """Graphs of one compiled block, at most and for one shape of its input: the block is frozen or trains, and its input
@@ -30,6 +33,41 @@ def is_wrapper_of_compile(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule"
 
 
+def compile_layers(model: nn.Module, layers: Sequence[str], **options: Any) -> None:
+    """Compiles each layer in place, and lets dynamo keep the graphs of all states of freezing.
+
+    Layers that are alike share their graphs: as layers are drawn there are up to three, and four if what is below the
+    layers is frozen. Call it before the model is wrapped and before there is an optimizer.
+
+    Args:
+        layers: their FQNs.
+        options: of ``torch.compile``, such as its backend.
+    """
+    import torch._dynamo.config as config
+
+    for layer in map(model.get_submodule, layers):
+        layer.compile(**options)
+    for name in _LIMITS:
+        setattr(config, name, max(getattr(config, name), VARIANTS * len(layers)))
+
+
+def compiled_whole(model: nn.Module, layers: Sequence[Unit]) -> str | None:
+    """A sentence, if a compiled module holds several layers, so that each draw is another graph of all of them."""
+    for name, module in model.named_modules():
+        inside = sum(unit.name.startswith(f"{name}." if name else "") for unit in layers)
+        if inside > 1 and (is_compiled(module) or is_wrapper_of_compile(module)):
+            import torch._dynamo.config as config
+
+            kind = type(getattr(module, "_orig_mod", module)).__name__
+            return (
+                f"{kind} is compiled as a whole with {inside} layers in it: each draw freezes other layers, which is "
+                f"another graph, and above {config.recompile_limit} of them (torch._dynamo.config.recompile_limit) it "
+                "runs uncompiled; compile its layers instead, before you make the optimizer: for layer in layers: "
+                "layer.compile()."
+            )
+    return None
+
+
 def too_low_recompile_limit(model: nn.Module, layers: Sequence[Unit]) -> str | None:
     """A sentence, if dynamo's limit is too low for the compiled blocks in ``layers``, which share their code.
 
@@ -48,8 +86,7 @@ def too_low_recompile_limit(model: nn.Module, layers: Sequence[Unit]) -> str | N
 
     kind, unlike = max(found.items(), key=lambda item: len(item[1]))
     need = VARIANTS * len(unlike)
-    settings = ("recompile_limit", "accumulated_recompile_limit")
-    low = [f"torch._dynamo.config.{name} = {need}" for name in settings if getattr(config, name) < need]
+    low = [f"torch._dynamo.config.{name} = {need}" for name in _LIMITS if getattr(config, name) < need]
     if len(unlike) == 1 or not low:
         return None
     first, second, *_ = unlike

@@ -23,6 +23,11 @@ from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import GradientHook, shown_names
 from grass_dist.ranks import Ranks
 
+TWICE = (
+    "If a layer runs twice before one backward (two forwards, or a block that the model uses again), reentrant "
+    "activation checkpointing gives it two gradients: use checkpointing with use_reentrant=False."
+)
+
 
 def device_of(model: nn.Module) -> torch.device:
     """The device that ``model`` computes on, as far as its parameters tell: a GPU, if one of them is on one."""
@@ -243,7 +248,7 @@ class HookedBackend(GradientHooks):
                     f"gradient_accumulation_steps={self.accumulation_steps}: the probe saw one backward more than "
                     "that before optimizer.step(); give the number of micro-batches of a step to GrassOptimizer, or "
                     "with Accelerate to Accelerator(gradient_accumulation_steps=...) and use accelerator.accumulate, "
-                    "or call optimizer.skip_step() where a batch is dropped after its backward."
+                    f"or call optimizer.skip_step() where a batch is dropped after its backward. {TWICE}"
                 )
             if self._sums is not None:
                 param.grad = None

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from grass_dist.backends.base import HookedBackend, device_of
+from grass_dist.backends.base import TWICE, HookedBackend, device_of
 from grass_dist.backends.dtensors import DTensorSharding, dtensor_of
 from grass_dist.errors import ConfigError, GrassError, UnsupportedModel
 from grass_dist.method.interfaces import Arrived, GradientSink
@@ -381,7 +381,7 @@ class DdpBackend(HookedBackend):
         if slot not in bucket.missing:
             raise GrassError(
                 f"{unit.params[slot][0]} got a second gradient while the first one waited to be reduced: call the "
-                "DistributedDataParallel module, or the one inside of it, and no module within that one."
+                f"DistributedDataParallel module, or the one inside of it, and no module within that one. {TWICE}"
             )
         bucket.put(slot, grad, self.ranks.world_size, used=True)
         self._send_full_buckets()

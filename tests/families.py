@@ -226,7 +226,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batch, str]] = {
     "bert answers": (lambda: T.BertForQuestionAnswering(T.BertConfig(**BERT)), of_span, "qa_outputs"),
     "masked bert": (lambda: T.BertForMaskedLM(T.BertConfig(**BERT)), of_text, "cls.predictions.transform.dense"),
     "vit": (
-        lambda: T.ViTForImageClassification(T.ViTConfig(**VISION, num_labels=2, **NO_DROPOUT)),
+        lambda: T.ViTForImageClassification(T.ViTConfig(**{**VISION, "num_hidden_layers": 3}, num_labels=2, **NO_DROPOUT)),
         of_image_class,
         "classifier",
     ),

@@ -41,7 +41,7 @@ SETTINGS = {
     "sampling_interval": 2,
     "update_interval": 2,
     "ema_alpha": 0.3,
-    "temperature": 0.5,
+    "temperature": 2.0,
     "seed": 7,
 }
 TORCH, ZERO = Spawn(2, timeout=800), Spawn(2, before=gc.freeze, timeout=800)
@@ -125,7 +125,7 @@ def reference() -> Callable[[str], dict[str, Any]]:
 def check(runs: list[dict[str, Any]], by_hand: dict[str, Any], name: str) -> None:
     start = dict(made(name)[0].named_parameters())
     drawn = set(by_hand["active"][SETTINGS["probe_steps"] :])
-    assert len(drawn) > 1, "the layers never change"
+    assert len(drawn) > 2, "the same layers nearly always"
     worst = {n: (runs[0]["params"][n] - p).abs().max().item() for n, p in by_hand["params"].items()}
     far = sorted(worst, key=lambda n: -worst[n])[:3]
     print(f"{name}: worst parameter difference {worst[far[0]]:.1e}", [f"{n} {worst[n]:.1e}" for n in far[1:]])

@@ -205,7 +205,7 @@ def loss_of(output: Any) -> torch.Tensor:
     rows, length = logits.shape[:2]
     apart = (torch.arange(length)[:, None] - torch.arange(length)).abs().expand(rows, length, length)
     return (
-        F.cross_entropy(logits.flatten(0, 2), 4 * apart.flatten())
+        F.cross_entropy(logits.flatten(0, 2), (4 * apart).clamp(max=63).flatten())
         + (torch.cdist(folded, folded) - 3.8 * apart).abs().mean() / 10
     )
 
@@ -226,7 +226,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batch, str]] = {
     "bert answers": (lambda: T.BertForQuestionAnswering(T.BertConfig(**BERT)), of_span, "qa_outputs"),
     "masked bert": (lambda: T.BertForMaskedLM(T.BertConfig(**BERT)), of_text, "cls.predictions.transform.dense"),
     "vit": (
-        lambda: T.ViTForImageClassification(T.ViTConfig(**{**VISION, "num_hidden_layers": 3}, num_labels=2, **NO_DROPOUT)),
+        lambda: T.ViTForImageClassification(T.ViTConfig(**VISION | {"num_hidden_layers": 3}, **NO_DROPOUT)),
         of_image_class,
         "classifier",
     ),

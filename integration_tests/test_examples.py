@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+import sys
 
 import pytest
 
@@ -24,6 +25,8 @@ SCRIPTS = [
     pytest.param("deepspeed_zero", marks=pytest.mark.integration),
     pytest.param("accelerate_loop", marks=pytest.mark.integration),
     pytest.param("trl_sft", marks=[pytest.mark.integration, without_trl]),
+    pytest.param("esm2_masked", marks=pytest.mark.long),
+    pytest.param("esmfold_trunk", marks=pytest.mark.long),
 ]
 CARRIED = re.compile(r"after step (\d+): carried layers \[([\d, ]*)\], (\d+) of (\d+) bytes")
 REWARDED = re.compile(r"step (\d+): reward ([\d.]+)")
@@ -80,6 +83,23 @@ def test_the_example_of_grpo_carries_what_has_changed(tmp_path):
     assert len({layers for _, layers, *_ in carried}) > 3
     rewards = [float(reward) for _, reward in REWARDED.findall(said)]
     assert len(rewards) == STEPS and sum(rewards[-3:]) > sum(rewards[:3]) + 0.5
+
+
+@pytest.mark.long
+@pytest.mark.timeout(200)
+def test_the_trunk_learns_the_structure_of_a_file_in_one_process(tmp_path):
+    """A straight chain, which is learnt further than the helix is that stands for a chain without a file."""
+    (tmp_path / "proteins.fasta").write_text(">straight and more words\nACDEFGHIKLMN\nPQRSTVWYAC\n>short\nACD\n")
+    rows = [
+        f"ATOM  {n:5d}  CA  GLY A{n:4d}    {3.8 * n:8.3f}{0:8.3f}{0:8.3f}  1.00  0.00           C" for n in range(22)
+    ]
+    (tmp_path / "straight.pdb").write_text("\n".join(["HEADER", *rows, "END"]))
+    with Launched([sys.executable, str(EXAMPLES / "esmfold_trunk.py"), str(tmp_path)], tmp_path / "log") as run:
+        code = run.end(within=150)
+        said = run.said
+    assert code == 0, said[-3000:]
+    losses = [float(loss) for _, _, loss in PRINTED.findall(said)]
+    assert len(losses) == STEPS and losses[-1] < 2.7 < losses[0], losses  # with the helix it ends at 3.2
 
 
 def test_every_example_is_run_and_listed_with_its_command():

@@ -88,6 +88,9 @@ def plan_run(options: PlanOptions, tell: Callable[[str], None]) -> None:
         raise ConfigError("--plot", str(options.plot), "it shows what --scale counts", "add e.g. --scale 8..4096")
     run, shape = _planned_run(options, speeds), _shape(options, tell)
     check_weights(shape, run)
+    if options.write and not shape.causal:
+        problem = f"settings are written for causal language models, and {shape.name} is none"
+        raise ConfigError("--write", str(options.write), problem, "leave it out, and take the settings from the plan")
     choice = plan(shape, run, speeds, options, tell)
     points, assumed = list[Point](), ""
     if counts:
@@ -131,6 +134,8 @@ def plan(
         if recommended or method is None:
             break
     sentences = _sentences(shape, runs, rows, recommended, speeds, options)
+    if shape.pairs is not None:
+        sentences = [*shape.pairs.sentences(taken.seq_len, taken.weight_bytes), *sentences]
     return Choice(taken, rows, recommended, tuple(sentences))
 
 

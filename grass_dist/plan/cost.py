@@ -8,14 +8,16 @@ in `report.wire`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from grass_dist.plan.memory import slots_of, states_of
+from grass_dist.plan.pairs import BINS
 from grass_dist.plan.runs import Method, PlannedRun, head_trains, lora_elements, trained_roles, traversed
-from grass_dist.plan.shape import ModelShape
+from grass_dist.plan.shape import ModelShape, elements_in
 from grass_dist.plan.speeds import Speeds
 from grass_dist.report.wire import Sent, sent
 
@@ -62,18 +64,32 @@ class StepTime:
 
 def flops(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, float]:
     """FLOP of one micro-batch on a rank: those of the forward, and those of the backward."""
-    layers, f = shape.num_layers, traversed(shape, method)
-    matrices, head = shape.layer_matrices * layers, shape.vocab * shape.hidden
-    # A causal query meets half of the keys on average; products with keys and with values, 2 FLOP each.
-    attention = 2 * run.seq_len * shape.heads * shape.head_dim * layers
-    adapters = lora_elements(shape) * layers if method.name == "lora" else 0
-    forward = 2 * (matrices + head + adapters) + attention
+    layers, f, tokens = shape.num_layers, traversed(shape, method), run.tokens
+    matrices, attention, head, frozen = _multiplied(shape, run)
+    adapters = lora_elements(shape) * layers * tokens if method.name == "lora" else 0
+    forward = 2 * (matrices + head + adapters + attention + frozen)
     share = 0.0 if method.name == "lora" else method.active_layers / layers
-    backward = f * (2 * (matrices + adapters) + 2 * attention) + 2 * share * matrices + 2 * adapters
+    backward = f * (2 * (matrices + adapters) + 4 * attention) + 2 * share * matrices + 2 * adapters
     backward += 2 * head * (2 if head_trains(shape, method) else 1)
     if run.checkpointing:
-        backward += f * (2 * (matrices + adapters) + attention)
-    return forward * run.tokens, backward * run.tokens
+        backward += f * 2 * (matrices + adapters + attention)
+    return forward, backward
+
+
+def _multiplied(shape: ModelShape, run: PlannedRun) -> tuple[float, float, float, float]:
+    """Multiply-adds of the forward of a micro-batch: matrices of layers, attention, output head, what is frozen."""
+    tokens, length, layers = run.tokens, run.seq_len, shape.num_layers
+    if (pairs := shape.pairs) is None:
+        # A causal query meets half of the keys on average; products with keys and with values.
+        attention = length * shape.heads * shape.head_dim * layers * (1 if shape.causal else 2)
+        return shape.layers_matrices * tokens, attention * tokens, shape.vocab * shape.hidden * tokens, 0.0
+    wide = [s for s in shape.layers[0] if len(s) == 2 and pairs.single in s]  # they multiply the state of a residue
+    of_single = sum(map(math.prod, wide))
+    matrices, pairwise = pairs.multiplied(length, of_single, shape.layers_matrices // layers - of_single)
+    attention = pairwise + 2 * length**2 * pairs.single
+    frozen = elements_in(tuple(s for s in shape.frozen if len(s) == 2))
+    each = run.micro_batch * layers
+    return matrices * each, attention * each, BINS * pairs.pair * length * tokens, frozen * tokens
 
 
 @dataclass(frozen=True, slots=True)

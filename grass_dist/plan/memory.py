@@ -49,7 +49,14 @@ class Activations:
 
 
 def activations_of(shape: ModelShape, run: PlannedRun) -> Activations:
-    """Computes the activations by the closed form that the module describes."""
+    """Computes the activations by the closed form that the module describes, of a folding trunk by that of `pairs`."""
+    if (pairs := shape.pairs) is not None:
+        width, length = run.weight_bytes, run.seq_len
+        kept = [pairs.kept(length, width, trained=trained) for trained in (True, False)]
+        logits, loss = pairs.distogram(length, width)
+        head = pairs.structure(length, width) + logits
+        around = (pairs.inputs(length, width), head, loss, pairs.flow(length, width))
+        return Activations(*(run.micro_batch * nbytes for nbytes in (*kept, *around)))
     w, h, i, tokens = run.weight_bytes, shape.hidden, shape.intermediate, run.tokens
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = w * (2 * queries + 2 * keys) + 4 * shape.heads
@@ -101,7 +108,7 @@ PARTS = tuple(f.name for f in fields(Memory) if f.type == "float")
 
 def weights_of(shape: ModelShape, run: PlannedRun) -> float:
     """Bytes of the weights that rest on a rank."""
-    everything = (*shape.layers, *shape.roles.values())
+    everything = (*shape.layers, *shape.roles.values(), shape.frozen)
     return run.weight_bytes * sum(_held(shapes, run) for shapes in everything) + _persistent(shape, run)
 
 
@@ -264,7 +271,7 @@ class _Counts:
         """Bytes that a wrapper allocates once: DDP's buckets, which are never freed, with GRASS or without."""
         if self.run.backend != "ddp":
             return 0.0
-        trains = self.trained if self.method.name == "lora" else self.shape.numel
+        trains = self.trained if self.method.name == "lora" else self.shape.trained_numel
         return self.run.weight_bytes * trains
 
     def _buckets(self) -> float:

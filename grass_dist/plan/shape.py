@@ -19,8 +19,9 @@ from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError, UnsupportedModel
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import Unit, find_layers
-from grass_dist.model.foreign import CODE, MOST_LAYERS, build, plain_config, read_settings
-from grass_dist.model.stacks import class_of
+from grass_dist.model.foreign import CODE, MOST_LAYERS, plain_config, read_settings
+from grass_dist.plan.architecture import folds, is_causal, make
+from grass_dist.plan.pairs import Pairs, pairs_of
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -30,11 +31,11 @@ TYPICAL = ((1.1e9, 22, 2048), (3e9, 28, 3072), (7e9, 32, 4096), (13e9, 40, 5120)
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder, in elements."""
+    """Sizes of a model, in elements."""
 
     name: str
     layers: tuple[Shapes, ...]
-    """Parameter shapes of each layer, in the model's order."""
+    """Parameter shapes of each layer that competes, in the model's order: of all stacks, of one class or several."""
     roles: Mapping[str, Shapes]
     """Parameter shapes of embeddings, final_norm, lm_head and others; tied embeddings are in embeddings alone."""
     hidden: int
@@ -48,6 +49,12 @@ class ModelShape:
     tied: bool
     config: Any = field(repr=False, compare=False)
     """The transformers configuration, from which `simulate` builds the model."""
+    causal: bool = True
+    """True if a query meets only the keys before it, and `grass-dist train` trains the model."""
+    frozen: Shapes = ()
+    """Parameter shapes of what never trains: the language model of ESMFold."""
+    pairs: Pairs | None = None
+    """Sizes of a folding trunk, of ESMFold."""
 
     @property
     def num_layers(self) -> int:
@@ -64,13 +71,18 @@ class ModelShape:
         return sum(elements_in(layer) for layer in self.layers)
 
     @property
-    def layer_matrices(self) -> int:
-        """Elements of the largest layer's matrices, which are what it multiplies by."""
-        return max(sum(math.prod(s) for s in layer if len(s) >= 2) for layer in self.layers)
+    def layers_matrices(self) -> int:
+        """Elements of the matrices of all layers, which are what they multiply by."""
+        return sum(math.prod(s) for layer in self.layers for s in layer if len(s) >= 2)
+
+    @property
+    def trained_numel(self) -> int:
+        """Elements of what trains in full fine-tuning."""
+        return self.layers_numel + sum(map(elements_in, self.roles.values()))
 
     @property
     def numel(self) -> int:
-        return self.layers_numel + sum(map(elements_in, self.roles.values()))
+        return self.trained_numel + elements_in(self.frozen)
 
 
 def elements_in(shapes: Shapes) -> int:
@@ -176,42 +188,50 @@ def parse_count(option: str, text: str) -> float:
 def shape_of_config(name: str, config: Any) -> ModelShape:
     """Returns the shape of the model of a transformers configuration.
 
+    Several stacks compete as they do in training: of the slots and gradients, each is as large as the largest layer.
+
     Raises:
-        ConfigError: transformers has no causal language model for it.
-        UnsupportedModel: the model has no layer stack, or several, or layers of several classes.
+        ConfigError: the model cannot be built of it.
+        UnsupportedModel: the model has no layer stack, reads something else than tokens, or has a second stack that
+            does (a vision tower).
         ConfigError: what has no role is too large to train at every step.
     """
     try:
-        model = build(config, torch.bfloat16, "meta")
+        model = make(config, torch.bfloat16, "meta")
     except UnsupportedModel:
         raise
     except Exception as error:  # whatever the class of a model makes of a broken configuration
         reason = " ".join(str(error).split())[:150]
-        raise ConfigError("--model", name, f"it cannot be built ({reason})", "give a causal language model") from None
+        raise ConfigError("--model", name, f"it cannot be built ({reason})", "give another model") from None
     found = find_layers(model)
-    kinds = {class_of(model.get_submodule(unit.name)).__name__ for unit in found.layers}
-    if len(found.stacks) > 1 or len(kinds) > 1:
+    if len(found.stacks) > 1 and not config.is_encoder_decoder:
         raise UnsupportedModel(
-            f"{name}: a plan is of one list of layers of one class, and here are {found.stack} with "
-            f"{' and '.join(sorted(kinds))}; plan a model of one class, or give the number of parameters by --params."
+            f"{name}: a plan of several lists of layers is of an encoder-decoder that reads tokens, and here are "
+            f"{found.stack}, whose memory depends on what else they read; give the number of parameters by --params."
         )
     text = config.get_text_config()
     hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    roles = always_active_roles(model, found, GrassConfig())
+    trained = {id(p) for unit in (*found.layers, *roles) for _, p in unit.params}
     layer = _shapes(found.layers[0])
     inner = _inner_width(text, layer, hidden)
+    width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
     return ModelShape(
         name=name,
         layers=tuple(_shapes(unit) for unit in found.layers),
-        roles={unit.name: _shapes(unit) for unit in always_active_roles(model, found, GrassConfig())},
+        roles={unit.name: _shapes(unit) for unit in roles},
         hidden=hidden,
         intermediate=inner,
         heads=heads,
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(text, "head_dim", None) or hidden // heads),
+        head_dim=int(width or hidden // heads),
         vocab=int(text.vocab_size),
         gated=sum(inner in shape for shape in layer if len(shape) == 2) >= 3,
         tied="lm_head" not in {unit.name for unit in found.roles},
         config=config,
+        causal=is_causal(config),
+        frozen=tuple(tuple(p.shape) for p in model.parameters() if id(p) not in trained),
+        pairs=pairs_of(config) if folds(config) else None,
     )
 
 
@@ -221,7 +241,7 @@ def _shapes(unit: Unit) -> Shapes:
 
 def _inner_width(config: Any, layer: Shapes, hidden: int) -> int:
     """Width of the feed-forward, as configured, else the commonest other dimension of the layer's matrices."""
-    for key in ("intermediate_size", "n_inner", "ffn_dim"):
+    for key in ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_dim"):
         if isinstance(value := getattr(config, key, None), int):
             return value
     widths = Counter(d for shape in layer if len(shape) == 2 for d in shape if d > hidden)

@@ -27,9 +27,9 @@ from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
-from grass_dist.model.foreign import build
 from grass_dist.model.loss import summed_loss
 from grass_dist.model.sharding import Sharding
+from grass_dist.plan.architecture import make
 from grass_dist.plan.memory import Memory, states_of
 from grass_dist.plan.runs import GROUP, Method, PlannedRun, grass_config, optimizer_of
 from grass_dist.plan.shape import ModelShape
@@ -65,6 +65,8 @@ def simulate(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
     """
     if not can_simulate(run, method):
         raise GrassError(f"{method.label} under {run.backend} cannot be simulated; use --fast.")
+    if shape.pairs is not None:
+        raise GrassError(f"{shape.name}: a folding trunk cannot run on fake tensors, into which it would look.")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise GrassError("A process group is running; the planner simulates in a process of its own.")
     try:
@@ -133,7 +135,7 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
     dtype = getattr(torch, run.dtype)
     config = _without_mask(shape.config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = build(config, dtype, "cpu").train()
+        model = make(config, dtype, "cpu").train()
         if run.checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # type: ignore[operator]
@@ -141,14 +143,15 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
         layers = find_layers(model)
         units = _training(model, layers, run, method)
         ids = torch.zeros(run.micro_batch, run.seq_len, dtype=torch.long)
-        batch = {"input_ids": ids, "labels": ids}
+        both = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+        batch = {"input_ids": ids, "labels": ids, **both}
         tracker, peak = track(model, mesh is not None)
         with tracker:
             backend.sharding.divide_states(units)
             optimizers, states = _optimizers(units, backend.sharding)
             if mesh is None:
                 with torch.no_grad():
-                    model(input_ids=ids[:, :1], use_cache=False)
+                    summed_loss(model, {name: tensor[:, :2] for name, tensor in batch.items()})
                 tracker.reset_mod_stats()
             roles = always_active_roles(model, layers, GrassConfig())
             backend.attach(layers.layers, roles, lambda *_: None, lambda _: None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -71,7 +71,18 @@ def schedule(step: int) -> float:
     return 1 / (1 + 0.1 * step)
 
 
-def wrapped(model: nn.Module, backend: str, world_size: int, reduce_dtype: torch.dtype | None = None) -> nn.Module:
+def wrapped(
+    model: nn.Module,
+    backend: str,
+    world_size: int,
+    reduce_dtype: torch.dtype | None = None,
+    layers: Iterable[nn.Module] | None = None,
+) -> nn.Module:
+    """The model on ranks.
+
+    Args:
+        layers: what FSDP2 shards one by one; None: those of a Llama.
+    """
     if backend == "ddp":
         return DistributedDataParallel(model)
     if backend in ("fsdp2", "hsdp"):
@@ -79,7 +90,7 @@ def wrapped(model: nn.Module, backend: str, world_size: int, reduce_dtype: torch
         names = ("dp_shard",) if backend == "fsdp2" else ("dp_replicate", "dp_shard")
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-        for layer in model.model.layers:
+        for layer in model.model.layers if layers is None else layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     return model

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from integration_tests.support.model import ADAMW, CLIP, global_batch, schedule, small_llama
 
@@ -24,11 +25,29 @@ def probabilities(m: list[float], temperature: float) -> list[float]:
 
 
 def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32, frozen: Sequence[int] = ()) -> dict:
+    """The trajectory of `small_llama`."""
     model = small_llama(dtype, frozen)
-    units = [list(layer.parameters()) for i, layer in enumerate(model.model.layers) if i not in frozen]
+    layers = [layer for i, layer in enumerate(model.model.layers) if i not in frozen]
+
+    def loss_at(step: int) -> torch.Tensor:
+        x = global_batch(step)
+        return model(input_ids=x, labels=x).loss
+
+    return follow(model, layers, loss_at, settings, steps)
+
+
+def follow(
+    model: nn.Module, layers: Sequence[nn.Module], loss_at: Callable[[int], torch.Tensor], settings: dict, steps: int
+) -> dict:
+    """The trajectory of any model, of which ``layers`` compete and all else with ``requires_grad`` trains always.
+
+    Args:
+        loss_at: the loss of the global batch of a step.
+    """
+    units = [list(layer.parameters()) for layer in layers]
     names = {id(p): n for n, p in model.named_parameters()}
-    in_layers = {id(p) for p in model.model.layers.parameters()}
-    roles = [p for p in model.parameters() if id(p) not in in_layers]
+    in_layers = {id(p) for unit in units for p in unit}
+    roles = [p for p in model.parameters() if id(p) not in in_layers and p.requires_grad]
     sizes = [sum(p.numel() for p in unit) for unit in units]
     master = {id(p): p.detach().clone().float().requires_grad_() for p in model.parameters()}
 
@@ -67,17 +86,17 @@ def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32
         log["active"].append(active)
         log["importances"].append(list(m))
         model.zero_grad()
-        x = global_batch(step)
-        loss = model(input_ids=x, labels=x).loss
+        loss = loss_at(step)
         loss.backward()
         log["losses"].append(loss.item())
         for i in active:
-            measured[i].append(math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in units[i]) / sizes[i]))
+            squares = [p.grad.double().pow(2).sum().item() for p in units[i] if p.grad is not None]
+            measured[i].append(math.sqrt(sum(squares) / sizes[i]))
         if trained < 0:
             continue
         live = [p for i in active for p in units[i]] + roles
         for p in live:
-            master[id(p)].grad = p.grad.float()
+            master[id(p)].grad = None if p.grad is None else p.grad.float()
         log["norms"].append(torch.nn.utils.clip_grad_norm_([master[id(p)] for p in live], CLIP).item())
         for optimizer in [*[optimizers[i] for i in active], role_optimizer]:
             for group in optimizer.param_groups:

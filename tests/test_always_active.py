@@ -110,7 +110,9 @@ def test_large_others_are_refused_with_their_sizes():
         grass(model)
     told = str(error.value)
     assert error.value.field == "always_active" and "964 elements (tagger.out.weight 99x8, tagger.out.bias 99" in told
-    assert "0.00771 MB with AdamW" in told and "as many elements as the 2 largest layers have (592) do so unasked" in told
+    assert (
+        "0.00771 MB with AdamW" in told and "as many elements as the 2 largest layers have (592) do so unasked" in told
+    )
     assert "freeze them or leave them out of params=" in told and "'tagger')" in told
     assert before == [p.requires_grad for p in model.parameters()]
     for name in ("tagger", "module.tagger", "tagger.*", "tagger.out.weight", "*out"):

@@ -46,7 +46,9 @@ def always_active_roles(
 
     every = [*found.roles, Unit("others", None, found.other)]
     units = [Unit(u.name, None, tuple((n, p) for n, p in u.params if is_to_train(str(u.name), p))) for u in every]
-    _check_size(model, [(n, p) for n, p in units[-1].params if id(p) not in named], found, config.active_layers, trained)
+    _check_size(
+        model, [(n, p) for n, p in units[-1].params if id(p) not in named], found, config.active_layers, trained
+    )
     return tuple(unit for unit in units if unit.params)
 
 

@@ -61,18 +61,27 @@ def choose_stacks(model: nn.Module, modules: Mapping[str, nn.Module], large: Seq
     whole = {part for stack in _stacks(model, None) if stack.whole for part in stack.parts}
     if large and large[0] in whole:
         return sorted(large, key=list(modules).index)
-    none = f"{class_of(model).__name__} has no nn.ModuleList or nn.Sequential of two or more equal layers"
+    none = _none_in(model)
     if large:
         raise UnsupportedModel(
             f'{none}; set layers="FQN of the layer stack", e.g. layers="{large[0]}", whose blocks are of several '
             "classes and not all layers."
         )
     if alone := _single_blocks(model):
-        raise UnsupportedModel(
-            f"{none}: {alone[0]} holds one block, which the forward may use many times, and GRASS needs layers that "
-            f'train one by one; layers="{alone[0]}" with active_layers=1 trains that block at every step.'
-        )
+        raise UnsupportedModel(one_block(model, alone[0]))
     raise UnsupportedModel(f'{none}; set layers="FQN of the layer stack".')
+
+
+def one_block(model: nn.Module, name: str) -> str:
+    """The sentence on a list with a single block."""
+    return (
+        f"{_none_in(model)}: {name} holds one block, which the forward may use many times, and GRASS needs layers that "
+        f'train one by one; layers="{name}" with active_layers=1 trains that block at every step.'
+    )
+
+
+def _none_in(model: nn.Module) -> str:
+    return f"{class_of(model).__name__} has no nn.ModuleList or nn.Sequential of two or more equal layers"
 
 
 def given_stacks(model: nn.Module, modules: Mapping[str, nn.Module], layers: str | Sequence[str]) -> list[str]:

@@ -145,8 +145,9 @@ def several_stacks(found: LayerMap) -> str | None:
     ends = list(accumulate(counts))
     shown = [f"{s} ({end - count} to {end - 1})" for s, count, end in zip(found.stacks, counts, ends, strict=True)]
     return (
-        f"The layers of {' and '.join(shown)} compete as one set of {len(found.layers)}; to train those of one stack "
-        f'alone, set layers="{found.stacks[-1]}", say: then what is around the other stays frozen.'
+        f"The layers of {', '.join(shown[:-1])} and {shown[-1]} compete as one set of {len(found.layers)}; to train "
+        f'those of one stack alone, set layers="{found.stacks[-1]}", say: then what is around the other'
+        f"{'s' if len(shown) > 2 else ''} stays frozen."
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing as mp
 import os
+import resource
 import signal
 import time
 import traceback
@@ -20,10 +21,19 @@ import torch
 from integration_tests.support.model_trial import Outcome, try_class
 from integration_tests.support.tiny_fixes import FIXES
 
-_COMMON = ("LlamaForCausalLM", "T5ForConditionalGeneration", "LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration",
-           "MixtralForCausalLM", "Wav2Vec2ForCTC", "WhisperForConditionalGeneration", "SwinForImageClassification", "AutoModel")
-LIMIT = 60.0
-"""Seconds for one class."""
+_COMMON = (
+    "LlamaForCausalLM",
+    "T5ForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "MixtralForCausalLM",
+    "Wav2Vec2ForCTC",
+    "WhisperForConditionalGeneration",
+    "SwinForImageClassification",
+    "AutoModel",
+)
+LIMIT, CPU_LIMIT = 240.0, 40
+"""Seconds for one class, and of them those of a CPU."""
 
 KINDS = {
     "causal": "CAUSAL_LM",
@@ -72,7 +82,7 @@ def sweep(chosen: Sequence[Outcome], processes: int = 1) -> list[Outcome]:
                     outcome = Outcome(**answers.recv())
                 except EOFError:
                     process.join()
-                    outcome.detail = f"its process ended with {process.exitcode}"
+                    outcome.detail = f"its process ended with {process.exitcode}, which is SIGXCPU at -24 and -9"
             elif time.monotonic() - began > LIMIT:
                 outcome.detail = f"took longer than {LIMIT:.0f} s"
             else:
@@ -81,7 +91,10 @@ def sweep(chosen: Sequence[Outcome], processes: int = 1) -> list[Outcome]:
             process.join()
             running.remove(entry)
             done.append(outcome)
-            print(f"{len(done)}/{len(chosen)} {outcome.kind} {outcome.name}: {outcome.verdict} {outcome.detail[:200]}", flush=True)
+            print(
+                f"{len(done)}/{len(chosen)} {outcome.kind} {outcome.name}: {outcome.verdict} {outcome.detail[:200]}",
+                flush=True,
+            )
     return done
 
 
@@ -99,6 +112,7 @@ def _one(outcome: Outcome, answer: Any) -> None:
 
     os.setpgid(0, 0)
     signal.alarm(int(LIMIT) + 10)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT))
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
@@ -121,7 +135,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
-    known = [Outcome(**entry) for entry in json.loads(args.json.read_text())] if args.json and args.json.exists() else []
+    known = (
+        [Outcome(**entry) for entry in json.loads(args.json.read_text())] if args.json and args.json.exists() else []
+    )
     names = {o.name for o in known if o.verdict in args.verdict} if args.verdict else set(args.name or ())
     chosen = [o for o in every_class() if o.kind in args.kind and (not names or o.name in names)]
     done = sweep(chosen, args.processes)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_dist import GrassConfig, GrassError, GrassOptimizer
+from grass_dist import GrassConfig, GrassError, GrassOptimizer, find_layers
 from grass_dist.events import Started
+from grass_dist.model.units import choose_units
 from integration_tests.support.tiny_batches import Maker, find_batch, loss_of
 from integration_tests.support.tiny_configs import recipes
 
@@ -45,6 +46,7 @@ class Outcome:
     layers: int = 0
     batch: str = ""
     way: dict[str, Any] = field(default_factory=dict)
+    released: str = ""  # of one that is refused: whether it starts at the sizes of its default configuration
     numel: int = 0
 
 
@@ -69,12 +71,13 @@ def build(model_class: type, config: Any, kind: str) -> nn.Module:
 def try_class(outcome: Outcome, model_class: type, fixes: Mapping[str, Any]) -> None:
     """Fills in what became of it."""
     problems: list[str] = []
-    for config in recipes(model_class.config_class, fixes):  # type: ignore[attr-defined]
+    for number, config in enumerate(recipes(model_class.config_class, fixes, problems)):  # type: ignore[attr-defined]
         try:
             with torch.device("meta"):
                 numel = sum(p.numel() for p in build(model_class, config, outcome.kind).parameters())
         except Exception:
-            numel = 0  # some compute while they are made; then the real one says whether it can be made
+            # Some compute while they are made; then only the real one says whether it can be made.
+            numel = 0 if number < 2 else LARGEST + 1
         if numel > LARGEST:
             problems.append(f"{numel / 1e6:.0f} million elements")
             continue
@@ -105,10 +108,14 @@ def _compare(outcome: Outcome, model_class: type, config: Any, maker: Maker) -> 
         model = build(model_class, config, outcome.kind)
         try:
             optimizer = GrassOptimizer(
-                model, torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.0}, config=GrassConfig(**{**SETTINGS, **settings})
+                model,
+                torch.optim.AdamW,
+                {"lr": 1e-3, "weight_decay": 0.0},
+                config=GrassConfig(**{**SETTINGS, **settings}),
             )
         except GrassError as error:
             outcome.detail += f"{' || ' if number else ''}{error}"
+            outcome.released = outcome.released or _at_default_sizes(model_class)
             way = way_of(str(error), settings)
             if way is None or number == 5:
                 outcome.verdict = NO_BLOCKS if not number and "find no layers" in str(error) else NO_WAY
@@ -116,7 +123,10 @@ def _compare(outcome: Outcome, model_class: type, config: Any, maker: Maker) -> 
             settings = outcome.way = way
             continue
         except Exception as error:
-            outcome.verdict, outcome.detail = BARE, f"{outcome.detail} || at the start: {type(error).__name__}: {str(error)[:300]}"
+            outcome.verdict, outcome.detail = (
+                BARE,
+                f"{outcome.detail} || at the start: {type(error).__name__}: {str(error)[:300]}",
+            )
             return
         break
     assert optimizer.grass.started is not None
@@ -124,6 +134,8 @@ def _compare(outcome: Outcome, model_class: type, config: Any, maker: Maker) -> 
     missing = _missing(model, optimizer, moving)
     try:
         _train(model, optimizer, maker, moving)
+    except GrassError as error:
+        outcome.verdict, outcome.detail = NO_WAY, f"{outcome.detail} in training: {error}"
     except Wrong as error:
         outcome.verdict, outcome.detail = WRONG, f"{outcome.detail} {error}"
     except Exception as error:
@@ -133,6 +145,19 @@ def _compare(outcome: Outcome, model_class: type, config: Any, maker: Maker) -> 
         outcome.verdict = SILENT if silent else SAID if missing and not settings else WITH_WAY if settings else WORKS
         if missing:
             outcome.detail += f" not trained: {(silent or missing)[:6]} of {len(missing)}"
+
+
+def _at_default_sizes(model_class: type) -> str:
+    """Whether a run would start at the sizes of the default configuration, with default settings."""
+    try:
+        with torch.device("meta"):
+            model = model_class(model_class.config_class())  # type: ignore[attr-defined]
+        choose_units(model, find_layers(model), GrassConfig(), [{"params": list(model.parameters())}])
+    except GrassError as error:
+        return f"refused: {error}"
+    except Exception as error:
+        return f"not built: {type(error).__name__}"
+    return "starts"
 
 
 def way_of(told: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -196,7 +221,9 @@ def _train(model: nn.Module, optimizer: GrassOptimizer, maker: Maker, moving: se
             raise Wrong(f"step {step}: {problem}")
 
 
-def _problems(active: list[Any], optimizer: GrassOptimizer, grads: set[str], moved: set[str], moving: set[str]) -> Iterator[str]:
+def _problems(
+    active: list[Any], optimizer: GrassOptimizer, grads: set[str], moved: set[str], moving: set[str]
+) -> Iterator[str]:
     trains = {name for unit in (*active, *optimizer.grass.roles) for name, _ in unit.params}
     if moved - trains:
         yield f"moved though frozen: {sorted(moved - trains)[:4]}"

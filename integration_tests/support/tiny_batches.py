@@ -84,7 +84,9 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     out = model(**batch)
     loss = out.get("loss") if isinstance(out, dict) else None
     if loss is None:
-        first = next(v for v in (out.values() if isinstance(out, dict) else out) if torch.is_tensor(v) and v.is_floating_point())
+        first = next(
+            v for v in (out.values() if isinstance(out, dict) else out) if torch.is_tensor(v) and v.is_floating_point()
+        )
         loss = first.float().square().mean()
     return loss.mean()
 
@@ -160,18 +162,38 @@ def _images(model: nn.Module, takes: set[str]) -> Iterator[tuple[dict[str, tuple
 
 def _sounds(model: nn.Module, takes: set[str]) -> Iterator[tuple[dict[str, tuple[int, ...]], Batch, str]]:
     audio = _part(model.config, "audio_config", "encoder_config", "speech_config", "encoder")
-    bands = next((getattr(audio, n) for n in ("num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", "feature_projection_input_dim") if getattr(audio, n, None)), 80)
+    bands = next(
+        (
+            getattr(audio, n)
+            for n in (
+                "num_mel_bins",
+                "feature_size",
+                "input_feat_per_channel",
+                "input_dim",
+                "feature_projection_input_dim",
+            )
+            if getattr(audio, n, None)
+        ),
+        80,
+    )
     frames = 2 * (getattr(audio, "max_source_positions", None) or 64)
     if "input_features" in takes:
         for length in dict.fromkeys((frames, 128)):
-            mask = {"input_features_mask": torch.ones(ROWS, length).long(), "feature_attention_mask": torch.ones(ROWS, length).long()}
+            mask = {
+                "input_features_mask": torch.ones(ROWS, length).long(),
+                "feature_attention_mask": torch.ones(ROWS, length).long(),
+            }
             yield {"input_features": (ROWS, bands, length)}, mask, "bands by frames"
             yield {"input_features": (ROWS, length, bands)}, mask, "frames by bands"
     if "input_values" in takes:
         yield {"input_values": (ROWS, getattr(audio, "max_length", 0) or 64, bands)}, {}, "frames by bands"
         for length in (4000, 16000):
             yield {"input_values": (ROWS, length)}, {"padding_mask": torch.ones(ROWS, length).long()}, "samples"
-            yield {"input_values": (ROWS, 1, length)}, {"padding_mask": torch.ones(ROWS, length).long()}, "a channel of samples"
+            yield (
+                {"input_values": (ROWS, 1, length)},
+                {"padding_mask": torch.ones(ROWS, length).long()},
+                "a channel of samples",
+            )
 
 
 def _part(config: Any, *names: str) -> Any:

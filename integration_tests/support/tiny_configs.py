@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 VOCAB = 112
 WIDTH, LAYERS, HEADS = 64, 4, 4
 FIRST_SPECIAL = 80
@@ -18,26 +20,29 @@ _FIXED: list[tuple[str, int | None]] = [
     (r"type_vocab_size|.*_(bucket|group)_vocab|spkr_.*|lang_embed_dim|num_hidden_groups", None),
     (r"(.*_)?vocab_size(_per_layer_input)?|unpadded_vocab_size", VOCAB),
     (r"hidden_size_per_layer_input", 16),
+    (r"moe_.*intermediate_size|shared_.*intermediate_size|.*expert.*(intermediate|ffn).*size", 32),
+    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|dim_ff)|d_ff|dff|d_inner|n_inner", 4 * WIDTH),
+    (r"qk_(rope|nope)_head_dim", 8),
+    (r"head_dim|.*_head_dim|d_kv|attention_head_size|kv_channels|dim_head|d_head", 16),
     (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|embedding_dim|hidden_dim|dim|width)", WIDTH),
     (r"out_hidden_size|projection_dim|d_latents", WIDTH),
-    (r"moe_.*intermediate_size|shared_.*intermediate_size|.*expert.*(intermediate|ffn).*size", 32),
-    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|dim_ff)|d_ff|dff|d_inner|n_inner", 2 * WIDTH),
     (r".*(num_hidden_layers|encoder_layers|decoder_layers)|n_layers?|num_layers|layers|depth|encoder_depth", LAYERS),
     (r".*(key_value_heads|kv_heads)", 2),
     (r".*attention_heads|n_heads?|num_heads|heads", HEADS),
-    (r"head_dim|.*_head_dim|d_kv|attention_head_size|kv_channels|dim_head|d_head", 16),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
     (r"num_experts_per_tok|moe_topk|moe_k|num_experts_per_token", 2),
     (r"n_group|topk_group|first_k_dense_replace", 1),
     (r"(kv|q|o)_lora_rank|state_size|mamba_d_state|ssm_state_size|mamba_dt_rank", 16),
-    (r"qk_(rope|nope)_head_dim", 8),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_seq_len", 128),
     (r"sliding_window|local_attention|attention_window|attention_chunk_size", 16),
     (r"image_size|input_size", 32),
     (r"patch_size", 8),
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_layers", 0),
     (r"num_mel_bins|feature_size|input_feat_per_channel", 16),
-    (r"num_feat_extract_layers|num_conv_pos_embeddings|num_conv_pos_embedding_groups", None),
+    (r"num_conv_pos_embeddings", 16),
+    (r"num_conv_pos_embedding_groups", 4),
+    (r"classifier_proj_size|conv_channels|subsampling_conv_channels|d_conv_channels|output_channels", 32),
+    (r"adaptor_(kernel_size|stride)", 2),
     (r"decoder_hidden_layers", 2),
 ]  # fmt: skip
 _DEPTHS = re.compile(r".*(num_hidden_layers|encoder_layers|decoder_layers)|n_layers?|num_layers|layers|depth")
@@ -56,17 +61,21 @@ _SEQUENCE = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_s
 Change = Callable[[str, Any], Any]
 
 
-def recipes(config_class: type, fixes: Mapping[str, Any]) -> Iterator[Any]:
+def recipes(config_class: type, fixes: Mapping[str, Any], problems: list[str]) -> Iterator[Any]:
     """Small configurations of a class, that of the most usual sizes first.
 
     Args:
-        fixes: what the names do not tell, for this class; a dict for each part that is a configuration.
+        fixes: what the names do not tell, for this class; a dict for each part that is a configuration. ``parts`` names
+            the families of the parts of a composed one.
+        problems: gets why one cannot be made.
     """
     for change in (_fixed, partial(_scaled, 16), partial(_scaled, 4), _shallow):
         try:
-            yield _small(config_class, change, fixes, _Tokens())
-        except Exception:  # the next one may be a possible combination of sizes
-            continue
+            made = _small(config_class, change, fixes, _Tokens())
+        except Exception as error:  # the next one may be a possible combination of sizes
+            problems.append(f"{type(error).__name__}: {str(error)[:200]}")
+        else:
+            yield made
 
 
 class _Tokens:
@@ -126,6 +135,10 @@ def _shorter(name: str, value: Any) -> Any:
 
 
 def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens: _Tokens) -> Any:
+    if composed := fixes.get("parts"):
+        small = {name: _small(CONFIG_MAPPING[family], change, {}, tokens) for name, family in composed.items()}
+        more = {name: value for name, value in fixes.items() if name != "parts"}
+        return config_class(**{name: part.to_dict() for name, part in small.items()}, **more)
     base = _default(config_class)
     kwargs: dict[str, Any] = {}
     parts: Mapping[str, type] = getattr(config_class, "sub_configs", {})
@@ -142,12 +155,34 @@ def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens:
             small = change(name, value)
             if small != value:
                 kwargs[name] = small
-    for name, part_class in parts.items():
+    if rope := _sections(getattr(base, "rope_parameters", None), base, kwargs):
+        kwargs["rope_parameters"] = rope
+    for name in parts:
         part = getattr(base, name, None)
         if part is not None and dataclasses.is_dataclass(part):
             small = _small(type(part), change, fixes.get(name, {}), tokens)
             kwargs[name] = small
     return config_class(**{**kwargs, **{n: v for n, v in fixes.items() if n not in parts}})
+
+
+def _sections(rope: Any, base: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Rotary parameters whose sections of a head (of time, height and width) fit the smaller head, if there are any."""
+    if not isinstance(rope, dict):
+        return None
+    if inner := {name: made for name, value in rope.items() if (made := _sections(value, base, kwargs))}:
+        return {**rope, **inner}
+    if not (sections := rope.get("mrope_section")):
+        return None
+    whole = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    width, heads = (
+        kwargs.get("hidden_size", base.hidden_size),
+        kwargs.get("num_attention_heads", base.num_attention_heads),
+    )
+    small = kwargs.get("head_dim") or (
+        whole if getattr(base, "head_dim", None) and "hidden_size" not in kwargs else width // heads
+    )
+    first = [max(1, part * small // whole) for part in sections[:-1]]
+    return {**rope, "mrope_section": [*first, sum(sections) * small // whole - sum(first)]}
 
 
 def _is_token(value: Any, name: str) -> bool:

@@ -174,9 +174,9 @@ class GradientWatch:
             self.close()
             if not ran:
                 raise GrassError(
-                    f"The model has run none of its {len(watched)} active layers ({self._shown(watched)}) on this batch, "
-                    "so nothing that it returns has a gradient. A batch of text, say, does not use the layers of a "
-                    'vision tower: train the stack that the batches use, by layers="FQN of the stack".'
+                    f"The model has run none of its {len(watched)} active layers ({self._shown(watched)}) on this "
+                    "batch, so nothing that it returns has a gradient. A batch of text, say, does not use the layers "
+                    'of a vision tower: train the stack that the batches use, by layers="FQN of the stack".'
                 )
             raise self._error(ran, "have run, and nothing that the model returns depends on them")
 

@@ -126,8 +126,8 @@ def find_layers(
     for index, name in enumerate(kept):
         if not params_of[index]:
             raise UnsupportedModel(
-                f"layer {name} of {class_of(model).__name__} shares all its parameters with the embeddings or the head, "
-                'so it cannot train on its own; untie it, or choose another stack with layers="FQN".'
+                f"layer {name} of {class_of(model).__name__} shares all its parameters with the embeddings or the "
+                'head, so it cannot train on its own; untie it, or choose another stack with layers="FQN".'
             )
     if layers is None and len(kept) == 1:
         raise UnsupportedModel(one_block(model, stacks[0]))

@@ -42,6 +42,8 @@ class Maker:
         batch = {name: torch.randn(size, generator=made) for name, size in self.sizes.items()}
         batch |= {name: value.clone() if torch.is_tensor(value) else value for name, value in self.fixed.items()}
         length = max(LENGTH, self.special + 4)
+        if "flattened_patches" in batch:
+            batch["flattened_patches"][..., :2] = 1  # row and column
         if self.has_text:
             ids = torch.randint(3, 60, (ROWS, length), generator=made)
             if self.special and self.token is not None:
@@ -121,6 +123,13 @@ def _makers(model: nn.Module, kind: str) -> Iterator[Maker]:
     fixed: Batch = {}
     if "bbox" in takes:
         fixed["bbox"] = torch.zeros(ROWS, LENGTH, 4, dtype=torch.long)
+    if "qformer_input_ids" in takes:
+        fixed["qformer_input_ids"] = torch.full((ROWS, 4), 5)
+    if "image_attention_mask" in takes:
+        fixed["image_attention_mask"] = torch.ones(ROWS, LENGTH, 1, dtype=torch.long)
+    if "image_embeds_position_mask" in takes:
+        count = getattr(model.config, "latent_query_num", 4)
+        fixed["image_embeds_position_mask"] = (torch.arange(LENGTH) < count).long().expand(ROWS, -1)
     if kind in ("image-text", "image-classification"):
         yield from (Maker(model, kind, sizes, fixed | more, note) for sizes, more, note in _images(model, takes))
     if kind in ("speech-seq2seq", "ctc", "audio-classification"):

@@ -144,7 +144,7 @@ def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens:
     parts: Mapping[str, type] = getattr(config_class, "sub_configs", {})
     for field in dataclasses.fields(config_class):
         name = field.name
-        if name in parts or isinstance(fixes.get(name), Mapping) and name.endswith("_config"):
+        if name in parts or (isinstance(fixes.get(name), Mapping) and name.endswith("_config")):
             continue
         value = field.default
         if _TOKEN.fullmatch(name) and name not in _NOT_TOKENS and _is_token(value, name):
@@ -186,7 +186,9 @@ def _sections(rope: Any, base: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _is_token(value: Any, name: str) -> bool:
-    return (type(value) is int and value >= 0) or (value is None and name in _SEQUENCE)
+    return (type(value) is int and value >= 0) or (
+        value is None and (name in _SEQUENCE or name.startswith("image_token"))
+    )
 
 
 def _default(config_class: type) -> Any:

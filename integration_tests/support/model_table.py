@@ -33,7 +33,12 @@ BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 _FAULTS = (NO_BLOCKS, NO_WAY, SAID, SILENT, BARE, WRONG)
-_SHOWN = {"layers": "layers", "active_layers": "active_layers", "always_active": "always_active"}
+_NAMES = {
+    UNTRAINED: "do not train in plain PyTorch",
+    UNBUILT: "not built",
+    WORKS: "work",
+    WITH_WAY: "work with a setting",
+}
 
 
 def tables(outcomes: Iterable[Outcome]) -> str:
@@ -61,14 +66,8 @@ def document(outcomes: Iterable[Outcome], page: Path = PAGE) -> None:
 def _counts(done: Sequence[Outcome]) -> str:
     kinds = list(dict.fromkeys(o.kind for o in done))
     columns = [WORKS, WITH_WAY, *(verdict for verdict in _FAULTS if any(o.verdict == verdict for o in done))]
-    names = {
-        UNTRAINED: "do not train in plain PyTorch",
-        UNBUILT: "not built",
-        WORKS: "work",
-        WITH_WAY: "work with a setting",
-    }
     shown = [*columns, UNTRAINED, UNBUILT]
-    rows = [["kind", "classes", *(names.get(verdict, verdict) for verdict in shown)]]
+    rows = [["kind", "classes", *(_NAMES.get(verdict, verdict) for verdict in shown)]]
     for kind in [*kinds, None]:
         of = [o for o in done if kind in (None, o.kind)]
         rows.append([kind or "all", str(len(of)), *(str(sum(o.verdict == v for o in of)) for v in shown)])
@@ -93,8 +92,10 @@ def _stacks(done: Sequence[Outcome]) -> str:
 def _rest(done: Sequence[Outcome]) -> Iterable[str]:
     if ways := [o for o in done if o.verdict == WITH_WAY]:
         rows = [[o.name, _way(o), "yes" if o.released == "starts" else "no"] for o in ways]
-        yield "These are refused, and train with the setting that the error shows. The last column says whether a model "
-        "of the default sizes starts without it."
+        yield (
+            "These are refused when they are tiny, and train with the setting that the error shows. The last column "
+            "says whether a model with the sizes of its default configuration starts without it."
+        )
         yield _table([["class", "setting", "starts at its default sizes"], *rows])
     if faults := [o for o in done if o.verdict in _FAULTS]:
         yield "These do not train."

@@ -122,6 +122,16 @@ def test_large_others_are_refused_with_their_sizes():
     assert always(grass(model))["others"] == ["scale"]
 
 
+def test_a_refusal_names_as_much_as_is_needed():
+    model = WithHeads(width=60)
+    model.more = nn.Linear(8, 70)
+    model.small = nn.Linear(8, 2)
+    with pytest.raises(ConfigError, match=r"e\.g\. 'more' and 'tagger'\)"):
+        grass(model, active_layers=1)
+    grass(model, active_layers=1, always_active=[*ROLES, "others", "more", "tagger"])
+    assert "others" in always(grass(WithHeads(width=30)))  # more than the largest layer, and less than two
+
+
 def test_names_take_what_they_name_and_no_more():
     assert always(grass(WithHeads(), always_active=["lm.norm.bias", "tagger.d*"])) == {
         "final_norm": ["lm.norm.bias"],

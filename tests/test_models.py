@@ -12,6 +12,7 @@ from torch import nn
 
 from grass_dist import (
     GrassConfig,
+    GrassError,
     GrassOptimizer,
     StateError,
     UnsupportedModel,
@@ -108,6 +109,29 @@ def jamba() -> nn.Module:
     )
 
 
+def zamba() -> nn.Module:
+    """Mamba layers, two of which share a transformer block."""
+    mamba = {"use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 2, "n_mamba_heads": 2}
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    sizes = {**TEXT, "num_hidden_layers": 4, "attention_head_dim": 16}
+    return T.ZambaForCausalLM(T.ZambaConfig(**sizes, **mamba, layers_block_type=kinds))
+
+
+def swin() -> nn.Module:
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 2}
+    config = T.SwinConfig(**sizes, drop_path_rate=0.0, num_labels=2, attn_implementation="eager")
+    return T.SwinForImageClassification(config)
+
+
+def resnet() -> nn.Module:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"}
+    return T.ResNetForImageClassification(T.ResNetConfig(**sizes, num_labels=2))
+
+
+def of_picture(step: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": images(step), "labels": torch.tensor([0, step % 2])}
+
+
 def of_text(step: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids(step), "labels": ids(step)}
 
@@ -144,14 +168,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batch, str]] = {
     "masked bert": (lambda: T.BertForMaskedLM(T.BertConfig(**BERT)), of_text, "cls.predictions.transform.dense"),
     "vit": (
         lambda: T.ViTForImageClassification(T.ViTConfig(**VISION, num_labels=2, **NO_DROPOUT)),
-        lambda step: {"pixel_values": images(step), "labels": torch.tensor([0, step % 2])},
-        "classifier",
+        of_picture, "classifier",
     ),
     "t5": (t5, of_text, "encoder.block.0.layer.0.SelfAttention.q"),
     "bart": (lambda: T.BartForConditionalGeneration(T.BartConfig(**SIDES)), of_text, "model.encoder.layers.0.fc1"),
     "whisper": (whisper, of_sound, "model.decoder.layers.0.fc1"),
     "llava": (llava, of_image, "model.multi_modal_projector.linear_1"),
     "jamba": (jamba, of_text, "model.layers.0.mamba.in_proj"),
+    "zamba": (zamba, of_text, "model.layers.1.shared_transf.feed_forward.down_proj"),
+    "swin": (swin, of_picture, "swin.encoder.layers.0.downsample.reduction"),
+    "resnet": (resnet, of_picture, "resnet.encoder.stages.0.layers.0.layer.0.convolution"),
 }  # fmt: skip
 
 
@@ -211,6 +237,32 @@ def test_both_sides_compete_and_one_is_left_when_asked(caplog):
     assert one.grass.started is not None and one.grass.started.frozen == ("model.encoder",)
     assert {unit.name for unit in one.grass.roles} == {"embeddings", "final_norm"}
     assert "compete as one" not in caplog.messages[-1]
+
+
+def test_the_blocks_of_all_stages_of_swin_compete(caplog):
+    optimizer = GrassOptimizer(made("swin")[0], torch.optim.AdamW, LR, config=GrassConfig(active_layers=2))
+    assert (
+        "The layers of swin.encoder.layers.0.blocks (0 to 1) and swin.encoder.layers.1.blocks (2 to 3)" in caplog.text
+    )
+    others = {unit.name: [n for n, _ in unit.params] for unit in optimizer.grass.roles}["others"]
+    assert {name.partition(".")[0] for name in others} == {"swin", "classifier"}
+    assert all("downsample" in name for name in others if name.startswith("swin.encoder"))
+
+
+def test_what_zambas_layers_share_is_of_the_first():
+    found = find_layers(made("zamba")[0])
+    shared = [unit.name for unit in found.layers if any("shared_transf" in name for name, _ in unit.params)]
+    assert len(found.layers) == 4 and shared == ["model.layers.1"] and not found.other
+
+
+def test_a_batch_without_the_layers_is_a_sentence_in_a_probe():
+    model, _, _ = made("llava")
+    tower = GrassConfig(active_layers=2, probe_steps=2, layers="model.vision_tower.encoder.layers")
+    optimizer = GrassOptimizer(model, torch.optim.AdamW, LR, config=tower)
+    assert optimizer.grass.phase == "probe"
+    with pytest.raises(GrassError, match=r"run none of its 2 active layers .* on this batch.* by layers="):
+        model(**of_text(0))
+    model(**of_image(0)).loss.backward()
 
 
 def test_a_checkpoint_names_the_layers_of_both_sides(tmp_path):

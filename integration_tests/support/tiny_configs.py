@@ -155,6 +155,12 @@ def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens:
             small = change(name, value)
             if small != value:
                 kwargs[name] = small
+    names = {field.name for field in dataclasses.fields(config_class)}
+    heads = getattr(base, "num_attention_heads", None)
+    if "num_attention_heads" in kwargs and heads == getattr(base, "num_key_value_heads", 0):
+        kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]
+    if "num_experts_per_tok" in names and getattr(base, "num_experts_per_tok", 0) is None:
+        kwargs["num_experts_per_tok"] = 2
     if rope := _sections(getattr(base, "rope_parameters", None), base, kwargs):
         kwargs["rope_parameters"] = rope
     for name in parts:

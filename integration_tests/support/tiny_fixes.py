@@ -10,8 +10,13 @@ _PERCEIVER = {"d_latents": 128, "d_model": 64, "num_latents": 16, "num_self_atte
 
 _DECODER = {"decoder_start_token_id": 1, "pad_token_id": 0}
 
+_ROPE = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+
 FIXES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 100}, "vq_config": {"base_channels": 32, "resolution": 32}},
+    "cohere_compass_text": {"rope_parameters": _ROPE},
+    "cohere_compass": {"text_config": {"rope_parameters": _ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "efficientnet": {"image_size": 32, "width_coefficient": 0.5, "depth_coefficient": 0.4, "hidden_dim": 640},
     "encoder-decoder": {"parts": {"encoder": "bert", "decoder": "bert"}, **_DECODER},
     "esm": {"vocab_size": VOCAB, "mask_token_id": 4, "position_embedding_type": "rotary"},

@@ -23,6 +23,9 @@ LARGEST = 80_000_000
 SEEN = 1e-6
 """A gradient from which AdamW changes a weight near 1 in fp32."""
 
+INPUT_GRADS = "model.enable_input_require_grads()"
+_WAYS = 6
+
 PLAIN_STEPS, STEPS = 2, 8
 SETTINGS: dict[str, Any] = {"active_layers": 2, "probe_steps": 2, "sampling_interval": 2, "update_interval": 2}
 
@@ -101,48 +104,53 @@ def try_class(outcome: Outcome, model_class: type, fixes: Mapping[str, Any]) -> 
 
 
 def _compare(outcome: Outcome, model_class: type, config: Any, maker: Maker, moving: set[str]) -> None:
-    settings: dict[str, Any] = {}
-    for number in range(6):
-        model = build(model_class, config, outcome.kind)
+    """Trains with GRASS, and after each refusal with what it says."""
+    told: list[str] = []
+    for _ in range(_WAYS):
         try:
-            optimizer = GrassOptimizer(
-                model,
-                torch.optim.AdamW,
-                {"lr": 1e-3, "weight_decay": 0.0},
-                config=GrassConfig(**{**SETTINGS, **settings}),
-            )
+            missing, started = _train_anew(outcome, model_class, config, maker, moving)
         except GrassError as error:
-            outcome.detail += f"{' || ' if number else ''}{error}"
+            told.append(str(error))
             outcome.released = outcome.released or _at_default_sizes(model_class)
-            way = way_of(str(error), settings)
-            if way is None or number == 5:
-                outcome.verdict = NO_BLOCKS if not number and "find no layers" in str(error) else NO_WAY
-                return
-            settings = outcome.way = way
-            continue
+            if (way := way_of(str(error), outcome.way)) is None:
+                outcome.verdict = NO_BLOCKS if str(error).endswith('set layers="FQN of the layer stack".') else NO_WAY
+                break
+            outcome.verdict, outcome.way = NO_WAY, way
+        except Wrong as error:
+            outcome.verdict, told = WRONG, [*told, str(error)]
+            break
         except Exception as error:
-            outcome.verdict, outcome.detail = (
-                BARE,
-                f"{outcome.detail} || at the start: {type(error).__name__}: {str(error)[:300]}",
-            )
-            return
-        break
+            outcome.verdict, told = BARE, [*told, f"{type(error).__name__}: {str(error)[:300]}"]
+            break
+        else:
+            silent = [name for name in missing if not _is_said(name, started)]
+            fine = WITH_WAY if outcome.way else SAID if missing else WORKS
+            outcome.verdict = SILENT if silent else fine
+            if missing:
+                told.append(f"not trained: {(silent or missing)[:6]} of {len(missing)}")
+            break
+    outcome.detail = " || ".join(told)
+
+
+def _train_anew(
+    outcome: Outcome, model_class: type, config: Any, maker: Maker, moving: set[str]
+) -> tuple[list[str], Started]:
+    """Returns what trains in plain PyTorch and not here, and what the start has said."""
+    model = build(model_class, config, outcome.kind)
+    settings = dict(outcome.way)
+    if settings.pop(INPUT_GRADS, False):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    optimizer = GrassOptimizer(
+        model,
+        torch.optim.AdamW,
+        {"lr": 1e-3, "weight_decay": 0.0},
+        config=GrassConfig(**{**SETTINGS, **settings}),
+    )
     assert optimizer.grass.started is not None
     outcome.stacks, outcome.layers = list(optimizer.grass.started.stacks), len(optimizer.grass.layers)
     missing = _missing(model, optimizer, moving)
-    try:
-        _train(model, optimizer, maker, moving)
-    except GrassError as error:
-        outcome.verdict, outcome.detail = NO_WAY, f"{outcome.detail} in training: {error}"
-    except Wrong as error:
-        outcome.verdict, outcome.detail = WRONG, f"{outcome.detail} {error}"
-    except Exception as error:
-        outcome.verdict, outcome.detail = BARE, f"{outcome.detail} {type(error).__name__}: {str(error)[:300]}"
-    else:
-        silent = [name for name in missing if not _is_said(name, optimizer.grass.started)]
-        outcome.verdict = SILENT if silent else SAID if missing and not settings else WITH_WAY if settings else WORKS
-        if missing:
-            outcome.detail += f" not trained: {(silent or missing)[:6]} of {len(missing)}"
+    _train(model, optimizer, maker, moving)
+    return missing, optimizer.grass.started
 
 
 def _at_default_sizes(model_class: type) -> str:
@@ -161,7 +169,7 @@ def _at_default_sizes(model_class: type) -> str:
 def way_of(told: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a refusal says that works, on top of the settings so far."""
     found: dict[str, Any] = {}
-    if layers := re.search(r'layers="([^"]+)"', told):
+    if layers := re.search(r'layers="(?!FQN)([^"]+)"', told):
         found["layers"] = layers[1]
     elif layers := re.search(r"layers=\[([^\]]+)\]", told):
         found["layers"] = re.findall(r"[\"']([^\"']+)[\"']", layers[1])
@@ -170,6 +178,8 @@ def way_of(told: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     if told.startswith("always_active") or "name them in always_active" in told:
         before = settings.get("always_active", ("embeddings", "final_norm", "lm_head", "others"))
         found["always_active"] = tuple(dict.fromkeys((*before, *re.findall(r"'([^']+)'", told.rpartition("e.g. ")[2]))))
+    if "enable_input_require_grads" in told:
+        found[INPUT_GRADS] = True
     merged = {**settings, **found}
     return merged if found and merged != dict(settings) else None
 

@@ -153,6 +153,8 @@ def _images(model: nn.Module, takes: set[str]) -> Iterator[tuple[dict[str, tuple
         for wide in dict.fromkeys((channels * time * patch**2, channels * patch**2)):
             yield {"pixel_values": (ROWS * 16, wide)}, {"image_grid_thw": grid, **merge}, "patches and their grid"
         yield {"pixel_values": (ROWS * 16, channels, patch, patch)}, {"image_grid_thw": grid, **merge}, "square patches"
+        whole = {"pixel_values": (1, ROWS * 16, channels, patch, patch)}
+        yield whole, {"image_grid_thw": grid, **merge}, "a batch of square patches"
     if "spatial_shapes" in takes:
         shapes = {"spatial_shapes": torch.tensor([[4, 4]] * ROWS), "pixel_attention_mask": torch.ones(ROWS, 16).long()}
         yield {"pixel_values": (ROWS, 16, channels * patch**2)}, shapes, "patches and their shapes"

@@ -34,6 +34,9 @@ _FIXED: list[tuple[str, int | None]] = [
     (r"n_group|topk_group|first_k_dense_replace", 1),
     (r"(kv|q|o)_lora_rank|state_size|mamba_d_state|ssm_state_size|mamba_dt_rank", 16),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_seq_len", 128),
+    (r"mamba_n_heads|mamba_num_heads", 8),
+    (r"mamba_d_head|mamba_chunk_size", 16),
+    (r"mamba_d_ssm", 2 * WIDTH),
     (r"sliding_window|local_attention|attention_window|attention_chunk_size", 16),
     (r"image_size|input_size", 32),
     (r"patch_size", 8),
@@ -134,12 +137,12 @@ def _shorter(name: str, value: Any) -> Any:
     return value
 
 
-def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens: _Tokens) -> Any:
+def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens: _Tokens, base: Any = None) -> Any:
     if composed := fixes.get("parts"):
         small = {name: _small(CONFIG_MAPPING[family], change, {}, tokens) for name, family in composed.items()}
         more = {name: value for name, value in fixes.items() if name != "parts"}
         return config_class(**{name: part.to_dict() for name, part in small.items()}, **more)
-    base = _default(config_class)
+    base = base or _default(config_class)
     kwargs: dict[str, Any] = {}
     parts: Mapping[str, type] = getattr(config_class, "sub_configs", {})
     for field in dataclasses.fields(config_class):
@@ -155,20 +158,29 @@ def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens:
             small = change(name, value)
             if small != value:
                 kwargs[name] = small
-    names = {field.name for field in dataclasses.fields(config_class)}
-    heads = getattr(base, "num_attention_heads", None)
-    if "num_attention_heads" in kwargs and heads == getattr(base, "num_key_value_heads", 0):
-        kwargs["num_key_value_heads"] = kwargs["num_attention_heads"]
-    if "num_experts_per_tok" in names and getattr(base, "num_experts_per_tok", 0) is None:
-        kwargs["num_experts_per_tok"] = 2
+    kwargs |= _of_heads(config_class, base, kwargs)
     if rope := _sections(getattr(base, "rope_parameters", None), base, kwargs):
         kwargs["rope_parameters"] = rope
     for name in parts:
         part = getattr(base, name, None)
         if part is not None and dataclasses.is_dataclass(part):
-            small = _small(type(part), change, fixes.get(name, {}), tokens)
+            small = _small(type(part), change, fixes.get(name, {}), tokens, part)
             kwargs[name] = small
     return config_class(**{**kwargs, **{n: v for n, v in fixes.items() if n not in parts}})
+
+
+def _of_heads(config_class: type, base: Any, kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """What follows from the number of heads and experts where a configuration leaves it open."""
+    open_ = {field.name for field in dataclasses.fields(config_class) if getattr(base, field.name, 0) is None}
+    made: dict[str, int] = {}
+    heads = kwargs.get("num_attention_heads", getattr(base, "num_attention_heads", None))
+    equal = getattr(base, "num_attention_heads", None) == getattr(base, "num_key_value_heads", 0)
+    if isinstance(heads, int) and (equal or "num_key_value_heads" in open_):
+        made["num_key_value_heads"] = heads
+    width = kwargs.get("hidden_size", getattr(base, "hidden_size", None))
+    if isinstance(heads, int) and isinstance(width, int) and "head_dim" in open_:
+        made["head_dim"] = width // heads
+    return made | ({"num_experts_per_tok": 2} if "num_experts_per_tok" in open_ else {})
 
 
 def _sections(rope: Any, base: Any, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -193,7 +205,7 @@ def _sections(rope: Any, base: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]
 
 def _is_token(value: Any, name: str) -> bool:
     return (type(value) is int and value >= 0) or (
-        value is None and (name in _SEQUENCE or name.startswith("image_token"))
+        value is None and (name in _SEQUENCE or name.startswith(("image_token", "video_token")))
     )
 
 

@@ -11,17 +11,29 @@ _PERCEIVER = {"d_latents": 128, "d_model": 64, "num_latents": 16, "num_self_atte
 _DECODER = {"decoder_start_token_id": 1, "pad_token_id": 0}
 
 _ROPE = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+_VQ = {"base_channels": 32, "channel_multiplier": (1, 1), "latent_channels": 32}
+_SECTIONS = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+}
 
 FIXES: dict[str, dict[str, Any]] = {
-    "chameleon": {"vocabulary_map": {"<image>": 100}, "vq_config": {"base_channels": 32, "resolution": 32}},
+    "chameleon": {"vocabulary_map": {"<image>": 100}, "vq_config": {**_VQ, "resolution": 32}},
     "cohere_compass_text": {"rope_parameters": _ROPE},
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE}},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "efficientnet": {"image_size": 32, "width_coefficient": 0.5, "depth_coefficient": 0.4, "hidden_dim": 640},
+    "emu3": {"vocabulary_map": {"<image>": 100}, "vq_config": _VQ},
     "encoder-decoder": {"parts": {"encoder": "bert", "decoder": "bert"}, **_DECODER},
     "esm": {"vocab_size": VOCAB, "mask_token_id": 4, "position_embedding_type": "rotary"},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "janus": {"vq_config": {**_VQ, "image_token_embed_dim": 64, "num_embeddings": 32}},
+    "kimi_k25": {"vision_config": {"pos_emb_height": 4, "pos_emb_width": 4}},
     "kosmos-2": {"latent_query_num": 4},
     "kosmos-2.5": {"latent_query_num": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"head_dim": 8},
     "perceiver": {
         **_PERCEIVER, "max_position_embeddings": 16, "num_self_attention_heads": 4, "num_cross_attention_heads": 1
     },
@@ -38,3 +50,4 @@ FIXES: dict[str, dict[str, Any]] = {
     "wav2vec2-conformer": {"vocab_size": VOCAB},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
 }  # fmt: skip
+FIXES |= dict.fromkeys(("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "qwen2_vl", "qwen2_5_vl", "glmga"), _SECTIONS)

@@ -118,6 +118,7 @@ def _one(outcome: Outcome, answer: Any) -> None:
     os.dup2(sink, 2)
     try:
         model_class = getattr(transformers, outcome.name)
+        outcome.family = model_class.config_class.model_type
         fixes = {**FIXES.get(outcome.family, {}), **FIXES.get(outcome.name, {})}
         try_class(outcome, model_class, fixes)
     except BaseException as error:

@@ -115,6 +115,8 @@ def _shallow(name: str, value: Any) -> Any:
             return min(value, VOCAB)
         if re.fullmatch(r"num_experts|num_local_experts|n_routed_experts|moe_num_experts", name):
             return min(value, 8)
+        if re.fullmatch(r"num_experts_per_tok|moe_topk|moe_k", name):
+            return min(value, 2)
     return value
 
 

@@ -17,11 +17,13 @@ _SECTIONS = {
 }
 
 FIXES: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
     "chameleon": {"vocabulary_map": {"<image>": 100}, "vq_config": {**_VQ, "resolution": 32}},
     "cohere_compass_text": {"rope_parameters": _ROPE},
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE}},
     "bamba": {"attn_layer_indices": [1, 3]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "efficientnet": {"image_size": 32, "width_coefficient": 0.5, "depth_coefficient": 0.4, "hidden_dim": 640},
     "emu3": {"vocabulary_map": {"<image>": 100}, "vq_config": _VQ},
     "encoder-decoder": {"parts": {"encoder": "bert", "decoder": "bert"}, **_DECODER},

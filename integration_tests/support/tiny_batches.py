@@ -190,12 +190,11 @@ def _sounds(model: nn.Module, takes: set[str]) -> Iterator[tuple[dict[str, tuple
     frames = 2 * (getattr(audio, "max_source_positions", None) or 64)
     if "input_features" in takes:
         for length in dict.fromkeys((frames, 128)):
-            mask = {
-                "input_features_mask": torch.ones(ROWS, length).long(),
-                "feature_attention_mask": torch.ones(ROWS, length).long(),
-            }
+            names = ("input_features_mask", "feature_attention_mask", "attention_mask")
+            mask = {name: torch.ones(ROWS, length).long() for name in names}
             yield {"input_features": (ROWS, bands, length)}, mask, "bands by frames"
-            yield {"input_features": (ROWS, length, bands)}, mask, "frames by bands"
+            for wide in dict.fromkeys((bands, 64, 80, 160)):
+                yield {"input_features": (ROWS, length, wide)}, mask, "frames by bands"
     if "input_values" in takes:
         yield {"input_values": (ROWS, getattr(audio, "max_length", 0) or 64, bands)}, {}, "frames by bands"
         for length in (4000, 16000):

@@ -22,6 +22,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": _ROPE},
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE}},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "data2vec-audio": {"conv_pos_kernel_size": 3},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "efficientnet": {"image_size": 32, "width_coefficient": 0.5, "depth_coefficient": 0.4, "hidden_dim": 640},
@@ -36,11 +37,13 @@ FIXES: dict[str, dict[str, Any]] = {
     "kosmos-2.5": {"latent_query_num": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "chunk_size": 16, "n_groups": 1},
     "perceiver": {
         **_PERCEIVER, "max_position_embeddings": 16, "num_self_attention_heads": 4, "num_cross_attention_heads": 1
     },
     "PerceiverForImageClassificationFourier": {"d_model": 261},
     "PerceiverForImageClassificationConvProcessing": {"d_model": 322},
+    "phi4_multimodal": {"audio_config": {"num_blocks": 2, "nemo_conv_channels": 32}},
     "reformer": {
         "axial_pos_shape": (4, 4), "axial_pos_embds_dim": (32, 32), "attn_layers": ("local", "lsh") * 2,
         "num_buckets": 2, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
@@ -48,8 +51,13 @@ FIXES: dict[str, dict[str, Any]] = {
     "ReformerModelWithLMHead": {"is_decoder": True},
     "speech-encoder-decoder": {"parts": {"encoder": "wav2vec2", "decoder": "bert"}, **_DECODER},
     "textnet": {"hidden_sizes": [16, 16, 32, 48, 64]},
+    "udop": {"decoder_start_token_id": 1},
     "vision-encoder-decoder": {"parts": {"encoder": "vit", "decoder": "bert"}, **_DECODER},
+    "wav2vec2-bert": {"vocab_size": VOCAB},
     "wav2vec2-conformer": {"vocab_size": VOCAB},
     "xmod": {"languages": ("en_XX",), "default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2, "layer_types": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "layer_types": ["mamba", "hybrid"] * 2},
 }  # fmt: skip
-FIXES |= dict.fromkeys(("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "qwen2_vl", "qwen2_5_vl", "glmga"), _SECTIONS)
+_OF_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+FIXES |= dict.fromkeys(("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", *_OF_QWEN), _SECTIONS)

@@ -755,6 +755,17 @@ def test_layers_with_lists_of_experts_are_no_stages() -> None:
     assert find_layers(model).stacks == ("layers",)
 
 
+@pytest.mark.parametrize("bare", [False, True])
+def test_layers_with_lists_of_unlike_parts_are_no_stages(bare: bool) -> None:
+    model: Any = Decoder(layers=0)
+    for width in (8, 32, 8, 32):  # a dense part and one with experts, by turns
+        stage = Stage(8, 0)
+        stage.blocks.extend([Block(8), OtherBlock(width)])
+        model.layers.append(stage.blocks if bare else stage)
+    found = find_layers(model)
+    assert (found.stacks, len(found.layers)) == (("layers",), 4)
+
+
 def test_stages_with_much_beside_their_blocks_are_layers() -> None:
     model: Any = nn.Module()
     model.stages = nn.ModuleList(Stage(width, 2) for width in (4, 8, 16))

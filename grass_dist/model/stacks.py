@@ -160,12 +160,13 @@ def _stacks(model: nn.Module, trained: Collection[int] | None) -> list[_Stack]:
 def _stages(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The lists of blocks in the stages of a list, with their FQNs, if it is one of stages (Swin, ConvNeXt, ResNet).
 
-    A stage is a list of blocks, or holds one. Equal modules with a list in them, such as a list of experts, are layers;
-    stages differ in width, and what they have beside their blocks is small.
+    A stage is a list of blocks, some of one class, or holds one. Equal modules with a list in them, such as a list of
+    experts, are layers; stages differ in width, and what they have beside their blocks is small.
     """
     inner = [found for child, stage in _with_params(module) if (found := _blocks_of(join(name, child), stage))]
     sizes = [[_size(block, None) for _, block in _with_params(stage)] for _, stage in inner]
-    if len(inner) < 2 or sum(map(len, sizes)) == len(inner):
+    repeats = any(max(Counter(_kind(block) for _, block in _with_params(stage)).values()) > 1 for _, stage in inner)
+    if len(inner) < 2 or not repeats:
         return []
     if all(isinstance(stage, _LISTS) for _, stage in _with_params(module)):
         return inner

@@ -48,6 +48,7 @@ class Maker:
             ids = torch.randint(3, 60, (ROWS, length), generator=made)
             if self.special and self.token is not None:
                 ids[:, 1 : 1 + self.special] = self.token
+            ids[:, -1] = 2  # the end of the sequence, which some classifiers look for
             batch["input_ids"] = ids
             batch["attention_mask"] = torch.ones_like(ids)
             if "mm_token_type_ids" in self.takes or self.special:

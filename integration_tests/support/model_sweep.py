@@ -13,6 +13,8 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +51,24 @@ KINDS = {
 
 
 def every_class() -> Iterator[Outcome]:
-    """Each class once, under the first kind and family that names it."""
+    """Each class once, under the first kind that names it and the family whose name is most like its own."""
     from transformers.models.auto import modeling_auto
 
     seen: set[str] = set()
     for kind, mapping in KINDS.items():
+        families: dict[str, list[str]] = {}
         for family, names in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").items():
             for name in [names] if isinstance(names, str) else names:
-                if name not in seen:
-                    seen.add(name)
-                    yield Outcome(kind, family, name)
+                families.setdefault(name, []).append(family)
+        for name, of in families.items():
+            if name not in seen:
+                seen.add(name)
+                yield Outcome(kind, max(of, key=partial(_likeness, name)), name)
+
+
+def _likeness(name: str, family: str) -> int:
+    letters = zip(name.lower(), family.replace("-", "").replace("_", "").lower(), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], letters))
 
 
 def sweep(chosen: Sequence[Outcome], processes: int = 1) -> list[Outcome]:
@@ -118,7 +128,6 @@ def _one(outcome: Outcome, answer: Any) -> None:
     os.dup2(sink, 2)
     try:
         model_class = getattr(transformers, outcome.name)
-        outcome.family = model_class.config_class.model_type
         fixes = {**FIXES.get(outcome.family, {}), **FIXES.get(outcome.name, {})}
         try_class(outcome, model_class, fixes)
     except BaseException as error:

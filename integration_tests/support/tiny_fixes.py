@@ -6,7 +6,7 @@ from typing import Any
 
 from integration_tests.support.tiny_configs import VOCAB
 
-_PERCEIVER = {"d_latents": 128, "d_model": 64, "num_latents": 16, "num_self_attends_per_block": 4}
+_PERCEIVER = {"d_latents": 384, "d_model": 64, "num_latents": 16, "num_self_attends_per_block": 4}
 
 _DECODER = {"decoder_start_token_id": 1, "pad_token_id": 0}
 
@@ -27,6 +27,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     "efficientnet": {"image_size": 32, "width_coefficient": 0.5, "depth_coefficient": 0.4, "hidden_dim": 640},
     "emu3": {"vocabulary_map": {"<image>": 100}, "vq_config": _VQ},
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"output_channels": 16}},
     "encoder-decoder": {"parts": {"encoder": "bert", "decoder": "bert"}, **_DECODER},
     "esm": {"vocab_size": VOCAB, "mask_token_id": 4, "position_embedding_type": "rotary"},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -38,12 +39,16 @@ FIXES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "chunk_size": 16, "n_groups": 1},
+    "minicpm_ocr": {"vision_config": {"intermediate_size": 64}},
+    "minicpmv4_6": {"vision_config": {"intermediate_size": 64}},
+    "minicpmv4_7": {"vision_config": {"intermediate_size": 64}},
     "perceiver": {
         **_PERCEIVER, "max_position_embeddings": 16, "num_self_attention_heads": 4, "num_cross_attention_heads": 1
     },
     "PerceiverForImageClassificationFourier": {"d_model": 261},
     "PerceiverForImageClassificationConvProcessing": {"d_model": 322},
     "phi4_multimodal": {"audio_config": {"num_blocks": 2, "nemo_conv_channels": 32}},
+    "pp_lcnet": {"class_expand": 64},
     "reformer": {
         "axial_pos_shape": (4, 4), "axial_pos_embds_dim": (32, 32), "attn_layers": ("local", "lsh") * 2,
         "num_buckets": 2, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,

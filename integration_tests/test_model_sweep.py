@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from integration_tests.support.model_sweep import every_class, sweep
 from integration_tests.support.model_table import tables
-from integration_tests.support.model_trial import BARE, NOT_COUNTED, SAID, SILENT, WORKS, WRONG, Outcome
+from integration_tests.support.model_trial import BARE, NOT_COUNTED, SAID, SILENT, WORKS, WRONG, Outcome, try_class
 
 ONE_OF_EACH = {
     "LlamaForCausalLM", "JambaForCausalLM", "T5ForConditionalGeneration", "AlbertForMaskedLM", "BertForMaskedLM",
@@ -41,6 +41,15 @@ def test_nearly_all_models_train_without_a_setting(outcomes: list[Outcome]) -> N
     counted = [o for o in outcomes if o.verdict not in NOT_COUNTED]
     assert len(counted) >= 400
     assert sum(o.verdict == WORKS for o in counted) >= 0.95 * len(counted)
+
+
+def test_a_trial_notices_a_head_that_does_not_train() -> None:
+    import transformers
+
+    found = Outcome("sequence-classification", "llama", "LlamaForSequenceClassification")
+    found.way = {"always_active": ("embeddings", "final_norm")}
+    try_class(found, transformers.LlamaForSequenceClassification, {})
+    assert "not trained: ['score.weight'] of 1" in found.detail
 
 
 @pytest.mark.integration

@@ -28,6 +28,7 @@ from integration_tests.support.model_trial import (
     WRONG,
     Outcome,
 )
+from integration_tests.support.tiny_batches import NO_IMAGE
 
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -47,11 +48,13 @@ def tables(outcomes: Iterable[Outcome]) -> str:
 
     done = list(outcomes)
     counted = [o for o in done if o.verdict not in NOT_COUNTED]
-    works = sum(o.verdict == WORKS for o in counted)
+    works, ways = (sum(o.verdict == verdict for o in counted) for verdict in (WORKS, WITH_WAY))
+    images = [o.batch != NO_IMAGE for o in counted if o.kind == "image-text"]
     began = (
         f"Transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}: of {len(done)} classes "
         f"{len(counted)} could be built tiny and train in plain PyTorch. Of these {works} work without a setting "
-        f"({works / max(len(counted), 1):.1%})."
+        f"({works / max(len(counted), 1):.1%}), and {ways} with the setting that the refusal names. Of the image-text "
+        f"classes {sum(images)} had images in their batches, and {len(images) - sum(images)} text alone."
     )
     return "\n\n".join([began, _counts(done), _stacks(done), *_rest(done)])
 

@@ -161,7 +161,7 @@ def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens:
             if small != value:
                 kwargs[name] = small
     kwargs |= _of_heads(config_class, base, kwargs)
-    if rope := _sections(getattr(base, "rope_parameters", None), base, kwargs):
+    if rope := _sections(_value(base, "rope_parameters"), base, kwargs):
         kwargs["rope_parameters"] = rope
     for name in parts:
         part = getattr(base, name, None)
@@ -173,13 +173,13 @@ def _small(config_class: type, change: Change, fixes: Mapping[str, Any], tokens:
 
 def _of_heads(config_class: type, base: Any, kwargs: Mapping[str, Any]) -> dict[str, int]:
     """What follows from the number of heads and experts where a configuration leaves it open."""
-    open_ = {field.name for field in dataclasses.fields(config_class) if getattr(base, field.name, 0) is None}
+    open_ = {field.name for field in dataclasses.fields(config_class) if _value(base, field.name, 0) is None}
     made: dict[str, int] = {}
-    heads = kwargs.get("num_attention_heads", getattr(base, "num_attention_heads", None))
-    equal = getattr(base, "num_attention_heads", None) == getattr(base, "num_key_value_heads", 0)
+    heads = kwargs.get("num_attention_heads", _value(base, "num_attention_heads"))
+    equal = _value(base, "num_attention_heads") == _value(base, "num_key_value_heads", 0)
     if isinstance(heads, int) and (equal or "num_key_value_heads" in open_):
         made["num_key_value_heads"] = heads
-    width = kwargs.get("hidden_size", getattr(base, "hidden_size", None))
+    width = kwargs.get("hidden_size", _value(base, "hidden_size"))
     if isinstance(heads, int) and isinstance(width, int) and "head_dim" in open_:
         made["head_dim"] = width // heads
     return made | ({"num_experts_per_tok": 2} if "num_experts_per_tok" in open_ else {})
@@ -193,16 +193,23 @@ def _sections(rope: Any, base: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]
         return {**rope, **inner}
     if not (sections := rope.get("mrope_section")):
         return None
-    whole = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+    whole = _value(base, "head_dim") or base.hidden_size // base.num_attention_heads
     width, heads = (
         kwargs.get("hidden_size", base.hidden_size),
         kwargs.get("num_attention_heads", base.num_attention_heads),
     )
     small = kwargs.get("head_dim") or (
-        whole if getattr(base, "head_dim", None) and "hidden_size" not in kwargs else width // heads
+        whole if _value(base, "head_dim") and "hidden_size" not in kwargs else width // heads
     )
     first = [max(1, part * small // whole) for part in sections[:-1]]
     return {**rope, "mrope_section": [*first, sum(sections) * small // whole - sum(first)]}
+
+
+def _value(base: Any, name: str, default: Any = None) -> Any:
+    try:
+        return getattr(base, name, default)
+    except Exception:  # what differs from layer to layer has no value of its own in some configurations
+        return default
 
 
 def _is_token(value: Any, name: str) -> bool:

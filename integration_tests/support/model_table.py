@@ -16,6 +16,7 @@ import torch
 
 from integration_tests.support.model_trial import (
     BARE,
+    INPUT_GRADS,
     NO_BLOCKS,
     NO_WAY,
     NOT_COUNTED,
@@ -94,7 +95,7 @@ def _stacks(done: Sequence[Outcome]) -> str:
 
 def _rest(done: Sequence[Outcome]) -> Iterable[str]:
     if ways := [o for o in done if o.verdict == WITH_WAY]:
-        rows = [[o.name, _way(o), "yes" if o.released == "starts" else "no"] for o in ways]
+        rows = [[o.name, _way(o), "yes" if o.released == "starts" and INPUT_GRADS not in o.way else "no"] for o in ways]
         yield (
             "These are refused when they are tiny, and train with the setting that the error shows. The last column "
             "says whether a model with the sizes of its default configuration starts without it."
@@ -114,7 +115,11 @@ def _way(outcome: Outcome) -> str:
     shown = []
     for name, value in outcome.way.items():
         named = [entry for entry in value if entry not in defaults] if name == "always_active" else value
-        shown.append(f"`{name}`: {', '.join(f'`{n}`' for n in named) if isinstance(named, list) else f'`{named}`'}")
+        shown.append(
+            f"`{name}`"
+            if name == INPUT_GRADS
+            else f"`{name}`: {', '.join(f'`{n}`' for n in named) if isinstance(named, list) else f'`{named}`'}"
+        )
     return "; ".join(shown)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from grass_dist.config import ROLES
 from integration_tests.support.model_trial import (
     BARE,
     INPUT_GRADS,
@@ -95,7 +96,7 @@ def _stacks(done: Sequence[Outcome]) -> str:
 
 def _rest(done: Sequence[Outcome]) -> Iterable[str]:
     if ways := [o for o in done if o.verdict == WITH_WAY]:
-        rows = [[o.name, _way(o), "yes" if o.released == "starts" and INPUT_GRADS not in o.way else "no"] for o in ways]
+        rows = [[o.name, _way(o), _starts(o)] for o in ways]
         yield (
             "These are refused when they are tiny, and train with the setting that the error shows. The last column "
             "says whether a model with the sizes of its default configuration starts without it."
@@ -110,16 +111,20 @@ def _rest(done: Sequence[Outcome]) -> Iterable[str]:
         yield f"Not counted, because they were not built or do not train in plain PyTorch here: {', '.join(unbuilt)}."
 
 
+def _starts(outcome: Outcome) -> str:
+    if outcome.released.startswith("not built") and INPUT_GRADS not in outcome.way:
+        return "not known"
+    return "yes" if outcome.released == "starts" and INPUT_GRADS not in outcome.way else "no"
+
+
 def _way(outcome: Outcome) -> str:
-    defaults = {"embeddings", "final_norm", "lm_head", "others"}
     shown = []
     for name, value in outcome.way.items():
-        named = [entry for entry in value if entry not in defaults] if name == "always_active" else value
-        shown.append(
-            f"`{name}`"
-            if name == INPUT_GRADS
-            else f"`{name}`: {', '.join(f'`{n}`' for n in named) if isinstance(named, list) else f'`{named}`'}"
-        )
+        if name == INPUT_GRADS:
+            shown.append(f"`{name}`")
+            continue
+        given = [entry for entry in value if entry not in ROLES] if name == "always_active" else [value]
+        shown.append(f"`{name}`: {', '.join(f'`{entry}`' for entry in given)}")
     return "; ".join(shown)
 
 

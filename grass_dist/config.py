@@ -137,7 +137,7 @@ class GrassConfig(StrictModel):
     that has none of these, such as a classifier), FQNs of modules and parameters, and patterns with `*`, with or
     without the prefixes of wrappers. What is not listed is frozen. Without `embeddings` the backward stops at the
     lowest active layer. Tied embeddings train if `embeddings` or `lm_head` is listed. `others` may have as many
-    elements as the largest layer; what is listed by name has no limit (docs/models.md#others)."""
+    elements as the `active_layers` largest layers; what is listed by name has no limit (docs/models.md#others)."""
 
     freeze: tuple[str, ...] = ()
     """What never trains, layers or not: FQNs of modules and parameters, and patterns with `*`, such as `*.router` or

@@ -130,6 +130,25 @@ def jamba() -> nn.Module:
     )
 
 
+def zamba() -> nn.Module:
+    """Mamba layers, two of which share a transformer block."""
+    mamba = {"use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 2, "n_mamba_heads": 2}
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    sizes = {**TEXT, "num_hidden_layers": 4, "attention_head_dim": 16}
+    return T.ZambaForCausalLM(T.ZambaConfig(**sizes, **mamba, layers_block_type=kinds))
+
+
+def swin() -> nn.Module:
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 2}
+    config = T.SwinConfig(**sizes, drop_path_rate=0.0, num_labels=2, attn_implementation="eager")
+    return T.SwinForImageClassification(config)
+
+
+def resnet() -> nn.Module:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [2, 2], "layer_type": "basic"}
+    return T.ResNetForImageClassification(T.ResNetConfig(**sizes, num_labels=2))
+
+
 def mixtral() -> nn.Module:
     return T.MixtralForCausalLM(T.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2))
 
@@ -235,6 +254,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batch, str]] = {
     "whisper": (whisper, of_sound, "model.decoder.layers.0.fc1"),
     "llava": (llava, of_image, "model.multi_modal_projector.linear_1"),
     "jamba": (jamba, of_text, "model.layers.0.mamba.in_proj"),
+    "zamba": (zamba, of_text, "model.layers.1.shared_transf.feed_forward.down_proj"),
+    "swin": (swin, of_image_class, "swin.encoder.layers.0.downsample.reduction"),
+    "resnet": (resnet, of_image_class, "resnet.encoder.stages.0.layers.0.layer.0.convolution"),
     "mixtral": (mixtral, of_text, "model.layers.0.self_attn.q_proj"),
     "esm2": (esm2, of_residues, "lm_head.dense"),
     "esmfold": (esmfold, of_fold, "esm_s_mlp.1"),

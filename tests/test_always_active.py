@@ -110,14 +110,26 @@ def test_large_others_are_refused_with_their_sizes():
         grass(model)
     told = str(error.value)
     assert error.value.field == "always_active" and "964 elements (tagger.out.weight 99x8, tagger.out.bias 99" in told
-    assert "0.00771 MB with AdamW" in told and "as many elements as the largest layer has (296) do so unasked" in told
-    assert "freeze them or leave them out of params=" in told and "'tagger.out'" in told
+    assert (
+        "0.00771 MB with AdamW" in told and "as many elements as the 2 largest layers have (592) do so unasked" in told
+    )
+    assert "freeze them or leave them out of params=" in told and "'tagger')" in told
     assert before == [p.requires_grad for p in model.parameters()]
     for name in ("tagger", "module.tagger", "tagger.*", "tagger.out.weight", "*out"):
         optimizer = grass(WithHeads(width=99), always_active=[*ROLES, "others", name])
         assert "tagger.out.weight" in always(optimizer)["others"]
     model.tagger.requires_grad_(False)
     assert always(grass(model))["others"] == ["scale"]
+
+
+def test_a_refusal_names_as_much_as_is_needed():
+    model = WithHeads(width=60)
+    model.more = nn.Linear(8, 70)
+    model.small = nn.Linear(8, 2)
+    with pytest.raises(ConfigError, match=r"e\.g\. 'more' and 'tagger'\)"):
+        grass(model, active_layers=1)
+    grass(model, active_layers=1, always_active=[*ROLES, "others", "more", "tagger"])
+    assert "others" in always(grass(WithHeads(width=30)))  # more than the largest layer, and less than two
 
 
 def test_names_take_what_they_name_and_no_more():

@@ -518,11 +518,20 @@ def test_parameter_shared_between_layers_is_the_first_ones() -> None:
     assert_partition(model, found)
 
 
-def test_layer_used_twice_is_refused() -> None:
-    model = Decoder(layers=2)
-    model.layers.append(model.layers[0])
-    with pytest.raises(UnsupportedModel, match=r"layers\.2 of Decoder shares all its parameters"):
+def test_a_block_that_is_used_twice_is_one_layer() -> None:
+    model = Decoder(layers=3)
+    model.layers.insert(1, model.layers[0])
+    found = find_layers(model)
+    assert [(unit.name, unit.index) for unit in found.layers] == [("layers.0", 0), ("layers.2", 1), ("layers.3", 2)]
+    assert_partition(model, found)
+
+
+def test_one_block_that_is_used_many_times_is_refused() -> None:
+    model = Decoder(layers=1)
+    model.layers.extend([model.layers[0]] * 3)
+    with pytest.raises(UnsupportedModel, match=r'layers holds one block, .* layers="layers" with active_layers=1'):
         find_layers(model)
+    assert len(find_layers(model, layers="layers").layers) == 1
 
 
 def test_layer_that_is_also_registered_elsewhere() -> None:
@@ -707,6 +716,68 @@ def test_given_stack_may_be_of_any_classes_and_of_one_child() -> None:
     found = find_layers(model, layers="mixed")
     assert [(unit.name, unit.index) for unit in found.layers] == [("mixed.0", 0), ("mixed.2", 1)]
     assert [unit.name for unit in find_layers(model, layers="one").layers] == ["one.0"]
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+class Stage(nn.Module):
+    def __init__(self, width: int, depth: int, block: type[Block] = Block) -> None:
+        super().__init__()
+        self.down = nn.Linear(width // 2, width)
+        self.blocks = nn.ModuleList(block(width) for _ in range(depth))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_blocks_of_all_stages_are_the_layers(bare: bool) -> None:
+    model: Any = nn.Module()
+    model.stem = nn.Conv2d(3, 4, 2)
+    stages = [Stage(width, depth) for width, depth in ((4, 1), (8, 2), (16, 3))]
+    model.stages = nn.ModuleList(stage.blocks if bare else stage for stage in stages)
+    model.norm = nn.LayerNorm(16)
+    model.classifier = nn.Linear(16, 3)
+    inner = [f"stages.{i}{'' if bare else '.blocks'}" for i in range(3)]
+    found = find_layers(model)
+    assert found.stacks == tuple(inner)
+    assert [unit.name for unit in found.layers] == [f"{inner[i]}.{n}" for i in range(3) for n in range(i + 1)]
+    assert roles_of(found)["final_norm"] == with_bias("norm")
+    assert ("stages.1.down.weight" in names(found.other)) is not bare
+    assert_partition(model, found)
+    one = find_layers(model, layers=inner[2])
+    assert len(one.layers) == 3 and {name.split(".")[1] for name in one.aside} == {"0", "1"}
+    assert [unit.name for unit in find_layers(model, layers="stages").layers] == ["stages.0", "stages.1", "stages.2"]
+
+
+def test_layers_with_lists_of_experts_are_no_stages() -> None:
+    model: Any = Decoder(layers=0)
+    model.layers.extend(Stage(8, 4) for _ in range(3))  # all of one width
+    model.layers.append(Stage(8, 5))
+    assert find_layers(model).stacks == ("layers",)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_layers_with_lists_of_unlike_parts_are_no_stages(bare: bool) -> None:
+    model: Any = Decoder(layers=0)
+    for width in (8, 32, 8, 32):  # a dense part and one with experts, by turns
+        stage = Stage(8, 0)
+        stage.blocks.extend([Block(8), OtherBlock(width)])
+        model.layers.append(stage.blocks if bare else stage)
+    found = find_layers(model)
+    assert (found.stacks, len(found.layers)) == (("layers",), 4)
+
+
+def test_stages_with_much_beside_their_blocks_are_layers() -> None:
+    model: Any = nn.Module()
+    model.stages = nn.ModuleList(Stage(width, 2) for width in (4, 8, 16))
+    for stage in model.stages:
+        stage.up = nn.Linear(64, 64)
+    assert find_layers(model).stacks == ("stages",)
+
+
+def test_a_list_of_single_weights_is_no_second_stack() -> None:
+    model: Any = Decoder(layers=3)
+    model.patches = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 40, 4), nn.BatchNorm2d(40)) for _ in range(3))
+    assert find_layers(model).stacks == ("layers",)
 
 
 # ---------------------------------------------------------------------------------------------------------- wrappers

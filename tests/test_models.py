@@ -11,6 +11,7 @@ from torch import nn
 
 from grass_dist import (
     GrassConfig,
+    GrassError,
     GrassOptimizer,
     StateError,
     UnsupportedModel,
@@ -19,7 +20,7 @@ from grass_dist import (
     save_checkpoint,
 )
 from grass_dist.checkpoint.inspect import inspect_run
-from tests.families import BERT, MODELS, Batch, loss_of, made, of_text
+from tests.families import BERT, MODELS, Batch, loss_of, made, of_image, of_text
 
 T = pytest.importorskip("transformers")
 
@@ -76,6 +77,32 @@ def test_both_sides_compete_and_one_is_left_when_asked(caplog):
     assert one.grass.started is not None and one.grass.started.frozen == ("model.encoder",)
     assert {unit.name for unit in one.grass.roles} == {"embeddings", "final_norm"}
     assert "compete as one" not in caplog.messages[-1]
+
+
+def test_the_blocks_of_all_stages_of_swin_compete(caplog):
+    optimizer = GrassOptimizer(made("swin")[0], torch.optim.AdamW, LR, config=GrassConfig(active_layers=2))
+    assert (
+        "The layers of swin.encoder.layers.0.blocks (0 to 1) and swin.encoder.layers.1.blocks (2 to 3)" in caplog.text
+    )
+    others = {unit.name: [n for n, _ in unit.params] for unit in optimizer.grass.roles}["others"]
+    assert {name.partition(".")[0] for name in others} == {"swin", "classifier"}
+    assert all("downsample" in name for name in others if name.startswith("swin.encoder"))
+
+
+def test_what_zambas_layers_share_is_of_the_first():
+    found = find_layers(made("zamba")[0])
+    shared = [unit.name for unit in found.layers if any("shared_transf" in name for name, _ in unit.params)]
+    assert len(found.layers) == 4 and shared == ["model.layers.1"] and not found.other
+
+
+def test_a_batch_without_the_layers_is_a_sentence_in_a_probe():
+    model, _, _ = made("llava")
+    tower = GrassConfig(active_layers=2, probe_steps=2, layers="model.vision_tower.encoder.layers")
+    optimizer = GrassOptimizer(model, torch.optim.AdamW, LR, config=tower)
+    assert optimizer.grass.phase == "probe"
+    with pytest.raises(GrassError, match=r"run none of its 2 active layers .* on this batch.* by layers="):
+        model(**of_text(0))
+    model(**of_image(0)).loss.backward()
 
 
 def test_a_checkpoint_names_the_layers_of_both_sides(tmp_path):

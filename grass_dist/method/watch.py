@@ -163,19 +163,31 @@ class GradientWatch:
         """A backward would raise torch's own error, or DeepSpeed's, if nothing of ``output`` needs a gradient."""
         within, self._within = self._within, None
         ran = sorted(self._ran | self._without)
-        if self._watched is None or output is None or not (within and ran):
+        seen = bool(ran) or self._known.issuperset(self._watched or ())
+        if self._watched is None or output is None or not (within and seen):
             return
         if not (model.training or self._without - self._ran):
             return
         tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
         if tensors and not any(tensor.requires_grad for tensor in tensors):
+            watched = self._watched
             self.close()
+            if not ran:
+                raise GrassError(
+                    f"The model has run none of its {len(watched)} active layers ({self._shown(watched)}) on this "
+                    "batch, so nothing that it returns has a gradient. A batch of text, say, does not use the layers "
+                    'of a vision tower: train the stack that the batches use, by layers="FQN of the stack".'
+                )
             raise self._error(ran, "have run, and nothing that the model returns depends on them")
 
     def _error(self, layers: Sequence[int], problem: str) -> GrassError:
+        return GrassError(
+            f"{len(layers)} active layers ({self._shown(layers)}) {problem}, so they would not learn. {WAYS_OUT}"
+        )
+
+    def _shown(self, layers: Sequence[int]) -> str:
         names = [self._layers[layer].name for layer in layers]
-        shown = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ... {names[-1]}"
-        return GrassError(f"{len(layers)} active layers ({shown}) {problem}, so they would not learn. {WAYS_OUT}")
+        return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ... {names[-1]}"
 
 
 class _Ran:

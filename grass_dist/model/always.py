@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from grass_dist.config import ROLES, GrassConfig
 from grass_dist.errors import ConfigError
 from grass_dist.model.discovery import LayerMap, NamedParameter, Unit
 from grass_dist.model.names import matches, near
-from grass_dist.model.stacks import bare_name, numel_of, shape_of
+from grass_dist.model.stacks import bare_name, numel_of, outermost, shape_of
 
 _MOMENTS, _MASTER = 8, 4
 """Bytes of state that AdamW keeps for an element, and of the fp32 master of a 16-bit weight."""
@@ -44,13 +45,10 @@ def always_active_roles(
 
     every = [*found.roles, Unit("others", None, found.other)]
     units = [Unit(u.name, None, tuple((n, p) for n, p in u.params if is_to_train(str(u.name), p))) for u in every]
-    _check_size([(n, p) for n, p in units[-1].params if id(p) not in named], found, trained)
+    _check_size(
+        model, [(n, p) for n, p in units[-1].params if id(p) not in named], found, config.active_layers, trained
+    )
     return tuple(unit for unit in units if unit.params)
-
-
-def module_names(params: Sequence[NamedParameter]) -> list[str]:
-    """The modules that hold parameters, each once; a parameter of the model itself by its own name."""
-    return list(dict.fromkeys(name.rpartition(".")[0] or name for name, _ in params))
 
 
 def _named(model: nn.Module, found: LayerMap, config: GrassConfig, trained: Collection[int]) -> set[int]:
@@ -87,14 +85,20 @@ def _named(model: nn.Module, found: LayerMap, config: GrassConfig, trained: Coll
     return named
 
 
-def _check_size(others: Sequence[NamedParameter], found: LayerMap, trained: Collection[int]) -> None:
+def _check_size(
+    model: nn.Module, others: Sequence[NamedParameter], found: LayerMap, active: int, trained: Collection[int]
+) -> None:
     """
+    Args:
+        active: layers that train at a time.
+
     Raises:
-        ConfigError: they have more elements than the largest layer, and their states would stay on the device.
+        ConfigError: they have more elements than so many of the largest layers, and their states would stay on the
+            device.
     """
     numel = sum(numel_of(p) for _, p in others)
-    sizes = (sum(numel_of(p) for _, p in unit.params if id(p) in trained) for unit in found.layers)
-    if numel <= (largest := max(sizes, default=0)):
+    sizes = [sum(numel_of(p) for _, p in unit.params if id(p) in trained) for unit in found.layers]
+    if numel <= (limit := sum(sorted(sizes)[-active:])):
         return
     held = sum(numel_of(p) * _bytes_of(p) for _, p in others)
     by_size = sorted(others, key=lambda named: -numel_of(named[1]))
@@ -104,11 +108,24 @@ def _check_size(others: Sequence[NamedParameter], found: LayerMap, trained: Coll
         "always_active",
         "others",
         f"{len(others)} parameters that train are in no layer and have no role, {numel:,} elements ({shown}{more}); "
-        f"their states stay on the device ({_size(held)} with AdamW), and at most as many elements as the largest "
-        f"layer has ({largest:,}) do so unasked",
+        f"their states stay on the device ({_size(held)} with AdamW), and at most as many elements as the "
+        f"{min(active, len(sizes))} largest layers have ({limit:,}) do so unasked",
         "freeze them or leave them out of params=, or name them in always_active (FQNs or patterns, e.g. "
-        f"{bare_name(module_names(by_size)[0])!r})",
+        f"{' and '.join(map(repr, _enough(model, others, numel - limit)))})",
     )
+
+
+def _enough(model: nn.Module, params: Sequence[NamedParameter], numel: int) -> list[str]:
+    """The largest of the modules around parameters that have together as many elements as are asked for."""
+    places, sizes = outermost(model, {id(p) for _, p in params}), Counter[str]()
+    for name, p in params:
+        sizes[places[name]] += numel_of(p)
+    total, names = 0, []
+    for name, size in sizes.most_common():
+        if total < numel:
+            names.append(bare_name(name))
+        total += size
+    return names
 
 
 def _bytes_of(p: nn.Parameter) -> int:

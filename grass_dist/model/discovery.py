@@ -25,6 +25,7 @@ from grass_dist.model.stacks import (
     join,
     large_stacks,
     numel_of,
+    one_block,
     shape_of,
     sides_of,
 )
@@ -62,7 +63,7 @@ class LayerMap:
     @property
     def stack(self) -> str:
         """The stacks, for a sentence."""
-        return " and ".join(self.stacks)
+        return ", ".join(self.stacks[:-1]) + " and " * (len(self.stacks) > 1) + self.stacks[-1]
 
     @property
     def others(self) -> tuple[nn.Parameter, ...]:
@@ -81,7 +82,8 @@ def find_layers(
     """Finds the layers of ``model`` and sorts the parameters outside of them.
 
     A parameter that several modules share is listed once, under the name that ``named_parameters()`` gives it: tied
-    embeddings are embeddings, and what several layers share is the first one's.
+    embeddings are embeddings, and what several layers share is the first one's. A block that is in the stacks twice is
+    one layer.
 
     Args:
         model: any module, wrapped in DDP, torch.compile or FSDP2 or not. It is not changed.
@@ -90,7 +92,8 @@ def find_layers(
         params: what is to train. Left out: what has ``requires_grad``, so call it before there is a `GrassOptimizer`.
 
     Raises:
-        UnsupportedModel: there is no stack; or a layer has no parameter of its own.
+        UnsupportedModel: there is no stack, or one of a single block that is used many times; or a layer has nothing
+            but the embeddings or the head.
         ConfigError: ``layers`` names no ``nn.ModuleList`` or ``nn.Sequential`` with parameters, or one twice.
     """
     trained = {id(p) for p in (model.parameters() if params is None else params) if p.requires_grad}
@@ -109,23 +112,29 @@ def find_layers(
     home: dict[int, int | Role] = {
         at: role for role in reversed(ROLES) for roles in found for at, own in roles.items() if own == role
     }
-    for index, block in enumerate(every.values()):
-        for p in block.parameters():
-            home.setdefault(id(p), index)
-    params_of: dict[int | Role | None, list[NamedParameter]] = {key: [] for key in (*range(len(every)), *ROLES, None)}
+    kept: list[str] = []
+    for name, block in every.items():
+        own = [id(p) for p in block.parameters()]
+        if not all(isinstance(home.get(at), int) for at in own):  # else it is an earlier block, used once more
+            for at in own:
+                home.setdefault(at, len(kept))
+            kept.append(name)
+    params_of: dict[int | Role | None, list[NamedParameter]] = {key: [] for key in (*range(len(kept)), *ROLES, None)}
     for name, p in model.named_parameters():
         params_of[home.get(id(p))].append((name, p))
 
-    for index, name in enumerate(every):
+    for index, name in enumerate(kept):
         if not params_of[index]:
             raise UnsupportedModel(
-                f"layer {name} of {class_of(model).__name__} shares all its parameters with earlier layers or the "
-                'embeddings, so it cannot train on its own; untie it, or choose another stack with layers="FQN".'
+                f"layer {name} of {class_of(model).__name__} shares all its parameters with the embeddings or the "
+                'head, so it cannot train on its own; untie it, or choose another stack with layers="FQN".'
             )
+    if layers is None and len(kept) == 1:
+        raise UnsupportedModel(one_block(model, stacks[0]))
     beside = {id(p) for side in sides_of(stacks, large) for p in modules[side].parameters()}
     return LayerMap(
         stacks=tuple(stacks),
-        layers=tuple(Unit(name, index, tuple(params_of[index]), index) for index, name in enumerate(every)),
+        layers=tuple(Unit(name, index, tuple(params_of[index]), index) for index, name in enumerate(kept)),
         roles=tuple(Unit(role, None, tuple(params_of[role])) for role in ROLES if params_of[role]),
         other=tuple(params_of[None]),
         aside=frozenset(name for name, p in params_of[None] if id(p) in beside),

@@ -13,19 +13,21 @@ from torch import nn
 from grass_dist.errors import ConfigError, UnsupportedModel
 
 _LARGE_SHARE = 0.25
+_WIDER = 2  # how many times as large the largest block of a stage is than that of another one
 _LISTS = (nn.ModuleList, nn.Sequential)
 # What DDP, torch.compile, FSDP1 and activation checkpointing put into an FQN.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 class _Stack(NamedTuple):
-    """A list of blocks."""
+    """A list of blocks, or of stages that hold lists of blocks."""
 
     numel: int  # elements that train
     layer: int  # of them those of its largest block
     name: str
+    parts: tuple[str, ...]  # FQNs of the lists whose blocks are the layers: its own, or one of each stage
     whole: bool  # whether all in it that has parameters is a block; else it is taken only when it is named
-    leaf: bool  # whether its blocks are single modules, as a list of heads has them
+    leaf: bool  # whether a block has one weight at most, as in a list of heads or of convolutions with their norms
 
 
 def large_stacks(model: nn.Module, trained: Collection[int]) -> list[str]:
@@ -42,10 +44,11 @@ def large_stacks(model: nn.Module, trained: Collection[int]) -> list[str]:
     found = [stack for stack in found if not stack.leaf] or found
     first = next(iter(found), None)
     return [
-        stack.name
+        part
         for stack in found
         if stack is first
         or (first and stack.whole and (stack.numel >= _LARGE_SHARE * first.numel or stack.numel > first.layer))
+        for part in stack.parts
     ]
 
 
@@ -55,21 +58,30 @@ def choose_stacks(model: nn.Module, modules: Mapping[str, nn.Module], large: Seq
     Raises:
         UnsupportedModel: there is none, or one that is to be named.
     """
-    whole = {stack.name for stack in _stacks(model, None) if stack.whole}
+    whole = {part for stack in _stacks(model, None) if stack.whole for part in stack.parts}
     if large and large[0] in whole:
         return sorted(large, key=list(modules).index)
-    none = f"{class_of(model).__name__} has no nn.ModuleList or nn.Sequential of two or more equal layers"
+    none = _none_in(model)
     if large:
         raise UnsupportedModel(
             f'{none}; set layers="FQN of the layer stack", e.g. layers="{large[0]}", whose blocks are of several '
             "classes and not all layers."
         )
     if alone := _single_blocks(model):
-        raise UnsupportedModel(
-            f"{none}: {alone[0]} holds one block, which the forward may use many times, and GRASS needs layers that "
-            f'train one by one; layers="{alone[0]}" with active_layers=1 trains that block at every step.'
-        )
+        raise UnsupportedModel(one_block(model, alone[0]))
     raise UnsupportedModel(f'{none}; set layers="FQN of the layer stack".')
+
+
+def one_block(model: nn.Module, name: str) -> str:
+    """The sentence on a list with a single block."""
+    return (
+        f"{_none_in(model)}: {name} holds one block, which the forward may use many times, and GRASS needs layers that "
+        f'train one by one; layers="{name}" with active_layers=1 trains that block at every step.'
+    )
+
+
+def _none_in(model: nn.Module) -> str:
+    return f"{class_of(model).__name__} has no nn.ModuleList or nn.Sequential of two or more equal layers"
 
 
 def given_stacks(model: nn.Module, modules: Mapping[str, nn.Module], layers: str | Sequence[str]) -> list[str]:
@@ -89,15 +101,27 @@ def given_stacks(model: nn.Module, modules: Mapping[str, nn.Module], layers: str
 
 def sides_of(stacks: Sequence[str], large: Sequence[str]) -> list[str]:
     """FQNs of the parts around those of ``large`` that are none of ``stacks``: of an encoder, of a vision tower."""
-    trunk = {name for stack in stacks for name in _prefixes(stack)}
-    sides = [next((name for name in _prefixes(stack) if name not in trunk), None) for stack in large]
+    trunk = {name for stack in stacks for name in prefixes(stack)}
+    sides = [next((name for name in prefixes(stack) if name not in trunk), None) for stack in large]
     within = tuple(f"{stack}." for stack in stacks)
     return [side for side in sides if side is not None and not f"{side}.".startswith(within)]
 
 
-def _prefixes(name: str) -> list[str]:
+def prefixes(name: str) -> list[str]:
+    """The modules around what has this FQN, from the model ("") to itself."""
     parts = name.split(".") if name else []
     return [".".join(parts[:n]) for n in range(len(parts) + 1)]
+
+
+def outermost(model: nn.Module, chosen: Collection[int]) -> dict[str, str]:
+    """For the names of some parameters the outermost modules with nothing else in them; else the name itself.
+
+    Args:
+        chosen: ids of the parameters.
+    """
+    params = list(model.named_parameters())
+    mixed = {at for name, p in params if id(p) not in chosen for at in prefixes(name)} | {""}
+    return {name: next(at for at in prefixes(name) if at not in mixed) for name, p in params if id(p) in chosen}
 
 
 def _stacks(model: nn.Module, trained: Collection[int] | None) -> list[_Stack]:
@@ -111,22 +135,68 @@ def _stacks(model: nn.Module, trained: Collection[int] | None) -> list[_Stack]:
     for name, module in model.named_modules():
         if not isinstance(module, _LISTS) or f"{name}.".startswith(tuple(hidden)):
             continue
-        children = [(n, m) for n, m in children_of(module) if has_params(m)]
-        kinds = Counter(_kind(block) for _, block in children)
-        equal = len(children) >= 2 and len(kinds) == 1 and len(children) == len(children_of(module))
-        # Blocks of several classes, some repeated (attention and Mamba): then the experts inside of them, or a vision
-        # tower next to it, may not be taken for the layers in their place.
-        some = [(n, m) for n, m in children if kinds[_kind(m)] >= 2 and is_block(m)]
-        mixed = bool(some) and all(is_block(m) for _, m in children)
-        if blocks := children if equal or mixed else some:
-            sizes = [
-                sum(numel_of(p) for p in block.parameters() if trained is None or id(p) in trained)
-                for _, block in blocks
-            ]
-            leaf = not any(children_of(block) for _, block in blocks)
-            found.append(_Stack(sum(sizes), max(sizes), name, equal or mixed, leaf))
-            hidden += [join(name, child) + "." for child, _ in blocks]
+        if stages := _stages(name, module):
+            blocks = [block for _, inner in stages for _, block in _with_params(inner)]
+            parts, whole = tuple(inner for inner, _ in stages), True
+            inside = [join(name, child) for child, _ in children_of(module)]
+        else:
+            children, kinds = _with_params(module), Counter(_kind(m) for _, m in _with_params(module))
+            equal = len(children) >= 2 and len(kinds) == 1 and len(children) == len(children_of(module))
+            # Blocks of several classes, some repeated (attention and Mamba): then the experts inside of them, or a
+            # vision tower next to it, may not be taken for the layers in their place.
+            some = [(n, m) for n, m in children if kinds[_kind(m)] >= 2 and is_block(m)]
+            mixed = bool(some) and all(is_block(m) for _, m in children)
+            taken = children if equal or mixed else some
+            blocks, parts, whole = [block for _, block in taken], (name,), equal or mixed
+            inside = [join(name, child) for child, _ in taken]
+        if blocks:
+            sizes = [_size(block, trained) for block in blocks]
+            leaf = not all(_has_matrices(block) for block in blocks)
+            found.append(_Stack(sum(sizes), max(sizes), name, parts, whole, leaf))
+            hidden += [f"{child}." for child in inside]
     return sorted(found, key=lambda stack: -stack.numel)
+
+
+def _stages(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The lists of blocks in the stages of a list, with their FQNs, if it is one of stages (Swin, ConvNeXt, ResNet).
+
+    A stage is a list of blocks, some of one class, or holds one. Equal modules with a list in them, such as a list of
+    experts, are layers; stages differ in width, and what they have beside their blocks is small.
+    """
+    inner = [found for child, stage in _with_params(module) if (found := _blocks_of(join(name, child), stage))]
+    sizes = [[_size(block, None) for _, block in _with_params(stage)] for _, stage in inner]
+    repeats = any(max(Counter(_kind(block) for _, block in _with_params(stage)).values()) > 1 for _, stage in inner)
+    if len(inner) < 2 or not repeats:
+        return []
+    if all(isinstance(stage, _LISTS) for _, stage in _with_params(module)):
+        return inner
+    largest = [max(stage) for stage in sizes]
+    beside = _size(module, None) - sum(map(sum, sizes))
+    return inner if max(largest) >= _WIDER * min(largest) and beside <= max(largest) else []
+
+
+def _blocks_of(name: str, stage: nn.Module) -> tuple[str, nn.Module] | None:
+    """The list of blocks that a stage is or has, with its FQN."""
+    if isinstance(stage, _LISTS):
+        lists = [(name, stage)]
+    else:
+        lists = [(join(name, n), m) for n, m in children_of(stage) if isinstance(m, _LISTS) and has_params(m)]
+    found = max(lists, key=lambda pair: _size(pair[1], None), default=None)
+    return found if found and all(_has_matrices(block) for _, block in _with_params(found[1])) else None
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Whether it is a block of more than one weight, and no single layer of a network with its norm."""
+    return is_block(module) and sum(len(shape_of(p)) >= 2 for p in module.parameters()) >= 2
+
+
+def _size(module: nn.Module, trained: Collection[int] | None) -> int:
+    """Elements of the parameters that count; None: of all."""
+    return sum(numel_of(p) for p in module.parameters() if trained is None or id(p) in trained)
+
+
+def _with_params(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in children_of(module) if has_params(child)]
 
 
 def _single_blocks(model: nn.Module) -> list[str]:
@@ -151,7 +221,7 @@ def _given_stack(model: nn.Module, modules: Mapping[str, nn.Module], layers: str
         problem = "none of its children has parameters"
     else:
         problem = f"it is a {class_of(modules[names[0]]).__name__}, and no nn.ModuleList or nn.Sequential"
-    known = [stack.name for stack in _stacks(model, None)] or _single_blocks(model)
+    known = [part for stack in _stacks(model, None) for part in stack.parts] or _single_blocks(model)
     options = dict.fromkeys(known + difflib.get_close_matches(layers, usable))
     raise ConfigError("layers", layers, problem, f"use {' or '.join(map(repr, options)) or 'another model'}")
 

@@ -18,7 +18,7 @@ from grass_dist.events import Started
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import LayerMap, Unit
 from grass_dist.model.sharding import Sharding
-from grass_dist.model.stacks import numel_of, shape_of
+from grass_dist.model.stacks import numel_of, outermost, shape_of
 
 
 class GradientHook:
@@ -145,8 +145,9 @@ def several_stacks(found: LayerMap) -> str | None:
     ends = list(accumulate(counts))
     shown = [f"{s} ({end - count} to {end - 1})" for s, count, end in zip(found.stacks, counts, ends, strict=True)]
     return (
-        f"The layers of {' and '.join(shown)} compete as one set of {len(found.layers)}; to train those of one stack "
-        f'alone, set layers="{found.stacks[-1]}", say: then what is around the other stays frozen.'
+        f"The layers of {', '.join(shown[:-1])} and {shown[-1]} compete as one set of {len(found.layers)}; to train "
+        f'those of one stack alone, set layers="{found.stacks[-1]}", say: then what is around the other'
+        f"{'s' if len(shown) > 2 else ''} stays frozen."
     )
 
 
@@ -161,8 +162,8 @@ def started_with(model: nn.Module, found: LayerMap, layers: Sequence[Unit], role
     frozen = {id(p) for _, p in still}
     whole = [unit for unit in (*found.layers, *found.roles) if all(id(p) in frozen for _, p in unit.params)]
     home = {id(p): unit.name for unit in whole for _, p in unit.params}
-    moving = {at for name, p in model.named_parameters() if id(p) not in frozen or id(p) in home for at in _above(name)}
-    names = [home.get(id(p)) or next((at for at in _above(name) if at not in moving), name) for name, p in still]
+    places = outermost(model, frozen - set(home))
+    names = [home.get(id(p)) or places[name] for name, p in still]
     numel = found.numel
     return Started(
         stacks=found.stacks,
@@ -172,12 +173,6 @@ def started_with(model: nn.Module, found: LayerMap, layers: Sequence[Unit], role
         frozen=tuple(dict.fromkeys(names)),
         frozen_share=sum(numel_of(p) for _, p in still) / numel if numel else 0.0,
     )
-
-
-def _above(name: str) -> list[str]:
-    """The modules around a parameter, the outermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def _refuse_quantised(found: LayerMap, layers: Sequence[Unit]) -> None:

@@ -9,7 +9,6 @@ from torch import nn
 
 from grass_dist.errors import shorten
 from grass_dist.finetune.fit import learnt_positions
-from grass_dist.finetune.hub import loading_options
 
 
 @torch.no_grad()
@@ -48,22 +47,3 @@ def greedy_answer(
         if device is not None:
             model.to("cpu")
     return tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True).strip()
-
-
-def answer_from_folder(
-    folder: str,
-    tokenizer: Any,
-    prompt_ids: list[int],
-    max_new_tokens: int,
-    device: torch.device,
-    *,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool,
-) -> str:
-    """Returns the same for a Hugging Face folder or name, loaded as any user loads it, in its own dtype or another."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **loading_options(folder)
-    )
-    return greedy_answer(model.to(device), tokenizer, prompt_ids, max_new_tokens)

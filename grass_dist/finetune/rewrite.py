@@ -115,10 +115,10 @@ def _save(world: World, task: _Conversion) -> None:
     if task.model is None:
         own = world.together(lambda: _own_config(checkpoint))
 
-        def make(config: RunConfig, device: torch.device) -> nn.Module:
+        def make(config: RunConfig, device: torch.device, _task: object) -> nn.Module:
             return build(own, getattr(torch, config.model.dtype), device, ATTENTION)
 
-        model = world.together(partial(parallel.load, make))
+        model = world.together(partial(parallel.load, make=make))
     else:
         model = world.together(parallel.load)
     run = parallel.start(model, find_layers(model, config.grass.layers), [])

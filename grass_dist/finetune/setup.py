@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from grass_dist.errors import ConfigError, shorten
 from grass_dist.finetune.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.finetune.data.batches import check_divides
 from grass_dist.finetune.hub import hub_problem, loading_options
+from grass_dist.finetune.tasks.base import Task
 from grass_dist.job.world import World
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import find_layers
@@ -58,20 +60,24 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """Loads the pretrained causal language model into host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
+def load_model(config: RunConfig, device: torch.device, task: Task | None = None) -> nn.Module:
+    """Loads the pretrained model of a task into host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
+
+    Args:
+        task: with what it has found in the data; None loads a causal language model.
 
     Raises:
         ConfigError: there is no such model, its files lack some of its weights (see
-            `ModelConfig.allow_missing_weights`), or settings of ``grass`` do not fit it.
+            `ModelConfig.allow_missing_weights`), it is none for the task, or settings of ``grass`` do not fit it.
         UnsupportedModel: it has no layer stack.
     """
     from transformers import AutoModelForCausalLM
 
     settings = config.model
+    load = AutoModelForCausalLM.from_pretrained if task is None else task.load
     try:
         _check_depth(resolve_model(settings.name), settings)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = load(
             resolve_model(settings.name),
             dtype=weight_dtype(settings, device),
             attn_implementation=settings.attention,
@@ -84,7 +90,7 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     except Exception as error:  # as above
         raise _no_model(settings, error) from error
     model, found = loaded
-    _check_complete(settings, found)
+    _check_complete(settings, found, set() if task is None else set(filter(partial(task.is_new, model), _lacks(found))))
     _check_dropout(settings, model.config.to_dict())
     try:
         layers = find_layers(model, config.grass.layers)
@@ -92,7 +98,8 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
         always_active_roles(model, layers, config.grass)
     except ConfigError as error:
         raise error.under("grass") from None
-    model.config.use_cache = False
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
     if settings.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -189,13 +196,23 @@ def _check_dropout(config: ModelConfig, settings: Mapping[str, Any]) -> None:
             raise ConfigError("model.name", config.name, problem, "write one from 0 to 1 there")
 
 
-def _check_complete(config: ModelConfig, found: dict[str, Any]) -> None:
+def _lacks(found: dict[str, Any]) -> set[str]:
+    """Returns the weights that `from_pretrained` has not found, or found in another shape."""
+    return {*found["missing_keys"], *(str(each[0]) for each in found["mismatched_keys"])}
+
+
+def _check_complete(config: ModelConfig, found: dict[str, Any], new: set[str]) -> None:
     """Checks what `from_pretrained` tells of the weights. One that is tied to another that is there is not missing.
+
+    Args:
+        new: those that the task brings along, which nobody has trained yet.
 
     Raises:
         ConfigError: some are missing or have another shape, and this is not allowed.
     """
-    missing = sorted({*found["missing_keys"], *(str(each[0]) for each in found["mismatched_keys"])})
+    if new and (not dist.is_initialized() or dist.get_rank() == 0):
+        log.warning("%s is new on %s, and begins at random", ", ".join(sorted(new)), config.name)
+    missing = sorted(_lacks(found) - new)
     if not missing:
         return
     named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

@@ -1,0 +1,67 @@
+"""Causal language models: the loss is that of the next token, its metric the perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_dist.finetune.answers import greedy_answer
+from grass_dist.finetune.data.batches import Example
+from grass_dist.finetune.data.config import fill_template
+from grass_dist.finetune.data.first_ids import LONG
+from grass_dist.finetune.data.json_lines import Row
+from grass_dist.finetune.data.loading import render_prompt, tokenise
+from grass_dist.finetune.fit import vocabulary_of
+from grass_dist.finetune.tasks.base import Batch, Predictions, Task, inputs_of
+from grass_dist.model.loss import IGNORED
+
+
+class CausalLm(Task):
+    """Next-token prediction over prompt and completion, plain text, or conversations."""
+
+    auto = "AutoModelForCausalLM"
+
+    def example(self, row: Row) -> Example:
+        return tokenise(row, self.tokenizer, self.data)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Predictions:
+        logits = model(**inputs_of(batch), use_cache=False).logits[:, :-1]
+        return Predictions(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def targets(self, batch: Batch) -> torch.Tensor:
+        return (batch["labels"][:, 1:] != IGNORED).sum()
+
+    def metrics(self, loss: float, counts: Sequence[float]) -> dict[str, float]:
+        return {"perplexity": perplexity(loss)}
+
+    def ask(self, rows: Sequence[Row]) -> dict[str, Any] | None:
+        prompt, data = self.config.sample_prompt, self.data
+        if prompt is not None:
+            return {"prompt": prompt, "expected": None}
+        return None if data.prompt is None else first_pair(rows, data.prompt, data.completion, data.max_length)
+
+    def answer(self, model: Any, prompt: str, device: torch.device | None = None) -> str:
+        ids = render_prompt(self.tokenizer, prompt, self.data.chat_template)
+        vocabulary_of(self.config.model.name, model, self.tokenizer).check_ids(ids)
+        return greedy_answer(model, self.tokenizer, ids, self.config.answer_tokens, device)
+
+
+def first_pair(rows: Sequence[Row], prompt: str, completion: str | None, max_length: int) -> dict[str, Any] | None:
+    """Returns the prompt, and the completion, of the first row whose prompt is not far too long."""
+    for row in rows:
+        if len(text := fill_template(prompt, row, "prompt")) <= LONG * max_length:
+            expected = None if completion is None else fill_template(completion, row, "completion")
+            return {"prompt": text, "expected": expected}
+    return None
+
+
+def perplexity(loss: float) -> float:
+    """Returns the exponential of a mean loss in nats; infinity where that is no float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,3 +49,22 @@ def greedy_answer(
         if device is not None:
             model.to("cpu")
     return tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True).strip()
+
+
+@contextlib.contextmanager
+def asked(model: nn.Module, device: torch.device | None) -> Iterator[torch.device]:
+    """Inside the block, the model is on ``device``, if that is not None, and evaluates; yields the model's device.
+
+    Afterwards it trains again as before, in host memory if a device was given.
+    """
+    training = model.training
+    try:
+        if device is not None:
+            model.to(device)
+        model.eval()
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(training)
+        if device is not None:
+            model.to("cpu")

@@ -172,12 +172,12 @@ def finetune(
         data_is, written = world.together(lambda: (data_identity(data.train), written_at(config.data)))
         model = world.together(partial(parallel.load, task))
         padding = world.together(partial(check_fit, config, model, tokenizer, data))
+        world.together(lambda: task.set_padding(*padding))
         world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
         start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
         layers = find_layers(model, config.grass.layers)
         about = describe_run(config, world, parallel.name, layers, data, model)
         about["example"] = task.shown(data.first)
-        task.pad_token_id = padding.id
         record, answer = record_of(checkpoint) if checkpoint else (0, None)
         if checkpoint is None:
             asks = partial(answer_before, task, data.held_out_rows, parallel, model)

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +89,10 @@ def load_model(config: RunConfig, device: torch.device, task: Task | None = None
     except Exception as error:  # as above
         raise _no_model(settings, error) from error
     model, found = loaded
-    _check_complete(settings, found, set() if task is None else set(filter(partial(task.is_new, model), _lacks(found))))
+    new = set() if task is None else {name for name in found["missing_keys"] if task.is_new(model, name)}
+    _check_complete(settings, found, new)
+    if task is not None:
+        task.check_model(model)
     _check_dropout(settings, model.config.to_dict())
     try:
         layers = find_layers(model, config.grass.layers)
@@ -196,11 +198,6 @@ def _check_dropout(config: ModelConfig, settings: Mapping[str, Any]) -> None:
             raise ConfigError("model.name", config.name, problem, "write one from 0 to 1 there")
 
 
-def _lacks(found: dict[str, Any]) -> set[str]:
-    """Returns the weights that `from_pretrained` has not found, or found in another shape."""
-    return {*found["missing_keys"], *(str(each[0]) for each in found["mismatched_keys"])}
-
-
 def _check_complete(config: ModelConfig, found: dict[str, Any], new: set[str]) -> None:
     """Checks what `from_pretrained` tells of the weights. One that is tied to another that is there is not missing.
 
@@ -212,9 +209,13 @@ def _check_complete(config: ModelConfig, found: dict[str, Any], new: set[str]) -
     """
     if new and (not dist.is_initialized() or dist.get_rank() == 0):
         log.warning("%s is new on %s, and begins at random", ", ".join(sorted(new)), config.name)
-    missing = sorted(_lacks(found) - new)
+    missing = sorted({*found["missing_keys"], *(odd := [str(each[0]) for each in found["mismatched_keys"]])} - new)
     if not missing:
         return
+    if odd and not config.allow_missing_weights:
+        problem = f"its {odd[0]} is of another size than the data need"
+        fix = "name the labels that it knows in data.labels, or set model.allow_missing_weights=true for a new head"
+        raise ConfigError("model.name", config.name, problem, fix)
     named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     if not config.allow_missing_weights:
         problem = f"its files lack {named}, which would begin at random"

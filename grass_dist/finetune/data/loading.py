@@ -15,6 +15,7 @@ from grass_dist.errors import ConfigError
 from grass_dist.finetune.data.batches import Example, Examples, has_labels, pack_examples
 from grass_dist.finetune.data.chat import chat_of
 from grass_dist.finetune.data.config import DataConfig, fill_template
+from grass_dist.finetune.data.conversations import conversation_of, dialogues_of, tools_of
 from grass_dist.finetune.data.first_ids import first_ids
 from grass_dist.finetune.data.json_files import HEAD
 from grass_dist.finetune.data.json_lines import Row, Skipped
@@ -247,7 +248,8 @@ def _left_out(examples: Examples, which: str) -> Iterator[str]:
 def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
     """Makes token ids and labels of one row.
 
-    The labels are the ids, and `IGNORED` (-100) on the prompt and on the first token, which nothing predicts. The
+    The labels are the ids, and `IGNORED` (-100) on the prompt and on the first token, which nothing predicts; of a
+    conversation they are the ids of what the assistant writes (see `Dialogues`). The
     end-of-turn or eos token has a label; what a chat template writes after it is left out. The row is cut to
     max_length on the right.
 
@@ -259,6 +261,12 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
         ConfigError: the row does not have a column, or it holds neither text nor a number; or the rendering of the
             chat template does not hold the completion.
     """
+    if config.messages is not None:
+        try:
+            messages, tools = conversation_of(row, config), tools_of(row, config)
+            return dialogues_of(tokenizer).example(messages, tools, config.max_length)
+        except ConfigError as error:
+            raise ConfigError(error.field, config.messages, error.problem, error.fix) from error.__cause__
     if config.text is not None:
         prompt_ids: list[int] = []
         ids = _first_ids(tokenizer, fill_template(config.text, row, "text"), config.max_length, special=True)

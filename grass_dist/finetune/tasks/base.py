@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from grass_dist.errors import ConfigError
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.data.batches import Example, collate
 from grass_dist.finetune.data.json_lines import Row
@@ -71,6 +72,20 @@ class Task:
     def model_options(self) -> dict[str, Any]:
         """Returns what the model is told of the data, e.g. the names of the labels."""
         return {}
+
+    def set_padding(self, token: int, told: str | None) -> None:
+        """Takes the token that fills up short examples.
+
+        Args:
+            told: why it is another one than the tokenizer's pad token; None if it is that.
+
+        Raises:
+            ConfigError: the tokenizer itself pads here, and the model has no weights for its pad token.
+        """
+        self.pad_token_id = token
+        if told is not None and type(self).collate is not Task.collate:
+            problem = "the model has no weights for its tokenizer's pad token"
+            raise ConfigError("model.name", self.config.model.name, problem, "resize its embeddings")
 
     def is_new(self, model: nn.Module, name: str) -> bool:
         """Says whether a weight that the model's files lack is one that the task brings along: it begins at random."""

@@ -12,6 +12,7 @@ from torch import nn
 from grass_dist.finetune.answers import greedy_answer
 from grass_dist.finetune.data.batches import Example
 from grass_dist.finetune.data.config import fill_template
+from grass_dist.finetune.data.conversations import Message, conversation_of, dialogues_of, is_learnt, tools_of
 from grass_dist.finetune.data.first_ids import LONG
 from grass_dist.finetune.data.json_lines import Row
 from grass_dist.finetune.data.loading import render_prompt, tokenise
@@ -24,6 +25,8 @@ class CausalLm(Task):
     """Next-token prediction over prompt and completion, plain text, or conversations."""
 
     auto = "AutoModelForCausalLM"
+    _given: tuple[list[Message], list[Any] | None] | None = None
+    """The messages, and the tools, that the question stands for."""
 
     def example(self, row: Row) -> Example:
         return tokenise(row, self.tokenizer, self.data)
@@ -42,12 +45,29 @@ class CausalLm(Task):
         prompt, data = self.config.sample_prompt, self.data
         if prompt is not None:
             return {"prompt": prompt, "expected": None}
+        if data.messages is not None:
+            return self._first_turn(rows)
         return None if data.prompt is None else first_pair(rows, data.prompt, data.completion, data.max_length)
 
     def answer(self, model: Any, prompt: str, device: torch.device | None = None) -> str:
-        ids = render_prompt(self.tokenizer, prompt, self.data.chat_template)
+        if self._given is not None:
+            ids = dialogues_of(self.tokenizer).given_ids(*self._given)
+        else:
+            ids = render_prompt(self.tokenizer, prompt, self.data.chat_template)
         vocabulary_of(self.config.model.name, model, self.tokenizer).check_ids(ids)
         return greedy_answer(model, self.tokenizer, ids, self.config.answer_tokens, device)
+
+    def _first_turn(self, rows: Sequence[Row]) -> dict[str, Any] | None:
+        """Asks for the last turn of the assistant in the first conversation that is not far too long."""
+        for row in rows:
+            messages = conversation_of(row, self.data)
+            last = max(number for number, message in enumerate(messages) if is_learnt(message))
+            given, expected = messages[:last], messages[last].get("content")
+            if given and sum(len(str(message)) for message in given) <= LONG * self.data.max_length:
+                self._given = given, tools_of(row, self.data)
+                said = str(given[-1].get("content", ""))
+                return {"prompt": said, "expected": expected if isinstance(expected, str) else None}
+        return None
 
 
 def first_pair(rows: Sequence[Row], prompt: str, completion: str | None, max_length: int) -> dict[str, Any] | None:

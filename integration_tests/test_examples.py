@@ -24,6 +24,8 @@ SCRIPTS = [
     pytest.param("deepspeed_zero", marks=pytest.mark.integration),
     pytest.param("accelerate_loop", marks=pytest.mark.integration),
     pytest.param("trl_sft", marks=[pytest.mark.integration, without_trl]),
+    pytest.param("trl_dpo", marks=[pytest.mark.long, without_trl]),
+    pytest.param("trl_reward", marks=[pytest.mark.long, without_trl]),
 ]
 CARRIED = re.compile(r"after step (\d+): carried layers \[([\d, ]*)\], (\d+) of (\d+) bytes")
 REWARDED = re.compile(r"step (\d+): reward ([\d.]+)")
@@ -47,7 +49,7 @@ def test_an_example_trains_layers_in_turn_and_learns(name, tmp_path):
     assert code == 0, said[-3000:]
     printed = PRINTED.findall(said)
     # Trainer probes before its first step, and its log names the layers of the step to come.
-    first, probe = (2, 0) if name == "trl_sft" else (1, PROBE)
+    first, probe = (2, 0) if name.startswith("trl_") else (1, PROBE)
     assert [int(step) for step, _, _ in printed] == list(range(first, STEPS + 1)), said[-3000:]  # by one rank
     steps = {int(step): tuple(map(int, filter(None, layers.split(", ")))) for step, layers, _ in printed}
     assert all(steps.pop(step) == () for step in range(1, probe + 1))

@@ -107,7 +107,7 @@ def test_what_opens_a_turn_may_be_given():
 
 def test_a_template_without_ends_gets_one_at_the_end():
     said = learnt(WITHOUT_END, TALK, eos="<|im_end|>")
-    assert said[-1].endswith("Good night.<|im_end|>") and "Hello" not in "".join(said)
+    assert said[-1].endswith("Good night.\n<|im_end|>") and "Hello" not in "".join(said)
 
 
 @pytest.mark.parametrize(

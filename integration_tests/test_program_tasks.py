@@ -18,6 +18,8 @@ from tests.task_models import model_for, rows_of, settings_of, write_rows
 pytestmark = pytest.mark.timeout(400)
 
 long = pytest.mark.long
+LIMIT = 180
+"""Seconds for a run."""
 ZERO = {"stage3_param_persistence_threshold": 0}
 
 
@@ -51,9 +53,10 @@ def check_same(run: Path, other: Path) -> None:
         assert [s[name] for s in mine] == [s[name] for s in theirs], name
     assert [s["loss"] for s in mine] == pytest.approx([s["loss"] for s in theirs], abs=2e-5)
     for one, another in zip(events(run, "eval"), events(other, "eval"), strict=True):
-        assert one == pytest.approx(another, rel=1e-4)
+        numbers = [{name: value for name, value in e.items() if name != "event"} for e in (one, another)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
     answers = [[(a["when"], a["text"]) for a in events(folder, "answer")] for folder in (run, other)]
-    assert answers[0] == answers[1] and len(answers[0]) == 2
+    assert [answer[0] for answer in answers[0]] == ["before", "after"] and answers[0] == answers[1]
     trained, reference = weights(run), weights(other)
     assert trained.keys() == reference.keys()
     assert max((trained[name] - reference[name]).abs().max().item() for name in reference) < 2e-5
@@ -68,10 +71,10 @@ def check_same(run: Path, other: Path) -> None:
     ],
 )
 def test_a_task_is_the_same_on_two_ranks(task, config_of):
-    alone = run_all(config_of(task), 1, "name=alone")
+    alone = run_all(config_of(task), 1, "name=alone", timeout=LIMIT)
     losses = [e["loss"] for e in events(alone, "eval")]
     assert losses[-1] < losses[0], losses
-    check_same(run_all(config_of(task), 2, "name=fsdp2", "parallel=fsdp2"), alone)
+    check_same(run_all(config_of(task), 2, "name=fsdp2", "parallel=fsdp2", timeout=LIMIT), alone)
     assert (alone / "report.html").stat().st_size > 50_000
 
 
@@ -82,21 +85,21 @@ def test_a_task_is_the_same_in_every_way(task, way, config_of):
     config = config_of(task)
     alone = config.parent / "runs" / "alone"
     if not alone.exists():
-        alone = run_all(config, 1, "name=alone")
+        alone = run_all(config, 1, "name=alone", timeout=LIMIT)
     parallel = ["parallel=ddp"] if way == "ddp" else ["parallel=deepspeed", f"parallel.config={way}.json"]
-    check_same(run_all(config, 2, f"name={way}", *parallel), alone)
+    check_same(run_all(config, 2, f"name={way}", *parallel, timeout=LIMIT), alone)
 
 
 @long
 def test_masks_go_on_where_they_were(config_of):
     saves = ["parallel=fsdp2", "train.checkpoint.every=3", "train.checkpoint.keep=5"]
-    whole = run_all(config_of("masked-lm"), 2, "name=whole", *saves)
+    whole = run_all(config_of("masked-lm"), 2, "name=whole", *saves, timeout=LIMIT)
     copy = whole.with_name("copy")
     shutil.copytree(whole, copy)
     shutil.rmtree(copy / "model")
     for later in ("step-000009", "step-000010"):
         shutil.rmtree(copy / "checkpoints" / later)
-    ended = run_program([["--config", str(config_of("masked-lm")), "--resume", "auto", "name=copy", *saves]] * 2)
+    ended = run_program([["--config", str(config_of("masked-lm")), "--resume", "auto", "name=copy", *saves]] * 2, LIMIT)
     assert [rank.code for rank in ended] == [0, 0], ended[0].err
     losses = [{s["step"]: s["loss"] for s in events(folder, "step")} for folder in (copy, whole)]
     assert losses[0] == losses[1]
@@ -112,7 +115,7 @@ def test_a_column_and_a_model_that_do_not_fit_are_refused(config_of):
     for overrides, message in (
         (["data.label=sentiment"], r"data.name=.*no column 'sentiment'|data.label='sentiment': there is no column"),
         (["task=seq2seq-lm", "data.text=null", "data.label=null", "data.prompt=prompt", "data.completion=completion"],
-         r"model.name=.*it cannot be loaded \(Unrecognized configuration class"),
+         r"model.name=.*it is no model for this task; choose another one, or another task"),
     ):  # fmt: skip
         ended = run_program([["--config", str(config), "name=refused", "parallel=fsdp2", *overrides]] * 2)
         check_refused(ended, message)

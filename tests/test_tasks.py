@@ -217,6 +217,16 @@ def test_a_head_of_another_size_is_refused_or_new(tmp_path, caplog):
     assert load_model(config, CPU, task).classifier.out_features == 3  # type: ignore[union-attr]
 
 
+def test_models_of_another_kind_are_refused(tmp_path):
+    config = run_of("masked-lm", tmp_path)
+    text = config.model_copy(update={"task": "causal-lm"})
+    with pytest.raises(ConfigError, match="it is an encoder, in which each token sees the next one.*set task to"):
+        load_model(text, CPU, task_of(text, load_tokenizer(text.model)))
+    pairs = run_of("causal-lm", tmp_path).model_copy(update={"task": "seq2seq-lm"})
+    with pytest.raises(ConfigError, match="it is no model for this task; choose another one, or another task"):
+        load_model(pairs, CPU, task_of(pairs, load_tokenizer(pairs.model)))
+
+
 def test_a_new_head_is_told_and_a_lacking_body_refused(tmp_path, caplog):
     config = run_of("token-classification", tmp_path)
     task, _ = begun(config)

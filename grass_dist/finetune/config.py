@@ -32,7 +32,7 @@ class ModelConfig(StrictModel):
     allow_missing_weights: bool = False
     """Train a model whose files lack some of its weights (such as the head of a bare encoder): those start with random
     values, and the program says their names. `false`: such a model is refused with the names of what is missing. A
-    weight that is tied to another one is not missing."""
+    weight that is tied to another one is not missing, and neither is the new head of a classifier or tagger."""
 
 
 class CheckpointConfig(StrictModel):

@@ -230,6 +230,10 @@ def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
     fix = "give a model's name or folder"
     if "ignore_mismatched_sizes" in reason:  # transformers prints a table of them
         reason, fix = "its weights have other shapes than its config.json says", "give it the one it was saved with"
+    if "Unrecognized configuration class" in reason:  # the list of all classes follows
+        return ConfigError(
+            "model.name", config.name, "it is no model for this task", "choose another one, or another task"
+        )
     if unreachable := hub_problem(config.name):
         reason = f"there is no such folder, it is not in the cache of the Hub, and {unreachable}"
         fix = f"{fix}, or load it once where the Hub can be reached"

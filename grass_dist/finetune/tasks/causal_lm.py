@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grass_dist.errors import ConfigError
 from grass_dist.finetune.answers import greedy_answer
 from grass_dist.finetune.data.batches import Example
 from grass_dist.finetune.data.config import fill_template
@@ -27,6 +28,16 @@ class CausalLm(Task):
     auto = "AutoModelForCausalLM"
     _given: tuple[list[Message], list[Any] | None] | None = None
     """The messages, and the tools, that the question stands for."""
+
+    def check_model(self, model: Any) -> None:
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+        # Such a class has a head for the next token too, for which the model must be a decoder.
+        if getattr(model.config, "is_decoder", True) is False and type(model.config) in MODEL_FOR_MASKED_LM_MAPPING:
+            problem = "it is an encoder, in which each token sees the next one that it has to tell"
+            raise ConfigError(
+                "model.name", self.config.model.name, problem, "set task to masked-lm, or choose a decoder"
+            )
 
     def example(self, row: Row) -> Example:
         return tokenise(row, self.tokenizer, self.data)

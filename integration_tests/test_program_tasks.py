@@ -59,7 +59,8 @@ def check_same(run: Path, other: Path) -> None:
     assert [answer[0] for answer in answers[0]] == ["before", "after"] and answers[0] == answers[1]
     trained, reference = weights(run), weights(other)
     assert trained.keys() == reference.keys()
-    assert max((trained[name] - reference[name]).abs().max().item() for name in reference) < 2e-5
+    # Adam divides by the gradient's own size, so an entry with hardly any (a key of T5) shows the order of the sums.
+    assert max((trained[name] - reference[name]).abs().max().item() for name in reference) < 1e-4
 
 
 @pytest.mark.parametrize(

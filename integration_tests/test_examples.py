@@ -58,7 +58,9 @@ def test_an_example_trains_layers_in_turn_and_learns(name, tmp_path):
     assert all(len(set(layers)) == ACTIVE and max(layers) < LAYERS for layers in rounds.values())
     assert len(set(rounds.values())) > 2
     losses = [float(loss) for _, _, loss in printed]
-    assert sum(losses[-3:]) < sum(losses[:3]) - 1
+    # A loss of pairs begins at ln 2.
+    pairs = name in ("trl_dpo", "trl_reward")
+    assert sum(losses[-3:]) < (0.7 * sum(losses[:3]) if pairs else sum(losses[:3]) - 1)
     if name == "fsdp2_loop":
         assert sorted(path.name for path in saved.iterdir()) == ["step-000015", "step-000020"]
 

@@ -1,6 +1,6 @@
 """torchrun --nproc-per-node 2 examples/trl_reward.py
 
-TRL's RewardTrainer under DDP: a reward model learns to prefer counting upwards. Its new head trains at every step.
+TRL's RewardTrainer under DDP: a reward model learns to prefer small numbers. Its new head trains at every step.
 """
 
 import itertools
@@ -13,9 +13,9 @@ from trl import RewardConfig, RewardTrainer
 
 import grass_dist
 
-WORDS, LENGTH = 100, 6
+WORDS, LENGTH = 20, 6
 LLAMA = LlamaConfig(
-    vocab_size=101,
+    vocab_size=21,
     hidden_size=64,
     intermediate_size=128,
     num_hidden_layers=6,
@@ -30,17 +30,18 @@ words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
 
 
-def count(first: int, step: int) -> str:
-    return " ".join(str((first + step * i) % WORDS) for i in range(LENGTH))
+def numbers(first: int, least: int) -> str:
+    """Some of the ten numbers from ``least`` on."""
+    return " ".join(str(least + (first + i) % 10) for i in range(LENGTH))
 
 
-pairs = [{"chosen": count(n, 1), "rejected": count(n, -1)} for n in range(WORDS)]
+pairs = [{"chosen": numbers(n, 0), "rejected": numbers(3 * n, 10)} for n in range(100)]
 gpu = torch.cuda.is_available()
 arguments = RewardConfig(
     output_dir="runs/trl_reward",
     max_steps=20,
     per_device_train_batch_size=4,
-    learning_rate=1e-2,
+    learning_rate=3e-3,
     logging_steps=1,
     save_strategy="no",
     report_to="none",

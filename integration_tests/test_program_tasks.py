@@ -105,9 +105,9 @@ def test_masks_go_on_where_they_were(config_of):
     losses = [{s["step"]: s["loss"] for s in events(folder, "step")} for folder in (copy, whole)]
     assert losses[0] == losses[1]
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(copy).items())
-    refused = ["--resume", "auto", "name=copy", *saves, "task=protein"]
+    refused = ["--resume", "auto", "name=copy", *saves, "data.mask_probability=0.3"]
     ended = run_program([["--config", str(config_of("masked-lm")), *refused]] * 2)
-    check_refused(ended, r"task='protein': the run that it goes on with has masked-lm")
+    check_refused(ended, r"data.mask_probability=0.3: the run that it goes on with has null")
 
 
 @pytest.mark.integration

@@ -108,7 +108,7 @@ class Protein(MaskedLm):
         sequence = "".join(text.split()).upper().rstrip("*")  # a stop codon is written as *
         found = super()._encode(sequence)
         unknown = found["input_ids"].count(self.tokenizer.unk_token_id)
-        if 2 * unknown > len(found["input_ids"]):
+        if unknown > sum(label != IGNORED for label in found["labels"]):
             problem = f"its tokenizer does not know most letters of {shorten(sequence, 40)!r}"
             fix = "choose a model of proteins, such as facebook/esm2_t12_35M_UR50D, and a column of sequences"
             raise ConfigError("model.name", self.config.model.name, problem, fix)

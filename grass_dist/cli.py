@@ -168,16 +168,16 @@ def show(
     with one_sentence_errors():
         from grass_dist.finetune.config_file import load_config
         from grass_dist.finetune.data.loading import first_example
-        from grass_dist.finetune.data.shown import shown
         from grass_dist.finetune.setup import load_tokenizer
+        from grass_dist.finetune.tasks.choose import task_of
 
         settings = load_config(config, overrides or [])
-        tokenizer = load_tokenizer(settings.model)
+        task = task_of(settings, load_tokenizer(settings.model))
         try:
-            example = first_example(settings.data, tokenizer, settings.train.seed)
+            example = first_example(settings.data, task.tokenizer, settings.train.seed, task)
         except ConfigError as error:
-            raise error if error.field.startswith("data.") else error.under("data") from None
-        _show_example(shown(example, tokenizer))
+            raise error if error.field.startswith(("data.", "model.")) else error.under("data") from None
+        _show_example(task.shown(example))
 
 
 app.command()(doctor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,6 +15,7 @@ from grass_dist.finetune.checkpoints import check_bad_steps
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.run_torch import Torch
 from grass_dist.finetune.steps import train_step
+from grass_dist.finetune.tasks.causal_lm import CausalLm
 from grass_dist.job.world import World
 from grass_dist.model.discovery import find_layers
 from integration_tests.support.model import small_llama
@@ -53,7 +55,7 @@ def spoiled(rank: int, world_size: int, backend: str, clip: float | None, spoil:
         parallel=backend,
     )
     world = World(rank, rank, world_size, torch.device("cpu"), cast(dist.ProcessGroup, dist.group.WORLD))
-    model = small_llama()
+    model, task = small_llama(), CausalLm(config, SimpleNamespace(pad_token_id=0))
     spoiler = Spoiler(model)
     run = Torch(config, world).start(model, find_layers(model), [])
     told: dict[str, Any] = {"moved": [], "bad": [], "error": None}
@@ -61,7 +63,7 @@ def spoiled(rank: int, world_size: int, backend: str, clip: float | None, spoil:
     for step in range(10):
         spoiler.what = spoil.get(step) if rank == world_size - 1 else None
         before = [full(p).clone() for p in run.model.parameters()]
-        result = train_step(run, [[EXAMPLES[rank]], [EXAMPLES[rank + 2]]], 0, world, step)
+        result = train_step(run, [[EXAMPLES[rank]], [EXAMPLES[rank + 2]]], task, world, step)
         told["moved"].append(
             any(not torch.equal(b, full(p)) for b, p in zip(before, run.model.parameters(), strict=True))
         )

@@ -27,6 +27,8 @@ SCRIPTS = [
     pytest.param("trl_sft", marks=[pytest.mark.integration, without_trl]),
     pytest.param("esm2_masked", marks=pytest.mark.long),
     pytest.param("esmfold_trunk", marks=pytest.mark.long),
+    pytest.param("trl_dpo", marks=[pytest.mark.long, without_trl]),
+    pytest.param("trl_reward", marks=[pytest.mark.long, without_trl]),
 ]
 CARRIED = re.compile(r"after step (\d+): carried layers \[([\d, ]*)\], (\d+) of (\d+) bytes")
 REWARDED = re.compile(r"step (\d+): reward ([\d.]+)")
@@ -50,7 +52,7 @@ def test_an_example_trains_layers_in_turn_and_learns(name, tmp_path):
     assert code == 0, said[-3000:]
     printed = PRINTED.findall(said)
     # Trainer probes before its first step, and its log names the layers of the step to come.
-    first, probe = (2, 0) if name == "trl_sft" else (1, PROBE)
+    first, probe = (2, 0) if name.startswith("trl_") else (1, PROBE)
     assert [int(step) for step, _, _ in printed] == list(range(first, STEPS + 1)), said[-3000:]  # by one rank
     steps = {int(step): tuple(map(int, filter(None, layers.split(", ")))) for step, layers, _ in printed}
     assert all(steps.pop(step) == () for step in range(1, probe + 1))
@@ -59,7 +61,9 @@ def test_an_example_trains_layers_in_turn_and_learns(name, tmp_path):
     assert all(len(set(layers)) == ACTIVE and max(layers) < LAYERS for layers in rounds.values())
     assert len(set(rounds.values())) > 2
     losses = [float(loss) for _, _, loss in printed]
-    assert sum(losses[-3:]) < sum(losses[:3]) - 1
+    # A loss of pairs begins at ln 2.
+    pairs = name in ("trl_dpo", "trl_reward")
+    assert sum(losses[-3:]) < (0.7 * sum(losses[:3]) if pairs else sum(losses[:3]) - 1)
     if name == "fsdp2_loop":
         assert sorted(path.name for path in saved.iterdir()) == ["step-000015", "step-000020"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +11,6 @@ from torch import nn
 
 from grass_dist.errors import shorten
 from grass_dist.finetune.fit import learnt_positions
-from grass_dist.finetune.hub import loading_options
 
 
 @torch.no_grad()
@@ -50,20 +51,20 @@ def greedy_answer(
     return tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True).strip()
 
 
-def answer_from_folder(
-    folder: str,
-    tokenizer: Any,
-    prompt_ids: list[int],
-    max_new_tokens: int,
-    device: torch.device,
-    *,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool,
-) -> str:
-    """Returns the same for a Hugging Face folder or name, loaded as any user loads it, in its own dtype or another."""
-    from transformers import AutoModelForCausalLM
+@contextlib.contextmanager
+def asked(model: nn.Module, device: torch.device | None) -> Iterator[torch.device]:
+    """Inside the block, the model is on ``device``, if that is not None, and evaluates; yields the model's device.
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **loading_options(folder)
-    )
-    return greedy_answer(model.to(device), tokenizer, prompt_ids, max_new_tokens)
+    Afterwards it trains again as before, in host memory if a device was given.
+    """
+    training = model.training
+    try:
+        if device is not None:
+            model.to(device)
+        model.eval()
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(training)
+        if device is not None:
+            model.to("cpu")

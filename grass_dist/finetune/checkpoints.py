@@ -22,7 +22,7 @@ from grass_dist.job.peers import of_collective
 from grass_dist.job.world import World
 from grass_dist.ranks import Ranks
 
-_FIXED = ("data.", "grass.", "train.global_batch_size", "train.seed")
+_FIXED = ("task", "data.", "grass.", "train.global_batch_size", "train.seed")
 _FREE = (
     *("name", "output_dir", "overwrite", "save_model", "sample_prompt", "answer_tokens", "parallel."),
     *("model.activation_checkpointing", "model.trust_remote_code", "model.allow_missing_weights"),
@@ -122,7 +122,8 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
     before, now = flatten(saved), flatten(config.model_dump(mode="json"))
     changed = []
     for name in sorted(set(before) | set(now)):
-        old, new = before.get(name), now.get(name)
+        # Checkpoints of before there were several tasks do not name one.
+        old, new = before.get(name, "causal-lm" if name == "task" else None), now.get(name)
         if old == new or (name.startswith(_FREE) and name not in _SAID):
             continue
         if name == "grass.always_active" and _without_others(old) == _without_others(new):

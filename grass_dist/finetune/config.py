@@ -35,7 +35,7 @@ class ModelConfig(StrictModel):
     allow_missing_weights: bool = False
     """Train a model whose files lack some of its weights (such as the head of a bare encoder): those start with random
     values, and the program says their names. `false`: such a model is refused with the names of what is missing. A
-    weight that is tied to another one is not missing."""
+    weight that is tied to another one is not missing, and neither is the new head of a classifier or tagger."""
 
 
 class CheckpointConfig(StrictModel):
@@ -219,8 +219,28 @@ class ParallelConfig(StrictModel):
         return self
 
 
+TaskName = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "token-classification", "protein"]
+
+_LEARNS: dict[str, tuple[str, ...]] = {
+    "causal-lm": ("completion", "text", "messages"),
+    "seq2seq-lm": ("completion",),
+    "masked-lm": ("text",),
+    "sequence-classification": ("label",),
+    "token-classification": ("tags",),
+    "protein": ("text",),
+}
+"""What each task learns: see `DataConfig.learnt`."""
+
+_HIDES = ("masked-lm", "protein")
+"""Tasks that hide tokens from the model."""
+
+
 class RunConfig(StrictModel):
     """A fine-tune."""
+
+    task: TaskName = "causal-lm"
+    """What the model is trained for: which class of transformers it is, which columns of `data` it learns from, its
+    loss and its metrics (docs/tasks.md)."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run, of letters, digits, `.`, `_` and `-`. The folder of the run is `output_dir/name`."""
@@ -232,8 +252,8 @@ class RunConfig(StrictModel):
     save_model: bool = True
     """Write the fine-tuned model as a Hugging Face folder, `model/` in the folder of the run."""
     sample_prompt: str | None = None
-    """A prompt that is answered before and after training. null: the first held-out one (none with `data.text` or
-    without held-out examples)."""
+    """A prompt that is answered before and after training. null: the first held-out one (none without held-out
+    examples, or for a causal language model with `data.text`)."""
     answer_tokens: int = Field(default=128, ge=0)
     """Greedy tokens of that answer at most. 0 asks nothing."""
     model: ModelConfig
@@ -255,6 +275,7 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
+        self._check_task()
         checkpoint, clip = self.train.checkpoint, self.train.clip_grad_norm
         if checkpoint and checkpoint.format == "deepspeed" and self.parallel.backend != "deepspeed":
             problem = f"parallel.backend={self.parallel.backend} does not write DeepSpeed's files"
@@ -274,6 +295,19 @@ class RunConfig(StrictModel):
             raise ConfigError("grass.offload.update_in_backward", True, problem, "set one of them to false or null")
         self._check_steps()
         return self
+
+    def _check_task(self) -> None:
+        """Checks that the data have what the task learns, and no setting that it does not use."""
+        data, task, parts = self.data, self.task, _LEARNS[self.task]
+        if data.learnt not in parts:
+            needs = " or ".join(f"data.{part}" for part in parts)
+            value = getattr(data, data.learnt)
+            raise ConfigError(f"data.{data.learnt}", value, f"task={task} does not learn it", f"set {needs} instead")
+        if data.packing and task != "causal-lm":
+            raise ConfigError("data.packing", True, f"task={task} has one example a row", "set it to false")
+        if data.mask_probability is not None and task not in _HIDES:
+            problem = f"task={task} hides no tokens"
+            raise ConfigError("data.mask_probability", data.mask_probability, problem, "leave it out")
 
     def _check_steps(self) -> None:
         """Checks that something is trained after the probe and the warm-up."""

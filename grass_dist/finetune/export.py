@@ -59,7 +59,9 @@ def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: P
     """
     if not world.is_main:
         return
-    model.config.use_cache = True
+    cached = hasattr(model.config, "use_cache")
+    if cached:
+        model.config.use_cache = True
     try:
         with disk.written_beside(folder) as writing:
             model.save_pretrained(writing, state_dict=whole)
@@ -71,7 +73,8 @@ def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: P
             "and go on from the last checkpoint, if there is one, by --resume auto."
         ) from error
     finally:
-        model.config.use_cache = False
+        if cached:
+            model.config.use_cache = False
 
 
 def write_model_files(config: Any, tokenizer: Any, folder: Path) -> None:

@@ -18,6 +18,7 @@ from grass_dist.finetune.metrics import MetricsLog
 from grass_dist.finetune.parallel import Run
 from grass_dist.finetune.progress import Reporter
 from grass_dist.finetune.steps import StepResult, evaluate, train_step
+from grass_dist.finetune.tasks.base import Task
 from grass_dist.job.signals import LeaveSignals
 from grass_dist.job.world import World
 from grass_dist.record.costs import StepCosts
@@ -37,7 +38,7 @@ class Loop:
     world: World
     run: Run
     data: Data
-    pad_token_id: int
+    task: Task
     reporter: Reporter
     log: MetricsLog | None
     checkpoints: Checkpoints
@@ -96,7 +97,7 @@ class Loop:
         def flags() -> list[float]:
             return [self.checkpoints.flag(), *self.signals.flags()]
 
-        result = train_step(self.run, micro_batches, self.pad_token_id, self.world, step, flags)
+        result = train_step(self.run, micro_batches, self.task, self.world, step, flags)
         if phase == "train" and result.applied:
             scheduler.step()
         seconds = time.perf_counter() - began
@@ -125,13 +126,12 @@ class Loop:
         if step == 0 or last or (settings.eval_every and step % settings.eval_every == 0):
             with self.world.during(f"the evaluation after step {step}"):
                 micro, leaves = settings.micro_batch_size, lambda: self._asked() is not None
-                held_out, pad = self.data.held_out, self.pad_token_id
-                loss = evaluate(self.run.model, held_out, micro, pad, self.world, leaves)
-                if loss is None:
+                found = evaluate(self.run.model, self.data.held_out, micro, self.task, self.world, leaves)
+                if found is None:
                     return self._asked()
-            self.reporter.held_out(step, loss)
+            self.reporter.held_out(step, **found)
             if self.log:
-                self.log.write("eval", step, loss=loss)
+                self.log.write("eval", step, **found)
         return None
 
     def _save(self, at: Position, *, leaving: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tunes a causal language model with GRASS; the one program that every launcher starts.
+"""Fine-tunes a model with GRASS; the one program that every launcher starts.
 
 What happens, in order: the configuration is checked, with --resume a checkpoint too, model and data are loaded and the
 model is put on its ranks (each of these on all ranks or on none); then the steps run, and are saved now and then; then
@@ -21,13 +21,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from grass_dist.checkpoint.loading import Checkpoint
 from grass_dist.checkpoint.saving import Saved
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.finetune import setup
-from grass_dist.finetune.answers import answer_from_folder
 from grass_dist.finetune.checkpoints import (
     Checkpoints,
     Position,
@@ -40,19 +38,20 @@ from grass_dist.finetune.checkpoints import (
 )
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.config_file import flat_settings, load_config
-from grass_dist.finetune.data.config import check_packing, fill_template
-from grass_dist.finetune.data.first_ids import LONG
-from grass_dist.finetune.data.loading import Data, Stream, load_data, render_prompt
-from grass_dist.finetune.data.shown import shown
+from grass_dist.finetune.data.config import check_packing
+from grass_dist.finetune.data.loading import Data, Stream, load_data
 from grass_dist.finetune.data.stream_identity import written_at
 from grass_dist.finetune.export import write_model_files
-from grass_dist.finetune.fit import check_fit, vocabulary_of
+from grass_dist.finetune.fit import check_fit
 from grass_dist.finetune.identity import data_identity, model_identity, versions
 from grass_dist.finetune.loop import Loop
 from grass_dist.finetune.metrics import Later, MetricsLog, describe_run
 from grass_dist.finetune.parallel import Parallelism
 from grass_dist.finetune.progress import Reporter
+from grass_dist.finetune.questions import answer_after, answer_before
 from grass_dist.finetune.run_folder import MODEL, RunFolder
+from grass_dist.finetune.tasks.base import Task
+from grass_dist.finetune.tasks.choose import task_of
 from grass_dist.job.guard import Guard, steady_streams
 from grass_dist.job.launchers import warning_of
 from grass_dist.job.output import Output, record_for_launcher
@@ -168,22 +167,25 @@ def finetune(
         checkpoint = checkpoint_to_resume(config, resume, world, say)
         folder.check(checkpoint)
         tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
-        data = world.together(lambda: _load_data(config, tokenizer))
+        task = world.together(lambda: task_of(config, tokenizer))
+        data = world.together(lambda: _load_data(config, task))
         data_is, written = world.together(lambda: (data_identity(data.train), written_at(config.data)))
-        model = world.together(parallel.load)
+        model = world.together(partial(parallel.load, task))
         padding = world.together(partial(check_fit, config, model, tokenizer, data))
+        world.together(lambda: task.set_padding(*padding))
         world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
         start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
         layers = find_layers(model, config.grass.layers)
         about = describe_run(config, world, parallel.name, layers, data, model)
-        about["example"] = shown(data.first, tokenizer)
+        about["example"] = task.shown(data.first)
         record, answer = record_of(checkpoint) if checkpoint else (0, None)
         if checkpoint is None:
-            answer = world.together(partial(_answer_before, config, parallel, model, data, tokenizer, world))
+            asks = partial(answer_before, task, data.held_out_rows, parallel, model)
+            answer = world.together(lambda: asks() if world.is_main else None)
 
         torch.manual_seed(config.train.seed + 1 + world.rank)  # dropout differs on the ranks
         reporter = Reporter(config.train.max_steps, len(layers.layers), speaks=world.is_main, guard=guard)
-        for sentence in [*data.told(), *([padding.told] if padding.told else [])]:
+        for sentence in [*data.told(), *task.told(), *([padding.told] if padding.told else [])]:
             reporter.say(sentence)
         run = parallel.start(model, layers, [later := Later()])
         settings = model.config
@@ -215,13 +217,11 @@ def finetune(
 
         add_model = partial(write_model_files, settings, tokenizer)
         checkpoints = Checkpoints(config, world, run, folder.path, add_model, tell, start.step)
-        loop = Loop(config, world, run, data, padding.id, reporter, log, checkpoints, signals, state)
-        return _train(loop, start, tokenizer, answer, folder.path, guard)
+        loop = Loop(config, world, run, data, task, reporter, log, checkpoints, signals, state)
+        return _train(loop, start, answer, folder.path, guard)
 
 
-def _train(
-    loop: Loop, start: Position, tokenizer: Any, answer: dict[str, Any] | None, folder: Path, guard: Guard
-) -> int | None:
+def _train(loop: Loop, start: Position, answer: dict[str, Any] | None, folder: Path, guard: Guard) -> int | None:
     """All steps after ``start``, then the model, then the report; the signal by which it left before that."""
     config, world, run, reporter, log = loop.config, loop.world, loop.run, loop.reporter, loop.log
     began = time.perf_counter()
@@ -245,7 +245,7 @@ def _train(
         reporter.say(untrained)
     if config.save_model:
         with world.during("the writing of the model"):
-            world.together(partial(run.save, tokenizer, folder / MODEL))
+            world.together(partial(run.save, loop.task.tokenizer, folder / MODEL))
     if log:
         log.write("end", config.train.max_steps, seconds=seconds)
     with world.during("the end of the training"):
@@ -255,7 +255,7 @@ def _train(
     run.close()  # its memory is free for the model that answers
     if log:
         with guard.around("the answer of the model and the report", f"grass-dist report {folder} makes the report"):
-            _conclude(loop, log, tokenizer, answer)
+            _conclude(loop, log, answer)
     return None
 
 
@@ -279,68 +279,24 @@ def _start(
     return position_of(checkpoint)
 
 
-def _answer_before(
-    config: RunConfig, parallel: Parallelism, model: nn.Module, data: Data, tokenizer: Any, world: World
-) -> dict[str, Any] | None:
-    """The first held-out question and the answer of the model as it was loaded.
-
-    On the main rank, on its device for as long as it takes; the other ranks wait.
-    """
-    question = _question(config, data) if world.is_main else None
-    if question is None:
-        return None
-    ids = render_prompt(tokenizer, question["prompt"], config.data.chat_template)
-    try:
-        vocabulary_of(config.model.name, model, tokenizer).check_ids(ids)
-        return {**question, "text": parallel.answer(model, tokenizer, ids)}
-    except torch.cuda.OutOfMemoryError:
-        return {**question, "text": "(the whole model does not fit on one device)"}
-
-
-def _conclude(loop: Loop, log: MetricsLog, tokenizer: Any, before: dict[str, Any] | None) -> None:
+def _conclude(loop: Loop, log: MetricsLog, before: dict[str, Any] | None) -> None:
     """Writes the answer of the saved model, and the report; called on the main rank."""
     from grass_dist.report import build_report
 
     config, reporter = loop.config, loop.reporter
     if config.save_model and before:
-        try:
-            text = answer_from_folder(
-                str(log.folder / MODEL),
-                tokenizer,
-                render_prompt(tokenizer, before["prompt"], config.data.chat_template),
-                config.answer_tokens,
-                loop.world.device,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-        except torch.cuda.OutOfMemoryError:
-            text = "(the whole model does not fit on one device)"
+        folder, device = str(log.folder / MODEL), loop.world.device
+        text = answer_after(loop.task, loop.data.held_out_rows, folder, before["prompt"], device)
         log.write("answer", config.train.max_steps, when="after", **{**before, "text": text})
         reporter.say(f"\nquestion: {before['prompt']}\n\nbefore: {before['text']}\n\nafter: {text}\n")
     log.close()
     reporter.say(f"report: {build_report(log.folder)}")
 
 
-def _load_data(config: RunConfig, tokenizer: Any) -> Data:
+def _load_data(config: RunConfig, task: Task) -> Data:
     try:
         if config.data.packing:
             check_packing(config.model.attention, config.train.micro_batch_size)
-        return load_data(config.data, tokenizer, config.train.seed)
+        return load_data(config.data, task.tokenizer, config.train.seed, task)
     except ConfigError as error:
-        raise error if error.field.startswith("data.") else error.under("data") from None
-
-
-def _question(config: RunConfig, data: Data) -> dict[str, Any] | None:
-    """The prompt that is answered before and after, and the answer that the data gives, if it does."""
-    if config.answer_tokens == 0:
-        return None
-    prompt, expected = config.sample_prompt, None
-    if prompt is None:
-        if config.data.prompt is None or config.data.completion is None or not data.held_out_rows:
-            return None
-        filled = ((fill_template(config.data.prompt, row, "prompt"), row) for row in data.held_out_rows)
-        longest = LONG * config.data.max_length
-        prompt, row = next(((prompt, row) for prompt, row in filled if len(prompt) <= longest), (None, None))
-        if prompt is None or row is None:
-            return None
-        expected = fill_template(config.data.completion, row, "completion")
-    return {"prompt": prompt, "expected": expected}
+        raise error if error.field.startswith(("data.", "model.")) else error.under("data") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,11 +12,12 @@ from torch import nn
 
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.events import Observer
+from grass_dist.finetune.tasks.base import Batch, Task
 from grass_dist.method.controller import GrassController
 from grass_dist.model.discovery import LayerMap
 
-Batch = dict[str, torch.Tensor]
-"""A micro-batch on this rank's device, as `collate` makes it."""
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+"""The loss of a micro-batch on this rank's device, summed over its targets: `Task.loss`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,13 @@ class Run(Protocol):
         """The module that a forward calls; all ranks call it equally often."""
         ...
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss) -> Stepped:
         """Takes one optimizer step with clipping. If a gradient is not finite, no rank updates.
 
         Args:
-            batches: all micro-batches of this rank.
+            batches: all micro-batches of this rank, on its device.
             scale: the factor on their summed loss that makes the mean over the ranks that of the global batch.
+            loss: of the task.
         """
         ...
 
@@ -84,12 +86,12 @@ class Parallelism(Protocol):
     name: str
     """The name for the record, e.g. "fsdp2" or "DeepSpeed ZeRO-2"."""
 
-    def load(self) -> nn.Module:
-        """Loads the pretrained model. Called on every rank."""
+    def load(self, task: Task) -> nn.Module:
+        """Loads the pretrained model of a task. Called on every rank."""
         ...
 
-    def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
-        """Generates an answer of the model as it was loaded, on its device. Called on one rank."""
+    def answer(self, task: Task, model: nn.Module, prompt: str) -> str:
+        """Returns what the model, as it was loaded, says to a prompt of the task. Called on one rank."""
         ...
 
     def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> Run:

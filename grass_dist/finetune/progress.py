@@ -68,9 +68,10 @@ class Reporter:
             chosen = " ".join(map(str, event.active_layers))
             self.say(f"step {event.step}: round {event.round:<3} {strip}  layers {chosen} train")
 
-    def held_out(self, step: int, loss: float) -> None:
+    def held_out(self, step: int, loss: float, **metrics: float) -> None:
+        """Says how the model does on the held-out examples."""
         self._held_out = loss
-        self.say(f"step {step}: held-out loss {loss:.4f}")
+        self.say(f"step {step}: held-out loss {loss:.4f}" + "".join(f", {k} {v:.4g}" for k, v in metrics.items()))
 
     def bad_step(self, step: int, loss: float, norm: float | None) -> None:
         """Says that ``step`` is not counted: see `StepResult.applied`."""

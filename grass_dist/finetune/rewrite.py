@@ -115,10 +115,10 @@ def _save(world: World, task: _Conversion) -> None:
     if task.model is None:
         own = world.together(lambda: _own_config(checkpoint))
 
-        def make(config: RunConfig, device: torch.device) -> nn.Module:
+        def make(config: RunConfig, device: torch.device, _task: object) -> nn.Module:
             return build(own, getattr(torch, config.model.dtype), device, ATTENTION)
 
-        model = world.together(partial(parallel.load, make))
+        model = world.together(partial(parallel.load, make=make))
     else:
         model = world.together(parallel.load)
     run = parallel.start(model, find_layers(model, config.grass.layers), [])
@@ -150,6 +150,9 @@ def _settings_of(checkpoint: Checkpoint, task: _Conversion) -> RunConfig:
     Model, data and folders are not taken from the checkpoint's configuration, which anybody may have written.
     """
     stored = _stored_config(checkpoint)
+    if (kind := stored.get("task", "causal-lm")) != "causal-lm":
+        problem = f"{checkpoint.folder} is of task={files.printable(kind):.40}, and only causal-lm is converted"
+        raise CheckpointError(f"{problem} to DeepSpeed's format; go on with it under another backend.")
     train = {key: value for key, value in stored["train"].items() if key != "checkpoint"}
     whole, micro = train.get("global_batch_size"), train.get("micro_batch_size")
     if not isinstance(whole, int) or not isinstance(micro, int) or whole < 1 or micro < 1:

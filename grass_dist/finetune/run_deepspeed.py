@@ -19,11 +19,11 @@ from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
-from grass_dist.finetune.answers import answer_from_folder, greedy_answer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.deepspeed_config import check, fill, read_ds_config
 from grass_dist.finetune.export import gather_zero, save_pretrained
-from grass_dist.finetune.parallel import Batch, Stepped
+from grass_dist.finetune.parallel import Loss, Stepped
+from grass_dist.finetune.questions import answer_from_folder
 from grass_dist.finetune.setup import (
     accumulation_steps,
     adamw_settings,
@@ -32,9 +32,9 @@ from grass_dist.finetune.setup import (
     parameter_groups,
     weight_dtype,
 )
+from grass_dist.finetune.tasks.base import Batch, Task
 from grass_dist.job.world import World
 from grass_dist.model.discovery import LayerMap
-from grass_dist.model.loss import summed_loss
 from grass_dist.model.packaged import resolve_model
 
 
@@ -60,7 +60,9 @@ class DeepSpeed:
         stage = max(self._setup.stage, 1)
         self.name, self._shards_weights = f"DeepSpeed ZeRO-{stage}", stage == 3
 
-    def load(self, make: Callable[[RunConfig, torch.device], nn.Module] = load_model) -> nn.Module:
+    def load(
+        self, task: Task | None = None, make: Callable[[RunConfig, torch.device, Task | None], nn.Module] = load_model
+    ) -> nn.Module:
         """Loads the model. Under ZeRO-3 each weight is sharded as it is loaded, so no device holds the whole model.
 
         Args:
@@ -68,21 +70,14 @@ class DeepSpeed:
         """
         self._join()
         with self._zero3():
-            return make(self._config, self._world.device)
+            return make(self._config, self._world.device, task)
 
-    def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
-        device, tokens, settings = self._world.device, self._config.answer_tokens, self._config.model
+    def answer(self, task: Task, model: nn.Module, prompt: str) -> str:
+        device, settings = self._world.device, self._config.model
         if self._shards_weights:  # one rank alone cannot gather them, but it can load the model once more
-            return answer_from_folder(
-                resolve_model(settings.name),
-                tokenizer,
-                prompt_ids,
-                tokens,
-                device,
-                dtype=weight_dtype(settings, device),
-                trust_remote_code=settings.trust_remote_code,
-            )
-        return greedy_answer(model, tokenizer, prompt_ids, tokens, device)
+            dtype = weight_dtype(settings, device)
+            return answer_from_folder(task, resolve_model(settings.name), prompt, device, dtype=dtype)
+        return task.answer(model, prompt, device)
 
     def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> DeepSpeedRun:
         from grass_dist.deepspeed import initialize
@@ -132,15 +127,15 @@ class DeepSpeedRun:
         self._accumulation, self._clip = accumulation_steps(config, world), config.train.clip_grad_norm
         self._world, self._keep = world, keep
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss) -> Stepped:
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         probing = self.grass.phase == "probe"
         for batch in batches:
-            loss = summed_loss(self.model, batch)
+            summed = loss(self.model, batch)
             # backward() divides by the steps of accumulation, and scale counts every micro-batch already.
-            self.model.backward(loss * (scale * self._accumulation))
+            self.model.backward(summed * (scale * self._accumulation))
             self.model.step()  # updates after the last one
-            total += loss.detach()
+            total += summed.detach()
         norm = None if probing or self._clip is None else float(self.model.get_global_grad_norm())
         finite = norm is None or math.isfinite(norm)
         return Stepped(total, norm, applied=probing or (finite and not self.model.optimizer.overflow))

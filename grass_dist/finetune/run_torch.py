@@ -18,16 +18,15 @@ from grass_dist.backends.wrapping import shard, shard_mesh
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.config import GrassConfig
 from grass_dist.events import Observer
-from grass_dist.finetune.answers import greedy_answer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.export import gather_torch, save_pretrained
 from grass_dist.finetune.optimizers import optimizer_of
-from grass_dist.finetune.parallel import Batch, Stepped
+from grass_dist.finetune.parallel import Loss, Stepped
 from grass_dist.finetune.setup import accumulation_steps, check_ranks, load_model, parameter_groups
+from grass_dist.finetune.tasks.base import Batch, Task
 from grass_dist.job.world import World
 from grass_dist.model.compiled import compile_layers
 from grass_dist.model.discovery import LayerMap
-from grass_dist.model.loss import summed_loss
 from grass_dist.optimizer import GrassOptimizer
 
 
@@ -39,11 +38,11 @@ class Torch:
         self.name = config.parallel.backend
         check_ranks(config, world)
 
-    def load(self) -> nn.Module:
-        return load_model(self._config, self._world.device)
+    def load(self, task: Task | None = None) -> nn.Module:
+        return load_model(self._config, self._world.device, task)
 
-    def answer(self, model: nn.Module, tokenizer: Any, prompt_ids: list[int]) -> str:
-        return greedy_answer(model, tokenizer, prompt_ids, self._config.answer_tokens, self._world.device)
+    def answer(self, task: Task, model: nn.Module, prompt: str) -> str:
+        return task.answer(model, prompt, self._world.device)
 
     def start(self, model: nn.Module, layers: LayerMap, observers: Sequence[Observer]) -> TorchRun:
         if self._config.model.compile:
@@ -67,13 +66,13 @@ class TorchRun:
         self.model, self.optimizer, self.grass = model, optimizer, optimizer.grass
         self._clip, self._world = clip, world
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor) -> Stepped:
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss) -> Stepped:
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for number, batch in enumerate(batches):
             with _reduce_only(self.model, last=number == len(batches) - 1):
-                loss = summed_loss(self.model, batch)
-                (loss * scale).backward()
-            total += loss.detach()
+                summed = loss(self.model, batch)
+                (summed * scale).backward()
+            total += summed.detach()
         norm, applied = None, True
         if self.grass.phase == "train":
             if self._clip is not None:

@@ -18,6 +18,7 @@ from grass_dist.errors import ConfigError, shorten
 from grass_dist.finetune.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.finetune.data.batches import check_divides
 from grass_dist.finetune.hub import hub_problem, loading_options
+from grass_dist.finetune.tasks.base import Task
 from grass_dist.job.world import World
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import find_layers
@@ -59,20 +60,24 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_model(config: RunConfig, device: torch.device) -> nn.Module:
-    """Loads the pretrained causal language model into host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
+def load_model(config: RunConfig, device: torch.device, task: Task | None = None) -> nn.Module:
+    """Loads the pretrained model of a task into host memory; under an `HfDeepSpeedConfig` of ZeRO-3, its shards.
+
+    Args:
+        task: with what it has found in the data; None loads a causal language model.
 
     Raises:
         ConfigError: there is no such model, its files lack some of its weights (see
-            `ModelConfig.allow_missing_weights`), or settings of ``grass`` do not fit it.
+            `ModelConfig.allow_missing_weights`), it is none for the task, or settings of ``grass`` do not fit it.
         UnsupportedModel: it has no layer stack.
     """
     from transformers import AutoModelForCausalLM
 
     settings = config.model
+    load = AutoModelForCausalLM.from_pretrained if task is None else task.load
     try:
         _check_depth(resolve_model(settings.name), settings)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = load(
             resolve_model(settings.name),
             dtype=weight_dtype(settings, device),
             attn_implementation=settings.attention,
@@ -85,7 +90,10 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
     except Exception as error:  # as above
         raise _no_model(settings, error) from error
     model, found = loaded
-    _check_complete(settings, found)
+    new = set() if task is None else {name for name in found["missing_keys"] if task.is_new(model, name)}
+    _check_complete(settings, found, new)
+    if task is not None:
+        task.check_model(model)
     _check_dropout(settings, model.config.to_dict())
     try:
         freeze_named(model, config.grass)
@@ -94,7 +102,8 @@ def load_model(config: RunConfig, device: torch.device) -> nn.Module:
         always_active_roles(model, layers, config.grass)
     except ConfigError as error:
         raise error.under("grass") from None
-    model.config.use_cache = False
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
     if settings.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -191,15 +200,24 @@ def _check_dropout(config: ModelConfig, settings: Mapping[str, Any]) -> None:
             raise ConfigError("model.name", config.name, problem, "write one from 0 to 1 there")
 
 
-def _check_complete(config: ModelConfig, found: dict[str, Any]) -> None:
+def _check_complete(config: ModelConfig, found: dict[str, Any], new: set[str]) -> None:
     """Checks what `from_pretrained` tells of the weights. One that is tied to another that is there is not missing.
+
+    Args:
+        new: those that the task brings along, which nobody has trained yet.
 
     Raises:
         ConfigError: some are missing or have another shape, and this is not allowed.
     """
-    missing = sorted({*found["missing_keys"], *(str(each[0]) for each in found["mismatched_keys"])})
+    if new and (not dist.is_initialized() or dist.get_rank() == 0):
+        log.warning("%s is new on %s, and begins at random", ", ".join(sorted(new)), config.name)
+    missing = sorted({*found["missing_keys"], *(odd := [str(each[0]) for each in found["mismatched_keys"]])} - new)
     if not missing:
         return
+    if odd and not config.allow_missing_weights:
+        problem = f"its {odd[0]} is of another size than the data need"
+        fix = "name the labels that it knows in data.labels, or set model.allow_missing_weights=true for a new head"
+        raise ConfigError("model.name", config.name, problem, fix)
     named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     if not config.allow_missing_weights:
         problem = f"its files lack {named}, which would begin at random"
@@ -214,6 +232,10 @@ def _no_model(config: ModelConfig, error: Exception) -> ConfigError:
     fix = "give a model's name or folder"
     if "ignore_mismatched_sizes" in reason:  # transformers prints a table of them
         reason, fix = "its weights have other shapes than its config.json says", "give it the one it was saved with"
+    if "Unrecognized configuration class" in reason:  # the list of all classes follows
+        return ConfigError(
+            "model.name", config.name, "it is no model for this task", "choose another one, or another task"
+        )
     if unreachable := hub_problem(config.name):
         reason = f"there is no such folder, it is not in the cache of the Hub, and {unreachable}"
         fix = f"{fix}, or load it once where the Hub can be reached"

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from grass_dist.finetune.data.batches import Example, collate
+from grass_dist.finetune.data.batches import Example
 from grass_dist.finetune.parallel import Run
+from grass_dist.finetune.tasks.base import Task
 from grass_dist.job.world import World
-from grass_dist.model.loss import IGNORED, summed_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,11 @@ class StepResult:
     """Holds the result of a step on the global batch."""
 
     loss: float
-    """Mean loss over all target tokens."""
+    """Mean loss over all targets."""
     grad_norm: float | None
     """Norm of the gradients before clipping; None in the probe and without clipping."""
     tokens: int
-    """Number of target tokens."""
+    """Number of targets: tokens, or rows that have a label as a whole."""
     applied: bool
     """True if anything was updated: nothing is where a loss or gradient is not finite."""
     flags: list[float]
@@ -40,31 +40,33 @@ class StepResult:
 def train_step(
     run: Run,
     micro_batches: Sequence[Sequence[Example]],
-    pad_token_id: int,
+    task: Task,
     world: World,
     step: int,
     flags: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
     """Takes one optimizer step over the micro-batches of this rank.
 
-    The loss is the mean over the target tokens of the *global* batch, so it does not depend on how the batch was cut
+    The loss is the mean over the targets of the *global* batch, so it does not depend on how the batch was cut
     into ranks and micro-batches. Besides the gradients, an all-reduce of 8 bytes goes over the wire, and one of 8 bytes
     for the loss and for each flag.
 
     Args:
-        step: its number, for errors.
+        micro_batches: of equal size, as `MicroBatches` gives them.
+        step: its number, from 1.
         flags: gives at the end of the step the numbers that the ranks add up.
     """
-    batches = [
-        {name: t.to(world.device, non_blocking=True) for name, t in collate(micro, pad_token_id).items()}
-        for micro in micro_batches
-    ]
-    tokens = torch.stack([(b["labels"][:, 1:] != IGNORED).sum() for b in batches]).sum()
+    batches = []
+    for number, micro in enumerate(micro_batches):
+        first = (number * world.size + world.rank) * len(micro)  # place in the global batch: see `share`
+        varied = [task.vary(example, step, first + place) for place, example in enumerate(micro)]
+        batches.append({name: t.to(world.device, non_blocking=True) for name, t in task.collate(varied).items()})
+    tokens = torch.stack([task.targets(batch) for batch in batches]).sum()
     with world.during(f"the sum of the tokens of step {step}"):
         dist.all_reduce(tokens)
     with world.during(f"the forward, backward and update of step {step}"):
         # The backends average over the ranks, so each rank's sum counts world.size-fold.
-        stepped = run.step(batches, world.size / tokens.clamp(min=1))
+        stepped = run.step(batches, world.size / tokens.clamp(min=1), task.loss)
     told = torch.tensor(list(flags()), dtype=torch.float64, device=world.device)
     with world.during(f"the sum of the losses of step {step}"):
         sums = torch.cat([stepped.total.reshape(1), told])
@@ -79,21 +81,21 @@ def evaluate(
     model: nn.Module,
     examples: Iterable[Example],
     micro_batch_size: int,
-    pad_token_id: int,
+    task: Task,
     world: World,
     leaves: Callable[[], bool],
-) -> float | None:
-    """Computes the mean loss over the target tokens of ``examples``, which the ranks share.
+) -> dict[str, float] | None:
+    """Computes the mean loss over the targets of ``examples``, which the ranks share, and the metrics of the task.
 
     Args:
         leaves: says on every rank, before each micro-batch, whether it ends here; the same on all.
 
     Returns:
-        The loss, or None if it has been left before its end.
+        The ``loss`` and the metrics, or None if it has been left before its end.
     """
-    examples = list(examples)
+    examples = [task.vary(example, 0, place) for place, example in enumerate(examples)]
     micro = [examples[at : at + micro_batch_size] for at in range(0, len(examples), micro_batch_size)]
-    loss = tokens = 0.0
+    sums: list[float] = []
     training = model.training
     model.eval()
     ended = False
@@ -101,16 +103,18 @@ def evaluate(
         if ended := leaves():
             break
         mine = start + world.rank
-        batch = collate(micro[mine if mine < len(micro) else 0], pad_token_id)
+        batch = task.collate(micro[mine if mine < len(micro) else 0])
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
-        value = summed_loss(model, batch).item()
+        value, counts = task.measure(model, batch)
+        found = [value.item(), float(task.targets(batch)), *counts]
+        sums = sums or [0.0] * len(found)
         if mine < len(micro):
-            loss += value
-            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+            sums = [before + more for before, more in zip(sums, found, strict=True)]
     model.train(training)
     if ended:
         if isinstance(model, FSDPModule):  # a forward leaves the root's weights whole, and they are saved now
             model.reshard()
         return None
-    loss, tokens = world.sum(loss, tokens)
-    return loss / max(tokens, 1)
+    loss, targets, *counts = world.sum(*sums)
+    mean = loss / max(targets, 1)
+    return {"loss": mean, **task.metrics(mean, counts)}

@@ -100,10 +100,13 @@ class StepEvent:
 
 @dataclass(frozen=True, slots=True)
 class EvalEvent:
-    """The held-out loss after ``step`` steps."""
+    """The held-out loss after ``step`` steps, and the metrics of the task; None where it has no such metric."""
 
     step: StepNumber
     loss: Measured
+    perplexity: Measured = None
+    accuracy: Measured = None
+    f1: Measured = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,9 +208,10 @@ def _loss_card(first: EvalEvent | None, last: EvalEvent | None) -> Card:
     if first.step == last.step:
         return Card(label, _loss_text(first.loss), f"at step {first.step:,} only")
     change = f", {last.loss / first.loss - 1:+.1%}".replace("-", "−") if first.loss and last.loss else ""
-    return Card(
-        label, f"{_loss_text(first.loss)} → {_loss_text(last.loss)}", f"steps {first.step:,} and {last.step:,}{change}"
-    )
+    found = [(name, getattr(first, name), getattr(last, name)) for name in ("perplexity", "accuracy", "f1")]
+    more = [f"{name} {a:.3g} → {b:.3g}" for name, a, b in found if a is not None and b is not None]
+    note = "; ".join([f"steps {first.step:,} and {last.step:,}{change}", *more])
+    return Card(label, f"{_loss_text(first.loss)} → {_loss_text(last.loss)}", note)
 
 
 def _bytes_card(found: Numbers) -> Card:

@@ -37,9 +37,10 @@ from grass_dist.backends.ddp import DdpSharding
 from grass_dist.checkpoint import disk, files, saving
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.pieces import Piece
-from grass_dist.finetune import run_torch, steps
+from grass_dist.finetune import run_torch
 from grass_dist.finetune.loop import Loop
 from grass_dist.finetune.run_folder import MODEL, RunFolder
+from grass_dist.finetune.tasks.causal_lm import CausalLm
 from grass_dist.job import world
 from grass_dist.method import controller as engine
 from grass_dist.ranks import Ranks
@@ -177,7 +178,7 @@ def _around_the_steps(fate: Fate) -> None:
     fate.after("the start: the folder is made", RunFolder, "begin")
     fate.before("the start: before the first step", Loop, "train")
     fate.before("between steps", Loop, "_evaluate")
-    fate.after("evaluation", steps, "summed_loss")
+    fate.after("evaluation", CausalLm, "measure")
     write = writers.JsonLines.write
 
     def half_a_line(self: Any, event: str, step: int, values: Mapping[str, Any]) -> None:

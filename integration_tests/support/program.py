@@ -188,9 +188,9 @@ def tree_of(*folders: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
-def run_all(config: Path, world_size: int, *overrides: str) -> Path:
+def run_all(config: Path, world_size: int, *overrides: str, timeout: float = 90) -> Path:
     """Runs it on ``world_size`` ranks, which must end well; gives the folder of the run."""
-    ended = run_program([["--config", str(config), *overrides]] * world_size)
+    ended = run_program([["--config", str(config), *overrides]] * world_size, timeout)
     assert [rank.code for rank in ended] == [0] * world_size, "\n".join(rank.err for rank in ended)
     assert not any(rank.out for rank in ended[1:])  # one rank speaks
     name = next((o.removeprefix("name=") for o in overrides if o.startswith("name=")), "small")

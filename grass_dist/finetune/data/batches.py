@@ -24,7 +24,8 @@ Example = dict[str, list[int]]
 class Examples:
     """Tokenised examples, like a list of ``{"input_ids": …, "labels": …}`` (packed: and ``"position_ids"``).
 
-    They take 4 bytes for each token and key, whatever their number. ``dropped`` counts the examples that had no label
+    The lists of an example may differ in length: the label of a whole text is a list of one. They take 4 bytes for each
+    token and key, whatever their number. ``dropped`` counts the examples that had no label
     left and were not kept, ``unanswered`` the rows that had no answer. ``dated`` says that their prompts differ from
     day to day, which some chat templates cause.
     """
@@ -33,23 +34,23 @@ class Examples:
 
     def __init__(self, examples: Iterable[Example] = (), dropped: int = 0, unanswered: int = 0) -> None:
         self.dropped, self.unanswered = dropped, unanswered
-        self._ends = array("q", [0])
+        self._ends: dict[str, array[int]] = {}
         self._tokens: dict[str, array[int]] = {}
         for example in examples:
             self.append(example)
 
     def append(self, example: Example) -> None:
-        """Adds an example; its lists are of equal length, and all examples have the same keys."""
+        """Adds an example; all examples have the same keys."""
         for key, values in example.items():
             self._tokens.setdefault(key, array("i")).extend(values)
-        self._ends.append(self._ends[-1] + len(example["input_ids"]))
+            self._ends.setdefault(key, array("q", [0])).append(len(self._tokens[key]))
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._ends.get("input_ids", [0])) - 1
 
     def __getitem__(self, index: int) -> Example:
-        start, end = self._ends[range(len(self))[index]], self._ends[range(len(self))[index] + 1]
-        return {key: values[start:end].tolist() for key, values in self._tokens.items()}
+        at = range(len(self))[index]
+        return {key: values[slice(*self._ends[key][at : at + 2])].tolist() for key, values in self._tokens.items()}
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -64,10 +65,13 @@ class Examples:
         if self.dated:
             labels = np.frombuffer(self._tokens.get("labels", array("i")), dtype=np.intc)
             return hashlib.sha256(labels[labels != IGNORED].tobytes()).hexdigest()
-        total = hashlib.sha256(self._ends)
+        ends = self._ends.get("input_ids", array("q", [0]))
+        total = hashlib.sha256(ends)
         for key in sorted(self._tokens):
             total.update(key.encode())
             total.update(self._tokens[key])
+            if self._ends[key] != ends:
+                total.update(self._ends[key])
         return total.hexdigest()
 
 

@@ -50,6 +50,24 @@ class Chat:
         self._opening, self._other_opening = given[shared:], before[shared:]
         self._marks = _GENERATION.search(str(tokenizer.get_chat_template())) is not None
 
+    @property
+    def in_parts(self) -> bool:
+        """Says whether the template wants the content of a message as a list of parts."""
+        return self._in_parts
+
+    @property
+    def marks(self) -> bool:
+        """Says whether the template marks what the assistant writes."""
+        return self._marks
+
+    @property
+    def end(self) -> str:
+        """Returns what ends an answer, the eos token or another text; "" where the template writes nothing."""
+        eos = str(self._tokenizer.eos_token or "")
+        if eos and eos in self._after:
+            return self._after[: self._after.rindex(eos) + len(eos)]
+        return self._after.rstrip()
+
     def prompt_ids(self, prompt: str, most: int | None = None) -> list[int]:
         """Returns the ids that the model is given; of a very long prompt at least the first ``most``.
 
@@ -109,11 +127,11 @@ class Chat:
     def _checked(self, prompt: str, answer: str) -> tuple[str, str, str]:
         """Returns what the model is given, the rendering of both, and what `_rest` gives, which holds the answer."""
         given, both = self._asked(prompt), self._both(prompt, answer)
-        rest, to_come = self._rest(given, both, answer), _to_come(answer, given)
+        rest, wanted = self._rest(given, both, answer), to_come(answer, given)
         # At the end: what the template writes by itself before the answer may hold a short one by chance.
         body = rest.removesuffix(self._after)
-        exact = body.rstrip().endswith(to_come)  # else a copy in single words, which is many times as large
-        if not exact and not _squeezed(body).endswith(_squeezed(to_come)):
+        exact = body.rstrip().endswith(wanted)  # else a copy in single words, which is many times as large
+        if not exact and not _squeezed(body).endswith(_squeezed(wanted)):
             raise _refused("drops or rewrites the completion", answer)
         return given, both, rest
 
@@ -183,7 +201,7 @@ class Chat:
     def _check(self, ids: list[int], learnt: list[bool], answer: str, given: str) -> None:
         """Checks that what is learnt, decoded again, holds the answer, whatever was found before."""
         text = self._tokenizer.decode([token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt])
-        wanted = _to_come(answer, given)
+        wanted = to_come(answer, given)
         # A tokenizer that loses something (capitals, unknown characters) loses it here too.
         if not _holds(str(text), wanted) and not _holds(str(text), str(self._tokenizer.decode(self._encode(wanted)))):
             what = "marks, with its {% generation %} blocks, only a part of" if self._marks else "does not keep"
@@ -245,7 +263,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, _template: str) -> Chat:
     return Chat(tokenizer)
 
 
-def _to_come(answer: str, given: str) -> str:
+def to_come(answer: str, given: str) -> str:
     """Returns an answer without the tag (``<think>``) that it begins with, where the model is given that already."""
     wanted = answer.strip()
     tag = _TAG.match(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from string import Formatter
 from typing import Any, Literal
@@ -28,7 +29,8 @@ class DataConfig(StrictModel):
     name: str = Field(min_length=1)
     """A dataset of the Hub, a local folder, a file (`.json`: a list of objects; `.jsonl` or `.ndjson`: one object a
     line; `.csv` or `.tsv`: with the names of the columns in the first line; all of these also with `.gz`; `.parquet`),
-    or `reasoning-gym:<task>` for generated examples, e.g. `reasoning-gym:gsm_symbolic`. A `*` in the name of a file
+    a FASTA file (`.fasta`, `.fa`, `.faa`: columns `id`, `description`, `sequence`), or `reasoning-gym:<task>` for
+    generated examples, e.g. `reasoning-gym:gsm_symbolic`. A `*` in the name of a file
     stands for anything where no file has exactly that name. More on each in docs/configuration.md#data."""
 
     config_name: str | None = None
@@ -39,7 +41,7 @@ class DataConfig(StrictModel):
 
     on_bad_line: Literal["stop", "skip"] = "stop"
     """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, or does
-    not fill `prompt`, `completion` or `text`. `stop`: an error that names the first one. `skip`: every rank leaves out
+    not fill the columns in use. `stop`: an error that names the first one. `skip`: every rank leaves out
     all such lines, in `eval` too, and says how many; refused for anything but a file."""
 
     prompt: str | None = None
@@ -51,6 +53,33 @@ class DataConfig(StrictModel):
 
     text: str | None = None
     """Plain text to learn in full: a column or a template. It replaces `prompt` and `completion`."""
+
+    messages: str | None = None
+    """Column of conversations, instead of `prompt` and `completion`: lists of `{"role": ..., "content": ...}`, of any
+    number of turns, also with `tool_calls` and results of tools. There is loss on the turns of the assistant alone."""
+
+    tools: str | None = None
+    """Column with the tools of each conversation, a list of JSON schemas that the chat template shows. `messages`
+    only."""
+
+    pair: str | None = None
+    """sequence-classification: a second text beside `text`, for a label of the two: a column or a template."""
+
+    label: str | None = None
+    """sequence-classification: column with the label of `text`, a name or a number."""
+
+    words: str | None = None
+    """token-classification: column with the words of each text, a list."""
+
+    tags: str | None = None
+    """token-classification: column with the label of each word, a list as long as that of `words`."""
+
+    labels: list[str] | None = None
+    """Names of the labels of `label` or `tags`, in the order of their numbers. null: those that the dataset declares,
+    or else those that occur, in the order of the model if it knows all of them, or else sorted. A stream needs them."""
+
+    mask_probability: float | None = Field(default=None, gt=0, lt=1)
+    """masked-lm and protein: share of the tokens that the model has to find. null: 0.15."""
 
     eval: str | None = None
     """Where the held-out examples come from: `split:NAME` for another split of the same dataset, or a name as in
@@ -87,23 +116,48 @@ class DataConfig(StrictModel):
 
     @property
     def parts(self) -> dict[str, str]:
-        """Returns the columns or templates in use: ``{"text": …}`` or ``{"prompt": …, "completion": …}``."""
-        given = {"text": self.text, "prompt": self.prompt, "completion": self.completion}
-        return {part: spec for part, spec in given.items() if spec is not None}
+        """Returns the columns or templates in use, e.g. ``{"text": …}`` or ``{"prompt": …, "completion": …}``."""
+        return {part: spec for part in PARTS if (spec := getattr(self, part)) is not None}
+
+    @property
+    def learnt(self) -> str:
+        """Returns the name of the part that is learnt."""
+        return next(part for part in ("label", "tags", "messages", "completion", "text") if part in self.parts)
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> DataConfig:
         found = set(self.parts)
-        if "text" in found and len(found) > 1:
+        form = next((form for form in _FORMS if form in found), "prompt")
+        if "text" in found and found & {"prompt", "completion"}:
             fix = "keep either text, or prompt and completion"
             raise ConfigError("text", self.text, "excludes prompt and completion", fix)
-        for part, other in (("prompt", "completion"), ("completion", "prompt")):
-            if "text" not in found and part not in found:
+        if other := [part for part in PARTS if part in found - set(_FORMS[form])]:
+            if form == "prompt":
+                needs = next(form for form, parts in _FORMS.items() if other[0] in parts)
+                raise ConfigError(other[0], getattr(self, other[0]), f"needs {needs}", f"set {needs}, or leave it out")
+            raise ConfigError(form, getattr(self, form), f"excludes {other[0]}", "keep one of them")
+        for part in ("prompt", "completion") if form == "prompt" else ():
+            if part not in found:
+                other_part = "completion" if part == "prompt" else "prompt"
                 fix = f"name the column that holds the {part}, or set text for plain text"
-                raise ConfigError(part, None, f"{other} needs it" if other in found else "is not set", fix)
+                raise ConfigError(part, None, f"{other_part} needs it" if other_part in found else "is not set", fix)
+        if "words" in found and "tags" not in found:
+            raise ConfigError("tags", None, "words needs it", "name the column with the label of each word")
+        if "messages" in found and not self.chat_template:
+            fix = "leave chat_template out, or set prompt and completion"
+            raise ConfigError("chat_template", False, "messages are written by the chat template", fix)
+        self._check_labels(found)
         columns_of(self.parts)
         self._check_source()
         return self
+
+    def _check_labels(self, found: set[str]) -> None:
+        if self.labels is None:
+            return
+        if not found & {"label", "tags"}:
+            raise ConfigError("labels", self.labels, "there is no column of labels", "set label or tags too")
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            raise ConfigError("labels", self.labels, "it must be two or more different names", "name each label once")
 
     def _check_source(self) -> None:
         generated = self.name.startswith(GENERATED)
@@ -125,8 +179,21 @@ class DataConfig(StrictModel):
             raise ConfigError("on_bad_line", "skip", problem, "leave on_bad_line out")
 
 
+_FORMS = {
+    "messages": ("messages", "tools"),
+    "words": ("words", "tags"),
+    "text": ("text", "pair", "label"),
+    "prompt": ("prompt", "completion"),
+}
+"""The forms that examples can have, by the part that shows it, and the parts of each."""
+
+PARTS = tuple(part for parts in _FORMS.values() for part in parts)
+LISTS = ("messages", "tools", "words", "tags")
+"""Parts that are a column of lists. All others are text: a column, or a template."""
+
 JSON_KINDS = (".json", ".jsonl", ".ndjson")
-KINDS = (*JSON_KINDS, ".csv", ".tsv", ".parquet")
+FASTA_KINDS = (".fasta", ".fa", ".faa")
+KINDS = (*JSON_KINDS, *FASTA_KINDS, ".csv", ".tsv", ".parquet")
 """Suffixes of files that are read by their path."""
 
 
@@ -173,12 +240,47 @@ def fill_template(spec: str, row: Mapping[str, Any], part: str) -> str:
     return "".join(literal + ("" if column is None else _text(row, column, spec, part)) for literal, column in pieces)
 
 
+def list_of(spec: str, row: Mapping[str, Any], part: str) -> list[Any]:
+    """Returns the list in a row's column, which may stand there as JSON text. None counts as empty.
+
+    Raises:
+        ConfigError: the row does not have the column, or it holds no list. It is about ``part``.
+    """
+    if spec not in row:
+        raise no_column(spec, spec, row, part)
+    value = row[spec]
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ConfigError(part, spec, f"column {spec!r} holds text that is no JSON", _LISTED) from None
+    if value is None or value == "":
+        return []
+    if not isinstance(value, list):
+        raise ConfigError(part, spec, f"column {spec!r} holds a {type(value).__name__}, not a list", _LISTED)
+    return value
+
+
+_LISTED = "choose a column of lists"
+
+
+def read_part(part: str, spec: str, row: Mapping[str, Any]) -> str | list[Any]:
+    """Returns what a row holds for a part of `DataConfig.parts`: a list for those of `LISTS`, else a text.
+
+    Raises:
+        ConfigError: see `list_of` and `fill_template`.
+    """
+    return list_of(spec, row, part) if part in LISTS else fill_template(spec, row, part)
+
+
 def is_filled(spec: str, row: Mapping[str, Any], part: str) -> bool:
     """Says whether any column that ``spec``, a column or template, names holds more than white space.
 
     Raises:
-        ConfigError: see `fill_template`.
+        ConfigError: see `read_part`.
     """
+    if part in LISTS:
+        return bool(list_of(spec, row, part))
     columns = [spec] if spec in row else columns_of({part: spec})
     texts = [_text(row, column, spec, part) for column in columns]  # all of them, for what is raised
     return any(map(str.strip, texts))
@@ -205,7 +307,10 @@ def columns_of(parts: Mapping[str, str]) -> list[str]:
     Raises:
         ConfigError: see `fields_of`.
     """
-    fields = [[column for _, column in fields_of(spec, part) if column is not None] for part, spec in parts.items()]
+    fields = [
+        [column for _, column in ([] if part in LISTS else fields_of(spec, part)) if column is not None]
+        for part, spec in parts.items()
+    ]
     return [column for spec, columns in zip(parts.values(), fields, strict=True) for column in columns or [spec]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -11,8 +12,8 @@ from pathlib import Path
 import datasets
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.config import columns_of, fill_template, no_column
-from grass_dist.finetune.data.json_lines import KINDS, Entry, Row, Skipped, Unfit
+from grass_dist.finetune.data.config import columns_of, no_column, read_part
+from grass_dist.finetune.data.json_lines import KINDS, Entry, Number, Row, Skipped, Unfit
 from grass_dist.finetune.data.table_files import rows_of
 
 TextRow = dict[str, str | None]
@@ -112,7 +113,7 @@ def unfilled(row: Row, parts: Mapping[str, str]) -> str:
     """Says why a row does not fill `DataConfig.parts`, or nothing. In a sentence it follows the place of the row."""
     for part, spec in parts.items():
         try:
-            fill_template(spec, row, part)
+            read_part(part, spec, row)
         except ConfigError as error:
             return f"does not fill {part} ({error.problem})"
     return ""
@@ -148,4 +149,14 @@ def _mixed(entry: Entry, columns: Sequence[str], kinds: dict[str, tuple[str, str
 def _text(value: object) -> str | None:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list | dict):
+        return json.dumps(_as_json(value), ensure_ascii=False, default=str)
     return None if value is None else str(value)
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_as_json(entry) for entry in value]
+    return json.loads(value) if isinstance(value, Number) else value

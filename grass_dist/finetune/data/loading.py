@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -15,12 +15,37 @@ from grass_dist.errors import ConfigError
 from grass_dist.finetune.data.batches import Example, Examples, has_labels, pack_examples
 from grass_dist.finetune.data.chat import chat_of
 from grass_dist.finetune.data.config import DataConfig, fill_template
+from grass_dist.finetune.data.conversations import conversation_of, dialogues_of, tools_of
 from grass_dist.finetune.data.first_ids import first_ids
 from grass_dist.finetune.data.json_files import HEAD
 from grass_dist.finetune.data.json_lines import Row, Skipped
-from grass_dist.finetune.data.rows import Reading, RowSource, load_rows, sources
+from grass_dist.finetune.data.rows import Reading, Rows, RowSource, load_rows, sources
 from grass_dist.finetune.data.stream_identity import stream_identity
 from grass_dist.model.loss import IGNORED
+
+
+class Recipe(Protocol):
+    """How a row becomes an example: what a model is given, and what it learns of it."""
+
+    def begin(self, source: RowSource, rows: Rows, held_out: Sequence[Row]) -> None:
+        """Looks at the rows before the first example is made, e.g. for the names of the labels."""
+        ...
+
+    def example(self, row: Row) -> Example:
+        """Makes the example of a row; its ``labels`` are `IGNORED` where nothing is learnt."""
+        ...
+
+
+class TextRecipe:
+    """The `Recipe` of a causal language model: see `tokenise`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        self._tokenizer, self._config = tokenizer, config
+
+    def begin(self, source: RowSource, rows: Rows, held_out: Sequence[Row]) -> None: ...
+
+    def example(self, row: Row) -> Example:
+        return tokenise(row, self._tokenizer, self._config)
 
 
 class Stream:
@@ -32,8 +57,8 @@ class Stream:
     packing, every rank tokenises every row, and a row without labels is left out.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
-        self._rows, self._tokenizer, self._config = rows, tokenizer, config
+    def __init__(self, rows: datasets.IterableDataset, recipe: Recipe, config: DataConfig) -> None:
+        self._rows, self._recipe, self._config = rows, recipe, config
         self._source = sources(config)[0]
         self.unlabelled = self.unanswered = 0
         self.check: Callable[[Example], None] = lambda _: None
@@ -87,7 +112,7 @@ class Stream:
             yield f"of those that this rank has read, {self.unlabelled} {what}"
 
     def _made(self, row: Row) -> Example:
-        example = tokenise(row, self._tokenizer, self._config)
+        example = self._recipe.example(row)
         self.check(example)
         return example
 
@@ -138,10 +163,11 @@ class Data:
         yield from map(str, self.skipped)
 
 
-def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Data:
+def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe | None = None) -> Data:
     """Loads and tokenises the training set (a stream: as it is used) and the held-out examples.
 
     Args:
+        recipe: makes the examples; None makes those of a causal language model.
         seed: seed of the split into training and held-out examples, and of generated examples; 0 or more.
 
     Raises:
@@ -154,12 +180,14 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     reading = Reading()
     rows, held_out_rows = load_rows(config, seed, reading)
     source, other = sources(config)
-    held_out = _tokenise_all(other, held_out_rows, tokenizer, held_out=True) if held_out_rows else Examples()
+    recipe = recipe or TextRecipe(tokenizer, config)
+    recipe.begin(source, rows, held_out_rows)
+    held_out = _tokenise_all(other, held_out_rows, recipe, held_out=True) if held_out_rows else Examples()
     held_out_rows = list(filter(other.has_answer, held_out_rows))
     if isinstance(rows, datasets.IterableDataset):
-        head = _tokenise_all(source, islice(rows, HEAD), tokenizer, enough=1)
-        return Data(Stream(rows, tokenizer, config), held_out, held_out_rows, reading, head[0])
-    train = _tokenise_all(source, rows, tokenizer)
+        head = _tokenise_all(source, islice(rows, HEAD), recipe, enough=1)
+        return Data(Stream(rows, recipe, config), held_out, held_out_rows, reading, head[0])
+    train = _tokenise_all(source, rows, recipe)
     first = train[0]
     if config.packing:
         train = Examples(pack_examples(train, config.max_length), train.dropped, train.unanswered)
@@ -168,21 +196,25 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     return Data(train, held_out, held_out_rows, reading, first)
 
 
-def first_example(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Example:
+def first_example(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe | None = None
+) -> Example:
     """Returns the same as `Data.first`, without tokenising the rest.
 
     Raises:
         ConfigError: see `load_data`.
     """
     datasets.disable_progress_bars()
-    rows, _ = load_rows(config, seed)
-    return _tokenise_all(sources(config)[0], rows, tokenizer, enough=1)[0]
+    rows, held_out = load_rows(config, seed)
+    recipe, source = recipe or TextRecipe(tokenizer, config), sources(config)[0]
+    recipe.begin(source, rows, held_out)
+    return _tokenise_all(source, rows, recipe, enough=1)[0]
 
 
 def _tokenise_all(
     source: RowSource,
     rows: Iterable[Any],
-    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
     enough: int | None = None,
     *,
     held_out: bool = False,
@@ -193,7 +225,7 @@ def _tokenise_all(
         if not source.has_answer(row):
             examples.unanswered += 1
             continue
-        example = tokenise(row, tokenizer, source.config)
+        example = recipe.example(row)
         if has_labels(example):
             examples.append(example)
             if len(examples) == enough:
@@ -216,7 +248,8 @@ def _left_out(examples: Examples, which: str) -> Iterator[str]:
 def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:
     """Makes token ids and labels of one row.
 
-    The labels are the ids, and `IGNORED` (-100) on the prompt and on the first token, which nothing predicts. The
+    The labels are the ids, and `IGNORED` (-100) on the prompt and on the first token, which nothing predicts; of a
+    conversation they are the ids of what the assistant writes (see `Dialogues`). The
     end-of-turn or eos token has a label; what a chat template writes after it is left out. The row is cut to
     max_length on the right.
 
@@ -228,6 +261,12 @@ def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -
         ConfigError: the row does not have a column, or it holds neither text nor a number; or the rendering of the
             chat template does not hold the completion.
     """
+    if config.messages is not None:
+        try:
+            messages, tools = conversation_of(row, config), tools_of(row, config)
+            return dialogues_of(tokenizer).example(messages, tools, config.max_length)
+        except ConfigError as error:
+            raise ConfigError(error.field, config.messages, error.problem, error.fix) from error.__cause__
     if config.text is not None:
         prompt_ids: list[int] = []
         ids = _first_ids(tokenizer, fill_template(config.text, row, "text"), config.max_length, special=True)

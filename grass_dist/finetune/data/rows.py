@@ -23,11 +23,12 @@ from grass_dist.finetune.data.config import (
     KINDS,
     SPLIT,
     DataConfig,
-    fill_template,
     is_file,
     is_filled,
     kind_of,
+    read_part,
 )
+from grass_dist.finetune.data.conversations import conversation_of, is_learnt
 from grass_dist.finetune.data.json_files import HEAD, check_columns, files_of, table, text_rows
 from grass_dist.finetune.data.json_lines import Row, Skipped
 
@@ -56,10 +57,12 @@ class RowSource(NamedTuple):
     @property
     def learnt(self) -> str:
         """Name of the part that is learnt."""
-        return "text" if self.config.text is not None else "completion"
+        return self.config.learnt
 
     def has_answer(self, row: Row) -> bool:
         """Says whether a row has anything to learn; null, white space and a template around them do not count."""
+        if self.learnt == "messages":
+            return any(map(is_learnt, conversation_of(row, self.config)))
         return is_filled(self.config.parts[self.learnt], row, self.learnt)
 
     def nothing_left(self, count: int, *, labels: bool, held_out: bool) -> ConfigError:
@@ -69,8 +72,8 @@ class RowSource(NamedTuple):
             fix = f"raise max_length, {more}or check the {self.learnt} of the data"
             problem = f"{which} has a token of its {self.learnt} left within it"
             return ConfigError("max_length", self.config.max_length, problem, fix)
-        answer = "text" if self.learnt == "text" else "answer"
-        problem = f"{which} has {'text' if answer == 'text' else 'an answer'}"
+        answer = {"completion": "answer", "messages": "messages of an assistant"}.get(self.learnt, self.learnt)
+        problem = f"{which} has {'an ' * (answer == 'answer')}{answer}"
         fix = f"{more}name the column that holds the {answer}, or repair the data"
         return ConfigError(self.learnt, self.config.parts[self.learnt], problem, fix)
 
@@ -94,7 +97,7 @@ class RowSource(NamedTuple):
         try:
             for row in rows:
                 for part, spec in self.config.parts.items():
-                    fill_template(spec, row, part)
+                    read_part(part, spec, row)
                 yield row
         except GrassError:
             raise

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grass_dist.errors import ConfigError, shorten
-from grass_dist.finetune.data.config import DataConfig, fill_template
+from grass_dist.finetune.data.config import DataConfig, read_part
 from grass_dist.finetune.data.rows import files_to_train_on
 
 FIRST_ROWS = 100
@@ -32,7 +32,7 @@ def stream_identity(config: DataConfig, rows: Iterable[Mapping[str, Any]]) -> di
     """
     rows_hash = hashlib.sha256()
     for row in islice(rows, FIRST_ROWS):
-        rows_hash.update(json.dumps([fill_template(spec, row, part) for part, spec in config.parts.items()]).encode())
+        rows_hash.update(json.dumps([read_part(part, spec, row) for part, spec in config.parts.items()]).encode())
     found = {"first rows of the stream": rows_hash.hexdigest()[:16]}
     files = sorted(files_to_train_on(config).items())
     if not files:

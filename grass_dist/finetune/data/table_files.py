@@ -1,4 +1,4 @@
-"""Reads the rows of .csv, .tsv and .parquet files, in the same form as the lines of a JSON file."""
+"""Reads the rows of .csv, .tsv, .parquet and FASTA files, in the same form as the lines of a JSON file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.config import kind_of
+from grass_dist.finetune.data.config import FASTA_KINDS, kind_of
+from grass_dist.finetune.data.fasta import fasta_rows
 from grass_dist.finetune.data.json_lines import LONGEST, Entry, Number, Row, entries
 
 _BATCH = 256
@@ -36,6 +37,8 @@ def rows_of(setting: str, file: str, *, strict: bool = True, columns: Sequence[s
         Exception: it cannot be read, also by pyarrow.
     """
     kind = kind_of(file)
+    if kind in FASTA_KINDS:
+        return fasta_rows(file)
     if kind == ".parquet":
         return _parquet_rows(file, columns)
     return _csv_rows(setting, file, kind) if kind in (".csv", ".tsv") else entries(setting, file, strict=strict)

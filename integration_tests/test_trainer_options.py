@@ -218,7 +218,7 @@ def rows_differ(stock: list[dict], ours: list[dict]) -> str | None:
 
 def unmoved(drawn: Run) -> str | None:
     """What is wrong with a run of two layers: one that was frozen has moved, or none has trained."""
-    starts = [dict(small_llama(dtype).named_parameters()) for dtype in (torch.float32, torch.bfloat16)]
+    starts = [dict(small_llama(dtype).named_parameters()) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     moved = {n for n, p in drawn["params"].items() if all(not torch.equal(p, start[n].float()) for start in starts)}
     layers = {name.split(".")[2] for name in moved if ".layers." in name}
     if not 2 <= len(layers) <= 2 * math.ceil((drawn["step"] + 1) / 2):

@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, streaming):
         "head.csv": "its first line names a column twice; give it a line with the name of each column",
         "quote.csv": "a quote in line 2 does not end, which hides the next 5; repair that line",
         "empty.csv": "split 'train' has no examples",
-        "d.txt": "it is no .json, .jsonl, .ndjson, .csv, .tsv, .parquet file; write it as one",
+        "d.txt": "it is no .json, .jsonl, .ndjson, .fasta, .fa, .faa, .csv, .tsv, .parquet file; write it as one",
         "none.parquet": "there is no such file; give the path of a file",
     }
     for name, sentence in said.items():

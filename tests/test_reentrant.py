@@ -46,7 +46,7 @@ def test_what_works_is_what_the_other_checkpointing_does(probe, forwards):
     assert max((ours[name] - weight).abs().max().item() for name, weight in expected.items()) <= 1e-7
 
 
-def test_a_probe_above_frozen_embeddings_is_refused_with_two_ways_out():
+def test_a_probe_above_frozen_embeddings_is_refused_in_words():
     with pytest.raises(GrassError, match=r"use_reentrant=False .*enable_input_require_grads"):
         trained(reentrant=True, probe=2, forwards=1)
 

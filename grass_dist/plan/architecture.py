@@ -64,7 +64,7 @@ def _auto(config: Any) -> Any:
     return found[0][0]
 
 
-def _of_text(config: Any) -> Iterator[tuple[Any, type]]:
+def _of_text(config: Any) -> Iterator[tuple[Any, Any]]:
     import transformers as t
 
     for auto, mapping in (
@@ -81,5 +81,6 @@ def _own_class(name: Any, config: Any) -> Any:
     import transformers
 
     cls = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    return cls if is_model and cls.config_class is type(config) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        return None
+    return cls if cls.config_class is type(config) else None

@@ -65,7 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no clipping": {"max_grad_norm": 0.0},
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},
     "bf16": BF16,
-    "fp16": {"fp16": True},
+    "fp16": {"fp16": True, "max_grad_norm": 0.0},
     "bf16_full_eval": {**BF16, "bf16_full_eval": True, **EVALUATED},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "reentrant checkpointing": {

@@ -161,7 +161,7 @@ def test_each_class_is_stock_or_refused_on_uneven_ranks(runs, request):
     counts_of(runs, len(CLASSES) * 2 * (1 + ddp), len(CLASSES))
 
 
-@pytest.mark.integration
+@pytest.mark.long
 @scenarios(THREE(matrix, "ddp", ("none",), names=("AdamW",)))
 def test_every_flag_of_adamw_is_stock_under_ddp(runs):
     """Fused ones too, whose states are whole on each rank."""

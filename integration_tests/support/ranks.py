@@ -102,7 +102,7 @@ def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], a
         WORLD_SIZE=str(world_size),
     )
     try:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=180))
         value = function(rank, world_size, *args)
         dist.barrier()
         dist.destroy_process_group()

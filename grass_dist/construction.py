@@ -20,6 +20,7 @@ from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
 from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
 from grass_dist.model.discovery import Unit, find_layers
+from grass_dist.model.experts import idle_experts_move
 from grass_dist.model.groups import full_groups, shortly
 from grass_dist.model.names import freeze_named
 from grass_dist.model.units import (
@@ -161,6 +162,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
         compiled_whole(model, layers),
         too_low_recompile_limit(model, layers),
         trains_alone(backend),
+        idle_experts_move(model, layers) if backend.name == "fsdp2" else None,
     ]
     freeze_others(units, [param for _, param in ours])
     optimizers = _unit_optimizers(units, groups, optimizer_class, kwargs, backend, rule)

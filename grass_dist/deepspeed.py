@@ -29,7 +29,7 @@ from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
 from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
-from grass_dist.model.experts import expert_blocks
+from grass_dist.model.experts import expert_blocks, idle_experts_move
 from grass_dist.model.names import freeze_named
 from grass_dist.model.units import (
     check_one_device,
@@ -160,6 +160,7 @@ class ZeroMethod:
         told = [several_stacks(found), frozen_layers(found, layers)]
         told += [compiled_whole(model, layers), too_low_recompile_limit(model, layers)]
         told += [_gather_with_experts(model, layers)] if stage == 3 else []
+        told += [idle_experts_move(model, layers)]
         for sentence in filter(None, told):
             say(sharding.ranks, sentence)
         every = groups_of([*layers, *roles], user.param_groups)

@@ -8,7 +8,7 @@ import torch
 from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.errors import ConfigError
 from grass_dist.model.discovery import find_layers
-from grass_dist.model.experts import expert_blocks
+from grass_dist.model.experts import expert_blocks, idle_experts_move
 from tests.routed import Routed, ids_for
 from tests.tiny import take_steps, tiny
 
@@ -81,6 +81,8 @@ def test_experts_are_found_by_their_router():
     blocks = expert_blocks(model, find_layers(model).layers)
     assert blocks == [layer.mlp for layer in model.layers]
     assert expert_blocks(tiny(), find_layers(tiny()).layers) == []
+    assert "Experts (Experts) that no rank uses" in (idle_experts_move(model, find_layers(model).layers) or "")
+    assert idle_experts_move(tiny(), find_layers(tiny()).layers) is None
 
 
 def test_stacked_experts_are_one_module():

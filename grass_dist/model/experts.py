@@ -29,6 +29,16 @@ def expert_blocks(model: nn.Module, layers: Iterable[Unit]) -> list[nn.Module]:
     return found
 
 
+def idle_experts_move(model: nn.Module, layers: Iterable[Unit]) -> str | None:
+    """A sentence for wrappers that give experts which no rank uses a gradient of zeros, if there are lists of experts."""
+    if not (names := sorted({class_of(block).__name__ for block in expert_blocks(model, layers)})):
+        return None
+    return (
+        f"Experts ({', '.join(names)}) that no rank uses in a step have a gradient of zeros in it: weight decay and "
+        "momentum move them."
+    )
+
+
 def _is_list_of_alike(module: nn.Module) -> bool:
     children = list(module.children())
     alike = len({class_of(child) for child in children}) == 1 and all(map(has_params, children))

@@ -30,7 +30,7 @@ def expert_blocks(model: nn.Module, layers: Iterable[Unit]) -> list[nn.Module]:
 
 
 def idle_experts_move(model: nn.Module, layers: Iterable[Unit]) -> str | None:
-    """A sentence for wrappers that give experts which no rank uses a gradient of zeros, if there are lists of experts."""
+    """A sentence for wrappers that give experts which no rank uses zeros for gradients, if there are such lists."""
     if not (names := sorted({class_of(block).__name__ for block in expert_blocks(model, layers)})):
         return None
     return (

@@ -99,6 +99,12 @@ class GrassConfig(StrictModel):
     active_layers: int = Field(default=4, ge=1)
     """Number of decoder layers that train at a time (γ), at most the layers of the model."""
 
+    active_parameters: int | float | None = None
+    """Most parameters of layers that train at a time, beside `active_layers`: a number, or below 1 a share of those of
+    all layers that compete. The layers come in the order of the draw, and one that no longer fits is left out. It must
+    have room for the largest layer, and the samplers `cyclic`, `random-cyclic` and `fixed` refuse it. null: no
+    limit."""
+
     sampling_interval: int = Field(default=50, ge=1)
     """Steps between two draws of the active layers (T_s). The paper advises 25 to 50."""
 
@@ -161,6 +167,15 @@ class GrassConfig(StrictModel):
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("active_parameters")
+    @classmethod
+    def _number_or_share(cls, value: int | float | None) -> int | float | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("must be an integer, or a share above 0 and below 1")
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
     @field_validator("temperature", "ema_alpha", mode="before")
     @classmethod
     def _finite_number(cls, value: Any) -> Any:
@@ -195,6 +210,13 @@ class GrassConfig(StrictModel):
             raise ConfigError("freeze", both, "it is in always_active, too", "list it in one of them")
         if self.layers == ():
             raise ConfigError("layers", [], "it names no stack", "name one, or leave it out")
+        if self.active_parameters is not None and self.sampler in ("cyclic", "random-cyclic", "fixed"):
+            raise ConfigError(
+                "active_parameters",
+                self.active_parameters,
+                f"sampler={self.sampler!r} takes blocks of active_layers layers, whatever their size",
+                "leave it out, or use another sampler, such as 'grass' or 'uniform'",
+            )
         if self.sampler == "fixed":
             if len(self.fixed_layers) != self.active_layers or len(set(self.fixed_layers)) != self.active_layers:
                 raise ConfigError(
@@ -252,6 +274,30 @@ def check_competing(config: GrassConfig, numbers: Sequence[int], num_layers: int
             "these layers are frozen, or not in the optimizer",
             f"list layers that train: {', '.join(map(str, numbers))}",
         )
+
+
+def parameter_budget(config: GrassConfig, sizes: Sequence[int]) -> int | None:
+    """Returns `active_parameters` as a number of parameters, or None if there is no limit.
+
+    Args:
+        sizes: parameters of each layer that competes.
+
+    Raises:
+        ConfigError: the largest layer does not fit, so it could never train.
+    """
+    given = config.active_parameters
+    if given is None:
+        return None
+    budget = int(given * sum(sizes)) if given < 1 else int(given)
+    if budget < max(sizes):
+        share = math.ceil(1e4 * max(sizes) / sum(sizes)) / 1e4
+        raise ConfigError(
+            "active_parameters",
+            given,
+            f"the largest layer has {max(sizes):,} parameters, so it could never train",
+            f"use {max(sizes)} or more ({share:.2%} of those of all layers), or leave it out",
+        )
+    return budget
 
 
 def among_competing(config: GrassConfig, numbers: Sequence[int]) -> GrassConfig:

@@ -101,6 +101,12 @@ def test_layers_that_changed_in_a_window_average_their_own_steps():
     assert tracker.importances.tolist() == [1.0, (2 + 3 + 5) / 3, (4 + 6) / 2]
 
 
+def test_steps_may_have_measured_different_numbers_of_layers():
+    tracker = ImportanceTracker([1, 1, 1], ema_alpha=1.0)
+    tracker.observe(np.array([[1.0, 4.0], [9.0, 0.0]]), [(0, 1), (2,)])
+    assert tracker.importances.tolist() == [1.0, 2.0, 3.0]
+
+
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, nan])
 def test_a_step_that_is_not_finite_is_dropped_whole_and_counted(bad):
     tracker = ImportanceTracker([1, 1], ema_alpha=1.0)

@@ -165,3 +165,51 @@ def test_a_user_sampler_cannot_change_the_importances():
         assert np.array_equal(importances, IMPORTANCES)
     finally:
         samplers._REGISTRY.pop("test-spoil")
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=2, max_size=8),
+    room=st.integers(0, 100),
+    round=st.integers(0, 20),
+    name=st.sampled_from(["grass", "uniform", "weight-norm"]),
+)
+def test_a_budget_takes_what_fits_in_the_order_of_the_draw(sizes, room, round, name):
+    layers, budget = len(sizes), max(sizes) + room
+    limited = GrassConfig(active_layers=layers, active_parameters=budget, sampler=name)
+    importances = np.linspace(1.0, 2.0, layers)
+    chosen = draw_layers(make_sampler(limited, layers), importances, limited, round, sizes)
+    assert chosen and sum(sizes[i] for i in chosen) <= budget
+    # all in their order, and the first that does not fit is followed by smaller ones that do
+    first = GrassConfig(active_layers=1, sampler=name)
+    assert draw_layers(make_sampler(first, layers), importances, first, round)[0] in chosen
+    left = budget - sum(sizes[i] for i in chosen)
+    assert all(sizes[i] > left for i in range(layers) if i not in chosen)
+
+
+def test_a_budget_and_active_layers_hold_both():
+    sizes, ones = [10, 10, 10, 100], np.ones(4)
+    for round in range(50):
+        config = GrassConfig(active_layers=2, active_parameters=100)
+        drawn = draw_layers(make_sampler(config, 4), ones, config, round, sizes)
+        assert len(drawn) == 2 if 3 not in drawn else drawn == (3,)
+        share = GrassConfig(active_layers=2, active_parameters=0.7692308)  # just 100 of 130
+        assert draw_layers(make_sampler(share, 4), ones, share, round, sizes) == drawn
+
+
+def test_a_budget_that_the_largest_layer_exceeds_is_refused():
+    config = GrassConfig(active_parameters=0.5)
+    with pytest.raises(ConfigError, match="active_parameters=0.5.*100 parameters.*use 100 or more .76.93%"):
+        draw_layers(make_sampler(config, 4), np.ones(4), config, 0, [10, 10, 10, 100])
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, 0.0, 1e9, math.nan, True])
+def test_a_budget_is_a_number_or_a_share(value):
+    with pytest.raises(ConfigError, match="active_parameters"):
+        GrassConfig(active_parameters=value)
+
+
+@pytest.mark.parametrize("name", ["cyclic", "random-cyclic", "fixed"])
+def test_blocks_of_layers_take_no_budget(name):
+    fixed = (0, 1, 2, 3) if name == "fixed" else ()
+    with pytest.raises(ConfigError, match=f"active_parameters=9.*sampler='{name}'"):
+        GrassConfig(active_parameters=9, sampler=name, fixed_layers=fixed)

@@ -288,7 +288,8 @@ class GrassController:
         chosen, problem = (), None
         try:
             self.backend.verify()
-            chosen = draw_layers(self._sampler, self._tracker.importances, self._drawn_by, drawn)
+            sizes = [unit.numel for unit in self.layers]
+            chosen = draw_layers(self._sampler, self._tracker.importances, self._drawn_by, drawn, sizes)
         except Exception as error:  # a user's sampler may raise anything, on one rank only: the others must not wait
             problem = error
         self._agree_on(drawn, chosen, problem)

@@ -94,13 +94,15 @@ class ImportanceTracker:
 
         Args:
             squares: sums of squares of the *global* batch's gradient, shape (steps, γ).
-            layers: for each step the γ layer indices that the columns stand for.
+            layers: for each step the layer indices that the first columns stand for; where they are fewer than γ, the
+                other columns are 0.
         """
         finite = np.isfinite(squares).all(axis=1)
         self.dropped += int((~finite).sum())
         total, count = np.zeros(len(self.numel)), np.zeros(len(self.numel))
-        for row, active in zip(squares[finite], np.asarray(layers, dtype=np.int64)[finite], strict=True):
-            total[active] += mean_gradient_norm(row, self.numel[active])
+        for step in np.flatnonzero(finite):
+            active = list(layers[step])
+            total[active] += mean_gradient_norm(squares[step, : len(active)], self.numel[active])
             count[active] += 1
         seen = count > 0
         measured = total[seen] / count[seen]

@@ -54,8 +54,11 @@ class SquareSums:
         self._scratch.zero_()
 
     def take(self) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
-        """All rows as one fp64 tensor (steps, γ) on the device, and the layers of each; then there are no rows."""
-        rows, layers = torch.stack(self._rows), self._layers
+        """All rows as one fp64 tensor (steps, γ) on the device, and the layers of each; then there are no rows.
+
+        γ is the largest number of layers; a row of fewer ends with zeros.
+        """
+        rows, layers = torch.nn.utils.rnn.pad_sequence(self._rows, batch_first=True), self._layers
         self._rows, self._layers = [], []
         return rows, layers
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from grass_dist.config import GrassConfig
+from grass_dist.config import GrassConfig, parameter_budget
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.method.importance import FloatArray, sampling_probabilities
 
@@ -100,8 +100,13 @@ def probe_steps(config: GrassConfig, sampler: Sampler) -> int:
     return DEFAULT_PROBE_STEPS if sampler.importance == "gradient" else 0
 
 
-def draw_layers(sampler: Sampler, importances: FloatArray, config: GrassConfig, round: int) -> tuple[int, ...]:
-    """The layers of draw number ``round``, sorted.
+def draw_layers(
+    sampler: Sampler, importances: FloatArray, config: GrassConfig, round: int, sizes: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """The layers of draw number ``round``, sorted: γ, or fewer if `active_parameters` leaves no room for more.
+
+    Args:
+        sizes: parameters of each layer; needed with `active_parameters` only.
 
     Raises:
         GrassError: the sampler (a user's) gave something else than γ different indices of layers.
@@ -111,12 +116,24 @@ def draw_layers(sampler: Sampler, importances: FloatArray, config: GrassConfig, 
         chosen = sorted({operator.index(i) for i in drawn})
     except TypeError:
         chosen = []
-    if not (len(drawn) == len(chosen) == config.active_layers and 0 <= chosen[0] <= chosen[-1] < len(importances)):
+    budget = parameter_budget(config, sizes)
+    counts = {config.active_layers, len(importances)} if budget is not None else {config.active_layers}
+    if not (len(drawn) == len(chosen) and len(drawn) in counts and 0 <= chosen[0] <= chosen[-1] < len(importances)):
         raise GrassError(
             f"sampler {config.sampler!r} returned {drawn!r} in round {round}; it must return active_layers="
             f"{config.active_layers} different integers from 0 to {len(importances) - 1}."
         )
-    return tuple(chosen)
+    return tuple(chosen if budget is None else sorted(_within(drawn, sizes, budget, config.active_layers)))
+
+
+def _within(order: Sequence[int], sizes: Sequence[int], budget: int, count: int) -> list[int]:
+    """Takes layers in their order while they fit, at most ``count``; one that does not fit is left out."""
+    taken: list[int] = []
+    for layer in order:
+        if len(taken) < count and sizes[layer] <= budget:
+            taken.append(layer)
+            budget -= sizes[layer]
+    return taken
 
 
 def weighted_without_replacement(p: FloatArray, count: int, generator: np.random.Generator) -> list[int]:
@@ -134,6 +151,11 @@ def _softmax(config: GrassConfig) -> Callable[[FloatArray], FloatArray]:
     return lambda m: sampling_probabilities(m, temperature=config.temperature, scale=config.importance_scale)
 
 
+def _wanted(config: GrassConfig, num_layers: int) -> int:
+    """How many layers to draw: all of them in their order where a budget chooses among them."""
+    return config.active_layers if config.active_parameters is None else num_layers
+
+
 def _even(num_layers: int) -> Callable[[FloatArray], FloatArray]:
     return lambda _: np.full(num_layers, 1.0 / num_layers)
 
@@ -143,7 +165,7 @@ def _by_importance(importance: Literal["gradient", "weight"], refreshed: bool) -
         probabilities = _softmax(config)
 
         def draw(importances: FloatArray, generator: RoundGenerator) -> list[int]:
-            return weighted_without_replacement(probabilities(importances), config.active_layers, generator)
+            return weighted_without_replacement(probabilities(importances), _wanted(config, num_layers), generator)
 
         return Sampler(draw, probabilities, importance, refreshed)
 
@@ -153,9 +175,8 @@ def _by_importance(importance: Literal["gradient", "weight"], refreshed: bool) -
 def _uniform(config: GrassConfig, num_layers: int) -> Sampler:
     """LISA (Pan et al. 2024): every layer is as likely as any other."""
     p = np.full(num_layers, 1.0 / num_layers)
-    return Sampler(
-        lambda _, generator: weighted_without_replacement(p, config.active_layers, generator), lambda _: p, "none"
-    )
+    count = _wanted(config, num_layers)
+    return Sampler(lambda _, generator: weighted_without_replacement(p, count, generator), lambda _: p, "none")
 
 
 def _cycle(shuffled: bool) -> SamplerFactory:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from grass_dist.config import GrassConfig
 from grass_dist.errors import CheckpointError, shorten
 from grass_dist.method.controller import GrassController
 
@@ -14,19 +15,22 @@ SETTINGS = "settings"
 
 CLASS = "optimizer class"
 
+_DEFAULTS = GrassConfig().model_dump()
+
 
 def settings_of(grass: GrassController, class_name: str | None = None) -> dict[str, Any]:
     """The settings that must not change within a run, as JSON holds them: all but where the states are.
 
-    The role ``others`` and ``freeze`` are among them only where there is something in them: older releases did not
-    have them.
+    The role ``others``, ``freeze`` and ``active_parameters`` are among them only where they are set: older releases
+    did not have them.
 
     Args:
         class_name: of the optimizer class; None where another one may go on.
     """
     config, roles = grass.config, {unit.name for unit in grass.roles}
     always = [name for name in config.always_active if name != "others" or name in roles]
-    unknown = {"offload", *(() if config.freeze else ("freeze",))}
+    unknown = {"offload"}
+    unknown |= {name for name in ("freeze", "active_parameters") if getattr(config, name) == _DEFAULTS[name]}
     settings = config.model_dump(mode="json", exclude=unknown) | {"always_active": always}
     settings |= {} if class_name is None else {CLASS: class_name}
     return json.loads(json.dumps(settings))
@@ -62,8 +66,12 @@ def check_clock(grass: GrassController, saved: Mapping[str, Any]) -> None:
     """
     schedule, step, waiting, active = grass.schedule, saved["step"], saved.get("next"), grass.config.active_layers
     trains = len(grass.layers) if schedule.phase(step) == "probe" else active
-    if any(len(layers) != trains for layers in (saved["active_layers"], *saved["measured"]["layers"])):
+    fewer = range(1, trains) if grass.config.active_parameters is not None and trains == active else ()
+    if any(len(layers) not in (trains, *fewer) for layers in (saved["active_layers"], *saved["measured"]["layers"])):
         raise CheckpointError(f"The checkpoint's method is not where this run's is after {step} steps.")
     due = step + schedule.steps_to_switch(step), schedule.round(step) + 1
-    if waiting and ((waiting["step"], waiting["round"]) != due or len(waiting["active_layers"]) != active):
+    fewest = active if grass.config.active_parameters is None else 1
+    if waiting and (
+        (waiting["step"], waiting["round"]) != due or not fewest <= len(waiting["active_layers"]) <= active
+    ):
         raise CheckpointError(f"The checkpoint has drawn layers that this run does not switch to after step {step}.")

@@ -29,8 +29,13 @@ def about_run(config: GrassConfig, started: Started, probing: int) -> str:
     competing = "" if layers == of else f" ({layers} compete)"
     drawn = _DRAWN.get(config.sampler, f"drawn by the sampler {config.sampler!r}")
     probe = f"probe until step {probing}, in which nothing is updated" if probing else "no probe"
+    count, limit = f"{config.active_layers}", config.active_parameters
+    if limit is not None:
+        count = f"up to {count}"
+        most = f"{100 * limit:.3g} % of their" if limit < 1 else f"{limit:,}"
+        competing += f", with at most {most} parameters,"
     return (
-        f"GRASS: {config.active_layers} of {of} layers{competing} train at a time, {drawn}; {probe}; "
+        f"GRASS: {count} of {of} layers{competing} train at a time, {drawn}; {probe}; "
         f"always training: {', '.join(map(_role, started.roles.items())) or 'nothing'}; "
         f"frozen for good: {_frozen(started)}."
     )

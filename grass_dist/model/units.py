@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from grass_dist.config import GrassConfig, check_competing
+from grass_dist.config import GrassConfig, check_competing, parameter_budget
 from grass_dist.errors import UnsupportedModel
 from grass_dist.events import Started
 from grass_dist.model.always import always_active_roles
@@ -81,7 +81,7 @@ def choose_units(
     Raises:
         UnsupportedModel: no layer has a parameter to train, or one that trains is of complex numbers.
         ConfigError: fewer layers compete than are to train at a time, or a fixed layer does not; or as
-            `always_active_roles` has it.
+            `parameter_budget` and `always_active_roles` have it.
     """
     trained = {id(p) for g in groups for p in g["params"] if p.requires_grad}
 
@@ -96,6 +96,7 @@ def choose_units(
         )
     check_competing(config, [unit.index for unit in competing if unit.index is not None], len(found.layers))
     layers = tuple(dataclasses.replace(unit, index=position) for position, unit in enumerate(competing))
+    parameter_budget(config, [unit.numel for unit in layers])
     roles = always_active_roles(model, found, config, trained)
     _refuse_quantised(found, layers)
     for name, param in (named for unit in (*layers, *roles) for named in unit.params):

@@ -82,6 +82,9 @@ def make_plan(
     where = f"in {config.offload.folder}" if config.offload.folder else "in host memory" if on_cpu else "pinned"
     count = f"on this host of {len(here)} ranks" if len(here) > 1 else "on this host"
     parts = [f"{_gb(costs[mode])} on the device" + (" of each rank" if len(reports) > 1 else "")]
+    if mode != "none" and len({size for size, _ in sizes}) > 1:
+        count_of = slot_count(config, mode, len(sizes))
+        parts[0] += f" ({count_of} slots of {_gb(max(size for size, _ in sizes))}, the size of the largest layer)"
     parts += [f"{_gb(sum(here))} {where} {count}"] if host else []
     say(ranks, f"states ({mode}): {', '.join(parts)}")
     return Plan(mode, costs[mode], host)

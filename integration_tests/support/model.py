@@ -11,6 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grass_dist.backends.wrapping import shared_modules
+
 LAYERS, GLOBAL_BATCH, LENGTH, VOCAB = 8, 8, 16, 128
 ADAMW = {"lr": 1e-3, "eps": 1e-6}
 CLIP = 0.5
@@ -90,7 +92,8 @@ def wrapped(
         names = ("dp_shard",) if backend == "fsdp2" else ("dp_replicate", "dp_shard")
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
-        for layer in model.model.layers if layers is None else layers:
+        blocks = list(model.model.layers if layers is None else layers)
+        for layer in (*shared_modules(blocks), *blocks):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
     return model

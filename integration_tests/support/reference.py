@@ -12,10 +12,19 @@ from torch import nn
 from integration_tests.support.model import ADAMW, CLIP, global_batch, schedule, small_llama
 
 
-def draw(p: list[float], count: int, seed: int, round: int) -> tuple[int, ...]:
+def draw(
+    p: list[float], count: int, seed: int, round: int, sizes: Sequence[int] = (), budget: int | None = None
+) -> tuple[int, ...]:
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, round], dtype=np.uint64)))
     times = [-math.log1p(-u) / q for u, q in zip(generator.random(len(p)), p, strict=True)]
-    return tuple(sorted(sorted(range(len(p)), key=lambda i: times[i])[:count]))
+    order = sorted(range(len(p)), key=lambda i: times[i])
+    if budget is None:
+        return tuple(sorted(order[:count]))
+    taken: list[int] = []
+    for i in order:
+        if len(taken) < count and sum(sizes[j] for j in [*taken, i]) <= budget:
+            taken.append(i)
+    return tuple(sorted(taken))
 
 
 def probabilities(m: list[float], temperature: float) -> list[float]:
@@ -44,7 +53,11 @@ def follow(
     Args:
         loss_at: the loss of the global batch of a step.
     """
-    units = [list(layer.parameters()) for layer in layers]
+    known: set[int] = set()
+    units = []
+    for layer in layers:  # what two layers share is the first one's
+        units.append([p for p in layer.parameters() if id(p) not in known])
+        known.update(map(id, units[-1]))
     names = {id(p): n for n, p in model.named_parameters()}
     in_layers = {id(p) for unit in units for p in unit}
     roles = [p for p in model.parameters() if id(p) not in in_layers and p.requires_grad]
@@ -65,6 +78,7 @@ def follow(
     if ahead is None:
         ahead = min(2, interval - 1, update - 1)
     alpha, tau, gamma, seed = (settings[k] for k in ("ema_alpha", "temperature", "active_layers", "seed"))
+    budget = settings.get("active_parameters")
     m = [math.nan] * len(units)
     measured: list[list[float]] = [[] for _ in units]
     active = drawn = tuple(range(len(units)))
@@ -78,9 +92,9 @@ def follow(
                     m[i] = new if math.isnan(m[i]) else alpha * new + (1 - alpha) * m[i]
             measured = [[] for _ in units]
         if trained == 0:
-            drawn = draw(probabilities(m, tau), gamma, seed, 0)
+            drawn = draw(probabilities(m, tau), gamma, seed, 0, sizes, budget)
         elif trained > 0 and (trained + ahead) % interval == 0:
-            drawn = draw(probabilities(m, tau), gamma, seed, (trained + ahead) // interval)
+            drawn = draw(probabilities(m, tau), gamma, seed, (trained + ahead) // interval, sizes, budget)
         if trained >= 0 and trained % interval == 0:
             active = drawn
         log["active"].append(active)

@@ -23,6 +23,7 @@ from grass_dist.model.discovery import Unit, find_layers
 from grass_dist.model.experts import idle_experts_move
 from grass_dist.model.groups import full_groups, shortly
 from grass_dist.model.names import freeze_named
+from grass_dist.model.tied import tied_weights
 from grass_dist.model.units import (
     check_one_device,
     choose_units,
@@ -159,6 +160,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     told = [
         several_stacks(found),
         frozen_layers(found, layers),
+        tied_weights(model, units),
         compiled_whole(model, layers),
         too_low_recompile_limit(model, layers),
         trains_alone(backend),

@@ -31,6 +31,7 @@ from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.experts import expert_blocks, idle_experts_move
 from grass_dist.model.names import freeze_named
+from grass_dist.model.tied import tied_weights
 from grass_dist.model.units import (
     check_one_device,
     choose_units,
@@ -157,7 +158,7 @@ class ZeroMethod:
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
 
         found, layers, roles, still = _choose(model, setup, user, sharding)
-        told = [several_stacks(found), frozen_layers(found, layers)]
+        told = [several_stacks(found), frozen_layers(found, layers), tied_weights(model, [*layers, *roles])]
         told += [compiled_whole(model, layers), too_low_recompile_limit(model, layers)]
         told += [_gather_with_experts(model, layers)] if stage == 3 else []
         told += [idle_experts_move(model, layers)]

@@ -149,7 +149,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     make_sampler(config, len(found.layers))
     layers, roles = choose_units(model, found, config, groups)
     units = [*layers, *roles]
-    check_one_device(units, backend.sharding)
+    check_one_device(units)
     ours = _passed(model, groups)
     sparse = _check_gradients(model, backend, units, ours)
     rule = judge_class(optimizer_class, kwargs, [{**group, "params": _among(units, group)} for group in groups])

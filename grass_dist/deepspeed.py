@@ -15,7 +15,7 @@ from grass_dist.backends.zero.backend import ZeroBackend, ZeroSharding
 from grass_dist.backends.zero.checks import check_model, check_optimizer
 from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
 from grass_dist.backends.zero.engine import wrap_methods
-from grass_dist.backends.zero.groups import groups_of
+from grass_dist.backends.zero.groups import groups_of, weights_on_host
 from grass_dist.backends.zero.jit import accelerator, on_cpu, spare_the_compiler
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
 from grass_dist.backends.zero.place import place_states
@@ -168,7 +168,9 @@ class ZeroMethod:
         # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
         never = groups_of([Unit("never trained", None, still)] if still and stage == 3 else [], user.param_groups)
 
-        states = place_states(user, every, never, sharding, stage, config, layers, roles)
+        states = place_states(
+            user, every, never, sharding, stage, config, layers, roles, on_host=weights_on_host(arguments)
+        )
         self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
         self._backend = ZeroBackend(model, self.zero, sharding, arguments["gradient_accumulation_steps"], stage, wire)
         watch, changes = GradientWatch(model, layers), ChangeLog([*layers, *roles], model)
@@ -207,7 +209,7 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
             layers, roles = choose_units(model, found, config, groups)
             freeze_others([*layers, *roles], model.parameters())
             still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
-            check_one_device([*layers, *roles], sharding)
+            check_one_device([*layers, *roles])
         except ConfigError as error:
             raise error if error.field == "optimizer" else error.under("grass") from None
         return found, layers, roles, still

@@ -60,7 +60,6 @@ _INTEGER = TypeAdapter(int)
 _OFF = ("false", "0", "0.0", "no", "off", "n", "f", "none", "")
 _off, _on = _is(*_OFF), _is_not(*_OFF)
 
-_ON_DEVICE = "GRASS trains parameters that stay on the device, for now"
 _ONE_PARTITION = "GRASS needs weights and states in one partition over all ranks"
 _EXACT = "GRASS needs weights and gradients that are not quantized"
 _TOGETHER = "it gathers layers together, and GRASS needs each by itself"
@@ -74,8 +73,7 @@ _BF16_STATES = ("bf16_master_weights_and_grads", "bf16_master_weights_and_gradie
 
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     # dotted path, the values that are refused, the problem, the fix
-    ("zero_optimization.offload_param.device", _is("cpu", "nvme"), _ON_DEVICE, "use ZeRO-3 with device 'none'"),
-    ("zero_optimization.cpu_offload_param", _on, _ON_DEVICE, "use ZeRO-3 without it"),
+    ("zero_optimization.offload_param.device", _is_not("none", "cpu"), "weights go to host memory", "use 'cpu'"),
     ("zero_optimization.offload_optimizer.device", _is_not("none", "cpu"), "states go to host memory", "use 'cpu'"),
     ("zero_optimization.offload_optimizer.super_offload", _on, "it has an optimizer step of its own", "use false"),
     ("zero_optimization.zenflow", _on, "it decides by itself which gradients a step applies", "leave it out"),
@@ -237,6 +235,11 @@ def _refuse(config: Mapping[str, Any]) -> None:
     micro = "train_micro_batch_size_per_gpu"
     if _at(config, micro) is None and _at(config, "train_batch_size") is None:
         raise ConfigError(micro, config.get(micro), "a ds_config without micro-batch", "set it or train_batch_size")
+    zero = config["zero_optimization"]
+    for path, refused in (("offload_param.device", _is("cpu")), ("cpu_offload_param", _on)):
+        if zero["stage"] < 3 and refused(_at(zero, path)):
+            problem = f"stage {zero['stage']} keeps whole weights on each device"
+            raise ConfigError(f"zero_optimization.{path}", _at(zero, path), problem, "use stage 3, or leave it out")
     sums = _at(config, "data_types.grad_accum_dtype")
     in_fp32 = _is("fp32", "float32", "float", "torch.float32")(sums)
     in_bf16 = any(_on(_at(config, f"{section}.enabled")) for section in _BF16)

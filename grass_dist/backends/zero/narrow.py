@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
+from grass_dist.backends.zero.groups import Group, GroupsOptimizer, weights_on_host, zero_shard
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
 from grass_dist.backends.zero.reads import Reads
 from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, take_over, trainable, whole_state
@@ -364,10 +364,17 @@ class _Narrow12(NarrowZero):
 class _Narrow3(NarrowZero):
     names = STAGE_3
     parameter_offload: Any = None
+    _homes: Mapping[nn.Parameter, torch.Tensor] = {}
+    """With ``offload_param``: where the shard of each parameter rests, pinned if the user says so."""
 
     def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
         """The module's hooks and its fetch order are for the whole run."""
-        return self.parameter_offload or super().initialize_ds_offload(*args, **kwargs)
+        if self.parameter_offload is not None:
+            return self.parameter_offload
+        made = super().initialize_ds_offload(*args, **kwargs)
+        if weights_on_host(self.arguments):  # DeepSpeed takes the shards of what trains into a flat buffer next
+            self._homes = {param: zero_shard(param).data for group in self.every for param in group.params}
+        return made
 
     def _end_rest_step(self) -> None:
         super()._end_rest_step()
@@ -381,11 +388,18 @@ class _Narrow3(NarrowZero):
 
     def _let_go(self, keep: set[tuple[str, int]]) -> None:
         super()._let_go(keep)
-        for group in self.groups:
+        for group in self.every if self._homes else self.groups:
             if group.key not in keep:  # or one layer would hold the flat buffer of the whole interval
                 for param in group.params:
-                    shard = zero_shard(param)
-                    shard.data = shard.data.clone()
+                    self._leave_buffer(zero_shard(param), self._homes.get(param))
+
+    @staticmethod
+    def _leave_buffer(shard: torch.Tensor, home: torch.Tensor | None) -> None:
+        """Takes a shard out of the flat buffer of what trained; at home it may be already."""
+        if home is None:
+            shard.data = shard.data.clone()
+        elif shard.data_ptr() != home.data_ptr():
+            shard.data = home.copy_(shard.data)
 
     def _release(self) -> None:
         for hook in (*self._grad_acc_hooks, *self._leaf_module_hooks):

@@ -204,6 +204,8 @@ class ZeroBackend(GradientHooks):
     # --- probe
 
     def _on_gradient(self, name: str, slot: int, param: nn.Parameter) -> None:
+        if param.grad is None and self._probing:  # its output had no part in the loss
+            return
         self._arrived(self._index[name])
         if not self._probing:
             return

@@ -47,7 +47,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "zero_optimization.legacy_stage1": ([True], [False]),
     "zero_optimization.parameter_alignment": ([True], [False]),
     "zero_optimization.compute_grad_norm": ([False, "false"], [True]),
-    "checkpoint.load_universal": ([True], [False]),
     "optimizer.params.max_grad_norm": ([0.0, 1.0], []),
     "zero_allow_untested_optimizer": ([False], [True]),
     "amp.enabled": ([True], [False]),

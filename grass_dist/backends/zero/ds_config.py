@@ -89,7 +89,6 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("zero_optimization.legacy_stage1", _on, "GRASS works on today's ZeRO-1", "use false"),
     ("zero_optimization.parameter_alignment", _on, "GRASS reads partitions without gaps", "use false"),
     ("zero_optimization.compute_grad_norm", _off, "GRASS relies on the norm that ZeRO computes", "use true"),
-    ("checkpoint.load_universal", _on, "it knows no layers without states", "use false, on as many ranks as before"),
     ("optimizer.params.max_grad_norm", _above(-1), "DeepSpeed does not clip by it", "set gradient_clipping instead"),
     ("zero_allow_untested_optimizer", _off, "GRASS hands DeepSpeed an optimizer that it does not know", "use true"),
     *((f"{name}.enabled", _on, "it casts in a way of its own", "use 'bf16'") for name in ("amp", "torch_autocast")),

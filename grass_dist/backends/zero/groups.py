@@ -86,6 +86,16 @@ def zero_shard(param: nn.Parameter) -> torch.Tensor:
     return param.ds_tensor  # type: ignore[attr-defined]
 
 
+@torch.no_grad()
+def set_weight(param: nn.Parameter, value: torch.Tensor) -> None:
+    """Sets a whole parameter on all ranks, which call it together at ZeRO-3; the first rank's value counts there."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_id")):
+        if param.numel():
+            param.copy_(value.to(param.dtype))
+
+
 def weights_on_host(arguments: Mapping[str, Any]) -> bool:
     """Says whether ZeRO-3 keeps its shards of the weights in host memory, by the arguments of its optimizer."""
     device = getattr(arguments.get("offload_param_config"), "device", None)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import groupby
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 from grass_dist.backends.zero.groups import Group, GroupsOptimizer, weights_on_host, zero_shard
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
 from grass_dist.backends.zero.reads import Reads
-from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, take_over, trainable, whole_state
+from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, TOTAL_KEY, take_over, trainable, whole_state
 from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.method.controller import GrassController
@@ -67,6 +68,7 @@ class NarrowZero(_Stock):
         reads: answers for masters and moments.
         loaded: the method's state out of the checkpoint that was loaded last; empty if that was saved without GRASS,
             None if no optimizer state was loaded.
+        universal: the folder of the universal checkpoint that was to be loaded last, if it was one.
     """
 
     names: ClassVar[Names]
@@ -81,6 +83,8 @@ class NarrowZero(_Stock):
         group = arguments["dp_process_group"]
         self.reads = Reads(every, states, self.saved_order, self._has_gradient, group, self._note_changed)
         self.loaded: dict[str, Any] | None = None
+        self.universal: Path | None = None
+        self._total: list[list[float]] = []  # within a save: what all ranks have measured since the last refresh
         self._put_aside: dict[str, Any] | None = None  # within `whole`: DeepSpeed's lists of what trains
         self._built = False
 
@@ -150,7 +154,7 @@ class NarrowZero(_Stock):
         state = self._state_of_what_trains()
         if self._put_aside is not None:
             order = [self.states.of[group.key] for group in self.every]
-            position = {**self.grass.state_dict(), SETTINGS: self._settings}
+            position = {**self.grass.state_dict(), SETTINGS: self._settings, TOTAL_KEY: self._total}
             return whole_state(state, self.names, order, self.states.still, self.param_groups, position)
         if self.groups:  # DeepSpeed holds no master that is in host memory
             key, kept = self.names.masters_key, [self.states.of[group.key].master for group in self.groups]
@@ -166,10 +170,13 @@ class NarrowZero(_Stock):
             CheckpointError: the method was set otherwise, or is not where this run's is after that many steps.
             GrassError: the state is of other layers or parameter groups.
         """
+        if folder := kwargs.get("checkpoint_folder"):
+            self.universal = Path(folder)  # its states come when DeepSpeed has done the rest
+            return
         saved = state_dict_list[torch.distributed.get_rank(self.dp_process_group)]
         self.loaded = saved.get(GRASS_KEY, {})
         if GROUPS_KEY in saved:
-            self._check(saved[GRASS_KEY])
+            self.check_position(saved[GRASS_KEY])
             take_over(saved, self.names, self.every, self.states, self.param_groups)
             self.loss_scaler, self.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
             self.groups = []
@@ -178,7 +185,12 @@ class NarrowZero(_Stock):
     def _settings(self) -> dict[str, Any]:
         return settings_of(self.grass, type(self.user_optimizer).__name__)
 
-    def _check(self, position: Mapping[str, Any]) -> None:
+    def check_position(self, position: Mapping[str, Any]) -> None:
+        """Checks whether this run can go on from a saved position of the method.
+
+        Raises:
+            CheckpointError: it cannot, on all ranks alike.
+        """
         if told := other_settings(position, self._settings):
             raise CheckpointError(told).everywhere()
         try:
@@ -308,7 +320,9 @@ class NarrowZero(_Stock):
         narrow = {name: getattr(self, name) for name in self.names.shapes}
         with trainable([p for group in self.every for p in group.params]):
             self.__dict__.update(shown)
-            self._put_aside, self.loaded = narrow, None
+            self._put_aside, self.loaded, self.universal = narrow, None, None
+            if saving:
+                self._total = self._sum_measured()
             try:
                 yield
             finally:
@@ -316,6 +330,14 @@ class NarrowZero(_Stock):
                 self.__dict__.update(narrow)
                 for own in still:
                     own.forget()
+
+    def _sum_measured(self) -> list[list[float]]:
+        """Adds up over the ranks what they have measured since the last refresh, T × γ × 8 bytes."""
+        if not (rows := self.grass.state_dict()["measured"]["rows"]):
+            return []
+        mine = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+        parts = torch.split(self.grass.backend.ranks.sum_over_ranks(mine), [len(row) for row in rows])
+        return [part.tolist() for part in parts]
 
     def _state_of_what_trains(self) -> dict[str, Any]:
         """The stock state_dict, also within `whole`."""
@@ -354,6 +376,11 @@ class _Narrow12(NarrowZero):
     def _construct(self, groups: Sequence[Group]) -> None:
         super()._construct(groups)
         self.reads.install(groups[0].params[0])
+
+    def update_lp_params(self) -> None:
+        """DeepSpeed calls it after it has loaded a universal checkpoint, whose states come later here."""
+        if self.universal is None:
+            super().update_lp_params()
 
     def saved_order(self, group: Group) -> list[nn.Parameter]:
         if not self.round_robin_gradients:

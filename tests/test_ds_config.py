@@ -30,8 +30,7 @@ PLAIN: dict[str, Any] = {
 }
 # The values that each row of the table refuses, and some that it takes.
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {
-    "zero_optimization.offload_param.device": (["cpu", "nvme"], ["none"]),
-    "zero_optimization.cpu_offload_param": ([True], [False]),
+    "zero_optimization.offload_param.device": (["nvme", "NVMe"], ["none"]),
     "zero_optimization.offload_optimizer.device": (["nvme", "gpu", "NVMe"], ["none", "cpu"]),
     "zero_optimization.offload_optimizer.super_offload": ([True], [False]),
     "zero_optimization.zenflow": ([{}, {"topk_ratio": 0.1}, True], [False]),

@@ -125,11 +125,11 @@ def test_a_universal_checkpoint_goes_on_anywhere(stage, dtype, tmp_path):
     if dtype == torch.float32:
         told = run_ranks(2, other_run, stage, str(tmp_path), timeout=200)
         assert all("temperature" in text for text in told)
+    if dtype == torch.float32 and stage == 3:  # stock stages 1 and 2 demand that all layers have taken as many steps
         stock = run_ranks(2, in_stock, stage, str(tmp_path), timeout=200)
         name = "model.layers.0.mlp.up_proj.weight"
         file = torch.load(tmp_path / "universal/zero" / name / "fp32.pt", weights_only=False)
-        whole = file if isinstance(file, torch.Tensor) else file["param"]
-        assert torch.equal(stock[0]["weights"][name].view(-1), whole.view(-1))
+        assert torch.equal(stock[0]["weights"][name].view(-1), file.view(-1))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

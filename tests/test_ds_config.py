@@ -41,7 +41,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "zero_optimization.zero_quantized_gradients": ([True, 1], [False, 0]),
     "zero_optimization.mics_shard_size": ([1, 8], [-1, 0]),
     "zero_optimization.mics_hierarchical_params_gather": ([True], [False]),
-    "zero_optimization.elastic_checkpoint": ([True], [False]),
     "zero_optimization.stage3_module_granularity_threshold": ([1, 5e5], [0]),
     "zero_optimization.module_granularity_threshold": ([1], [0]),
     "zero_optimization.legacy_stage1": ([True], [False]),
@@ -74,8 +73,14 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "progressive_layer_drop.enabled": ([True], [False]),
     "data_efficiency.data_routing.random_ltd.enabled": ([True], [False]),
     "eigenvalue.enabled": ([True], [False]),
-    "quantize_training": ([{}, {"quantize_bits": {}}, True], [False]),
-    "compression_training": ([{}, {"weight_quantization": {}}], [False]),
+    "quantize_training": (
+        [{"quantize_bits": {}}, {"enabled": True}, True],
+        [False, {}, {"enabled": False, "quantize_bits": {"start_bits": 16}}],
+    ),
+    "compression_training": (
+        [{"weight_quantization": {}}, {"layer_reduction": {"enabled": True}, "head_pruning": {"enabled": False}}],
+        [{}, {"layer_reduction": {"enabled": False}, "row_pruning": {"shared_parameters": {"enabled": "false"}}}],
+    ),
     "hybrid_engine.enabled": ([True], [False]),
 }
 # Top-level keys of DeepSpeed 0.16 to 0.19, none of which may look like a misspelt block.
@@ -460,6 +465,25 @@ def test_no_offload_is_removed_without_a_word(offload, legacy):
     options = {"stage": 3, "offload_optimizer": offload, "cpu_offload": legacy, "offload_param": {"device": "none"}}
     setup = split_ds_config(plus({"zero_optimization": options}))
     assert setup.ds_config["zero_optimization"] == {"stage": 3, "offload_param": {"device": "none"}} and not setup.said
+
+
+@pytest.mark.parametrize("text", ["True", "true", True, 1])
+def test_an_elastic_checkpoint_has_no_effect_and_this_is_said(text):
+    setup = split_ds_config(plus({"zero_optimization.elastic_checkpoint": text}))
+    assert setup.ds_config["zero_optimization"] == {"stage": 2}
+    (sentence,) = setup.said
+    assert "elastic_checkpoint has no effect" in sentence and "grass_dist.save_checkpoint" in sentence
+    assert not split_ds_config(plus({"zero_optimization.elastic_checkpoint": "False"})).said
+
+
+def test_disabled_sections_are_taken_out_without_a_word():
+    disabled: dict[str, Any] = {k: {"enabled": False, "other": 3} for k in ("amp", "elasticity", "eigenvalue")}
+    disabled |= {"compression_training": {"head_pruning": {"shared_parameters": {"enabled": False}}}}
+    disabled |= {"quantize_training": {"enabled": "false"}, "sparse_gradients": False, "sparse_attention": None}
+    off = {"mics_shard_size": -1, "mics_hierarchical_params_gather": False, "zeropp_loco_param": None}
+    setup = split_ds_config(plus(disabled | {"zero_optimization": {"stage": 3, **off}}))
+    assert setup.ds_config["zero_optimization"] == {"stage": 3} and not disabled.keys() & setup.ds_config.keys()
+    assert not setup.said
 
 
 @pytest.mark.parametrize("clipping", [0.0, 1, 0.5, "auto"])

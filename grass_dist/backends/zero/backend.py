@@ -18,6 +18,7 @@ from grass_dist.model.discovery import Unit
 from grass_dist.model.experts import give_idle_experts_zeros
 from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import GradientHook
+from grass_dist.ranks import together
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
 
@@ -121,6 +122,8 @@ class ZeroBackend(GradientHooks):
         self._probing = self._measuring = False
         self._on: set[str] | None = None
         self._sums: HostSums | None = None
+        self._ends_step: bool | None = None
+        self._arrived_numel = 0
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         self._layers, self._units = list(layers), [*layers, *roles]
@@ -161,12 +164,28 @@ class ZeroBackend(GradientHooks):
             self.zero.rest(self._stand_in())
             if self._sums is not None:
                 self._sums.clear()
-            elif self.accumulation_steps > 1:
-                shapes = {name: torch.Size([b.padded // self.ranks.world_size]) for name, b in self._buckets.items()}
-                self._sums = HostSums(shapes, self._device)
+            elif self.accumulation_steps > 1 or self._ends_step is False:
+                self._make_sums()
         else:
             self._sums = None
             self.zero.narrow(groups_of(units, self.zero.param_groups))
+
+    def accumulate(self, ends_step: bool | None) -> bool | None:
+        """Tells, before a backward, whether its gradients end a step; None lets the micro-batches be counted again.
+
+        All ranks call it alike. Returns what was told before.
+
+        Raises:
+            GrassError: a rank lacks the host memory for the sums of a probe.
+        """
+        before, self._ends_step = self._ends_step, ends_step
+        if ends_step is False and self._probing and self._sums is None:
+            together(self.ranks, self._make_sums)
+        return before
+
+    def _make_sums(self) -> None:
+        shapes = {name: torch.Size([b.padded // self.ranks.world_size]) for name, b in self._buckets.items()}
+        self._sums = HostSums(shapes, self._device)
 
     def finish_gradients(self) -> None:
         """DeepSpeed has made them final at the accumulation boundary."""
@@ -197,15 +216,16 @@ class ZeroBackend(GradientHooks):
                 parts = [sum_of_squares(part) for part in self.zero.partition_grads_of(i)]
                 if parts:
                     self._sink(group.unit.index, group.slot, torch.stack(parts).sum() / scale)
-        micro_batches = self.accumulation_steps if self.stage >= 2 else 1
-        if self.ranks.world_size > 1:
-            self.bytes_reduced += numel * self._wire_bytes * micro_batches
+        arrived, self._arrived_numel = self._arrived_numel, 0
+        if self.ranks.world_size > 1:  # ZeRO-1 reduces once a step, the others each micro-batch
+            self.bytes_reduced += (arrived if self.stage >= 2 else numel) * self._wire_bytes
 
     # --- probe
 
     def _on_gradient(self, name: str, slot: int, param: nn.Parameter) -> None:
         self._arrived(self._index[name])
         if not self._probing:
+            self._arrived_numel += numel_of(param)
             return
         grad, param.grad = param.grad, None
         assert grad is not None
@@ -233,7 +253,9 @@ class ZeroBackend(GradientHooks):
     def _deliver(self, bucket: _Bucket) -> None:
         shard, unit = bucket.take(), bucket.unit
         if self._sums is not None:
-            whole = self._sums.add(unit.name, shard, last=self._micro_batch == self.accumulation_steps - 1)
+            counted = self._micro_batch == self.accumulation_steps - 1
+            last = counted if self._ends_step is None else self._ends_step
+            whole = self._sums.add(unit.name, shard, last=last)
             if whole is None:
                 return
             shard = whole

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -57,6 +57,23 @@ def _above(limit: float) -> Callable[[Any], bool]:
 _INTEGER = TypeAdapter(int)
 """Reads a number as DeepSpeed's models of a section do: "3" and 3.0 are 3, and 2.5 is no integer."""
 
+
+def _enabled(section: Any) -> bool:
+    """Whether a section, or one at any depth of it, is enabled; one without a switch is on unless it is empty."""
+    if not isinstance(section, Mapping):
+        return _on(section)
+    switches = list(_switches(section))
+    return any(map(_on, switches)) if switches else bool(section)
+
+
+def _switches(section: Mapping[Any, Any]) -> Iterator[Any]:
+    for key, value in section.items():
+        if key == "enabled":
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _switches(value)
+
+
 _OFF = ("false", "0", "0.0", "no", "off", "n", "f", "none", "")
 _off, _on = _is(*_OFF), _is_not(*_OFF)
 
@@ -85,7 +102,6 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("zero_optimization.zero_quantized_gradients", _on, _EXACT, "use false"),
     ("zero_optimization.mics_shard_size", _above(0), _ONE_PARTITION, "leave it out (plain ZeRO-3)"),
     ("zero_optimization.mics_hierarchical_params_gather", _on, _ONE_PARTITION, "leave it out (plain ZeRO-3)"),
-    ("zero_optimization.elastic_checkpoint", _on, "inactive layers may have no states to store", "use false"),
     ("zero_optimization.stage3_module_granularity_threshold", _above(0), _TOGETHER, "use 0"),
     ("zero_optimization.module_granularity_threshold", _above(0), _TOGETHER, "use 0"),
     ("zero_optimization.legacy_stage1", _on, "GRASS works on today's ZeRO-1", "use false"),
@@ -111,10 +127,21 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ("progressive_layer_drop.enabled", _on, _ALL_TOKENS, "leave it out"),
     ("data_efficiency.data_routing.random_ltd.enabled", _on, _ALL_TOKENS, "use false (data_sampling may stay)"),
     ("eigenvalue.enabled", _on, "it needs the gradients of all layers at each step", "leave it out"),
-    ("quantize_training", _on, _EXACT, "leave it out and quantize the trained model"),
-    ("compression_training", _on, _EXACT, "leave it out and compress the trained model"),
+    ("quantize_training", _enabled, _EXACT, "leave it out and quantize the trained model"),
+    ("compression_training", _enabled, _EXACT, "leave it out and compress the trained model"),
     ("hybrid_engine.enabled", _on, "it swaps layers for inference kernels", "generate outside the engine"),
 )
+
+_REMOVED = (
+    *("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula"),
+    *("progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
+)
+_REMOVED_OF_ZERO = {
+    "mics_shard_size": _above(0),
+    "mics_hierarchical_params_gather": _on,
+    "zeropp_loco_param": _on,
+}
+"""Options that newer releases of DeepSpeed no longer have."""
 
 OPTIMIZER_TYPES = "Adam, AdamW, Lion, SGD, Adadelta, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop"
 """The update rules that treat each entry by itself and make their state at the first step."""
@@ -198,7 +225,9 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
     said: list[str] = []
     stage = _normalise_zero(ds_config, said)
     _refuse(ds_config)
+    _take_disabled_out(ds_config)
     _take_offload_out(ds_config, said)
+    _take_elastic_out(ds_config, said)
     if ds_config.get("gradient_clipping") is None:
         ds_config.pop("gradient_clipping", None)  # DeepSpeed's default holds where there is no such key at all
     vouched = _on(_at(ds_config, "zero_allow_untested_optimizer"))
@@ -261,6 +290,26 @@ def _take_offload_out(config: dict[str, Any], said: list[str]) -> None:
             "zero_optimization.offload_optimizer means under GRASS that the states (fp32 masters and moments) of "
             "inactive layers live in (pinned) host memory and those of the active layers are brought to the device for "
             f"their interval, which is so with and without the block{f' (no effect: {idle})' if idle else ''}."
+        )
+
+
+def _take_disabled_out(config: dict[str, Any]) -> None:
+    """Takes sections out that say that they are off. DeepSpeed refuses those that it has removed, on or off."""
+    for key in _REMOVED:
+        if key in config and not _enabled(config[key]):
+            config.pop(key)
+    zero = config["zero_optimization"]
+    for key, on in _REMOVED_OF_ZERO.items():
+        if key in zero and not on(zero[key]):
+            zero.pop(key)
+
+
+def _take_elastic_out(config: dict[str, Any], said: list[str]) -> None:
+    if _on(config["zero_optimization"].pop("elastic_checkpoint", None)):
+        said.append(
+            "zero_optimization.elastic_checkpoint has no effect under GRASS: DeepSpeed's files go on with as many "
+            "ranks as saved them. Save and load with grass_dist.save_checkpoint and load_checkpoint to go on with "
+            "another number."
         )
 
 

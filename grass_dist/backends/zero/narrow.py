@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, Protocol
 
@@ -48,6 +49,23 @@ class Listener(Protocol):
 
     def stepped(self, applied: bool) -> None:
         """Called at the end of every step; ``applied`` is False after an fp16 overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossScale:
+    """The loss scale, by the names of DeepSpeed's ``LossScaleConfig``; settings of a dynamic one are None without it.
+
+    Attributes:
+        cur_scale: factor of the loss now.
+        scale_window: steps without an overflow after which it grows by ``scale_factor``.
+    """
+
+    cur_scale: float
+    dynamic_loss_scale: bool
+    use_grad_scaling: bool
+    scale_factor: float | None
+    scale_window: int | None
+    min_loss_scale: float | None
 
 
 class NarrowZero(_Stock):
@@ -100,6 +118,24 @@ class NarrowZero(_Stock):
         return self.states.host_bytes
 
     # --- what the engine and schedulers see
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Those of the user's optimizer, as without ZeRO."""
+        return self.user_optimizer.defaults
+
+    @property
+    def loss_scale_config(self) -> LossScale:
+        """The loss scale as DeepSpeed's optimizers without ZeRO show it: stage 0 runs as ZeRO-1 here."""
+        scaler = self.loss_scaler
+        return LossScale(
+            cur_scale=float(self.loss_scale),
+            dynamic_loss_scale=bool(self.dynamic_loss_scale),
+            use_grad_scaling=bool(self.dynamic_loss_scale) or float(self.loss_scale) != 1.0,
+            scale_factor=getattr(scaler, "scale_factor", None),
+            scale_window=getattr(scaler, "scale_window", None),
+            min_loss_scale=getattr(scaler, "min_scale", None),
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -282,15 +318,18 @@ class NarrowZero(_Stock):
 
     def complete(self) -> None:
         """Makes masters of the layers that were never drawn, one layer at a time, where states are kept."""
-        current = list(self.groups)
-        known = {group.key for group in current} | {key for key, own in self.states.of.items() if own.noted}
-        missing = [group for group in self.every if group.key not in known]
+        current, missing = list(self.groups), self.without_masters()
         for _, groups in groupby(missing, key=lambda group: group.unit.name):
             self.narrow_frozen([*current, *groups])
         if missing:
             self.resume(current)
         self._keep_lists()
         self.states.settle()
+
+    def without_masters(self) -> list[Group]:
+        """The groups that have no state for a checkpoint yet; `complete` makes it, and so constructs again."""
+        known = {group.key for group in self.groups} | {key for key, own in self.states.of.items() if own.noted}
+        return [group for group in self.every if group.key not in known]
 
     @contextmanager
     def whole(self, *, saving: bool = False) -> Iterator[None]:

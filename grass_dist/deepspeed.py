@@ -169,7 +169,8 @@ class ZeroMethod:
 
         states = place_states(user, every, never, sharding, stage, config, layers, roles)
         self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
-        self._backend = ZeroBackend(model, self.zero, sharding, arguments["gradient_accumulation_steps"], stage, wire)
+        steps, summed = arguments["gradient_accumulation_steps"], _sequence_ranks(arguments, stage)
+        self._backend = ZeroBackend(model, self.zero, sharding, steps, stage, wire, summed)
         watch, changes = GradientWatch(model, layers), ChangeLog([*layers, *roles], model)
         self.grass = GrassController(config, layers, roles, self._backend, states, watch, changes, observers)
         self.grass.introduce(started_with(model, found, layers, roles))
@@ -184,6 +185,16 @@ class ZeroMethod:
 
     def stepped(self, applied: bool) -> None:
         self.grass.advance() if applied else self.grass.skip_step()
+
+
+def _sequence_ranks(arguments: dict[str, Any], stage: int) -> int:
+    """The number of ranks over which DeepSpeed sums gradients of parts of a sequence, instead of averaging them.
+
+    It does at all stages, except where ZeRO-3 reduce-scatters: there it averages over all ranks.
+    """
+    if stage == 3 and arguments.get("reduce_scatter", True):
+        return 1
+    return getattr(arguments.get("mpu"), "get_sequence_parallel_world_size", lambda: 1)()
 
 
 _Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...]]

@@ -38,11 +38,11 @@ class _Bucket:
         self.shard: torch.Tensor | None = None
         self.work: dist.Work | None = None
 
-    def put(self, slot: int, grad: torch.Tensor, world_size: int) -> None:
+    def put(self, slot: int, grad: torch.Tensor, averaged_over: float) -> None:
         if self.flat is None:
             self.flat = torch.zeros(self.padded, dtype=torch.float32, device=grad.device)
         view = self.flat.narrow(0, self.starts[slot], grad.numel())
-        view.copy_(grad.reshape(-1)).mul_(1 / world_size)
+        view.copy_(grad.reshape(-1)).mul_(1 / averaged_over)
         self.missing.discard(slot)
 
     def send(self, group: dist.ProcessGroup | None, world_size: int, device: torch.device) -> int:
@@ -104,6 +104,7 @@ class ZeroBackend(GradientHooks):
         accumulation_steps: micro-batches of a step.
         stage: ZeRO stage, 1 to 3.
         wire_bytes: of an element of a gradient when DeepSpeed reduces it.
+        sequence_ranks: that hold parts of one sequence (Ulysses); DeepSpeed sums gradients over them.
     """
 
     name = "deepspeed"
@@ -116,9 +117,11 @@ class ZeroBackend(GradientHooks):
         accumulation_steps: int,
         stage: int,
         wire_bytes: int,
+        sequence_ranks: int = 1,
     ) -> None:
         self._model, self.zero, self.sharding = model, zero, sharding
         self.accumulation_steps, self.stage, self._wire_bytes = accumulation_steps, stage, wire_bytes
+        self._sequence_ranks = sequence_ranks
         self._probing = self._measuring = False
         self._on: set[str] | None = None
         self._sums: HostSums | None = None
@@ -232,7 +235,7 @@ class ZeroBackend(GradientHooks):
         bucket = self._buckets[name]
         if slot not in bucket.missing:  # the next micro-batch, after one in which some parameters took no part
             self._send_rest()
-        bucket.put(slot, grad, self.ranks.world_size)
+        bucket.put(slot, grad, self.ranks.world_size / self._sequence_ranks)
         self._send(lambda bucket: not bucket.missing)
 
     def _send(self, ready: Callable[[_Bucket], bool]) -> None:

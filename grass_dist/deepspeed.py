@@ -153,7 +153,6 @@ class ZeroMethod:
         self, model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], stock: type, arguments: dict[str, Any]
     ) -> None:
         user, config, stage = arguments["init_optimizer"], setup.grass, max(setup.stage, 1)
-        wire = torch.empty(0, dtype=arguments["communication_data_type"]).element_size()
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
 
         found, layers, roles, still = _choose(model, setup, user, sharding)
@@ -170,7 +169,7 @@ class ZeroMethod:
         states = place_states(user, every, never, sharding, stage, config, layers, roles)
         self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
         steps, summed = arguments["gradient_accumulation_steps"], _sequence_ranks(arguments, stage)
-        self._backend = ZeroBackend(model, self.zero, sharding, steps, stage, wire, summed)
+        self._backend = ZeroBackend(model, self.zero, sharding, steps, stage, _wire_bytes(arguments), summed)
         watch, changes = GradientWatch(model, layers), ChangeLog([*layers, *roles], model)
         self.grass = GrassController(config, layers, roles, self._backend, states, watch, changes, observers)
         self.grass.introduce(started_with(model, found, layers, roles))
@@ -185,6 +184,16 @@ class ZeroMethod:
 
     def stepped(self, applied: bool) -> None:
         self.grass.advance() if applied else self.grass.skip_step()
+
+
+def _wire_bytes(arguments: dict[str, Any]) -> Callable[[nn.Parameter], int]:
+    """Says in how many bytes DeepSpeed reduces an element of a parameter's gradient."""
+    usual: torch.dtype = arguments["communication_data_type"]
+    try:  # releases before 0.17 have no such module
+        from deepspeed.runtime.torch_autocast import get_comm_dtype, has_comm_dtype
+    except ImportError:
+        return lambda param: usual.itemsize
+    return lambda param: (get_comm_dtype(param) if has_comm_dtype(param) else usual).itemsize
 
 
 def _sequence_ranks(arguments: dict[str, Any], stage: int) -> int:

@@ -180,6 +180,68 @@ def test_the_folder_of_a_save_is_read_and_says_which_ranks(stage, tmp_path: Path
     assert "was saved by 2 ranks and this run has 1" in sentence and "grass_dist.save_checkpoint" in sentence
 
 
+# Precision as configured.
+
+BF16 = {"bf16": {"enabled": True}}
+WITHOUT_SCATTER = {"zero_optimization": {"reduce_scatter": False}}
+CAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+CONFIGURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "bf16 on the wire": ((1, 2, 3), {"communication_data_type": "bf16"}),
+    "fp32 on the wire": ((1, 2, 3), {**BF16, "communication_data_type": "fp32"}),
+    "sums in fp32": ((2, 3), {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
+    "buffers in fp32": ((2,), {**BF16, "data_types": {"keep_in_fp32_modules": ["*inv_freq*"]}}),
+    "scaled before": ((1,), {"prescale_gradients": True}),
+    "scaled before without scatter": ((2, 3), {"prescale_gradients": True, **WITHOUT_SCATTER}),
+    "divided before": ((1,), {"gradient_predivide_factor": 2.0}),
+    "divided before without scatter": ((2,), {"gradient_predivide_factor": 4.0, **WITHOUT_SCATTER}),
+}
+"""Options, by what they do: stages at which they run, and the options."""
+
+
+def like_stock(rank: int, world_size: int, stage: int, options: dict[str, Any]) -> dict[str, float]:
+    """Largest difference of a weight from stock with all layers, and how often weights moved with two layers."""
+    zero = options.get("zero_optimization")
+    more = {key: value for key, value in options.items() if key != "zero_optimization"}
+    dtype = torch.bfloat16 if "bf16" in options else torch.float32
+    ended: list[dict[str, torch.Tensor]] = []
+    moved = {True: 0, False: 0}
+    for active in (None, LAYERS, 2):
+        settings = active and {**EVEN, "active_layers": active}
+        more |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+        config = ds_config(stage, settings, 2, dtype, zero) | more
+        model = small_llama(dtype)
+        engine = grass_dist.initialize(
+            model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), config=config
+        )[0]
+        for step in range(4):
+            before, trains = weights_of(engine), engine.grass.active_layers if active == 2 else range(LAYERS)
+            train_step(engine, step, rank, world_size, 2)
+            for name, weight in weights_of(engine).items():
+                if "layers" in name:
+                    moved[int(name.split(".")[2]) in trains] += not torch.equal(weight, before[name])
+        ended.append(weights_of(engine))
+        engine.destroy()
+    difference = max((ended[0][name] - weight).abs().max().item() for name, weight in ended[1].items())
+    return {"difference": difference, "moved": moved[True], "frozen moved": moved[False]}
+
+
+CASTS = Spawn(2, before=gc.freeze, timeout=400)
+"""DeepSpeed remembers a cast for the whole process."""
+
+
+@scenarios(
+    *(
+        pytest.param(TWO(like_stock, stage, options), id=f"{name}, stage {stage}")
+        for name, (stages, options) in CONFIGURED.items()
+        for stage in stages
+    ),
+    *(pytest.param(CASTS(like_stock, stage, CAST), id=f"torch_autocast, stage {stage}") for stage in (1, 2, 3)),
+)
+def test_precision_as_configured_is_that_of_stock(runs):
+    for told in runs:
+        assert told["difference"] == 0.0 and told["frozen moved"] == 0 and told["moved"] > 100, told
+
+
 # Ulysses.
 
 
@@ -194,7 +256,7 @@ def sequence_parallel(rank: int, world_size: int) -> dict[int, tuple[float, floa
     def engine_of(stage: int, settings: dict[str, Any] | None, lr: float = ADAMW["lr"]) -> Any:
         model = small_llama()
         model.set_attn_implementation("sdpa")
-        optimizer = torch.optim.AdamW(model.parameters(), **{**ADAMW, "lr": lr})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=ADAMW["eps"])
         config = ds_config(stage, settings, 1, zero_allow_untested_optimizer=True, gradient_clipping=0.0)
         return grass_dist.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)[0]
 

@@ -50,7 +50,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "optimizer.params.max_grad_norm": ([0.0, 1.0], []),
     "zero_allow_untested_optimizer": ([False], [True]),
     "amp.enabled": ([True], [False]),
-    "torch_autocast.enabled": ([True], [False]),
     "bf16.bf16_master_weights_and_grads": ([True], [False]),
     "bf16.bf16_master_weights_and_gradients": ([True], [False]),
     "bf16.bf16_optimizer_states": ([True], [False]),
@@ -59,8 +58,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "bfloat16.bf16_optimizer_states": ([True], [False]),
     "fp16.fp16_master_weights_and_grads": ([True], [False]),
     "compile.deepcompile": ([True], [False]),
-    "prescale_gradients": ([True], [False]),
-    "gradient_predivide_factor": ([2, 0.5, "x"], [1, 1.0]),
     "gradient_allreduce_op": (["sum", "SUM"], ["mean"]),
     "sparse_gradients": ([True], [False]),
     "managed_gradient_accumulation": ([False], [True]),
@@ -81,6 +78,7 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
         [{"weight_quantization": {}}, {"layer_reduction": {"enabled": True}, "head_pruning": {"enabled": False}}],
         [{}, {"layer_reduction": {"enabled": False}, "row_pruning": {"shared_parameters": {"enabled": "false"}}}],
     ),
+    "weight_quantization": ([{"num_bits": 8}, {"enabled": True}], [{}, {"enabled": False}]),
     "hybrid_engine.enabled": ([True], [False]),
 }
 # Top-level keys of DeepSpeed 0.16 to 0.19, none of which may look like a misspelt block.
@@ -367,6 +365,50 @@ def test_accumulation_that_is_fine_at_stage_1(changes):
     setup = split_ds_config(plus(changes | {"zero_optimization.stage": 1}))
     assert setup.stage == 1
     assert setup.ds_config["data_types"]["grad_accum_dtype"] == changes["data_types.grad_accum_dtype"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prescale_gradients": True}, "prescale_gradients"),
+        ({"prescale_gradients": "true", "zero_optimization.stage": 3}, "prescale_gradients"),
+        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor"),
+        ({"gradient_predivide_factor": 0.5, "zero_optimization.reduce_scatter": True}, "gradient_predivide_factor"),
+        (
+            {"gradient_predivide_factor": 2.0, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
+            "gradient_predivide_factor",
+        ),
+        *(
+            ({"gradient_predivide_factor": odd, "zero_optimization.stage": 1}, "gradient_predivide_factor")
+            for odd in (0, -1, "x", True, float("nan"), float("inf"))
+        ),
+        *(
+            ({"torch_autocast": {"enabled": True, **dtype}}, "torch_autocast.dtype")
+            for dtype in ({"dtype": "float16"}, {"dtype": "fp16"}, {}, {"dtype": None})
+        ),
+    ],
+)
+def test_scaling_that_the_stage_cannot(changes, field):
+    assert refusal(plus(changes)).field == field
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prescale_gradients": True, "zero_optimization.stage": 0},
+        {"prescale_gradients": True, "zero_optimization.reduce_scatter": False},
+        {"gradient_predivide_factor": 2, "zero_optimization.stage": 1},
+        {"gradient_predivide_factor": 0.5, "zero_optimization.reduce_scatter": False},
+        {"gradient_predivide_factor": 1.0, "zero_optimization.stage": 3},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {"torch_autocast": {"enabled": False, "dtype": "float16"}},
+        {"communication_data_type": "fp32", "bf16.enabled": True},
+    ],
+)
+def test_scaling_and_casts_that_run(changes):
+    given = plus(changes)
+    ds_config = split_ds_config(given).ds_config
+    assert all(ds_config[path] == given[path] for path in changes if "." not in path)
 
 
 @pytest.mark.parametrize(

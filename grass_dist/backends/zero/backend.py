@@ -103,7 +103,7 @@ class ZeroBackend(GradientHooks):
         sharding: over the data-parallel ranks.
         accumulation_steps: micro-batches of a step.
         stage: ZeRO stage, 1 to 3.
-        wire_bytes: of an element of a gradient when DeepSpeed reduces it.
+        wire_bytes: of an element of a parameter's gradient when DeepSpeed reduces it.
         sequence_ranks: that hold parts of one sequence (Ulysses); DeepSpeed sums gradients over them.
     """
 
@@ -116,7 +116,7 @@ class ZeroBackend(GradientHooks):
         sharding: ZeroSharding,
         accumulation_steps: int,
         stage: int,
-        wire_bytes: int,
+        wire_bytes: Callable[[nn.Parameter], int],
         sequence_ranks: int = 1,
     ) -> None:
         self._model, self.zero, self.sharding = model, zero, sharding
@@ -126,7 +126,7 @@ class ZeroBackend(GradientHooks):
         self._on: set[str] | None = None
         self._sums: HostSums | None = None
         self._ends_step: bool | None = None
-        self._arrived_numel = 0
+        self._arrived_bytes = 0
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         self._layers, self._units = list(layers), [*layers, *roles]
@@ -212,23 +212,26 @@ class ZeroBackend(GradientHooks):
         """Reads DeepSpeed's averaged gradients in a step, before they are clipped."""
         self.verify()
         scale = float(self.zero.loss_scale) ** 2
-        numel = 0
+        once = 0
         for i, group in enumerate(self.zero.groups):
-            numel += sum(numel_of(p) for p in group.params)
+            once += sum(map(self._bytes_of, group.params))
             if self._measuring and group.unit.index is not None:
                 parts = [sum_of_squares(part) for part in self.zero.partition_grads_of(i)]
                 if parts:
                     self._sink(group.unit.index, group.slot, torch.stack(parts).sum() / scale)
-        arrived, self._arrived_numel = self._arrived_numel, 0
+        arrived, self._arrived_bytes = self._arrived_bytes, 0
         if self.ranks.world_size > 1:  # ZeRO-1 reduces once a step, the others each micro-batch
-            self.bytes_reduced += (arrived if self.stage >= 2 else numel) * self._wire_bytes
+            self.bytes_reduced += arrived if self.stage >= 2 else once
+
+    def _bytes_of(self, param: nn.Parameter) -> int:
+        return numel_of(param) * self._wire_bytes(param)
 
     # --- probe
 
     def _on_gradient(self, name: str, slot: int, param: nn.Parameter) -> None:
         self._arrived(self._index[name])
         if not self._probing:
-            self._arrived_numel += numel_of(param)
+            self._arrived_bytes += self._bytes_of(param)
             return
         grad, param.grad = param.grad, None
         assert grad is not None

@@ -180,6 +180,22 @@ def test_the_folder_of_a_save_is_read_and_says_which_ranks(stage, tmp_path: Path
     assert "was saved by 2 ranks and this run has 1" in sentence and "grass_dist.save_checkpoint" in sentence
 
 
+def attributes(rank: int, world_size: int, stage: int) -> list[str]:
+    """Public attributes that the optimizer of a stock engine has and that of GRASS has not."""
+    seen: list[set[str]] = []
+    for settings in (None, EVEN):
+        engine = make_engine(ds_config(stage, settings, 1, zero_allow_untested_optimizer=True))
+        zero = engine.optimizer
+        seen.append({name for name in dir(zero) if not name.startswith("_") and hasattr(zero, name)})
+        engine.destroy()
+    return sorted(seen[0] - seen[1])
+
+
+@scenarios(*at_each(attributes))
+def test_the_optimizer_has_the_attributes_of_stock(runs):
+    assert runs == [[], []]
+
+
 # Precision as configured.
 
 BF16 = {"bf16": {"enabled": True}}

@@ -1,9 +1,9 @@
-"""Writes what follows from the classes of the configuration: configs/schema.json, and the tables of configuration.md.
+"""Writes what follows from the code: configs/schema.json, the tables of configuration.md, the options of deepspeed.md.
 
     python -m docs.generate     # or: make docs
 
-A table stands between ``<!-- fields of CLASS -->`` and ``<!-- end of fields -->``. Every cell is taken from the JSON
-schema, which takes names, types, defaults, limits and sentences from the fields of the pydantic classes.
+A table of fields stands between ``<!-- fields of CLASS -->`` and ``<!-- end of fields -->``. Every cell is taken from
+the JSON schema, which takes names, types, defaults, limits and sentences from the fields of the pydantic classes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from grass_dist.backends.zero.options import rows
 from grass_dist.finetune.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
+OPTIONS_PAGE = ROOT / "docs" / "deepspeed.md"
 SCHEMA = ROOT / "configs" / "schema.json"
 
 _TABLE = re.compile(r"(<!-- fields of (\w+) -->\n).*?(\n<!-- end of fields -->)", re.DOTALL)
+_OPTIONS = re.compile(r"(<!-- options -->\n).*?(\n<!-- end of options -->)", re.DOTALL)
 _HEAD = "\n| field | type | default | limits | meaning |\n|---|---|---|---|---|\n"
 _TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "null"}
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -63,6 +66,19 @@ def with_tables(page: str) -> str:
     """
     tables = {name: _table(schema, path) for name, path, schema in sections()}
     return _TABLE.sub(lambda found: found[1] + tables[found[2]] + found[3], page)
+
+
+def with_options(page: str) -> str:
+    """The text of deepspeed.md with the table of the options as the code says; options of one section share a row."""
+    shared: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows():
+        section = row.path.rpartition(".")[0]
+        shared.setdefault((section, row.verdict, row.note), []).append(row.path.rpartition(".")[2])
+    lines = ["\n| section | options | under GRASS | |\n|---|---|---|---|\n"]
+    for (section, verdict, note), keys in shared.items():
+        cells = f"`{section}`" if section else "", ", ".join(f"`{key}`" for key in keys), verdict, note
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n")
+    return _OPTIONS.sub(lambda found: found[1] + "".join(lines) + found[2], page)
 
 
 def sections() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -155,6 +171,7 @@ def _address(page: str, anchor: str | None) -> str:
 def main() -> None:
     SCHEMA.write_text(schema_text())
     PAGE.write_text(with_tables(PAGE.read_text()))
+    OPTIONS_PAGE.write_text(with_options(OPTIONS_PAGE.read_text()))
 
 
 if __name__ == "__main__":

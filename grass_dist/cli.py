@@ -144,14 +144,19 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="Leave the checksums of the files out.")] = False,
 ) -> None:
-    """Show the checkpoints of a run, and what the newest good one holds; of a Trainer's run, the newest."""
+    """Show the checkpoints of a run, and what the newest good one holds; of a Trainer's run, the newest.
+
+    Of a folder that engine.save_checkpoint was given, it shows where the method is in the newest checkpoint.
+    """
     with one_sentence_errors():
+        from grass_dist.checkpoint.engine_folder import read_engine_checkpoint
         from grass_dist.checkpoint.inspect import inspect_run
         from grass_dist.checkpoint.marker import newest_marked, read_marker
 
         run = newest_marked(run)
-        if (marked := read_marker(run)) is not None:
-            typer.echo(json.dumps(marked, allow_nan=False)) if as_json else _show_marker(run, marked)
+        if (marked := read_marker(run) or read_engine_checkpoint(run)) is not None:
+            folder = Path(marked.get("folder", run))
+            typer.echo(json.dumps(marked, allow_nan=False)) if as_json else _show_marker(folder, marked)
             return
         found = inspect_run(run, fast=fast)
         typer.echo(json.dumps(found, allow_nan=False)) if as_json else _show_checkpoints(found)
@@ -270,7 +275,7 @@ def _show_checkpoints(found: Mapping[str, Any]) -> None:
 
 
 def _show_marker(folder: Path, marked: Mapping[str, Any]) -> None:
-    """Shows a checkpoint that Trainer or Accelerate has written."""
+    """Shows a checkpoint that Trainer, Accelerate or DeepSpeed has written."""
     out = console(160)
     layers = ", ".join(map(str, marked["active_layers"])) or "none"
     told = f"{folder}: a checkpoint of a GRASS run, {marked['step']} steps done, phase {marked['phase']}, "

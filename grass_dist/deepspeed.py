@@ -17,9 +17,10 @@ from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_con
 from grass_dist.backends.zero.engine import wrap_methods
 from grass_dist.backends.zero.groups import groups_of, weights_on_host
 from grass_dist.backends.zero.jit import accelerator, on_cpu, spare_the_compiler
-from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
+from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.place import place_states
 from grass_dist.backends.zero.private import check_classes, deepspeed_version, stock_classes, zero_optimizers_from
+from grass_dist.backends.zero.stages import narrow_class
 from grass_dist.config import check_num_layers
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.events import Observer
@@ -154,7 +155,6 @@ class ZeroMethod:
         self, model: nn.Module, setup: ZeroSetup, observers: Sequence[Observer], stock: type, arguments: dict[str, Any]
     ) -> None:
         user, config, stage = arguments["init_optimizer"], setup.grass, max(setup.stage, 1)
-        wire = torch.empty(0, dtype=arguments["communication_data_type"]).element_size()
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
 
         found, layers, roles, still = _choose(model, setup, user, sharding)
@@ -172,7 +172,8 @@ class ZeroMethod:
             user, every, never, sharding, stage, config, layers, roles, on_host=weights_on_host(arguments)
         )
         self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
-        self._backend = ZeroBackend(model, self.zero, sharding, arguments["gradient_accumulation_steps"], stage, wire)
+        steps, summed = arguments["gradient_accumulation_steps"], _sequence_ranks(arguments, stage)
+        self._backend = ZeroBackend(model, self.zero, sharding, steps, stage, _wire_bytes(arguments), summed)
         watch, changes = GradientWatch(model, layers), ChangeLog([*layers, *roles], model)
         self.grass = GrassController(config, layers, roles, self._backend, states, watch, changes, observers)
         self.grass.introduce(started_with(model, found, layers, roles))
@@ -187,6 +188,26 @@ class ZeroMethod:
 
     def stepped(self, applied: bool) -> None:
         self.grass.advance() if applied else self.grass.skip_step()
+
+
+def _wire_bytes(arguments: dict[str, Any]) -> Callable[[nn.Parameter], int]:
+    """Says in how many bytes DeepSpeed reduces an element of a parameter's gradient."""
+    usual: torch.dtype = arguments["communication_data_type"]
+    try:  # releases before 0.17 have no such module
+        from deepspeed.runtime.torch_autocast import get_comm_dtype, has_comm_dtype
+    except ImportError:
+        return lambda param: usual.itemsize
+    return lambda param: (get_comm_dtype(param) if has_comm_dtype(param) else usual).itemsize
+
+
+def _sequence_ranks(arguments: dict[str, Any], stage: int) -> int:
+    """The number of ranks over which DeepSpeed sums gradients of parts of a sequence, instead of averaging them.
+
+    It does at all stages, except where ZeRO-3 reduce-scatters: there it averages over all ranks.
+    """
+    if stage == 3 and arguments.get("reduce_scatter", True):
+        return 1
+    return getattr(arguments.get("mpu"), "get_sequence_parallel_world_size", lambda: 1)()
 
 
 _Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...]]

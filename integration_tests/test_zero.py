@@ -201,6 +201,7 @@ def overflow(rank: int, world_size: int, stage: int) -> None:
         if phase == "train" and grass.step in (3, 6) and forced < 2 and grass.step != forced:
             zero.loss_scaler.cur_scale, forced = 2.0**24, grass.step
         scale, moments = zero.loss_scale, copy.deepcopy(moments_of(zero))
+        assert zero.loss_scale_config.cur_scale == scale and zero.loss_scale_config.dynamic_loss_scale
         train_step(engine, step, rank, world_size, 1)
         step += 1
         if zero.overflow:

@@ -40,7 +40,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "zero_optimization.zero_quantized_gradients": ([True, 1], [False, 0]),
     "zero_optimization.mics_shard_size": ([1, 8], [-1, 0]),
     "zero_optimization.mics_hierarchical_params_gather": ([True], [False]),
-    "zero_optimization.elastic_checkpoint": ([True], [False]),
     "zero_optimization.stage3_module_granularity_threshold": ([1, 5e5], [0]),
     "zero_optimization.module_granularity_threshold": ([1], [0]),
     "zero_optimization.legacy_stage1": ([True], [False]),
@@ -49,7 +48,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "optimizer.params.max_grad_norm": ([0.0, 1.0], []),
     "zero_allow_untested_optimizer": ([False], [True]),
     "amp.enabled": ([True], [False]),
-    "torch_autocast.enabled": ([True], [False]),
     "bf16.bf16_master_weights_and_grads": ([True], [False]),
     "bf16.bf16_master_weights_and_gradients": ([True], [False]),
     "bf16.bf16_optimizer_states": ([True], [False]),
@@ -58,8 +56,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "bfloat16.bf16_optimizer_states": ([True], [False]),
     "fp16.fp16_master_weights_and_grads": ([True], [False]),
     "compile.deepcompile": ([True], [False]),
-    "prescale_gradients": ([True], [False]),
-    "gradient_predivide_factor": ([2, 0.5, "x"], [1, 1.0]),
     "gradient_allreduce_op": (["sum", "SUM"], ["mean"]),
     "sparse_gradients": ([True], [False]),
     "managed_gradient_accumulation": ([False], [True]),
@@ -72,8 +68,15 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "progressive_layer_drop.enabled": ([True], [False]),
     "data_efficiency.data_routing.random_ltd.enabled": ([True], [False]),
     "eigenvalue.enabled": ([True], [False]),
-    "quantize_training": ([{}, {"quantize_bits": {}}, True], [False]),
-    "compression_training": ([{}, {"weight_quantization": {}}], [False]),
+    "quantize_training": (
+        [{"quantize_bits": {}}, {"enabled": True}, True],
+        [False, {}, {"enabled": False, "quantize_bits": {"start_bits": 16}}],
+    ),
+    "compression_training": (
+        [{"weight_quantization": {}}, {"layer_reduction": {"enabled": True}, "head_pruning": {"enabled": False}}],
+        [{}, {"layer_reduction": {"enabled": False}, "row_pruning": {"shared_parameters": {"enabled": "false"}}}],
+    ),
+    "weight_quantization": ([{"num_bits": 8}, {"enabled": True}], [{}, {"enabled": False}]),
     "hybrid_engine.enabled": ([True], [False]),
 }
 # Top-level keys of DeepSpeed 0.16 to 0.19, none of which may look like a misspelt block.
@@ -363,6 +366,50 @@ def test_accumulation_that_is_fine_at_stage_1(changes):
 
 
 @pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prescale_gradients": True}, "prescale_gradients"),
+        ({"prescale_gradients": "true", "zero_optimization.stage": 3}, "prescale_gradients"),
+        ({"gradient_predivide_factor": 2}, "gradient_predivide_factor"),
+        ({"gradient_predivide_factor": 0.5, "zero_optimization.reduce_scatter": True}, "gradient_predivide_factor"),
+        (
+            {"gradient_predivide_factor": 2.0, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
+            "gradient_predivide_factor",
+        ),
+        *(
+            ({"gradient_predivide_factor": odd, "zero_optimization.stage": 1}, "gradient_predivide_factor")
+            for odd in (0, -1, "x", True, float("nan"), float("inf"))
+        ),
+        *(
+            ({"torch_autocast": {"enabled": True, **dtype}}, "torch_autocast.dtype")
+            for dtype in ({"dtype": "float16"}, {"dtype": "fp16"}, {}, {"dtype": None})
+        ),
+    ],
+)
+def test_scaling_that_the_stage_cannot(changes, field):
+    assert refusal(plus(changes)).field == field
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prescale_gradients": True, "zero_optimization.stage": 0},
+        {"prescale_gradients": True, "zero_optimization.reduce_scatter": False},
+        {"gradient_predivide_factor": 2, "zero_optimization.stage": 1},
+        {"gradient_predivide_factor": 0.5, "zero_optimization.reduce_scatter": False},
+        {"gradient_predivide_factor": 1.0, "zero_optimization.stage": 3},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        {"torch_autocast": {"enabled": False, "dtype": "float16"}},
+        {"communication_data_type": "fp32", "bf16.enabled": True},
+    ],
+)
+def test_scaling_and_casts_that_run(changes):
+    given = plus(changes)
+    ds_config = split_ds_config(given).ds_config
+    assert all(ds_config[path] == given[path] for path in changes if "." not in path)
+
+
+@pytest.mark.parametrize(
     "kind",
     [
         *("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Muon", "muon", "Lamb", "MuAdam", "MuAdamW", "MuSGD"),
@@ -458,6 +505,25 @@ def test_no_offload_is_removed_without_a_word(offload, legacy):
     options = {"stage": 3, "offload_optimizer": offload, "cpu_offload": legacy, "offload_param": {"device": "none"}}
     setup = split_ds_config(plus({"zero_optimization": options}))
     assert setup.ds_config["zero_optimization"] == {"stage": 3, "offload_param": {"device": "none"}} and not setup.said
+
+
+@pytest.mark.parametrize("text", ["True", "true", True, 1])
+def test_an_elastic_checkpoint_has_no_effect_and_this_is_said(text):
+    setup = split_ds_config(plus({"zero_optimization.elastic_checkpoint": text}))
+    assert setup.ds_config["zero_optimization"] == {"stage": 2}
+    (sentence,) = setup.said
+    assert "elastic_checkpoint has no effect" in sentence and "grass_dist.save_checkpoint" in sentence
+    assert not split_ds_config(plus({"zero_optimization.elastic_checkpoint": "False"})).said
+
+
+def test_disabled_sections_are_taken_out_without_a_word():
+    disabled: dict[str, Any] = {k: {"enabled": False, "other": 3} for k in ("amp", "elasticity", "eigenvalue")}
+    disabled |= {"compression_training": {"head_pruning": {"shared_parameters": {"enabled": False}}}}
+    disabled |= {"quantize_training": {"enabled": "false"}, "sparse_gradients": False, "sparse_attention": None}
+    off = {"mics_shard_size": -1, "mics_hierarchical_params_gather": False, "zeropp_loco_param": None}
+    setup = split_ds_config(plus(disabled | {"zero_optimization": {"stage": 3, **off}}))
+    assert setup.ds_config["zero_optimization"] == {"stage": 3} and not disabled.keys() & setup.ds_config.keys()
+    assert not setup.said
 
 
 @pytest.mark.parametrize("clipping", [0.0, 1, 0.5, "auto"])

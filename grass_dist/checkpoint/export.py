@@ -16,6 +16,7 @@ import torch
 
 from grass_dist.checkpoint import disk, files
 from grass_dist.checkpoint.dcp import TensorReader
+from grass_dist.checkpoint.engine_folder import engine_checkpoint
 from grass_dist.checkpoint.folders import CHECKPOINTS, checkpoints_in, step_of
 from grass_dist.checkpoint.loading import Checkpoint, newest_good, open_checkpoint
 from grass_dist.checkpoint.pieces import dtype_name
@@ -50,17 +51,30 @@ class Exported:
     nbytes: int
 
 
+def parent_of(run: Path) -> Path:
+    """The folder that may hold the checkpoints of ``run``: that of a run, or what `grass_dist.save_checkpoint` got."""
+    return run if not (run / CHECKPOINTS).is_dir() and checkpoints_in(run) else run / CHECKPOINTS
+
+
 def folders_of(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, the newest first; for the folder of a checkpoint, that folder alone.
+
+    A folder that `grass_dist.save_checkpoint` was given holds checkpoints as the ``checkpoints`` of a run does.
 
     The run's folder and ``checkpoints`` may be links, for example to another disk.
 
     Raises:
         CheckpointError: there is none, or one of them is a link.
     """
-    parent = run / CHECKPOINTS
+    parent = parent_of(run)
     if not parent.is_dir():
         if run.is_dir() and step_of(run) is None and not (run / files.MANIFEST).exists():
+            if saved := engine_checkpoint(run):
+                raise CheckpointError(
+                    f"{saved} has DeepSpeed's files, without the configuration of the model: write its fp32 weights "
+                    f"with python -m deepspeed.utils.zero_to_fp32 {saved.parent} OUT --tag {saved.name}, or load it "
+                    "into its engine and save it with grass_dist.save_checkpoint."
+                )
             raise CheckpointError(f"{run} has no folder {CHECKPOINTS} and is no checkpoint: there is nothing to read.")
         return [run]
     found = checkpoints_in(parent)
@@ -83,7 +97,7 @@ def find_checkpoint(run: Path, step: int | None, tell: Callable[[str], None]) ->
     """
     folders = folders_of(run)
     if step is None and folders != [run]:
-        if (good := newest_good(run / CHECKPOINTS, tell=tell)) is None:
+        if (good := newest_good(parent_of(run), tell=tell)) is None:
             raise CheckpointError(f"{run}: none of its checkpoints is good.")
         return good
     wanted = [folder for folder in folders if step in (None, step_of(folder))]

@@ -100,7 +100,7 @@ class ImportanceTracker:
         finite = np.isfinite(squares).all(axis=1)
         self.dropped += int((~finite).sum())
         total, count = np.zeros(len(self.numel)), np.zeros(len(self.numel))
-        for step in np.flatnonzero(finite):
+        for step in np.flatnonzero(finite).tolist():
             active = list(layers[step])
             total[active] += mean_gradient_norm(squares[step, : len(active)], self.numel[active])
             count[active] += 1

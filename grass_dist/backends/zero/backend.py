@@ -18,6 +18,7 @@ from grass_dist.model.discovery import Unit
 from grass_dist.model.experts import give_idle_experts_zeros
 from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import GradientHook
+from grass_dist.ranks import together
 
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)  # its name from torch 2.13 on
 
@@ -37,11 +38,11 @@ class _Bucket:
         self.shard: torch.Tensor | None = None
         self.work: dist.Work | None = None
 
-    def put(self, slot: int, grad: torch.Tensor, world_size: int) -> None:
+    def put(self, slot: int, grad: torch.Tensor, averaged_over: float) -> None:
         if self.flat is None:
             self.flat = torch.zeros(self.padded, dtype=torch.float32, device=grad.device)
         view = self.flat.narrow(0, self.starts[slot], grad.numel())
-        view.copy_(grad.reshape(-1)).mul_(1 / world_size)
+        view.copy_(grad.reshape(-1)).mul_(1 / averaged_over)
         self.missing.discard(slot)
 
     def send(self, group: dist.ProcessGroup | None, world_size: int, device: torch.device) -> int:
@@ -102,7 +103,8 @@ class ZeroBackend(GradientHooks):
         sharding: over the data-parallel ranks.
         accumulation_steps: micro-batches of a step.
         stage: ZeRO stage, 1 to 3.
-        wire_bytes: of an element of a gradient when DeepSpeed reduces it.
+        wire_bytes: of an element of a parameter's gradient when DeepSpeed reduces it.
+        sequence_ranks: that hold parts of one sequence (Ulysses); DeepSpeed sums gradients over them.
     """
 
     name = "deepspeed"
@@ -114,13 +116,17 @@ class ZeroBackend(GradientHooks):
         sharding: ZeroSharding,
         accumulation_steps: int,
         stage: int,
-        wire_bytes: int,
+        wire_bytes: Callable[[nn.Parameter], int],
+        sequence_ranks: int = 1,
     ) -> None:
         self._model, self.zero, self.sharding = model, zero, sharding
         self.accumulation_steps, self.stage, self._wire_bytes = accumulation_steps, stage, wire_bytes
+        self._sequence_ranks = sequence_ranks
         self._probing = self._measuring = False
         self._on: set[str] | None = None
         self._sums: HostSums | None = None
+        self._ends_step: bool | None = None
+        self._arrived_bytes = 0
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         self._layers, self._units = list(layers), [*layers, *roles]
@@ -161,12 +167,28 @@ class ZeroBackend(GradientHooks):
             self.zero.rest(self._stand_in())
             if self._sums is not None:
                 self._sums.clear()
-            elif self.accumulation_steps > 1:
-                shapes = {name: torch.Size([b.padded // self.ranks.world_size]) for name, b in self._buckets.items()}
-                self._sums = HostSums(shapes, self._device)
+            elif self.accumulation_steps > 1 or self._ends_step is False:
+                self._make_sums()
         else:
             self._sums = None
             self.zero.narrow(groups_of(units, self.zero.param_groups))
+
+    def accumulate(self, ends_step: bool | None) -> bool | None:
+        """Tells, before a backward, whether its gradients end a step; None lets the micro-batches be counted again.
+
+        All ranks call it alike. Returns what was told before.
+
+        Raises:
+            GrassError: a rank lacks the host memory for the sums of a probe.
+        """
+        before, self._ends_step = self._ends_step, ends_step
+        if ends_step is False and self._probing and self._sums is None:
+            together(self.ranks, self._make_sums)
+        return before
+
+    def _make_sums(self) -> None:
+        shapes = {name: torch.Size([b.padded // self.ranks.world_size]) for name, b in self._buckets.items()}
+        self._sums = HostSums(shapes, self._device)
 
     def finish_gradients(self) -> None:
         """DeepSpeed has made them final at the accumulation boundary."""
@@ -190,16 +212,19 @@ class ZeroBackend(GradientHooks):
         """Reads DeepSpeed's averaged gradients in a step, before they are clipped."""
         self.verify()
         scale = float(self.zero.loss_scale) ** 2
-        numel = 0
+        once = 0
         for i, group in enumerate(self.zero.groups):
-            numel += sum(numel_of(p) for p in group.params)
+            once += sum(map(self._bytes_of, group.params))
             if self._measuring and group.unit.index is not None:
                 parts = [sum_of_squares(part) for part in self.zero.partition_grads_of(i)]
                 if parts:
                     self._sink(group.unit.index, group.slot, torch.stack(parts).sum() / scale)
-        micro_batches = self.accumulation_steps if self.stage >= 2 else 1
-        if self.ranks.world_size > 1:
-            self.bytes_reduced += numel * self._wire_bytes * micro_batches
+        arrived, self._arrived_bytes = self._arrived_bytes, 0
+        if self.ranks.world_size > 1:  # ZeRO-1 reduces once a step, the others each micro-batch
+            self.bytes_reduced += arrived if self.stage >= 2 else once
+
+    def _bytes_of(self, param: nn.Parameter) -> int:
+        return numel_of(param) * self._wire_bytes(param)
 
     # --- probe
 
@@ -208,13 +233,14 @@ class ZeroBackend(GradientHooks):
             return
         self._arrived(self._index[name])
         if not self._probing:
+            self._arrived_bytes += self._bytes_of(param)
             return
         grad, param.grad = param.grad, None
         assert grad is not None
         bucket = self._buckets[name]
         if slot not in bucket.missing:  # the next micro-batch, after one in which some parameters took no part
             self._send_rest()
-        bucket.put(slot, grad, self.ranks.world_size)
+        bucket.put(slot, grad, self.ranks.world_size / self._sequence_ranks)
         self._send(lambda bucket: not bucket.missing)
 
     def _send(self, ready: Callable[[_Bucket], bool]) -> None:
@@ -235,7 +261,9 @@ class ZeroBackend(GradientHooks):
     def _deliver(self, bucket: _Bucket) -> None:
         shard, unit = bucket.take(), bucket.unit
         if self._sums is not None:
-            whole = self._sums.add(unit.name, shard, last=self._micro_batch == self.accumulation_steps - 1)
+            counted = self._micro_batch == self.accumulation_steps - 1
+            last = counted if self._ends_step is None else self._ends_step
+            whole = self._sums.add(unit.name, shard, last=last)
             if whole is None:
                 return
             shard = whole

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import difflib
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,17 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, TypeAdapter
 
+from grass_dist.backends.zero.options import (
+    BF16,
+    IDLE,
+    REFUSED,
+    REMOVED,
+    REMOVED_OF_ZERO,
+    among,
+    enabled,
+    on,
+    refusal,
+)
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
 
@@ -36,82 +48,8 @@ class ZeroSetup:
     """Sentences for the log about what became of the user's options."""
 
 
-def _is(*names: str) -> Callable[[Any], bool]:
-    return lambda value: str(value).strip().lower() in names
-
-
-def _is_not(*names: str) -> Callable[[Any], bool]:
-    return lambda value: not _is(*names)(value)
-
-
-def _above(limit: float) -> Callable[[Any], bool]:
-    def above(value: Any) -> bool:
-        try:
-            return not float(value) <= limit  # DeepSpeed reads "8" as 8
-        except (TypeError, ValueError, OverflowError):
-            return True
-
-    return above
-
-
 _INTEGER = TypeAdapter(int)
 """Reads a number as DeepSpeed's models of a section do: "3" and 3.0 are 3, and 2.5 is no integer."""
-
-_OFF = ("false", "0", "0.0", "no", "off", "n", "f", "none", "")
-_off, _on = _is(*_OFF), _is_not(*_OFF)
-
-_ONE_PARTITION = "GRASS needs weights and states in one partition over all ranks"
-_EXACT = "GRASS needs weights and gradients that are not quantized"
-_TOGETHER = "it gathers layers together, and GRASS needs each by itself"
-_FP32_STATES = "GRASS keeps masters and moments in fp32"
-_PLAIN_MEAN = "GRASS needs gradients that are plain means over the ranks"
-_COPIES = "GRASS takes all ranks for copies of one model, each with data of its own"
-_DATA_PARALLEL = "leave it out, and use ZeRO-3 if the model is too large"
-_ALL_TOKENS = "GRASS compares layers that each see all tokens of a step"
-_BF16 = ("bf16", "bfloat16")
-_BF16_STATES = ("bf16_master_weights_and_grads", "bf16_master_weights_and_gradients", "bf16_optimizer_states")
-
-REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
-    # dotted path, the values that are refused, the problem, the fix
-    ("zero_optimization.offload_param.device", _is_not("none", "cpu"), "weights go to host memory", "use 'cpu'"),
-    ("zero_optimization.offload_optimizer.device", _is_not("none", "cpu"), "states go to host memory", "use 'cpu'"),
-    ("zero_optimization.offload_optimizer.super_offload", _on, "it has an optimizer step of its own", "use false"),
-    ("zero_optimization.zenflow", _on, "it decides by itself which gradients a step applies", "leave it out"),
-    ("zero_optimization.zero_hpz_partition_size", _above(1), _ONE_PARTITION, "use 1"),
-    ("zero_optimization.zero_quantized_weights", _on, _EXACT, "use false"),
-    ("zero_optimization.zero_quantized_nontrainable_weights", _on, _EXACT, "use false"),
-    ("zero_optimization.zero_quantized_gradients", _on, _EXACT, "use false"),
-    ("zero_optimization.mics_shard_size", _above(0), _ONE_PARTITION, "leave it out (plain ZeRO-3)"),
-    ("zero_optimization.mics_hierarchical_params_gather", _on, _ONE_PARTITION, "leave it out (plain ZeRO-3)"),
-    ("zero_optimization.elastic_checkpoint", _on, "inactive layers may have no states to store", "use false"),
-    ("zero_optimization.stage3_module_granularity_threshold", _above(0), _TOGETHER, "use 0"),
-    ("zero_optimization.module_granularity_threshold", _above(0), _TOGETHER, "use 0"),
-    ("zero_optimization.legacy_stage1", _on, "GRASS works on today's ZeRO-1", "use false"),
-    ("zero_optimization.parameter_alignment", _on, "GRASS reads partitions without gaps", "use false"),
-    ("zero_optimization.compute_grad_norm", _off, "GRASS relies on the norm that ZeRO computes", "use true"),
-    ("optimizer.params.max_grad_norm", _above(-1), "DeepSpeed does not clip by it", "set gradient_clipping instead"),
-    ("zero_allow_untested_optimizer", _off, "GRASS hands DeepSpeed an optimizer that it does not know", "use true"),
-    *((f"{name}.enabled", _on, "it casts in a way of its own", "use 'bf16'") for name in ("amp", "torch_autocast")),
-    *((f"{section}.{key}", _on, _FP32_STATES, "use false") for section in _BF16 for key in _BF16_STATES),
-    ("fp16.fp16_master_weights_and_grads", _on, _FP32_STATES, "use false"),
-    ("compile.deepcompile", _on, "it compiles one graph, and the layers that train change", "use false"),
-    ("prescale_gradients", _on, _PLAIN_MEAN, "use false"),
-    ("gradient_predivide_factor", _is_not("1", "1.0"), _PLAIN_MEAN, "use 1.0"),
-    ("gradient_allreduce_op", _is("sum"), _PLAIN_MEAN, "use 'mean'"),
-    ("sparse_gradients", _on, "GRASS takes the norms of dense gradients", "use false"),
-    ("managed_gradient_accumulation", _off, "GRASS counts steps as DeepSpeed accumulates them", "use true"),
-    ("tensor_parallel.autotp_size", _above(1), _COPIES, _DATA_PARALLEL),
-    ("pipeline.stages", _above(1), _COPIES, _DATA_PARALLEL),
-    ("sequence_parallel_size", _above(1), _COPIES, _DATA_PARALLEL),
-    *((f"{name}.enabled", _on, _COPIES, _DATA_PARALLEL) for name in ("expert_parallel", "moe")),
-    ("elasticity.enabled", _on, "the number of ranks cannot change", "set train_micro_batch_size_per_gpu instead"),
-    ("progressive_layer_drop.enabled", _on, _ALL_TOKENS, "leave it out"),
-    ("data_efficiency.data_routing.random_ltd.enabled", _on, _ALL_TOKENS, "use false (data_sampling may stay)"),
-    ("eigenvalue.enabled", _on, "it needs the gradients of all layers at each step", "leave it out"),
-    ("quantize_training", _on, _EXACT, "leave it out and quantize the trained model"),
-    ("compression_training", _on, _EXACT, "leave it out and compress the trained model"),
-    ("hybrid_engine.enabled", _on, "it swaps layers for inference kernels", "generate outside the engine"),
-)
 
 OPTIMIZER_TYPES = "Adam, AdamW, Lion, SGD, Adadelta, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop"
 """The update rules that treat each entry by itself and make their state at the first step."""
@@ -195,10 +133,13 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
     said: list[str] = []
     stage = _normalise_zero(ds_config, said)
     _refuse(ds_config)
+    _take_disabled_out(ds_config)
+    said += [f"{path} has no effect under GRASS: {why}." for path, why in IDLE.items() if _is_set(ds_config, path)]
     _take_offload_out(ds_config, said)
+    _take_elastic_out(ds_config, said)
     if ds_config.get("gradient_clipping") is None:
         ds_config.pop("gradient_clipping", None)  # DeepSpeed's default holds where there is no such key at all
-    vouched = _on(_at(ds_config, "zero_allow_untested_optimizer"))
+    vouched = on(_at(ds_config, "zero_allow_untested_optimizer"))
     ds_config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return ZeroSetup(grass, ds_config, _take_scheduler_out(ds_config), stage, vouched, tuple(said))
 
@@ -216,7 +157,7 @@ def _normalise_zero(config: dict[str, Any], said: list[str]) -> int:
     except ValueError:
         stage = -1
     if not 0 <= stage <= 3:
-        raise ConfigError("zero_optimization.stage", written, "there is no such stage", "use 1, 2 or 3 (0 runs as 1)")
+        raise ConfigError("zero_optimization.stage", written, *refusal("zero_optimization.stage"))
     if "stage" in zero:
         zero["stage"] = stage
     if stage == 0:
@@ -233,22 +174,38 @@ def _refuse(config: Mapping[str, Any]) -> None:
             raise ConfigError(path, value, problem, fix)
     micro = "train_micro_batch_size_per_gpu"
     if _at(config, micro) is None and _at(config, "train_batch_size") is None:
-        raise ConfigError(micro, config.get(micro), "a ds_config without micro-batch", "set it or train_batch_size")
+        raise ConfigError(micro, config.get(micro), *refusal(micro))
+    _refuse_scaling(config)
     zero = config["zero_optimization"]
-    for path, refused in (("offload_param.device", _is("cpu")), ("cpu_offload_param", _on)):
-        if zero["stage"] < 3 and refused(_at(zero, path)):
-            problem = f"stage {zero['stage']} keeps whole weights on each device"
-            raise ConfigError(f"zero_optimization.{path}", _at(zero, path), problem, "use stage 3, or leave it out")
+    for key, given in (("offload_param.device", among("cpu")), ("cpu_offload_param", on)):
+        if zero["stage"] < 3 and given(value := _at(zero, key)):
+            raise ConfigError(path := f"zero_optimization.{key}", value, *refusal(path))
     sums = _at(config, "data_types.grad_accum_dtype")
-    in_fp32 = _is("fp32", "float32", "float", "torch.float32")(sums)
-    in_bf16 = any(_on(_at(config, f"{section}.enabled")) for section in _BF16)
+    in_fp32 = among("fp32", "float32", "float", "torch.float32")(sums)
+    in_bf16 = any(on(_at(config, f"{section}.enabled")) for section in BF16)
     if in_fp32 and in_bf16 and config["zero_optimization"]["stage"] == 1:
-        problem = "at stages 0 and 1 DeepSpeed then uses its BF16_Optimizer"
-        raise ConfigError("data_types.grad_accum_dtype", sums, problem, "use stage 2, or leave it out")
+        raise ConfigError("data_types.grad_accum_dtype", sums, *refusal("data_types.grad_accum_dtype"))
     kind = str(_at(_section(config, "optimizer"), "type") or "")
     if kind and kind.lower() not in OPTIMIZER_TYPES.lower().split(", "):
-        problem = _REFUSED_TYPES.get(kind.lower(), "it is not known to treat each entry by itself")
+        problem = _REFUSED_TYPES.get(kind.lower(), refusal("optimizer.type")[0])
         raise ConfigError("optimizer.type", kind, problem, f"use one of {OPTIMIZER_TYPES}")
+
+
+def _refuse_scaling(config: Mapping[str, Any]) -> None:
+    """Raises for what scales gradients, or the loss, in a way that the stage cannot."""
+    stage, scatter = config["zero_optimization"]["stage"], _at(config, "zero_optimization.reduce_scatter")
+    scatters = stage >= 2 and (scatter is None or on(scatter))
+    if (value := _at(config, "prescale_gradients")) is not None and on(value) and scatters:
+        raise ConfigError("prescale_gradients", value, *refusal("prescale_gradients"))
+    name = "gradient_predivide_factor"
+    if (factor := _at(config, name)) is not None and not among("1", "1.0")(factor):
+        if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < math.inf:
+            raise ConfigError(name, factor, *refusal(name))
+        if scatters or stage == 3:
+            raise ConfigError(name, factor, *refusal(f"{name} at {stage}"))
+    cast, casts = _at(config, "torch_autocast.dtype"), _at(config, "torch_autocast.enabled")
+    if casts is not None and on(casts) and not among(*BF16, "torch.bfloat16")(cast):
+        raise ConfigError("torch_autocast.dtype", cast, *refusal("torch_autocast.dtype"))
 
 
 def _take_offload_out(config: dict[str, Any], said: list[str]) -> None:
@@ -257,12 +214,38 @@ def _take_offload_out(config: dict[str, Any], said: list[str]) -> None:
     legacy = _at(config, "zero_optimization.cpu_offload")
     for key in ("offload_optimizer", "cpu_offload"):
         config["zero_optimization"].pop(key, None)
-    if _is("cpu")(_at(offload, "device")) or _on(legacy):
+    if among("cpu")(_at(offload, "device")) or on(legacy):
         idle = ", ".join(sorted(str(key) for key in offload if key != "device"))
         said.append(
             "zero_optimization.offload_optimizer means under GRASS that the states (fp32 masters and moments) of "
             "inactive layers live in (pinned) host memory and those of the active layers are brought to the device for "
             f"their interval, which is so with and without the block{f' (no effect: {idle})' if idle else ''}."
+        )
+
+
+def _take_disabled_out(config: dict[str, Any]) -> None:
+    """Takes sections out that say that they are off. DeepSpeed refuses those that it has removed, on or off."""
+    for key in REMOVED:
+        if key in config and not enabled(config[key]):
+            config.pop(key)
+    zero = config["zero_optimization"]
+    for key, refused in REMOVED_OF_ZERO.items():
+        if key in zero and not refused(zero[key]):
+            zero.pop(key)
+
+
+def _is_set(config: Mapping[str, Any], path: str) -> bool:
+    """Whether an option, or a section, is there and is not off."""
+    value = _at(config, path)
+    return value is not None and value is not False and value != {}
+
+
+def _take_elastic_out(config: dict[str, Any], said: list[str]) -> None:
+    if on(config["zero_optimization"].pop("elastic_checkpoint", None)):
+        said.append(
+            "zero_optimization.elastic_checkpoint has no effect under GRASS: DeepSpeed's files go on with as many "
+            "ranks as saved them. Save and load with grass_dist.save_checkpoint and load_checkpoint to go on with "
+            "another number."
         )
 
 

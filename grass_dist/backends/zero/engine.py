@@ -16,7 +16,7 @@ from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS, ENGINE_HOOKS
 from grass_dist.backends.zero.saved_state import trainable
 from grass_dist.backends.zero.universal import begin_from_universal
-from grass_dist.errors import GrassError
+from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.ranks import say, world
 
 Flags = Sequence[tuple[nn.Parameter, bool]]
@@ -27,9 +27,37 @@ def wrap_methods(engine: Any, flags: Flags) -> None:
     """Wraps methods of this engine; their arguments, results and files are DeepSpeed's."""
     around = {"save_checkpoint": _saving, "load_checkpoint": _loading, **dict.fromkeys(ENGINE_EXPORTS, _exporting)}
     around["destroy"] = functools.partial(_destroying, flags)
+    around["set_gradient_accumulation_boundary"] = _ending
+    around |= dict.fromkeys(("no_sync", "coalesce_grad_reduction"), _accumulating)
     for name, wrap in around.items():
-        stock = getattr(engine, name)
+        if (stock := getattr(engine, name, None)) is None:  # of later releases
+            continue
         setattr(engine, name, functools.wraps(stock)(wrap(engine, stock)))
+
+
+def _ending(engine: Any, stock: Callable[[bool], None]) -> Callable[[bool], None]:
+    """The caller says which micro-batch ends a step: a probe is told, so that it sums the gradients until then."""
+
+    def set_gradient_accumulation_boundary(is_boundary: bool) -> None:
+        stock(is_boundary)
+        engine.grass.backend.accumulate(bool(is_boundary))
+
+    return set_gradient_accumulation_boundary
+
+
+def _accumulating(engine: Any, stock: Callable[[], Any]) -> Callable[[], Any]:
+    """No backward in a block of these ends a step."""
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        with stock():
+            before = engine.grass.backend.accumulate(False)
+            try:
+                yield
+            finally:
+                engine.grass.backend.accumulate(before)
+
+    return block
 
 
 def _exporting(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,12 +107,13 @@ def _saving(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
         ends_step = getattr(engine, ENGINE_BOUNDARY, None)
         counted = engine.micro_steps % engine.gradient_accumulation_steps()
         done = counted if ends_step is None else 0 if ends_step else "some"
-        if done:
-            raise GrassError(
-                f"save_checkpoint was called after {done} of {engine.gradient_accumulation_steps()} micro-batches; "
-                "call it after an engine.step() that ends an accumulation, since gradients are not saved."
-            )
         zero: NarrowZero = engine.optimizer
+        if done and (missing := zero.without_masters()):
+            raise GrassError(
+                f"save_checkpoint was called after {done} of {engine.gradient_accumulation_steps()} micro-batches, and "
+                f"{missing[0].unit.name} has not trained yet: making its fp32 masters for the file would lose the "
+                "gradients so far; call it after an engine.step() that ends an accumulation."
+            )
         zero.complete()
         _finish_copies()
         with zero.whole(saving=True), _fit_for_universal(engine.module):
@@ -97,6 +126,8 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(stock)
 
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
         zero: NarrowZero = engine.optimizer
         given = signature.bind(*args, **kwargs).arguments
         if given.get("load_module_only"):
@@ -105,6 +136,8 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with zero.whole():
                 found = stock(**given)
+        except ZeRORuntimeException as error:
+            raise _other_ranks(engine, given["load_dir"], error) from None
         except KeyError:  # it was saved with other parameters frozen: DeepSpeed misses them among its frozen ones
             with zero.whole(), trainable(list(engine.module.parameters())):
                 found = stock(**given)
@@ -126,6 +159,18 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return load_checkpoint
+
+
+def _other_ranks(engine: Any, folder: str, error: Exception) -> CheckpointError:
+    """DeepSpeed refuses, on all ranks, states that another number of ranks has saved."""
+    saved, ranks = engine.loaded_checkpoint_dp_world_size, engine.grass.backend.ranks.world_size
+    if saved == ranks:
+        return CheckpointError(f"{folder}: {str(error).rstrip('.')}.").everywhere()
+    return CheckpointError(
+        f"{folder} was saved by {saved} ranks and this run has {ranks}, and the states in DeepSpeed's files go on with "
+        f"as many ranks as saved them: load it with {saved} ranks, save it there with grass_dist.save_checkpoint, and "
+        "load that here with grass_dist.load_checkpoint, which takes any number of ranks."
+    ).everywhere()
 
 
 def _begin_from_weights(engine: Any) -> None:

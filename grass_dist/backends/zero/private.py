@@ -103,6 +103,9 @@ ENGINE_EXPORTS = ("module_state_dict", "_zero3_consolidated_16bit_state_dict")
 ENGINE_WRITER, ENGINE_SCRIPT = "checkpoint_engine", "_copy_recovery_script"
 """Members of the engine: the object whose `save` writes a file, and the method that puts a script beside the files."""
 
+STATES_KEY = "optimizer_state_dict"
+"""Key of the ZeRO state in a rank's file of a checkpoint."""
+
 PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor")
 """Attributes of a ZeRO-3 parameter: its flat shard, and the size of the whole."""
 

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from tests import media_models
+
 WORDS = ["good", "bad", "a", "film", "the", "was", "ann", "bob", "sees", "paris", "rome", "in", "one", "two", "three"]
 ACIDS = list("LAGVSERTIDPKQNFYMHWCXBUZO.-")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -94,6 +96,10 @@ def rows_of(task: str, count: int = 48) -> list[dict[str, Any]]:
                 "tags": ["PER", "O", "LOC", *["O", "O"][: i % 3]],
                 "prompt": f"{name} sees {number}",
                 "completion": f"{number} film",
+                "audio": f"clips/{name}_{(spoken := ['one', 'two'][i // 2 % 2])}.wav",
+                "transcript": f"{name} {spoken}",
+                "image": None if i % 6 == 5 else f"pictures/{'good' if good else 'bad'}.png",
+                "seen": "a good film" if good else "a bad film",
                 "sequence": ("MKTAYIAKQR" * 3)[i % 7 : i % 7 + 12 + i % 5],
                 "messages": [
                     {"role": "user", "content": f"{name} sees {number}"},
@@ -113,6 +119,8 @@ COLUMNS: dict[str, dict[str, str]] = {
     "sequence-classification": {"text": "text", "label": "label"},
     "token-classification": {"words": "words", "tags": "tags"},
     "protein": {"text": "sequence"},
+    "speech": {"audio": "audio", "text": "transcript"},
+    "image-text": {"image": "image", "prompt": "a film the film was", "completion": "seen"},
 }
 
 
@@ -122,6 +130,8 @@ def model_for(task: str, folder: Path) -> Path:
         "seq2seq-lm": lambda: t5(folder),
         "masked-lm": lambda: bert(folder, "AutoModelForMaskedLM"),
         "protein": lambda: esm(folder),
+        "speech": lambda: media_models.whisper(folder),
+        "image-text": lambda: media_models.llava(folder),
     }
     return makers.get(task, lambda: bert(folder))()
 
@@ -148,5 +158,7 @@ def settings_of(task: str, model: Path, data: Path, **data_settings: Any) -> dic
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows as lines of JSON, and beside them the recordings and images that rows of `rows_of` name."""
+    media_models.write_media(file.parent)
     file.write_text("\n".join(map(json.dumps, rows)))
     return file

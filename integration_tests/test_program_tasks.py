@@ -72,7 +72,7 @@ def check_same(run: Path, other: Path) -> None:
     [
         pytest.param("sequence-classification", marks=pytest.mark.integration),
         *(pytest.param(t, marks=long) for t in ("causal-lm", "masked-lm", "token-classification", "seq2seq-lm")),
-        pytest.param("protein", marks=long),
+        *(pytest.param(t, marks=long) for t in ("protein", "speech", "image-text")),
     ],
 )
 def test_a_task_is_the_same_on_two_ranks(task, config_of):
@@ -84,7 +84,9 @@ def test_a_task_is_the_same_on_two_ranks(task, config_of):
 
 
 @long
-@pytest.mark.parametrize("task", ["sequence-classification", "masked-lm", "causal-lm", "seq2seq-lm"])
+@pytest.mark.parametrize(
+    "task", ["sequence-classification", "masked-lm", "causal-lm", "seq2seq-lm", "speech", "image-text"]
+)
 @pytest.mark.parametrize("way", ["ddp", "zero2", "zero3"])
 def test_a_task_is_the_same_in_every_way(task, way, config_of):
     config = config_of(task)

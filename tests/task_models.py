@@ -99,6 +99,7 @@ def rows_of(task: str, count: int = 48) -> list[dict[str, Any]]:
                 "audio": f"clips/{name}_{(spoken := ['one', 'two'][i // 2 % 2])}.wav",
                 "transcript": f"{name} {spoken}",
                 "image": None if i % 6 == 5 else f"pictures/{'good' if good else 'bad'}.png",
+                "asks": "the film was",
                 "seen": "a good film" if good else "a bad film",
                 "sequence": ("MKTAYIAKQR" * 3)[i % 7 : i % 7 + 12 + i % 5],
                 "messages": [
@@ -120,7 +121,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "token-classification": {"words": "words", "tags": "tags"},
     "protein": {"text": "sequence"},
     "speech": {"audio": "audio", "text": "transcript"},
-    "image-text": {"image": "image", "prompt": "a film the film was", "completion": "seen"},
+    "image-text": {"image": "image", "prompt": "asks", "completion": "seen"},
 }
 
 

@@ -33,6 +33,8 @@ class SpeechSeq2Seq(SpeechTask):
         super().__init__(config, tokenizer)
         self._start = int(getattr(settings, "decoder_start_token_id", None) or 0)
         self._positions: int | None = getattr(settings, "max_target_positions", None)
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._special = {*self.tokenizer.all_special_ids, *(token for token, about in added if about.special)}
         if config.data.language is not None:
             self._tell_language(config.data.language)
 
@@ -43,10 +45,8 @@ class SpeechSeq2Seq(SpeechTask):
     def encode(self, transcript: str) -> Example:
         """Makes the ids that the decoder is given. There is no loss on what stands before the transcript."""
         ids = list(self.tokenizer(transcript)["input_ids"])
-        special = self.tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
-        before = next((at for at, is_special in enumerate(special) if not is_special), len(ids))
-        if ids[:1] != [self._start]:
-            ids, before = [self._start, *ids], before + 1
+        ids = ids if ids[:1] == [self._start] else [self._start, *ids]
+        before = next((at for at, token in enumerate(ids) if at and token not in self._special), len(ids))
         return {"input_ids": ids[:-1], "labels": [IGNORED] * (before - 1) + ids[before:]}
 
     def targets_of(self, rows: Sequence[Example]) -> Batch:

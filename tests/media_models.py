@@ -133,7 +133,8 @@ def wav2vec2(folder: Path, **more: Any) -> Path:
         num_conv_pos_embedding_groups=4,
         pad_token_id=0,
         **{
-            f"{name}_dropout": 0.0 for name in ("hidden", "activation", "attention", "feat_proj", "final", "feat_extract")
+            f"{name}_dropout": 0.0
+            for name in ("hidden", "activation", "attention", "feat_proj", "final", "feat_extract")
         },
         **{"layerdrop": 0.0, "mask_time_prob": 0.0, **more},
     )

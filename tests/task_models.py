@@ -126,12 +126,16 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 
 def model_for(task: str, folder: Path) -> Path:
+    """A model for a task; beside its folder are the recordings or images that rows of `rows_of` name."""
+    if task.split()[0] in ("speech", "image-text"):
+        media_models.write_media(folder.parent)
     makers: dict[str, Any] = {
         "causal-lm": lambda: llama(folder, CHAT),
         "seq2seq-lm": lambda: t5(folder),
         "masked-lm": lambda: bert(folder, "AutoModelForMaskedLM"),
         "protein": lambda: esm(folder),
         "speech": lambda: media_models.whisper(folder),
+        "speech ctc": lambda: media_models.wav2vec2(folder),
         "image-text": lambda: media_models.llava(folder),
     }
     return makers.get(task, lambda: bert(folder))()
@@ -159,7 +163,5 @@ def settings_of(task: str, model: Path, data: Path, **data_settings: Any) -> dic
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
-    """The rows as lines of JSON, and beside them the recordings and images that rows of `rows_of` name."""
-    media_models.write_media(file.parent)
     file.write_text("\n".join(map(json.dumps, rows)))
     return file

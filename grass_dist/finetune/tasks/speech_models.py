@@ -31,12 +31,23 @@ class SpeechSeq2Seq(SpeechTask):
 
     def __init__(self, config: RunConfig, tokenizer: Any, settings: Any) -> None:
         super().__init__(config, tokenizer)
+        self._kind = settings.model_type
         self._start = int(getattr(settings, "decoder_start_token_id", None) or 0)
         self._positions: int | None = getattr(settings, "max_target_positions", None)
         added = self.tokenizer.added_tokens_decoder.items()
         self._special = {*self.tokenizer.all_special_ids, *(token for token, about in added if about.special)}
         if config.data.language is not None:
             self._tell_language(config.data.language)
+
+    def load(self, source: str, **how: Any) -> Any:
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        if self._kind == "whisper" and is_deepspeed_zero3_enabled():
+            problem = (
+                "transformers computes the positions of Whisper when it makes the model, which ZeRO-3 has cut by then"
+            )
+            raise ConfigError("parallel.config", self.config.parallel.config, problem, "use ZeRO-2, or parallel: fsdp2")
+        return super().load(source, **how)
 
     @property
     def longest(self) -> int:

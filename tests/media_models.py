@@ -100,7 +100,15 @@ def whisper(folder: Path, **more: Any) -> Path:
 def _letters(folder: Path) -> WhisperTokenizer:
     """A tokenizer of bytes, with the tokens that Whisper writes before a transcript."""
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    told = ["<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>", "<|notimestamps|>"]
+    told = [
+        "<|startoftranscript|>",
+        "<|en|>",
+        "<|zh|>",
+        "<|de|>",
+        "<|translate|>",
+        "<|transcribe|>",
+        "<|notimestamps|>",
+    ]
     tokenizer = WhisperTokenizer(vocab=letters, merges=[], unk_token="<|endoftext|>", bos_token="<|endoftext|>")
     tokenizer.add_tokens([*told], special_tokens=True)
     return tokenizer

@@ -135,14 +135,14 @@ def _of_mapping(value: Mapping[str, Any], spec: str, part: str, folder: str) -> 
     if isinstance(data := value.get("bytes"), bytes):
         return Medium(part, path, data)
     if part == "audio" and value.get("array") is not None:
-        rate = value.get("sampling_rate")
-        if not isinstance(rate, int | float) or rate <= 0:
-            raise ConfigError(part, spec, "an array has no sampling_rate", _FORMS)
         try:
-            samples = np.asarray(value["array"], dtype=np.float32)
+            samples, rate = np.asarray(value["array"], dtype=np.float32), int(float(value.get("sampling_rate") or 0))
         except (TypeError, ValueError):
             raise ConfigError(part, spec, "an array is not made of numbers", _FORMS) from None
-        return Medium(part, path, value=samples, rate=int(rate))
+        if rate < 1 or samples.ndim not in (1, 2) or not samples.size:
+            problem = f"an array of shape {samples.shape} with sampling_rate={rate} is no recording"
+            raise ConfigError(part, spec, problem, _FORMS)
+        return Medium(part, path, value=samples, rate=rate)
     if isinstance(path, str) and path:
         return Medium(part, path, folder=folder)
     raise ConfigError(part, spec, f"column {spec!r} holds an object with {', '.join(map(str, value))}", _FORMS)

@@ -266,8 +266,8 @@ class RunConfig(StrictModel):
     save_model: bool = True
     """Write the fine-tuned model as a Hugging Face folder, `model/` in the folder of the run."""
     sample_prompt: str | None = None
-    """A prompt that is answered before and after training. null: the first held-out one (none without held-out
-    examples, or for a causal language model with `data.text`)."""
+    """A prompt that is answered before and after training; for speech the path of a recording. null: the first held-out
+    one (none without held-out examples, or for a causal language model with `data.text`)."""
     answer_tokens: int = Field(default=128, ge=0)
     """Greedy tokens of that answer at most. 0 asks nothing."""
     model: ModelConfig

@@ -41,8 +41,8 @@ class DataConfig(StrictModel):
     """Split to train on; for a Hub dataset or a file also a slice such as `train[:10%]`."""
 
     on_bad_line: Literal["stop", "skip"] = "stop"
-    """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, or does
-    not fill the columns in use. `stop`: an error that names the first one. `skip`: every rank leaves out
+    """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, does not
+    fill the columns in use, or names a file of audio or of an image that is not there or is broken. `stop`: an error that names the first one. `skip`: every rank leaves out
     all such lines, in `eval` too, and says how many; refused for anything but a file."""
 
     prompt: str | None = None

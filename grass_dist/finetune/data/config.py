@@ -42,8 +42,9 @@ class DataConfig(StrictModel):
 
     on_bad_line: Literal["stop", "skip"] = "stop"
     """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, does not
-    fill the columns in use, or names a file of audio or of an image that is not there or is broken. `stop`: an error that names the first one. `skip`: every rank leaves out
-    all such lines, in `eval` too, and says how many; refused for anything but a file."""
+    fill the columns in use, or names a file of audio or of an image that is missing or broken. `stop`: an error that
+    names the first one. `skip`: every rank leaves out all such lines, in `eval` too, and says how many; refused for
+    anything but a file."""
 
     prompt: str | None = None
     """What the model is given: a column, or a template such as `"{instruction}\\n{input}"` (double the braces that are

@@ -43,6 +43,8 @@ def config_of(tmp_path_factory):
             made[task] = folder / "config.yaml"
             settings = settings_of(task.split()[0], model_for(task, folder / "model"), rows)
             settings["train"]["max_steps"] = STEPS.get(task, 10)
+            if task == "image-text":  # then a rank may have a text without an image while the other one has an image
+                settings["train"]["micro_batch_size"] = 1
             made[task].write_text(yaml.safe_dump(settings))
         return made[task]
 
@@ -126,6 +128,23 @@ def test_masks_go_on_where_they_were(config_of):
     refused = ["--resume", "auto", "name=copy", *saves, "data.mask_probability=0.3"]
     ended = run_program([["--config", str(config_of("masked-lm")), *refused]] * 2)
     check_refused(ended, r"data.mask_probability=0.3: the run that it goes on with has null")
+
+
+@long
+def test_a_file_that_breaks_while_it_trains_ends_all_ranks(config_of):
+    config = config_of("image-text")
+    rows = [json.loads(line) for line in (config.parent / "rows.jsonl").read_text().splitlines()]
+    whole = (config.parent / "pictures" / "good.png").read_bytes()
+    (config.parent / "cut.png").write_bytes(whole[:45])  # its header is good, and its size known by another image
+    rows[7]["image"] = "cut.png"
+    write_rows(config.parent / "cut.jsonl", rows)
+    arguments = ["--config", str(config), "name=cut", "parallel=fsdp2", "data.eval_examples=2", "data.name=cut.jsonl"]
+    ended = run_program([arguments] * 2, LIMIT, cwd=[str(config.parent)] * 2)
+    assert [rank.code for rank in ended] == [1, 1]
+    told = [
+        re.findall(r"error: data.image='cut.png': .*cut.png cannot be read \(.*; repair the file", e.err) for e in ended
+    ]
+    assert sorted(map(len, told)) == [0, 1], [rank.err[-500:] for rank in ended]
 
 
 @pytest.mark.integration

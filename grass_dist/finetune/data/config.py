@@ -41,10 +41,10 @@ class DataConfig(StrictModel):
     """Split to train on; for a Hub dataset or a file also a slice such as `train[:10%]`."""
 
     on_bad_line: Literal["stop", "skip"] = "stop"
-    """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, does not
-    fill the columns in use, or names a file of audio or of an image that is missing or broken. `stop`: an error that
-    names the first one. `skip`: every rank leaves out all such lines, in `eval` too, and says how many; refused for
-    anything but a file."""
+    """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, does
+    not fill the columns in use, or names a file of audio or of an image that is missing or broken. `stop`: an error
+    that names the first one. `skip`: every rank leaves out all such lines, in `eval` too, and says how many; refused
+    for anything but a file."""
 
     prompt: str | None = None
     """What the model is given: a column, or a template such as `"{instruction}\\n{input}"` (double the braces that are

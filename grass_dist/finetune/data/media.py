@@ -239,7 +239,8 @@ def size_of(image: Medium) -> tuple[int, int]:
     try:
         with Image.open(source) as opened:
             width, height = opened.size
-            lies = opened.getexif().get(_ORIENTATION, 1) > 4
+            # Of a PNG, Pillow would read the whole image to find it.
+            lies = opened.format != "PNG" and opened.getexif().get(_ORIENTATION, 1) > 4
             return (height, width) if lies else (width, height)
     except Exception as error:  # Pillow raises of several kinds
         raise image.broken(error) from error

@@ -69,7 +69,8 @@ class RowSource(NamedTuple):
         """Makes the error that none of ``count`` rows has an answer or, if any has (``labels``), a label within it."""
         which, more = self._none_of(count, held_out), "hold out more, " * held_out
         if labels:
-            fix = f"raise max_length, {more}or check the {self.learnt} of the data"
+            seconds = "max_seconds, " * (self.config.audio is not None)
+            fix = f"raise max_length, {seconds}{more}or check the {self.learnt} of the data"
             problem = f"{which} has a token of its {self.learnt} left within it"
             return ConfigError("max_length", self.config.max_length, problem, fix)
         answer = {"completion": "answer", "messages": "messages of an assistant"}.get(self.learnt, self.learnt)

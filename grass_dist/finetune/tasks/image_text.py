@@ -78,10 +78,7 @@ class ImageText(MediaTask):
         return {**made, "names": digest_of(images), HELD: images}
 
     def held(self, example: Example) -> list[Medium]:
-        if HELD in example:
-            return example[HELD]
-        row, held_out = self.row_of(example)
-        return self._turns(row, held_out=held_out).images
+        return example[HELD] if HELD in example else self._turns(self.row_of(example)).images
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Reads the images, and makes the tensors of a micro-batch: all that the processor gives, and ``labels``.
@@ -133,7 +130,7 @@ class ImageText(MediaTask):
             self._given = self._question(Turns([{"role": "user", "content": prompt}], []), None)
             return {"prompt": prompt, "expected": None}
         for row in rows:
-            turns = self._turns(row, held_out=True)
+            turns = self._turns(row)
             last = max(number for number, message in enumerate(turns.messages) if is_learnt(message))
             given = turns.upto(last, self._mark)
             if not given.messages:
@@ -176,9 +173,8 @@ class ImageText(MediaTask):
         self._check_marks(text, turns.images)
         return text, spans, turns.images
 
-    def _turns(self, row: Row, *, held_out: bool = False) -> Turns:
-        images, folder = self.media_of(row, held_out=held_out), self.folder(row, held_out=held_out)
-        return turns_of(row, self.data, images, self._mark, folder, self._takes_parts)
+    def _turns(self, row: Row) -> Turns:
+        return turns_of(row, self.data, self.media_of(row), self._mark, self.folder(row), self._takes_parts)
 
     def _question(self, turns: Turns, tools: list[Any] | None) -> tuple[str, list[Medium]]:
         """Returns what the model is given before an answer."""

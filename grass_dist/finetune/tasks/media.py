@@ -26,11 +26,13 @@ class MediaTask(Task):
     """ "audio" or "image"."""
     _rows: Rows | None = None
     _held_out: Sequence[Row] = ()
+    _held_out_ids: frozenset[int] = frozenset()
 
     def begin(self, source: RowSource, rows: Rows, held_out: Sequence[Row]) -> None:
         self._rows, self._held_out = rows, held_out
+        self._held_out_ids = frozenset(map(id, held_out))  # which stay, so no other row has such an id
 
-    def media_of(self, row: Row, *, held_out: bool = False) -> list[Medium]:
+    def media_of(self, row: Row) -> list[Medium]:
         """Returns the recordings or images that a row names.
 
         Raises:
@@ -38,29 +40,26 @@ class MediaTask(Task):
         """
         if (spec := getattr(self.data, self.part)) is None:
             return []
-        return media_in(media_value(spec, row, self.part), spec, self.part, self.folder(row, held_out=held_out))
+        return media_in(media_value(spec, row, self.part), spec, self.part, self.folder(row))
 
-    def folder(self, row: Row, *, held_out: bool = False) -> str:
+    def folder(self, row: Row) -> str:
         """Returns the folder that paths in a row start from."""
-        return row.get(FOLDER) or folder_of(sources(self.data)[held_out].name)
+        return row.get(FOLDER) or folder_of(sources(self.data)[id(row) in self._held_out_ids].name)
 
     def stored(self, example: Example, number: int) -> Example:
         return {**{key: values for key, values in example.items() if key != HELD}, "row": [number]}
 
     def held(self, example: Example) -> list[Medium]:
         """Returns the recordings or images of an example."""
-        if HELD in example:
-            return example[HELD]
-        row, held_out = self.row_of(example)
-        return self.media_of(row, held_out=held_out)
+        return example[HELD] if HELD in example else self.media_of(self.row_of(example))
 
-    def row_of(self, example: Example) -> tuple[Row, bool]:
-        """Returns the row that an example in memory was made of, and whether it is held out."""
+    def row_of(self, example: Example) -> Row:
+        """Returns the row that an example in memory was made of."""
         number = example["row"][0]
         if number < 0:
-            return self._held_out[-1 - number], True
+            return self._held_out[-1 - number]
         assert isinstance(self._rows, datasets.Dataset)
-        return self._rows[number], False
+        return self._rows[number]
 
 
 def digest_of(media: Sequence[Medium]) -> list[int]:

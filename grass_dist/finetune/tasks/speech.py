@@ -165,7 +165,7 @@ class SpeechTask(MediaTask):
             self._given = Medium("audio", path)
             return {"prompt": path, "expected": None}
         for row in rows:
-            media = self.media_of(row, held_out=True)
+            media = self.media_of(row)
             if media and seconds_of(media[0]) <= self._most:
                 self._given = media[0]
                 return {"prompt": f"(audio) {media[0].path or media[0].name}", "expected": self._transcript(row)}

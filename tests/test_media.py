@@ -18,10 +18,10 @@ from grass_dist.finetune.data import media
 from grass_dist.finetune.data.loading import Stream, load_data
 from grass_dist.finetune.identity import data_identity
 from grass_dist.finetune.setup import load_model, load_tokenizer
-from grass_dist.finetune.tasks import speech
+from grass_dist.finetune.tasks import image_text, speech
 from grass_dist.finetune.tasks.choose import task_of
-from tests.media_models import RATE, SEES, llava, wav2vec2, whisper, write_image, write_speech
-from tests.task_models import model_for, rows_of, settings_of, write_rows
+from tests.media_models import RATE, SEES, llava, wav2vec2, whisper, write_image, write_media, write_speech
+from tests.task_models import WORDS, model_for, rows_of, settings_of, word_tokenizer, write_rows
 
 CPU = torch.device("cpu")
 
@@ -367,6 +367,57 @@ def test_processors_of_tiles_reach_the_model(tmp_path):
         assert " ".join(task.tokenizer.convert_ids_to_tokens(learnt)) == wanted
     lengths = batch["attention_mask"].sum(1).tolist()
     assert lengths == [len(each["input_ids"]) + each["more"][0] for each in data.train]
+
+
+def test_grids_of_patches_reach_the_model(models, run_of, pictures, monkeypatch):
+    """Qwen2-VL, whose processor can be loaded with torchvision alone; rows together have the loss of each alone."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    class Processor(Qwen2VLProcessor):
+        def check_argument_for_proper_class(self, argument_name, argument):
+            """Takes None for what reads videos."""
+
+    marks = {f"{name}_token_id": f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
+    tokenizer = word_tokenizer([*WORDS, "user", "assistant", "<end>"])
+    tokenizer.add_tokens([*marks.values()], special_tokens=True)
+    template = SEES.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    pixels = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56, patch_size=14)
+    processor = Processor(pixels, tokenizer, None, chat_template=template)
+    monkeypatch.setattr(image_text, "load_processor", lambda config, part: processor)
+    write_image(pictures / "wide.png", (255, 0, 0), size=(60, 40))
+    rows = [
+        {"image": ["wide.png"], "asks": "the film was", "seen": "good"},
+        {"image": None, "asks": "the film", "seen": "bad"},
+        {"image": ["red.png", "wide.png"], "asks": "the film", "seen": "bad film"},
+    ]
+    task, data = begun(run_of("image-text", rows, max_length=64))
+    batch = task.collate(list(data.train))
+    assert {"pixel_values", "image_grid_thw", "mm_token_type_ids"} <= batch.keys()
+    ids = {name.replace("_pad", ""): tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text = {**sizes, "vocab_size": len(tokenizer), "intermediate_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14}
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids)).eval()
+    alone = [task.loss(model, task.collate([example])).item() for example in data.train]
+    assert task.loss(model, batch).item() == pytest.approx(sum(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["speech", "speech ctc", "image-text"])
+def test_inputs_have_the_dtype_of_the_model(name, models, run_of, tmp_path):
+    write_media(tmp_path)
+    config = run_of(name, rows_of(name, 4))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    task, data = begun(config)
+    model: Any = load_model(config, CPU, task)
+    assert model.dtype == torch.bfloat16
+    batch = task.collate([task.vary(example, 1, at) for at, example in enumerate(data.train)])
+    loss = task.loss(model, batch)
+    loss.backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)
+    assert task.measure(model.eval(), batch)[0].isfinite()
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,9 @@ class SpeechTask(MediaTask):
         return fill_template(self.data.text or "", row, "text").strip()
 
     def _features(self, recordings: Sequence[np.ndarray]) -> Batch:
-        padding = {} if self._window is not None else {"padding": True}
-        found = self._extractor(list(recordings), sampling_rate=self._rate, return_tensors="pt", **padding)
+        # Without a window, it is the extractor's own setting whether the model takes a mask.
+        how = {"return_attention_mask": True} if self._window is not None else {"padding": True}
+        found = self._extractor(list(recordings), sampling_rate=self._rate, return_tensors="pt", **how)
         return arguments_of(self.config.model.name, found)
 
     # ------------------------------------------------------------------------------------------- metric and answer

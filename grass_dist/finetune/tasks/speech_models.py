@@ -94,11 +94,12 @@ class SpeechSeq2Seq(SpeechTask):
         said = own.generate(
             **batch,
             decoder_input_ids=torch.tensor([given] * len(one), device=one.device),
-            max_new_tokens=max(most, 1),
+            max_length=len(given) + max(most, 1),
             do_sample=False,
             num_beams=1,
             use_cache=True,
             return_dict_in_generate=False,
+            pad_token_id=self.pad_token_id,
             synced_gpus=in_step,
         )
         return [self.text_of(row) for row in said.tolist()]

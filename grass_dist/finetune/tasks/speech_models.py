@@ -35,7 +35,9 @@ class SpeechSeq2Seq(SpeechTask):
         self._start = int(getattr(settings, "decoder_start_token_id", None) or 0)
         self._positions: int | None = getattr(settings, "max_target_positions", None)
         added = self.tokenizer.added_tokens_decoder.items()
-        self._special = {*self.tokenizer.all_special_ids, *(token for token, about in added if about.special)}
+        special = {*self.tokenizer.all_special_ids, *(token for token, about in added if about.special)}
+        # A word that the tokenizer does not know is no special token, unless it is written as one.
+        self._special = special - ({self.tokenizer.unk_token_id} - {self.tokenizer.eos_token_id})
         if config.data.language is not None:
             self._tell_language(config.data.language)
 
@@ -106,8 +108,7 @@ class SpeechSeq2Seq(SpeechTask):
 
     def _told_first(self) -> list[int]:
         """Returns the ids that the decoder is given before a transcript."""
-        found = self.encode("a")
-        return found["input_ids"][: 1 + next(at for at, label in enumerate(found["labels"]) if label != IGNORED)]
+        return self.encode("")["input_ids"] or [self._start]
 
     def _tell_language(self, language: str) -> None:
         """Has the tokenizer write the language before each transcript.
@@ -120,7 +121,7 @@ class SpeechSeq2Seq(SpeechTask):
         try:
             self.tokenizer.set_prefix_tokens(language=language, task="transcribe")
             problem = ""
-            if self.tokenizer.unk_token_id in (ids := self._told_first())[:-1] or None in ids:
+            if self.tokenizer.unk_token_id in (ids := self._told_first()) or None in ids:
                 problem = "the model has no token for it"
         except ValueError as error:
             problem = shorten(" ".join(str(error).split()), 100)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
-from safetensors.torch import load_file
+from transformers import AutoProcessor
 
 from integration_tests.support.program import AUTO, check_refused, events, run_all, run_program
 from tests.task_models import model_for, rows_of, settings_of, write_rows
@@ -22,6 +24,7 @@ LIMIT = 180
 """Seconds for a run."""
 STEPS = {"sequence-classification": 25}
 """Of tasks that begin with a random head, which learns little in the 10 steps of the others."""
+WAYS = ["ddp", "zero2", "zero3"]
 ZERO = {"stage3_param_persistence_threshold": 0}
 
 
@@ -38,8 +41,10 @@ def config_of(tmp_path_factory):
                 (folder / f"zero{stage}.json").write_text(json.dumps({**AUTO, "zero_optimization": zero}))
             rows = write_rows(folder / "rows.jsonl", rows_of(task))
             made[task] = folder / "config.yaml"
-            settings = settings_of(task, model_for(task, folder / "model"), rows)
+            settings = settings_of(task.split()[0], model_for(task, folder / "model"), rows)
             settings["train"]["max_steps"] = STEPS.get(task, 10)
+            if task == "image-text":  # then a rank may have a text without an image while the other one has an image
+                settings["train"]["micro_batch_size"] = 1
             made[task].write_text(yaml.safe_dump(settings))
         return made[task]
 
@@ -47,7 +52,13 @@ def config_of(tmp_path_factory):
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "model" / "model.safetensors")
+    """Those of the saved model, which any user can load with what belongs to it."""
+    folder = run / "model"
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    model, found = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"], found
+    assert (folder / "processor_config.json").exists() == hasattr(AutoProcessor.from_pretrained(folder), "tokenizer")
+    return model.state_dict()
 
 
 def check_same(run: Path, other: Path) -> None:
@@ -72,7 +83,7 @@ def check_same(run: Path, other: Path) -> None:
     [
         pytest.param("sequence-classification", marks=pytest.mark.integration),
         *(pytest.param(t, marks=long) for t in ("causal-lm", "masked-lm", "token-classification", "seq2seq-lm")),
-        pytest.param("protein", marks=long),
+        *(pytest.param(t, marks=long) for t in ("protein", "speech", "speech ctc", "image-text")),
     ],
 )
 def test_a_task_is_the_same_on_two_ranks(task, config_of):
@@ -84,8 +95,13 @@ def test_a_task_is_the_same_on_two_ranks(task, config_of):
 
 
 @long
-@pytest.mark.parametrize("task", ["sequence-classification", "masked-lm", "causal-lm", "seq2seq-lm"])
-@pytest.mark.parametrize("way", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("task", "way"),
+    [
+        *product(["sequence-classification", "masked-lm", "causal-lm", "seq2seq-lm", "image-text"], WAYS),
+        *product(["speech", "speech ctc"], ["ddp", "zero2"]),
+    ],
+)
 def test_a_task_is_the_same_in_every_way(task, way, config_of):
     config = config_of(task)
     alone = config.parent / "runs" / "alone"
@@ -112,6 +128,22 @@ def test_masks_go_on_where_they_were(config_of):
     refused = ["--resume", "auto", "name=copy", *saves, "data.mask_probability=0.3"]
     ended = run_program([["--config", str(config_of("masked-lm")), *refused]] * 2)
     check_refused(ended, r"data.mask_probability=0.3: the run that it goes on with has null")
+
+
+@long
+def test_a_file_that_breaks_while_it_trains_ends_all_ranks(config_of):
+    config = config_of("image-text")
+    rows = [json.loads(line) for line in (config.parent / "rows.jsonl").read_text().splitlines()]
+    whole = (config.parent / "pictures" / "good.png").read_bytes()
+    (config.parent / "cut.png").write_bytes(whole[:45])  # its header is good, and its size known by another image
+    rows[7]["image"] = "cut.png"
+    write_rows(config.parent / "cut.jsonl", rows)
+    arguments = ["--config", str(config), "name=cut", "parallel=fsdp2", "data.eval_examples=2", "data.name=cut.jsonl"]
+    ended = run_program([arguments] * 2, LIMIT, cwd=[str(config.parent)] * 2)
+    assert [rank.code for rank in ended] == [1, 1]
+    sentence = r"error: (?:rank \d: )?data.image='cut.png': \S*cut.png cannot be read \(.*; repair the file, or leave"
+    told = [len(re.findall(sentence, rank.err)) for rank in ended]
+    assert sorted(told) == [0, 1], [rank.err for rank in ended]
 
 
 @pytest.mark.integration

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from tests import media_models
+
 WORDS = ["good", "bad", "a", "film", "the", "was", "ann", "bob", "sees", "paris", "rome", "in", "one", "two", "three"]
 ACIDS = list("LAGVSERTIDPKQNFYMHWCXBUZO.-")
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -94,6 +96,11 @@ def rows_of(task: str, count: int = 48) -> list[dict[str, Any]]:
                 "tags": ["PER", "O", "LOC", *["O", "O"][: i % 3]],
                 "prompt": f"{name} sees {number}",
                 "completion": f"{number} film",
+                "audio": f"clips/{name}_{(spoken := ['one', 'two'][i // 2 % 2])}.wav",
+                "transcript": f"{name} {spoken}",
+                "image": None if i % 6 == 5 else f"pictures/{'good' if good else 'bad'}.png",
+                "asks": "the film was",
+                "seen": "a good film" if good else "a bad film",
                 "sequence": ("MKTAYIAKQR" * 3)[i % 7 : i % 7 + 12 + i % 5],
                 "messages": [
                     {"role": "user", "content": f"{name} sees {number}"},
@@ -113,15 +120,23 @@ COLUMNS: dict[str, dict[str, str]] = {
     "sequence-classification": {"text": "text", "label": "label"},
     "token-classification": {"words": "words", "tags": "tags"},
     "protein": {"text": "sequence"},
+    "speech": {"audio": "audio", "text": "transcript"},
+    "image-text": {"image": "image", "prompt": "asks", "completion": "seen"},
 }
 
 
 def model_for(task: str, folder: Path) -> Path:
+    """A model for a task; beside its folder are the recordings or images that rows of `rows_of` name."""
+    if task.split()[0] in ("speech", "image-text"):
+        media_models.write_media(folder.parent)
     makers: dict[str, Any] = {
         "causal-lm": lambda: llama(folder, CHAT),
         "seq2seq-lm": lambda: t5(folder),
         "masked-lm": lambda: bert(folder, "AutoModelForMaskedLM"),
         "protein": lambda: esm(folder),
+        "speech": lambda: media_models.whisper(folder),
+        "speech ctc": lambda: media_models.wav2vec2(folder),
+        "image-text": lambda: media_models.llava(folder),
     }
     return makers.get(task, lambda: bert(folder))()
 

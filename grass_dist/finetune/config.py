@@ -219,7 +219,16 @@ class ParallelConfig(StrictModel):
         return self
 
 
-TaskName = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "token-classification", "protein"]
+TaskName = Literal[
+    "causal-lm",
+    "seq2seq-lm",
+    "masked-lm",
+    "sequence-classification",
+    "token-classification",
+    "protein",
+    "speech",
+    "image-text",
+]
 
 _LEARNS: dict[str, tuple[str, ...]] = {
     "causal-lm": ("completion", "text", "messages"),
@@ -228,11 +237,16 @@ _LEARNS: dict[str, tuple[str, ...]] = {
     "sequence-classification": ("label",),
     "token-classification": ("tags",),
     "protein": ("text",),
+    "speech": ("text",),
+    "image-text": ("completion", "messages"),
 }
 """What each task learns: see `DataConfig.learnt`."""
 
 _HIDES = ("masked-lm", "protein")
 """Tasks that hide tokens from the model."""
+
+_OF_SPEECH = ("audio", "language", "max_seconds")
+"""Settings of ``data`` that only the task speech uses."""
 
 
 class RunConfig(StrictModel):
@@ -252,8 +266,8 @@ class RunConfig(StrictModel):
     save_model: bool = True
     """Write the fine-tuned model as a Hugging Face folder, `model/` in the folder of the run."""
     sample_prompt: str | None = None
-    """A prompt that is answered before and after training. null: the first held-out one (none without held-out
-    examples, or for a causal language model with `data.text`)."""
+    """A prompt that is answered before and after training; for speech the path of a recording. null: the first held-out
+    one (none without held-out examples, or for a causal language model with `data.text`)."""
     answer_tokens: int = Field(default=128, ge=0)
     """Greedy tokens of that answer at most. 0 asks nothing."""
     model: ModelConfig
@@ -308,6 +322,25 @@ class RunConfig(StrictModel):
         if data.mask_probability is not None and task not in _HIDES:
             problem = f"task={task} hides no tokens"
             raise ConfigError("data.mask_probability", data.mask_probability, problem, "leave it out")
+        self._check_media()
+
+    def _check_media(self) -> None:
+        """Checks that a task has the audio or the images that it learns from, and no other one has them."""
+        data, task = self.data, self.task
+        for name in _OF_SPEECH if task != "speech" else ():
+            if (value := getattr(data, name)) is not None:
+                raise ConfigError(f"data.{name}", value, f"task={task} hears nothing", "leave it out")
+        if data.image is not None and task != "image-text":
+            raise ConfigError("data.image", data.image, f"task={task} sees no images", "leave it out")
+        if task == "speech":
+            if data.audio is None:
+                raise ConfigError("data.audio", None, "task=speech needs it", "name the column of the recordings")
+            for name in ("pair", "label"):
+                if (value := getattr(data, name)) is not None:
+                    raise ConfigError(f"data.{name}", value, "task=speech does not use it", "leave it out")
+        if task == "image-text" and data.messages is None and data.image is None:
+            problem = "task=image-text needs it with prompt and completion"
+            raise ConfigError("data.image", None, problem, "name the column of the images")
 
     def _check_steps(self) -> None:
         """Checks that something is trained after the probe and the warm-up."""

@@ -42,7 +42,6 @@ from grass_dist.finetune.data.config import check_packing
 from grass_dist.finetune.data.loading import Data, Stream, load_data
 from grass_dist.finetune.data.stream_identity import written_at
 from grass_dist.finetune.export import write_model_files
-from grass_dist.finetune.fit import check_fit
 from grass_dist.finetune.identity import data_identity, model_identity, versions
 from grass_dist.finetune.loop import Loop
 from grass_dist.finetune.metrics import Later, MetricsLog, describe_run
@@ -167,11 +166,11 @@ def finetune(
         checkpoint = checkpoint_to_resume(config, resume, world, say)
         folder.check(checkpoint)
         tokenizer = world.in_turn(lambda: setup.load_tokenizer(config.model))
-        task = world.together(lambda: task_of(config, tokenizer))
+        task = world.in_turn(lambda: task_of(config, tokenizer))
         data = world.together(lambda: _load_data(config, task))
         data_is, written = world.together(lambda: (data_identity(data.train), written_at(config.data)))
         model = world.together(partial(parallel.load, task))
-        padding = world.together(partial(check_fit, config, model, tokenizer, data))
+        padding = world.together(partial(task.fit, model, data))
         world.together(lambda: task.set_padding(*padding))
         world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
         start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
@@ -215,7 +214,7 @@ def finetune(
             if log:
                 log.saved(saved)
 
-        add_model = partial(write_model_files, settings, tokenizer)
+        add_model = partial(write_model_files, settings, task.processor)
         checkpoints = Checkpoints(config, world, run, folder.path, add_model, tell, start.step)
         loop = Loop(config, world, run, data, task, reporter, log, checkpoints, signals, state)
         return _train(loop, start, answer, folder.path, guard)
@@ -245,7 +244,7 @@ def _train(loop: Loop, start: Position, answer: dict[str, Any] | None, folder: P
         reporter.say(untrained)
     if config.save_model:
         with world.during("the writing of the model"):
-            world.together(partial(run.save, loop.task.tokenizer, folder / MODEL))
+            world.together(partial(run.save, loop.task.processor, folder / MODEL))
     if log:
         log.write("end", config.train.max_steps, seconds=seconds)
     with world.during("the end of the training"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from grass_dist.finetune.data.batches import Example
 from grass_dist.finetune.parallel import Run
-from grass_dist.finetune.tasks.base import Task
+from grass_dist.finetune.tasks.base import Batch, Task
 from grass_dist.job.world import World
 
 
@@ -56,11 +57,17 @@ def train_step(
         step: its number, from 1.
         flags: gives at the end of the step the numbers that the ranks add up.
     """
-    batches = []
-    for number, micro in enumerate(micro_batches):
-        first = (number * world.size + world.rank) * len(micro)  # place in the global batch: see `share`
-        varied = [task.vary(example, step, first + place) for place, example in enumerate(micro)]
-        batches.append({name: t.to(world.device, non_blocking=True) for name, t in task.collate(varied).items()})
+
+    def collated() -> list[Batch]:
+        made = []
+        for number, micro in enumerate(micro_batches):
+            first = (number * world.size + world.rank) * len(micro)  # place in the global batch: see `share`
+            made.append(task.collate([task.vary(each, step, first + place) for place, each in enumerate(micro)]))
+        return made
+
+    with world.during(f"the reading of the files of step {step}"):
+        made = world.together(collated) if task.reads_files else collated()
+    batches = [{name: t.to(world.device, non_blocking=True) for name, t in batch.items()} for batch in made]
     tokens = torch.stack([task.targets(batch) for batch in batches]).sum()
     with world.during(f"the sum of the tokens of step {step}"):
         dist.all_reduce(tokens)
@@ -103,7 +110,8 @@ def evaluate(
         if ended := leaves():
             break
         mine = start + world.rank
-        batch = task.collate(micro[mine if mine < len(micro) else 0])
+        collated = partial(task.collate, micro[mine if mine < len(micro) else 0])
+        batch = world.together(collated) if task.reads_files else collated()
         batch = {name: tensor.to(world.device) for name, tensor in batch.items()}
         value, counts = task.measure(model, batch)
         found = [value.item(), float(task.targets(batch)), *counts]

@@ -18,7 +18,8 @@ from grass_dist.errors import ConfigError
 from grass_dist.model.loss import IGNORED
 
 T = TypeVar("T")
-Example = dict[str, list[int]]
+Example = dict[str, list[Any]]
+"""Lists of integers by name. An example that is not kept in memory may have other things of its row, too."""
 
 
 class Examples:

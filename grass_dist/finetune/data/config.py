@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from grass_dist.config import StrictModel
 from grass_dist.errors import ConfigError
+from grass_dist.finetune.data.media import media_in
 
 GENERATED = "reasoning-gym:"
 """Prefix of the name of a generated set."""
@@ -40,9 +41,10 @@ class DataConfig(StrictModel):
     """Split to train on; for a Hub dataset or a file also a slice such as `train[:10%]`."""
 
     on_bad_line: Literal["stop", "skip"] = "stop"
-    """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, or does
-    not fill the columns in use. `stop`: an error that names the first one. `skip`: every rank leaves out
-    all such lines, in `eval` too, and says how many; refused for anything but a file."""
+    """What is done about a line of a file (an element of a JSON list, a row of `.parquet`) that cannot be read, does
+    not fill the columns in use, or names a file of audio or of an image that is missing or broken. `stop`: an error
+    that names the first one. `skip`: every rank leaves out all such lines, in `eval` too, and says how many; refused
+    for anything but a file."""
 
     prompt: str | None = None
     """What the model is given: a column, or a template such as `"{instruction}\\n{input}"` (double the braces that are
@@ -74,6 +76,23 @@ class DataConfig(StrictModel):
     tags: str | None = None
     """token-classification: column with the label of each word, a list as long as that of `words`."""
 
+    audio: str | None = None
+    """speech: column with the recording whose transcript is `text`: the path of a file, absolute or from the folder of
+    the data file, or the audio itself (`{"bytes": ..., "path": ...}`, `{"array": ..., "sampling_rate": ...}`). A
+    template such as `"clips/{id}.wav"` is a path too."""
+
+    image: str | None = None
+    """image-text: column with the image of a row, or a list of several: the path of a file, absolute or from the folder
+    of the data file, or the image itself (`{"bytes": ..., "path": ...}`). A template is a path too. A row with null
+    has no image."""
+
+    language: str | None = None
+    """speech: language of the transcripts, e.g. `german`, for a model that is told it (Whisper). null: it is not."""
+
+    max_seconds: float | None = Field(default=None, gt=0)
+    """speech: length of a recording; a longer one is left out and counted. null: the 30 s of Whisper, or as many as the
+    model's feature extractor takes."""
+
     labels: list[str] | None = None
     """Names of the labels of `label` or `tags`, in the order of their numbers. null: those that the dataset declares,
     or else those that occur, in the order of the model if it knows all of them, or else sorted. A stream needs them."""
@@ -92,7 +111,8 @@ class DataConfig(StrictModel):
 
     max_length: int = Field(default=512, ge=2)
     """Tokens of an example; a longer one is cut on the right. With `packing` the length of a sequence. A model with
-    learnt positions (GPT-2, OPT) must have as many."""
+    learnt positions (GPT-2, OPT) must have as many. speech and image-text: a longer transcript, or a longer row with
+    the tokens that stand for its images, is left out and counted."""
 
     packing: bool = False
     """Put several whole examples into one sequence. `position_ids` keep them apart, with `flash_attention_2` only at
@@ -118,6 +138,11 @@ class DataConfig(StrictModel):
     def parts(self) -> dict[str, str]:
         """Returns the columns or templates in use, e.g. ``{"text": …}`` or ``{"prompt": …, "completion": …}``."""
         return {part: spec for part in PARTS if (spec := getattr(self, part)) is not None}
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Returns the parts in use that are audio or images."""
+        return tuple(part for part in MEDIA if part in self.parts)
 
     @property
     def learnt(self) -> str:
@@ -170,6 +195,9 @@ class DataConfig(StrictModel):
         if self.config_name is not None and (generated or is_file(self.name)):
             problem = f"{self.name} has no configurations"
             raise ConfigError("config_name", self.config_name, problem, "leave config_name out")
+        if self.on_bad_line == "skip" and self.media and kind_of(self.name) == ".parquet":
+            problem = f"a .parquet file with {self.media[0]} is read as a whole"
+            raise ConfigError("on_bad_line", "skip", problem, "leave on_bad_line out")
         if self.eval in (SPLIT + self.split, self.name) and not generated:
             fix = "leave eval out to split examples off the training set"
             raise ConfigError("eval", self.eval, "is the training set itself", fix)
@@ -180,16 +208,18 @@ class DataConfig(StrictModel):
 
 
 _FORMS = {
-    "messages": ("messages", "tools"),
+    "messages": ("messages", "tools", "image"),
     "words": ("words", "tags"),
-    "text": ("text", "pair", "label"),
-    "prompt": ("prompt", "completion"),
+    "text": ("text", "pair", "label", "audio"),
+    "prompt": ("prompt", "completion", "image"),
 }
 """The forms that examples can have, by the part that shows it, and the parts of each."""
 
-PARTS = tuple(part for parts in _FORMS.values() for part in parts)
+PARTS = tuple(dict.fromkeys(part for parts in _FORMS.values() for part in parts))
 LISTS = ("messages", "tools", "words", "tags")
-"""Parts that are a column of lists. All others are text: a column, or a template."""
+"""Parts that are a column of lists."""
+MEDIA = ("audio", "image")
+"""Parts that are audio or images. All that are neither these nor `LISTS` are text: a column, or a template."""
 
 JSON_KINDS = (".json", ".jsonl", ".ndjson")
 FASTA_KINDS = (".fasta", ".fa", ".faa")
@@ -267,10 +297,23 @@ _LISTED = "choose a column of lists"
 def read_part(part: str, spec: str, row: Mapping[str, Any]) -> str | list[Any]:
     """Returns what a row holds for a part of `DataConfig.parts`: a list for those of `LISTS`, else a text.
 
+    Of audio and images it returns the list of their names; no file is opened.
+
     Raises:
-        ConfigError: see `list_of` and `fill_template`.
+        ConfigError: see `list_of`, `fill_template` and `grass_dist.finetune.data.media.media_in`.
     """
+    if part in MEDIA:
+        return [medium.name for medium in media_in(media_value(spec, row, part), spec, part)]
     return list_of(spec, row, part) if part in LISTS else fill_template(spec, row, part)
+
+
+def media_value(spec: str, row: Mapping[str, Any], part: str) -> Any:
+    """Returns what a row's column holds of audio or images, or the path that a template makes of the row.
+
+    Raises:
+        ConfigError: see `fill_template`.
+    """
+    return row[spec] if spec in row else fill_template(spec, row, part)
 
 
 def is_filled(spec: str, row: Mapping[str, Any], part: str) -> bool:

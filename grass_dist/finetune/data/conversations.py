@@ -98,9 +98,32 @@ class Dialogues:
         labels = [token if is_ else IGNORED for token, is_ in zip(ids, learnt, strict=True)]
         return {"input_ids": ids[:size], "labels": [IGNORED, *labels[1:size]]}
 
+    def spans(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
+        """Returns the whole rendering, and the characters of it that are learnt: see `example`.
+
+        Raises:
+            ConfigError: see `example`.
+        """
+        ids, learnt = self._marked(messages, tools) if self._marks else self._found(messages, tools)
+        whole = self._render(messages, tools)
+        spans, before = list[Span](), False
+        for (start, stop), is_ in zip(self._encode(whole)[1], learnt, strict=True):
+            if is_:
+                spans[-1:] = [Span(spans[-1].start, stop)] if before else [*spans[-1:], Span(start, stop)]
+            before = is_
+        if self._eos is not None and not self._end and messages and is_learnt(messages[-1]) and ids[-1] != self._eos:
+            end = str(self._tokenizer.eos_token)
+            spans.append(Span(len(whole), len(whole) + len(end)))
+            whole += end
+        return whole, spans
+
+    def given(self, messages: Sequence[Message], tools: list[Any] | None) -> str:
+        """Returns the text that the assistant's next turn follows."""
+        return self._render(messages, tools, add_generation_prompt=True)
+
     def given_ids(self, messages: Sequence[Message], tools: list[Any] | None) -> list[int]:
         """Returns the ids that the assistant's next turn follows."""
-        return self._encode(self._render(messages, tools, add_generation_prompt=True))[0]
+        return self._encode(self.given(messages, tools))[0]
 
     def _marked(self, messages: Sequence[Message], tools: list[Any] | None) -> tuple[list[int], list[bool]]:
         """Returns the ids, and for each whether the template marks it or the end of a turn that it marks."""

@@ -12,8 +12,9 @@ from pathlib import Path
 import datasets
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.config import columns_of, no_column, read_part
+from grass_dist.finetune.data.config import MEDIA, columns_of, media_value, no_column, read_part
 from grass_dist.finetune.data.json_lines import KINDS, Entry, Number, Row, Skipped, Unfit
+from grass_dist.finetune.data.media import FOLDER, media_in, problem_of
 from grass_dist.finetune.data.table_files import rows_of
 
 TextRow = dict[str, str | None]
@@ -41,7 +42,8 @@ def text_rows(
 ) -> Iterator[TextRow]:
     """Reads the rows of the files in their order: the columns that the templates ``parts`` use, as the file's text.
 
-    A number keeps its digits, a date stays text, true and false are "true" and "false".
+    A number keeps its digits, a date stays text, true and false are "true" and "false". A file that a row names as its
+    audio or image must be there, and have the header of one; such rows have the key `FOLDER` too.
 
     Args:
         field: the setting that an error is about.
@@ -56,20 +58,21 @@ def text_rows(
     """
     columns, kinds = columns_of(parts), dict[str, tuple[str, str]]()
     for file in files:
+        more = {FOLDER: str(Path(file).parent)} if parts.keys() & MEDIA else {}
         for entry in rows_of(field, file, strict=on_bad_line == "skip", columns=columns):
             if on_bad_line == "skip":
-                problem = entry.problem if entry.row is None else unfilled(entry.row, parts)
+                problem = entry.problem if entry.row is None else unfilled({**entry.row, **more}, parts)
                 if problem and skipped is not None:
                     skipped[file].add(entry, problem)
                 if problem:
                     continue
             else:
                 at = f"{entry.unit} {entry.number} of {Path(file).name}"
-                if problem := _why_stop(entry, parts, columns):
+                if problem := _why_stop(entry, parts, columns, more):
                     raise ConfigError(field, file, f"{at} {problem}", fix.format(unit=entry.unit))
                 if problem := _mixed(entry, columns, kinds, file):
                     raise ConfigError(field, file, f"{at} {problem}", _ALIKE)
-            yield {column: _text((entry.row or {}).get(column)) for column in columns}
+            yield {column: _text((entry.row or {}).get(column)) for column in columns} | more
 
 
 def table(rows: Iterator[TextRow]) -> datasets.Dataset | None:
@@ -114,19 +117,22 @@ def unfilled(row: Row, parts: Mapping[str, str]) -> str:
     for part, spec in parts.items():
         try:
             read_part(part, spec, row)
+            found = media_in(media_value(spec, row, part), spec, part, row[FOLDER]) if part in MEDIA else []
         except ConfigError as error:
             return f"does not fill {part} ({error.problem})"
+        if problem := next(filter(None, map(problem_of, found)), ""):
+            return f"does not fill {part} ({problem})"
     return ""
 
 
 _ALIKE = "write both alike, or take each for the text that it is with data.on_bad_line=skip"
 
 
-def _why_stop(entry: Entry, parts: Mapping[str, str], columns: Sequence[str]) -> str:
+def _why_stop(entry: Entry, parts: Mapping[str, str], columns: Sequence[str], more: Row) -> str:
     """Says why on_bad_line="stop" stops at a line, or nothing."""
     if entry.row is None:
         return entry.problem
-    row: Row = {column: entry.row.get(column) for column in columns}
+    row: Row = {column: entry.row.get(column) for column in columns} | more
     for value in row.values():
         if isinstance(value, Unfit):
             return value.problem

@@ -35,9 +35,26 @@ class Recipe(Protocol):
         """Makes the example of a row; its ``labels`` are `IGNORED` where nothing is learnt."""
         ...
 
+    def stored(self, example: Example, number: int) -> Example:
+        """Returns what is kept in memory of an example: lists of integers.
+
+        Args:
+            number: of the row among those to train on, from 0; of a held-out row it is -1, -2, ...
+        """
+        ...
+
+    left_out: str
+    """What is said of examples without a label."""
+
+
+TOO_LONG = "have no token of their completion within max_length"
+"""Why an example of text has no label."""
+
 
 class TextRecipe:
     """The `Recipe` of a causal language model: see `tokenise`."""
+
+    left_out = TOO_LONG
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self._tokenizer, self._config = tokenizer, config
@@ -46,6 +63,9 @@ class TextRecipe:
 
     def example(self, row: Row) -> Example:
         return tokenise(row, self._tokenizer, self._config)
+
+    def stored(self, example: Example, number: int) -> Example:
+        return example
 
 
 class Stream:
@@ -108,7 +128,7 @@ class Stream:
         if self.unanswered:
             yield f"{self.unanswered} rows of the stream have no answer: left out"
         if self.unlabelled:
-            what = "examples of the stream have no token of their completion within max_length: no loss on them"
+            what = f"examples of the stream {self._recipe.left_out}: no loss on them"
             yield f"of those that this rank has read, {self.unlabelled} {what}"
 
     def _made(self, row: Row) -> Example:
@@ -148,6 +168,9 @@ class Data:
     first: Example
     """The first training example, unpacked."""
 
+    left_out: str = TOO_LONG
+    """Why examples were dropped."""
+
     @property
     def skipped(self) -> tuple[Skipped, ...]:
         """Returns what on_bad_line="skip" left out of each file with broken lines."""
@@ -158,9 +181,15 @@ class Data:
         for name, files in self.reading.patterns.items():
             yield f"{name} stands for {len(files)} file{'s' * (len(files) > 1)}: {', '.join(files)}"
         if isinstance(self.train, Examples):
-            yield from _left_out(self.train, "")
-        yield from _left_out(self.held_out, " held-out")
+            yield from self._left_out(self.train, "")
+        yield from self._left_out(self.held_out, " held-out")
         yield from map(str, self.skipped)
+
+    def _left_out(self, examples: Examples, which: str) -> Iterator[str]:
+        if examples.dropped:
+            yield f"{examples.dropped}{which} examples {self.left_out}: left out"
+        if examples.unanswered:
+            yield f"{examples.unanswered}{which} rows have no answer: left out"
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe | None = None) -> Data:
@@ -186,14 +215,14 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int,
     held_out_rows = list(filter(other.has_answer, held_out_rows))
     if isinstance(rows, datasets.IterableDataset):
         head = _tokenise_all(source, islice(rows, HEAD), recipe, enough=1)
-        return Data(Stream(rows, recipe, config), held_out, held_out_rows, reading, head[0])
+        return Data(Stream(rows, recipe, config), held_out, held_out_rows, reading, head[0], recipe.left_out)
     train = _tokenise_all(source, rows, recipe)
     first = train[0]
     if config.packing:
         train = Examples(pack_examples(train, config.max_length), train.dropped, train.unanswered)
     # A run goes on tomorrow, too, and hosts may be in two time zones.
     train.dated = config.chat_template and "strftime_now" in str(tokenizer.chat_template)
-    return Data(train, held_out, held_out_rows, reading, first)
+    return Data(train, held_out, held_out_rows, reading, first, recipe.left_out)
 
 
 def first_example(
@@ -221,13 +250,13 @@ def _tokenise_all(
 ) -> Examples:
     """Makes the examples of rows with something to learn, at least one; of a stream's head as many as are enough."""
     examples = Examples()
-    for row in source.watch(rows):
+    for number, row in enumerate(source.watch(rows)):
         if not source.has_answer(row):
             examples.unanswered += 1
             continue
         example = recipe.example(row)
         if has_labels(example):
-            examples.append(example)
+            examples.append(recipe.stored(example, -1 - number if held_out else number))
             if len(examples) == enough:
                 break
         else:
@@ -236,13 +265,6 @@ def _tokenise_all(
         count = examples.dropped + examples.unanswered
         raise source.nothing_left(count, labels=examples.dropped > 0, held_out=held_out)
     return examples
-
-
-def _left_out(examples: Examples, which: str) -> Iterator[str]:
-    if examples.dropped:
-        yield f"{examples.dropped}{which} examples have no token of their completion within max_length: left out"
-    if examples.unanswered:
-        yield f"{examples.unanswered}{which} rows have no answer: left out"
 
 
 def tokenise(row: Row, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Example:

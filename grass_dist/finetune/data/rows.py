@@ -69,7 +69,8 @@ class RowSource(NamedTuple):
         """Makes the error that none of ``count`` rows has an answer or, if any has (``labels``), a label within it."""
         which, more = self._none_of(count, held_out), "hold out more, " * held_out
         if labels:
-            fix = f"raise max_length, {more}or check the {self.learnt} of the data"
+            seconds = "max_seconds, " * (self.config.audio is not None)
+            fix = f"raise max_length, {seconds}{more}or check the {self.learnt} of the data"
             problem = f"{which} has a token of its {self.learnt} left within it"
             return ConfigError("max_length", self.config.max_length, problem, fix)
         answer = {"completion": "answer", "messages": "messages of an assistant"}.get(self.learnt, self.learnt)
@@ -120,6 +121,13 @@ def sources(config: DataConfig) -> tuple[RowSource, RowSource]:
     if config.eval is not None and config.eval.startswith(SPLIT):
         return train, train._replace(field="eval", split=config.eval[len(SPLIT) :])
     return train, train if config.eval is None else train._replace(field="eval", name=config.eval)
+
+
+def folder_of(name: str) -> str:
+    """Returns the folder that paths in the rows of a dataset start from; that of the program for one of the Hub."""
+    if Path(name).is_dir():
+        return name
+    return str(Path(name).parent) if is_file(name) else ""
 
 
 def load_rows(config: DataConfig, seed: int, reading: Reading | None = None) -> tuple[Rows, list[Row]]:
@@ -201,7 +209,7 @@ def _text_files(source: RowSource, reading: Reading) -> dict[str, list[str]] | N
         if files != [name]:
             reading.patterns[name] = files
         _check_apart(source, {"train": files})
-        return {"train": files}
+        return None if config.media and kind_of(name) == ".parquet" else {"train": files}
     if Path(name).is_file():
         raise ConfigError(field, name, f"it is no {', '.join(KINDS)} file", "write it as one, or rename it")
     if field == "eval" and name != config.name and Path(name).is_dir() and _shared([name], [config.name]):
@@ -306,7 +314,19 @@ def _is_saved(name: str) -> bool:
 
 def _read_typed(source: RowSource) -> Rows:
     """Reads the rows of a dataset of the Hub or of a folder, with the types that `datasets` gives to their columns."""
+    rows = _read_decoded(source)
+    for column, feature in (rows.features or {}).items():
+        inner = getattr(feature, "feature", feature)  # of a list
+        if isinstance(inner, datasets.Audio | datasets.Image):  # both are read when they are needed
+            kept = type(inner)(decode=False)
+            rows = rows.cast_column(column, kept if inner is feature else datasets.List(kept))
+    return rows
+
+
+def _read_decoded(source: RowSource) -> Rows:
     _, name, split, config = source
+    if is_file(name):  # of embedded audio or images, which stay on the disk
+        return datasets.load_dataset("parquet", data_files=files_of(name), split=split, streaming=config.streaming)
     if not _is_saved(name):
         subset = config.config_name if name == config.name else None
         return datasets.load_dataset(name, subset, split=split, streaming=config.streaming)

@@ -32,7 +32,9 @@ def stream_identity(config: DataConfig, rows: Iterable[Mapping[str, Any]]) -> di
     """
     rows_hash = hashlib.sha256()
     for row in islice(rows, FIRST_ROWS):
-        rows_hash.update(json.dumps([read_part(part, spec, row) for part, spec in config.parts.items()]).encode())
+        parts = [read_part(part, spec, row) for part, spec in config.parts.items()]
+        # Messages may hold an image itself.
+        rows_hash.update(json.dumps(parts, default=lambda value: type(value).__name__).encode())
     found = {"first rows of the stream": rows_hash.hexdigest()[:16]}
     files = sorted(files_to_train_on(config).items())
     if not files:

@@ -17,8 +17,10 @@ from grass_dist.errors import ConfigError
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.data.batches import Example, collate
 from grass_dist.finetune.data.json_lines import Row
+from grass_dist.finetune.data.loading import TOO_LONG, Data
 from grass_dist.finetune.data.rows import Rows, RowSource
 from grass_dist.finetune.data.shown import shown
+from grass_dist.finetune.fit import Padding, check_fit
 from grass_dist.model.loss import IGNORED
 
 Batch = dict[str, torch.Tensor]
@@ -48,16 +50,22 @@ class Task:
 
     Args:
         config: of the run.
-        tokenizer: the model's, or its processor where the data are not text alone. It is exported with the model.
+        tokenizer: the model's.
     """
 
     auto: ClassVar[str]
     """Class of transformers that loads the model."""
     length: ClassVar[str] = "max_length"
     """Field of ``data`` that bounds the tokens of an example."""
+    left_out: str = TOO_LONG
+    """What is said of examples that have nothing to learn."""
+    reads_files: ClassVar[bool] = False
+    """Whether `collate` reads files, which may fail on one rank alone."""
 
     def __init__(self, config: RunConfig, tokenizer: Any) -> None:
         self.config, self.data, self.tokenizer = config, config.data, tokenizer
+        self.processor: Any = tokenizer
+        """What is saved with the model: the tokenizer, or the processor that has it."""
         self.pad_token_id: int = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         """Token that fills up short examples; `grass_dist.finetune.fit.check_fit` may choose another one."""
 
@@ -98,6 +106,10 @@ class Task:
             ConfigError: it is not.
         """
 
+    def fit(self, model: nn.Module, data: Data) -> Padding:
+        """Checks that the model can train on the examples: see `grass_dist.finetune.fit.check_fit`."""
+        return check_fit(self.config, model, self.tokenizer, data)
+
     # ------------------------------------------------------------------------------------------- the examples
 
     def begin(self, source: RowSource, rows: Rows, held_out: Sequence[Row]) -> None:
@@ -110,6 +122,10 @@ class Task:
             ConfigError: the row cannot be used.
         """
         raise NotImplementedError
+
+    def stored(self, example: Example, number: int) -> Example:
+        """Returns what is kept in memory of an example; see `grass_dist.finetune.data.loading.Recipe`."""
+        return example
 
     def vary(self, example: Example, step: int, place: int) -> Example:
         """Returns the example as the model sees it this time.

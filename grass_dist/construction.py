@@ -23,6 +23,7 @@ from grass_dist.model.discovery import Unit, find_layers
 from grass_dist.model.experts import idle_experts_move
 from grass_dist.model.groups import full_groups, shortly
 from grass_dist.model.names import freeze_named
+from grass_dist.model.tied import tied_weights
 from grass_dist.model.units import (
     check_one_device,
     choose_units,
@@ -148,7 +149,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     make_sampler(config, len(found.layers))
     layers, roles = choose_units(model, found, config, groups)
     units = [*layers, *roles]
-    check_one_device(units, backend.sharding)
+    check_one_device(units)
     ours = _passed(model, groups)
     sparse = _check_gradients(model, backend, units, ours)
     rule = judge_class(optimizer_class, kwargs, [{**group, "params": _among(units, group)} for group in groups])
@@ -159,6 +160,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     told = [
         several_stacks(found),
         frozen_layers(found, layers),
+        tied_weights(model, units),
         compiled_whole(model, layers),
         too_low_recompile_limit(model, layers),
         trains_alone(backend),

@@ -15,7 +15,7 @@ from grass_dist.backends.zero.backend import ZeroBackend, ZeroSharding
 from grass_dist.backends.zero.checks import check_model, check_optimizer
 from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
 from grass_dist.backends.zero.engine import wrap_methods
-from grass_dist.backends.zero.groups import groups_of
+from grass_dist.backends.zero.groups import groups_of, weights_on_host
 from grass_dist.backends.zero.jit import accelerator, on_cpu, spare_the_compiler
 from grass_dist.backends.zero.narrow import NarrowZero, narrow_class
 from grass_dist.backends.zero.place import place_states
@@ -31,6 +31,7 @@ from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.experts import expert_blocks, idle_experts_move
 from grass_dist.model.names import freeze_named
+from grass_dist.model.tied import tied_weights
 from grass_dist.model.units import (
     check_one_device,
     choose_units,
@@ -156,7 +157,7 @@ class ZeroMethod:
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
 
         found, layers, roles, still = _choose(model, setup, user, sharding)
-        told = [several_stacks(found), frozen_layers(found, layers)]
+        told = [several_stacks(found), frozen_layers(found, layers), tied_weights(model, [*layers, *roles])]
         told += [compiled_whole(model, layers), too_low_recompile_limit(model, layers)]
         told += [_gather_with_experts(model, layers)] if stage == 3 else []
         told += [idle_experts_move(model, layers)]
@@ -166,7 +167,9 @@ class ZeroMethod:
         # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
         never = groups_of([Unit("never trained", None, still)] if still and stage == 3 else [], user.param_groups)
 
-        states = place_states(user, every, never, sharding, stage, config, layers, roles)
+        states = place_states(
+            user, every, never, sharding, stage, config, layers, roles, on_host=weights_on_host(arguments)
+        )
         self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
         steps, summed = arguments["gradient_accumulation_steps"], _sequence_ranks(arguments, stage)
         self._backend = ZeroBackend(model, self.zero, sharding, steps, stage, _wire_bytes(arguments), summed)
@@ -226,7 +229,7 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
             layers, roles = choose_units(model, found, config, groups)
             freeze_others([*layers, *roles], model.parameters())
             still = tuple((n, p) for n, p in model.named_parameters() if p in given and not p.requires_grad)
-            check_one_device([*layers, *roles], sharding)
+            check_one_device([*layers, *roles])
         except ConfigError as error:
             raise error if error.field == "optimizer" else error.under("grass") from None
         return found, layers, roles, still

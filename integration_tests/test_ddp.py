@@ -104,6 +104,43 @@ def test_a_unit_without_a_gradient_holds_nothing_up(runs):
     assert runs[0] == runs[1]
 
 
+class TwoOutputs(nn.Module):
+    """As a reward model with a value head: the loss is of the second output, and nothing of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small_llama()
+        self.value = nn.Linear(64, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.model(input_ids=x, output_hidden_states=True)
+        return out.logits, self.value(out.hidden_states[-1])
+
+
+def an_output_that_no_loss_uses(rank: int, world_size: int) -> list[float]:
+    """DDP hands on a gradient that is not there, to the head as well."""
+    ends = []
+    for find in (False, True):
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(TwoOutputs(), find_unused_parameters=find)
+        config = grass_dist.GrassConfig(active_layers=2, probe_steps=2, sampling_interval=2, update_interval=2)
+        optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
+        for step in range(6):
+            x = torch.randint(0, 128, (2, 8), generator=torch.Generator().manual_seed(100 * step + rank))
+            model(x)[1].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(sum(p.double().sum().item() for p in model.parameters()))
+        same = torch.equal(model.module.model.lm_head.weight, TwoOutputs().model.lm_head.weight)
+        assert same, "the head had no gradient"
+    return ends
+
+
+@scenarios(TWO(an_output_that_no_loss_uses))
+def test_an_output_that_no_loss_uses_gives_its_weights_nothing(runs):
+    assert runs[0] == runs[1] and runs[0][0] == runs[0][1]
+
+
 # States in parts.
 
 

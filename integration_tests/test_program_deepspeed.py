@@ -148,7 +148,7 @@ BAD = {
     ),
     "an option that GRASS cannot run with": (
         ["parallel=deepspeed", "parallel.config=offload.json"],
-        r"parallel.config.zero_optimization.offload_param.device='cpu': ",
+        r"parallel.config.zero_optimization.offload_param.device='nvme': ",
     ),
     "too many layers": (
         ["parallel=deepspeed", "parallel.config=zero3.json", "grass.active_layers=7"],
@@ -163,7 +163,7 @@ JSONS = {
     "clip": {**AUTO, "gradient_clipping": 0.5},
     "accumulation": {**AUTO, "gradient_accumulation_steps": 1},
     "block": {**AUTO, "grass": {"active_layers": 3}},
-    "offload": {**AUTO, "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+    "offload": {**AUTO, "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
 }
 
 

@@ -54,6 +54,11 @@ OPTIONS: dict[int, list[dict]] = {
         {"overlap_comm": True, "stage3_param_persistence_threshold": 100_000},
         {"contiguous_gradients": False, "reduce_scatter": False, "sub_group_size": 1000},
         {
+            "offload_param": {"device": "cpu", "max_in_cpu": 1000},
+            "offload_optimizer": {"device": "cpu"},
+            "stage3_param_persistence_threshold": 100_000,
+        },
+        {
             "stage3_param_persistence_threshold": 100,
             "stage3_prefetch_bucket_size": 1000,
             "stage3_max_live_parameters": 10_000,
@@ -63,6 +68,9 @@ OPTIONS: dict[int, list[dict]] = {
     ],
 }
 """ZeRO options under which the trajectory must stay the same."""
+
+HOST = {"offload_param": {"device": "cpu", "pin_memory": True}}
+"""ZeRO-3's weights rest in host memory."""
 
 STAGES = (1, 2, 3)
 # DeepSpeed collects whenever it constructs a ZeRO-3 optimizer, a second each time if what is there is not frozen.
@@ -169,6 +177,7 @@ def moments_of(zero) -> list[dict]:
 @scenarios(
     *at_each(grass_and_chain, torch.bfloat16, name="bf16"),
     *at_each(grass_and_chain, torch.float16, accumulation=1, name="fp16"),
+    at(3, grass_and_chain, torch.bfloat16, more={"zero": HOST}, name="bf16, weights on the host"),
 )
 def test_16_bit_training_is_a_chain_of_stock_runs_to_the_bit(runs):
     told = runs[0]
@@ -409,6 +418,50 @@ def test_a_model_that_is_partitioned_as_it_is_made(runs, reference):
     run = runs[0]
     assert run["active"] == reference["active"]
     assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) <= 5e-6
+
+
+# Weights on the host.
+
+
+def on_host(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> int:
+    """Shards rest where they were first, trained or not; the run, its checkpoint and its resume are those without.
+
+    Returns the number of layers that have trained.
+    """
+    weights, seen = [], set()
+    for zero in ({}, HOST):
+        config = ds_config(stage, SETTINGS, 1, dtype, zero)
+        with deepspeed.zero.Init(config_dict_or_path={k: v for k, v in config.items() if k != "grass"}):
+            model = small_llama(dtype)
+        for p, whole in zip(model.parameters(), small_llama(dtype).parameters(), strict=True):
+            with torch.no_grad(), deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+                p.copy_(whole)
+        homes = {n: p.ds_tensor.data_ptr() for n, p in model.named_parameters()}
+        engine = make_engine(config, dtype, model=model)
+        for step in range(STEPS):
+            if step == 7:
+                engine.save_checkpoint(f"{folder}/{len(weights)}", tag="seven")
+            grass = engine.grass
+            active = {grass.layers[i].name for i in grass.active_layers} if grass.phase == "train" else set()
+            seen |= active
+            train_step(engine, step, rank, world_size, 1)
+            if zero:
+                after = {grass.layers[i].name for i in grass.active_layers}  # all of them while the probe goes on
+                resting = [n for n in homes if ".layers." in n and not n.startswith(tuple(f"{a}." for a in after))]
+                assert all(model.get_parameter(n).ds_tensor.data_ptr() == homes[n] for n in resting)
+        weights.append(weights_of(engine))
+        engine.destroy()
+    again = make_engine(ds_config(stage, SETTINGS, 1, dtype, HOST), dtype)
+    again.load_checkpoint(f"{folder}/1", tag="seven")
+    for step in range(7, STEPS):
+        train_step(again, step, rank, world_size, 1)
+    assert same(weights[0], weights[1]) and same(weights[0], weights_of(again))
+    return len(seen)
+
+
+@scenarios(at(3, on_host, FOLDER, torch.bfloat16, name="bf16"), at(3, on_host, FOLDER, torch.float32, name="fp32"))
+def test_weights_that_rest_on_the_host_change_nothing(runs):
+    assert runs[0] > 3
 
 
 # What a copy of the model has to be given.

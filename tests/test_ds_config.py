@@ -30,8 +30,7 @@ PLAIN: dict[str, Any] = {
 }
 # The values that each row of the table refuses, and some that it takes.
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {
-    "zero_optimization.offload_param.device": (["cpu", "nvme"], ["none"]),
-    "zero_optimization.cpu_offload_param": ([True], [False]),
+    "zero_optimization.offload_param.device": (["nvme", "NVMe"], ["none"]),
     "zero_optimization.offload_optimizer.device": (["nvme", "gpu", "NVMe"], ["none", "cpu"]),
     "zero_optimization.offload_optimizer.super_offload": ([True], [False]),
     "zero_optimization.zenflow": ([{}, {"topk_ratio": 0.1}, True], [False]),
@@ -46,7 +45,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "zero_optimization.legacy_stage1": ([True], [False]),
     "zero_optimization.parameter_alignment": ([True], [False]),
     "zero_optimization.compute_grad_norm": ([False, "false"], [True]),
-    "checkpoint.load_universal": ([True], [False]),
     "optimizer.params.max_grad_norm": ([0.0, 1.0], []),
     "zero_allow_untested_optimizer": ([False], [True]),
     "amp.enabled": ([True], [False]),

@@ -381,10 +381,13 @@ def test_deepspeeds_enums_and_models_are_read_by_their_meaning():
     def split(**zero):
         return split_ds_config({"train_batch_size": 2, "zero_optimization": zero, "grass": {}})
 
-    for device in (OffloadDeviceEnum.cpu, OffloadDeviceEnum.nvme):
-        for section in ({"device": device}, DeepSpeedZeroOffloadParamConfig(device=device)):
-            with pytest.raises(ConfigError, match=rf"offload_param.device='{device.value}': .* use ZeRO-3 with device"):
-                split(stage=3, offload_param=section)
+    for kind in (dict, DeepSpeedZeroOffloadParamConfig):
+        with pytest.raises(ConfigError, match=r"offload_param.device='nvme': weights go to host memory; use 'cpu'"):
+            split(stage=3, offload_param=kind(device=OffloadDeviceEnum.nvme))
+        on_host = kind(device=OffloadDeviceEnum.cpu)
+        assert split(stage=3, offload_param=on_host).ds_config["zero_optimization"]["offload_param"]["device"] == "cpu"
+        with pytest.raises(ConfigError, match=r"device='cpu': stage 2 keeps whole weights .* use stage 3"):
+            split(stage=2, offload_param=on_host)
     for section in ({"device": OffloadDeviceEnum.cpu}, DeepSpeedZeroOffloadOptimizerConfig(device="cpu")):
         told = split(stage=ZeroStageEnum.gradients, offload_optimizer=section)
         assert told.ds_config["zero_optimization"] == {"stage": 2} and "live in (pinned) host memory" in told.said[0]

@@ -168,7 +168,9 @@ class HookedBackend(GradientHooks):
         if name not in self._trainable:  # unfrozen by someone else
             param.grad = None
             return
-        if param.grad is not None and param.grad.layout != torch.strided and not self.takes_sparse:
+        if param.grad is None:  # its output had no part in the loss, and a function such as DDP's handed on as much
+            return
+        if param.grad.layout != torch.strided and not self.takes_sparse:
             raise GrassError(f"{unit.params[slot][0]} has a sparse gradient: {SPARSE}.")
         if name in self._updated:
             raise GrassError(

@@ -276,11 +276,13 @@ def _check_engine(where: Path, state: State, mine: Mapping[str, Any], active: in
         raise _damaged(where, "an importance is no number from 0 on")
     if any(not 0 <= i < layers or len(set(of)) != len(of) or not of for of in chosen for i in (of or [-1])):
         raise _damaged(where, "it trains layers that the model does not have")
-    if odd := sorted({len(of) for of in chosen} - {layers, active}):
+    # A budget of parameters may leave room for fewer.
+    fewer = range(1, active) if engine.settings.get("active_parameters") is not None else ()
+    if odd := sorted({len(of) for of in chosen} - {layers, active, *fewer}):
         raise CheckpointError(f"{where} trains {odd[0]} layers at a time, and this run {active}.")
     if any(not 0 <= layer < layers or times < 0 for layer, times in engine.unused):
         raise _damaged(where, "it counts steps without layers that the model does not have")
-    if len({len(of) for of in engine.measured.layers}) > 1:
+    if not fewer and len({len(of) for of in engine.measured.layers}) > 1:
         raise _damaged(where, "it has measured more layers in some steps than in others")
     if engine.next is not None and not _is_draw(engine.next, engine.step, layers):
         raise _damaged(where, "the layers that wait are of another step, or have no probabilities")

@@ -217,10 +217,11 @@ class TorchStates:
         """The method's position with the measurements of all ranks together."""
         rows, backend = method["measured"]["rows"], self._grass.backend
         if rows:
-            mine = torch.tensor(rows, dtype=torch.float64)
+            mine = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
             alike = backend.measures_alike
             total = mine * backend.ranks.world_size if alike else backend.ranks.sum_over_ranks(mine)
-            method = {**method, "measured": {**method["measured"], "rows": total.tolist()}}
+            parts = torch.split(total, [len(row) for row in rows])  # rows may differ, by active_parameters
+            method = {**method, "measured": {**method["measured"], "rows": [part.tolist() for part in parts]}}
         return method
 
     # --- to load

@@ -174,7 +174,7 @@ class ZeroHoldings:
         settings = self._zero.user_optimizer.param_groups[group.user_group]
         if not torch.is_tensor(value) or not (settings.get("fused") or settings.get("capturable")):
             return value
-        return value.to(self._sharding.shard_of(group.params[0]).device)
+        return value.to(group.params[0].device)
 
     def _extents(self, group: Group, partition: int) -> Iterator[Extent]:
         sizes = [(self._names[param], numel_of(param)) for param in self._zero.saved_order(group)]

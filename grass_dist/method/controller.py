@@ -70,7 +70,7 @@ class GrassController:
         self._trained: set[int] = set()
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
         self._next: Sampled | None = None
-        device = backend.sharding.shard_of(layers[0].params[0][1]).device
+        device = layers[0].params[0][1].device  # ZeRO-3 may keep its shards elsewhere
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
         self.arrived = False
         self.started: Started | None = None

@@ -17,7 +17,6 @@ from grass_dist.errors import UnsupportedModel
 from grass_dist.events import Started
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.discovery import LayerMap, Unit
-from grass_dist.model.sharding import Sharding
 from grass_dist.model.stacks import numel_of, outermost, shape_of
 
 
@@ -199,7 +198,7 @@ def sparse_parameters(model: nn.Module, units: Sequence[Unit]) -> list[str]:
     return [name for unit in units for name, param in unit.params if id(param) in sparse]
 
 
-def check_one_device(units: Sequence[Unit], sharding: Sharding) -> None:
+def check_one_device(units: Sequence[Unit]) -> None:
     """
     Raises:
         UnsupportedModel: what trains is on several devices of this rank, or has no memory yet.
@@ -213,7 +212,7 @@ def check_one_device(units: Sequence[Unit], sharding: Sharding) -> None:
     on: dict[torch.device, str] = {}
     for unit in units:
         for name, param in unit.params:
-            on.setdefault(sharding.shard_of(param).device, name)
+            on.setdefault(param.device, name)
     if len(on) > 1:
         shown = ", ".join(f"{name} on {device}" for device, name in on.items())
         raise UnsupportedModel(

@@ -134,7 +134,7 @@ class ZeroBackend(GradientHooks):
         self._index = {unit.name: unit.index for unit in self._units}
         self._buckets = {unit.name: _Bucket(unit, self.ranks.world_size) for unit in layers}
         self._order = [self._buckets[unit.name] for unit in reversed(layers)]  # in which the backward finishes them
-        self._device = self.sharding.shard_of(layers[0].params[0][1]).device
+        self._device = layers[0].params[0][1].device
         self._sent = self._micro_batch = 0
         self._squares: list[torch.Tensor] = []
         self._hooks = [
@@ -229,6 +229,8 @@ class ZeroBackend(GradientHooks):
     # --- probe
 
     def _on_gradient(self, name: str, slot: int, param: nn.Parameter) -> None:
+        if param.grad is None and self._probing:  # its output had no part in the loss
+            return
         self._arrived(self._index[name])
         if not self._probing:
             self._arrived_bytes += self._bytes_of(param)

@@ -176,6 +176,12 @@ def _refuse(config: Mapping[str, Any]) -> None:
     micro = "train_micro_batch_size_per_gpu"
     if _at(config, micro) is None and _at(config, "train_batch_size") is None:
         raise ConfigError(micro, config.get(micro), *refusal(micro))
+    zero = config["zero_optimization"]
+    for path, refused in (("offload_param.device", among("cpu")), ("cpu_offload_param", on)):
+        if zero["stage"] < 3 and refused(_at(zero, path)):
+            name = f"zero_optimization.{path}"
+            problem, fix = refusal(name)
+            raise ConfigError(name, _at(zero, path), f"stage {zero['stage']} {problem}", fix)
     _refuse_scaling(config)
     sums = _at(config, "data_types.grad_accum_dtype")
     in_fp32 = among("fp32", "float32", "float", "torch.float32")(sums)

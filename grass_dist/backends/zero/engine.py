@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from grass_dist.backends.zero.groups import groups_of
+from grass_dist.backends.zero.groups import groups_of, set_weight
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS, ENGINE_HOOKS
 from grass_dist.backends.zero.saved_state import trainable
+from grass_dist.backends.zero.universal import begin_from_universal
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.ranks import say, world
 
@@ -115,7 +116,7 @@ def _saving(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
             )
         zero.complete()
         _finish_copies()
-        with zero.whole(saving=True):
+        with zero.whole(saving=True), _fit_for_universal(engine.module):
             return stock(*args, **kwargs)
 
     return save_checkpoint
@@ -141,6 +142,11 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
             with zero.whole(), trainable(list(engine.module.parameters())):
                 found = stock(**given)
         if found[0] is None:
+            return found
+        if zero.universal is not None:
+            wanted = given.get("load_optimizer_states", True) and not given.get("load_module_only")
+            begin_from_universal(engine, zero.universal, optimizer_states=wanted)
+            zero.states.settle()
             return found
         tag = given.get("tag")
         if zero.loaded is None and (tag is None or engine.zero_optimization_stage() < 3):
@@ -192,13 +198,13 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
     trained = {param for group in zero.every for param in group.params}
     for name, param in engine.module.named_parameters():
         if param not in trained and name in weights:
-            _set_weight(param, weights[name])
+            set_weight(param, weights[name])
     for unit in dict.fromkeys(group.unit for group in zero.every):
         with trainable([param for _, param in unit.params]):  # DeepSpeed sets nothing of a frozen one
             zero.narrow(groups_of([unit], zero.user_optimizer.param_groups))
             for name, param in unit.params:
                 value = weights[name if name in weights else name.removeprefix("module.")]
-                _set_weight(param, value)
+                set_weight(param, value)
                 safe_set_full_fp32_param(param, value.to(param.device))
         for group in zero.groups:
             zero.states.of[group.key].changed = True  # 16-bit weights are rounded
@@ -210,12 +216,20 @@ def _begin_from_full(engine: Any, load_dir: str, tag: str | None) -> None:
     )
 
 
-@torch.no_grad()
-def _set_weight(param: nn.Parameter, value: torch.Tensor) -> None:
-    import deepspeed
+@contextmanager
+def _fit_for_universal(module: nn.Module) -> Iterator[None]:
+    """While it lasts, DeepSpeed saves with the module what its ``ds_to_universal`` asks for."""
+    from deepspeed.checkpoint import constants
 
-    with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_id")):
-        param.copy_(value.to(param.dtype))
+    if hasattr(module, name := constants.UNIVERSAL_CHECKPOINT_INFO):
+        yield
+        return
+    version = constants.UNIVERSAL_CHECKPOINT_VERSION_KEY, constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE
+    setattr(module, name, dict([version]))
+    try:
+        yield
+    finally:
+        delattr(module, name)
 
 
 def _finish_copies() -> None:

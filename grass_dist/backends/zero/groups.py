@@ -86,9 +86,20 @@ def zero_shard(param: nn.Parameter) -> torch.Tensor:
     return param.ds_tensor  # type: ignore[attr-defined]
 
 
-def device_of_param(param: nn.Parameter) -> torch.device:
-    """The device of this rank's entries of a parameter; while its group trains, also that of the group's master."""
-    return zero_shard(param).device if hasattr(param, "ds_tensor") else param.device
+@torch.no_grad()
+def set_weight(param: nn.Parameter, value: torch.Tensor) -> None:
+    """Sets a whole parameter on all ranks, which call it together at ZeRO-3; the first rank's value counts there."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param], modifier_rank=0, enabled=hasattr(param, "ds_id")):
+        if param.numel():
+            param.copy_(value.to(param.dtype))
+
+
+def weights_on_host(arguments: Mapping[str, Any]) -> bool:
+    """Says whether ZeRO-3 keeps its shards of the weights in host memory, by the arguments of its optimizer."""
+    device = getattr(arguments.get("offload_param_config"), "device", None)
+    return str(getattr(device, "value", device)) == "cpu"
 
 
 def numel_of(param: nn.Parameter) -> int:

@@ -14,17 +14,18 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
-from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
+from grass_dist.backends.zero.groups import Group, GroupsOptimizer, weights_on_host, zero_shard
+from grass_dist.backends.zero.loss_scale import LossScale, loss_scale_of
 from grass_dist.backends.zero.private import CARRIED, STAGE_1_AND_2, STAGE_3, Names, check_instance, check_state
 from grass_dist.backends.zero.reads import Reads
-from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, take_over, trainable, whole_state
+from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, TOTAL_KEY, take_over, trainable, whole_state
 from grass_dist.backends.zero.states import ZeroStates
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.method.controller import GrassController
@@ -51,23 +52,6 @@ class Listener(Protocol):
         """Called at the end of every step; ``applied`` is False after an fp16 overflow."""
 
 
-@dataclass(frozen=True, slots=True)
-class LossScale:
-    """The loss scale, by the names of DeepSpeed's ``LossScaleConfig``; settings of a dynamic one are None without it.
-
-    Attributes:
-        cur_scale: factor of the loss now.
-        scale_window: steps without an overflow after which it grows by ``scale_factor``.
-    """
-
-    cur_scale: float
-    dynamic_loss_scale: bool
-    use_grad_scaling: bool
-    scale_factor: float | None
-    scale_window: int | None
-    min_loss_scale: float | None
-
-
 class NarrowZero(_Stock):
     """What the two classes below add to DeepSpeed's.
 
@@ -85,6 +69,7 @@ class NarrowZero(_Stock):
         reads: answers for masters and moments.
         loaded: the method's state out of the checkpoint that was loaded last; empty if that was saved without GRASS,
             None if no optimizer state was loaded.
+        universal: the folder of the universal checkpoint that was to be loaded last, if it was one.
     """
 
     names: ClassVar[Names]
@@ -99,6 +84,8 @@ class NarrowZero(_Stock):
         group = arguments["dp_process_group"]
         self.reads = Reads(every, states, self.saved_order, self._has_gradient, group, self._note_changed)
         self.loaded: dict[str, Any] | None = None
+        self.universal: Path | None = None
+        self._total: list[list[float]] = []  # within a save: what all ranks have measured since the last refresh
         self._put_aside: dict[str, Any] | None = None  # within `whole`: DeepSpeed's lists of what trains
         self._built = False
 
@@ -127,15 +114,7 @@ class NarrowZero(_Stock):
     @property
     def loss_scale_config(self) -> LossScale:
         """The loss scale as DeepSpeed's optimizers without ZeRO show it: stage 0 runs as ZeRO-1 here."""
-        scaler = self.loss_scaler
-        return LossScale(
-            cur_scale=float(self.loss_scale),
-            dynamic_loss_scale=bool(self.dynamic_loss_scale),
-            use_grad_scaling=bool(self.dynamic_loss_scale) or float(self.loss_scale) != 1.0,
-            scale_factor=getattr(scaler, "scale_factor", None),
-            scale_window=getattr(scaler, "scale_window", None),
-            min_loss_scale=getattr(scaler, "min_scale", None),
-        )
+        return loss_scale_of(self)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -186,7 +165,7 @@ class NarrowZero(_Stock):
         state = self._state_of_what_trains()
         if self._put_aside is not None:
             order = [self.states.of[group.key] for group in self.every]
-            position = {**self.grass.state_dict(), SETTINGS: self._settings}
+            position = {**self.grass.state_dict(), SETTINGS: self._settings, TOTAL_KEY: self._total}
             return whole_state(state, self.names, order, self.states.still, self.param_groups, position)
         if self.groups:  # DeepSpeed holds no master that is in host memory
             key, kept = self.names.masters_key, [self.states.of[group.key].master for group in self.groups]
@@ -202,10 +181,13 @@ class NarrowZero(_Stock):
             CheckpointError: the method was set otherwise, or is not where this run's is after that many steps.
             GrassError: the state is of other layers or parameter groups.
         """
+        if folder := kwargs.get("checkpoint_folder"):
+            self.universal = Path(folder)  # its states come when DeepSpeed has done the rest
+            return
         saved = state_dict_list[torch.distributed.get_rank(self.dp_process_group)]
         self.loaded = saved.get(GRASS_KEY, {})
         if GROUPS_KEY in saved:
-            self._check(saved[GRASS_KEY])
+            self.check_position(saved[GRASS_KEY])
             take_over(saved, self.names, self.every, self.states, self.param_groups)
             self.loss_scaler, self.dynamic_loss_scale = saved["loss_scaler"], saved["dynamic_loss_scale"]
             self.groups = []
@@ -214,7 +196,12 @@ class NarrowZero(_Stock):
     def _settings(self) -> dict[str, Any]:
         return settings_of(self.grass, type(self.user_optimizer).__name__)
 
-    def _check(self, position: Mapping[str, Any]) -> None:
+    def check_position(self, position: Mapping[str, Any]) -> None:
+        """Checks whether this run can go on from a saved position of the method.
+
+        Raises:
+            CheckpointError: it cannot, on all ranks alike.
+        """
         if told := other_settings(position, self._settings):
             raise CheckpointError(told).everywhere()
         try:
@@ -347,7 +334,9 @@ class NarrowZero(_Stock):
         narrow = {name: getattr(self, name) for name in self.names.shapes}
         with trainable([p for group in self.every for p in group.params]):
             self.__dict__.update(shown)
-            self._put_aside, self.loaded = narrow, None
+            self._put_aside, self.loaded, self.universal = narrow, None, None
+            if saving:
+                self._total = self._sum_measured()
             try:
                 yield
             finally:
@@ -355,6 +344,14 @@ class NarrowZero(_Stock):
                 self.__dict__.update(narrow)
                 for own in still:
                     own.forget()
+
+    def _sum_measured(self) -> list[list[float]]:
+        """Adds up over the ranks what they have measured since the last refresh, T × γ × 8 bytes."""
+        if not (rows := self.grass.state_dict()["measured"]["rows"]):
+            return []
+        mine = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+        parts = torch.split(self.grass.backend.ranks.sum_over_ranks(mine), [len(row) for row in rows])
+        return [part.tolist() for part in parts]
 
     def _state_of_what_trains(self) -> dict[str, Any]:
         """The stock state_dict, also within `whole`."""
@@ -394,6 +391,11 @@ class _Narrow12(NarrowZero):
         super()._construct(groups)
         self.reads.install(groups[0].params[0])
 
+    def update_lp_params(self) -> None:
+        """DeepSpeed calls it after it has loaded a universal checkpoint, whose states come later here."""
+        if self.universal is None:
+            super().update_lp_params()
+
     def saved_order(self, group: Group) -> list[nn.Parameter]:
         if not self.round_robin_gradients:
             return list(group.params)
@@ -403,10 +405,17 @@ class _Narrow12(NarrowZero):
 class _Narrow3(NarrowZero):
     names = STAGE_3
     parameter_offload: Any = None
+    _homes: Mapping[nn.Parameter, torch.Tensor] = {}
+    """With ``offload_param``: where the shard of each parameter rests, pinned if the user says so."""
 
     def initialize_ds_offload(self, *args: Any, **kwargs: Any) -> Any:
         """The module's hooks and its fetch order are for the whole run."""
-        return self.parameter_offload or super().initialize_ds_offload(*args, **kwargs)
+        if self.parameter_offload is not None:
+            return self.parameter_offload
+        made = super().initialize_ds_offload(*args, **kwargs)
+        if weights_on_host(self.arguments):  # DeepSpeed takes the shards of what trains into a flat buffer next
+            self._homes = {param: zero_shard(param).data for group in self.every for param in group.params}
+        return made
 
     def _end_rest_step(self) -> None:
         super()._end_rest_step()
@@ -420,11 +429,18 @@ class _Narrow3(NarrowZero):
 
     def _let_go(self, keep: set[tuple[str, int]]) -> None:
         super()._let_go(keep)
-        for group in self.groups:
+        for group in self.every if self._homes else self.groups:
             if group.key not in keep:  # or one layer would hold the flat buffer of the whole interval
                 for param in group.params:
-                    shard = zero_shard(param)
-                    shard.data = shard.data.clone()
+                    self._leave_buffer(zero_shard(param), self._homes.get(param))
+
+    @staticmethod
+    def _leave_buffer(shard: torch.Tensor, home: torch.Tensor | None) -> None:
+        """Takes a shard out of the flat buffer of what trained; at home it may be already."""
+        if home is None:
+            shard.data = shard.data.clone()
+        elif shard.data_ptr() != home.data_ptr():
+            shard.data = home.copy_(shard.data)
 
     def _release(self) -> None:
         for hook in (*self._grad_acc_hooks, *self._leaf_module_hooks):

@@ -60,7 +60,6 @@ _OFF = ("false", "0", "0.0", "no", "off", "n", "f", "none", "")
 off, on = Values("false", among(*_OFF)), Values("true", not_among(*_OFF))
 enabled = Values("on", _is_enabled)
 
-_ON_DEVICE = "GRASS trains parameters that stay on the device, for now"
 _ONE_PARTITION = "GRASS needs weights and states in one partition over all ranks"
 _EXACT = "GRASS needs weights and gradients that are not quantized"
 _TOGETHER = "it gathers layers together, and GRASS needs each by itself"
@@ -75,8 +74,7 @@ _BF16_STATES = ("bf16_master_weights_and_grads", "bf16_master_weights_and_gradie
 
 REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     # dotted path, the values that are refused, the problem, the fix
-    ("zero_optimization.offload_param.device", among("cpu", "nvme"), _ON_DEVICE, "use ZeRO-3 with device 'none'"),
-    ("zero_optimization.cpu_offload_param", on, _ON_DEVICE, "use ZeRO-3 without it"),
+    ("zero_optimization.offload_param.device", not_among("none", "cpu"), "weights go to host memory", "use 'cpu'"),
     ("zero_optimization.offload_optimizer.device", not_among("none", "cpu"), "states go to host memory", "use 'cpu'"),
     ("zero_optimization.offload_optimizer.super_offload", on, "it has an optimizer step of its own", "use false"),
     ("zero_optimization.zenflow", on, "it decides by itself which gradients a step applies", "leave it out"),
@@ -91,7 +89,6 @@ REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     ("zero_optimization.legacy_stage1", on, "GRASS works on today's ZeRO-1", "use false"),
     ("zero_optimization.parameter_alignment", on, "GRASS reads partitions without gaps", "use false"),
     ("zero_optimization.compute_grad_norm", off, "GRASS relies on the norm that ZeRO computes", "use true"),
-    ("checkpoint.load_universal", on, "it knows no layers without states", "use false, on as many ranks as before"),
     (
         "optimizer.params.max_grad_norm",
         Values("any number", over(-1)),
@@ -145,8 +142,11 @@ IDLE: dict[str, str] = {
 """Options without effect, and why. The start says so of each that is set."""
 
 _SCATTERS = "DeepSpeed cannot scale gradients before its reduce-scatter at stages 2 and 3"
+_WHOLE = "keeps whole weights on each device", "use stage 3, or leave it out"
 CONDITIONS: dict[str, tuple[str, str, str]] = {
     # dotted path, with a word after it where a path has several: when, the problem, the fix
+    "zero_optimization.cpu_offload_param": ("at stages 0 to 2", *_WHOLE),
+    "zero_optimization.offload_param.device": ("cpu at stages 0 to 2", *_WHOLE),
     "prescale_gradients": (
         "at stages 2 and 3 with `reduce_scatter`, the default",
         _SCATTERS,
@@ -200,6 +200,7 @@ RUN: tuple[tuple[str, str, str], ...] = (
     ("", "steps_per_print log_level dump_state wall_clock_breakdown memory_breakdown disable_python_gc", ""),
     ("", "dataloader_drop_last vocabulary_size disable_allgather", ""),
     ("zero_optimization", _ZERO, ""),
+    ("zero_optimization", "cpu_offload_param offload_param.pin_memory", ""),
     (
         "zero_optimization",
         "cpu_offload",
@@ -216,7 +217,7 @@ RUN: tuple[tuple[str, str, str], ...] = (
     ("data_types", "grad_accum_dtype keep_in_fp32_modules param_dtype buffer_dtype", ""),
     ("optimizer", "type params", ""),
     ("scheduler", "type params", "made on your parameter groups"),
-    ("checkpoint", "tag_validation use_node_local_storage", ""),
+    ("checkpoint", "tag_validation use_node_local_storage load_universal", ""),
     ("checkpoint", "checkpoint_serialization parallel_write writer", "not tested"),
     ("datastates_ckpt", "*", "not tested"),
     (
@@ -245,7 +246,7 @@ RUN: tuple[tuple[str, str, str], ...] = (
 )
 WITH: tuple[tuple[str, str, str], ...] = (
     # section, its keys that belong to an option which is refused, that option
-    ("zero_optimization.offload_param", "nvme_path buffer_count buffer_size max_in_cpu pin_memory", "device"),
+    ("zero_optimization.offload_param", "nvme_path buffer_count buffer_size max_in_cpu", "device: nvme"),
     ("zero_optimization.zenflow", "*", ""),
     ("compile", "*", "deepcompile"),
     ("hybrid_engine", "*", "enabled"),
@@ -275,16 +276,14 @@ def rows() -> Iterator[Row]:
     for section, keys, note in RUN:
         for key in keys.split():
             path = f"{section}.{key}".lstrip(".")
-            but = [how for name, how in CONDITIONS.items() if name.partition(" ")[0] == path]
-            found = [f"refused {when}: {why}; {fix}" for when, why, fix in but]
-            yield Row(path, "runs", "; ".join(filter(None, [note, *found])))
+            yield Row(path, "runs", "; ".join(filter(None, [note, *_conditions(path)])))
     for path, why in IDLE.items():
         yield Row(path, "no effect", f"{why}; the log says so")
     yield Row("zero_optimization.elastic_checkpoint", "no effect", "the log says so")
     for key in OFFLOAD_IDLE:
         yield Row(f"zero_optimization.offload_optimizer.{key}", "no effect", "the log says so")
     for path, values, problem, fix in REFUSED:
-        yield Row(path, f"refused: {values.name}", f"{problem}; {fix}")
+        yield Row(path, f"refused: {values.name}", "; ".join([f"{problem}; {fix}", *_conditions(path)]))
     for section, keys, switch in WITH:
         for key in keys.split():
             whole = f"{section}.{switch}".rstrip(".")
@@ -292,6 +291,11 @@ def rows() -> Iterator[Row]:
     for path in [*REMOVED, *(f"zero_optimization.{key}" for key in REMOVED_OF_ZERO)]:
         if path not in {row[0].removesuffix(".enabled") for row in REFUSED}:
             yield Row(path, "refused: on", "by releases of DeepSpeed that have removed it; taken out if it is off")
+
+
+def _conditions(path: str) -> list[str]:
+    found = [how for name, how in CONDITIONS.items() if name.partition(" ")[0] == path]
+    return [f"refused {when}: {problem}; {fix}" for when, problem, fix in found]
 
 
 def refusal(name: str) -> tuple[str, str]:

@@ -31,6 +31,8 @@ def place_states(
     config: GrassConfig,
     layers: Sequence[Unit],
     roles: Sequence[Unit],
+    *,
+    on_host: bool = False,
 ) -> ZeroStates:
     """Chooses the mode and takes the memory for it; on all ranks alike.
 
@@ -38,11 +40,13 @@ def place_states(
         user: the user's optimizer.
         every: all groups that ever train.
         still: what never trains, and has a state in a checkpoint only.
+        on_host: whether ZeRO-3 keeps its shards of the weights in host memory (``offload_param``).
 
     Raises:
         ConfigError, GrassError: the states cannot be where the configuration wants them.
     """
-    device = sharding.shard_of(layers[0].params[0][1]).device
+    device = layers[0].params[0][1].device
+    own_masters = stage == 3 and (device.type == "cpu" or not on_host)  # DeepSpeed's fp32 weights are then
     world_size = sharding.ranks.world_size
     first = {group.user_group: group for group in reversed([*every, *still])}  # of each of the user's groups
     counts = {index: _counts(user, group, world_size, device) for index, group in first.items()}
@@ -54,7 +58,7 @@ def place_states(
         fallback = str(error)
 
     def state_of(group: Group) -> GroupState:
-        in_place = stage == 3 and group.params[0].dtype == torch.float32  # the weights are their own masters
+        in_place = own_masters and group.params[0].dtype == torch.float32
         own, of = kept.get(group.user_group, []), counts[group.user_group]
         return GroupState(group, own, of, world_size, has_master=not in_place)
 

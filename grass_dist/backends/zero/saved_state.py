@@ -15,10 +15,11 @@ from grass_dist.backends.zero.states import MASTER, GroupState, ZeroStates
 from grass_dist.errors import GrassError
 
 GROUPS_KEY, SIZES_KEY, CHANGED_KEY, GRASS_KEY = "grass_groups", "grass_sizes", "grass_changed", "grass"
-UPDATED_KEY = "grass_updated"
+UPDATED_KEY, TOTAL_KEY = "grass_updated", "measured by all"
 """What we add to DeepSpeed's ZeRO state: names of the groups in order, elements of this rank's partitions with their
 padding, whether each differs from what its weights say, the state of the method on this rank, and whether each has
-been updated: the others have zeros for moments, for DeepSpeed's tools."""
+been updated: the others have zeros for moments, for DeepSpeed's tools. Within the state of the method, what all ranks
+have measured since the last refresh: a universal checkpoint keeps the state of one rank alone."""
 
 
 def whole_state(
@@ -43,7 +44,7 @@ def whole_state(
     base = {
         "state": {i: _moments(own) if own.state else _zeros(own, order) for i, own in enumerate(every)},
         "param_groups": [
-            {**_settings(user_groups[own.group.user_group]), "params": [i]} for i, own in enumerate(every)
+            {**settings_in(user_groups[own.group.user_group]), "params": [i]} for i, own in enumerate(every)
         ],
     }
     ours = {
@@ -91,10 +92,11 @@ def take_over(
         own.lists, own.saved, own.noted = {k: v[i] for k, v in lists.items()}, masters[i].numel(), True
         own.changed = changed[i]
         _fill_shards(group, masters[i])
-        user_groups[group.user_group].update(_settings(base["param_groups"][i]))
+        user_groups[group.user_group].update(settings_in(base["param_groups"][i]))
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings_in(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a parameter group."""
     return {k: v for k, v in group.items() if k != "params"}
 
 

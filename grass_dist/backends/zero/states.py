@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grass_dist.backends.zero.groups import Group, capacity, device_of_param
+from grass_dist.backends.zero.groups import Group, capacity
 from grass_dist.errors import GrassError
 from grass_dist.events import Traffic
 from grass_dist.states.fields import Counts, Kept
@@ -68,7 +68,7 @@ class GroupState(TargetState):
 
     @property
     def device(self) -> torch.device:
-        return device_of_param(self.group.params[0])
+        return self.group.params[0].device
 
     def used(self, view: torch.Tensor) -> torch.Tensor:
         return view[: self.numel]

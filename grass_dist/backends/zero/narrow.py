@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from grass_dist.backends.zero.groups import Group, GroupsOptimizer, zero_shard
+from grass_dist.backends.zero.loss_scale import LossScale, loss_scale_of
 from grass_dist.backends.zero.private import CARRIED, Names, check_instance, check_state
 from grass_dist.backends.zero.reads import Reads
 from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, TOTAL_KEY, take_over, trainable, whole_state
@@ -48,23 +48,6 @@ class Listener(Protocol):
 
     def stepped(self, applied: bool) -> None:
         """Called at the end of every step; ``applied`` is False after an fp16 overflow."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossScale:
-    """The loss scale, by the names of DeepSpeed's ``LossScaleConfig``; settings of a dynamic one are None without it.
-
-    Attributes:
-        cur_scale: factor of the loss now.
-        scale_window: steps without an overflow after which it grows by ``scale_factor``.
-    """
-
-    cur_scale: float
-    dynamic_loss_scale: bool
-    use_grad_scaling: bool
-    scale_factor: float | None
-    scale_window: int | None
-    min_loss_scale: float | None
 
 
 class NarrowZero(_Stock):
@@ -129,15 +112,7 @@ class NarrowZero(_Stock):
     @property
     def loss_scale_config(self) -> LossScale:
         """The loss scale as DeepSpeed's optimizers without ZeRO show it: stage 0 runs as ZeRO-1 here."""
-        scaler = self.loss_scaler
-        return LossScale(
-            cur_scale=float(self.loss_scale),
-            dynamic_loss_scale=bool(self.dynamic_loss_scale),
-            use_grad_scaling=bool(self.dynamic_loss_scale) or float(self.loss_scale) != 1.0,
-            scale_factor=getattr(scaler, "scale_factor", None),
-            scale_window=getattr(scaler, "scale_window", None),
-            min_loss_scale=getattr(scaler, "min_scale", None),
-        )
+        return loss_scale_of(self)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -222,6 +222,7 @@ def samples_of(audio: Medium, rate: int) -> np.ndarray:
         problem = f"{audio.told} has {own} samples a second, and the model takes {rate}"
         fix = f"pip install soxr, which resamples it, or write it with {rate} samples a second"
         raise audio.error(problem, fix) from None
+    assert own is not None  # an array without a rate was refused as it was looked at
     return soxr.resample(samples, own, rate)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,23 @@ def trained(rank: int, world_size: int, stage: int, **how: Any) -> dict[str, Any
     *(at(stage, trained, zero=options, name=str(options)) for stage in STAGES for options in OPTIONS[stage]),
 )
 def test_parity_under_every_option(runs, reference):
+    check_parity(runs, reference)
+
+
+def on_disk(rank: int, world_size: int, stage: int, folder: str) -> dict[str, Any]:
+    """Trains with the states of layers in the folder that DeepSpeed would swap them to; each rank has files there."""
+    config = ds_config(stage, SETTINGS, 2, zero={"offload_optimizer": {"device": "nvme", "nvme_path": folder}})
+    engine = make_engine(config)
+    name = f"{folder}/grass_states.{os.getpid()}."  # removed at once, and mapped until the process ends
+    files = len({line.split()[5] for line in Path("/proc/self/maps").read_text().splitlines() if name in line})
+    engine.destroy()
+    run = train_zero(rank, world_size, stage, SETTINGS, STEPS, zero=config["zero_optimization"])
+    return run | {"files": files}
+
+
+@scenarios(*(at(stage, on_disk, FOLDER) for stage in (2, 3)))
+def test_parity_with_states_in_a_folder(runs, reference):
+    assert [run["files"] for run in runs] == [LAYERS, LAYERS]
     check_parity(runs, reference)
 
 

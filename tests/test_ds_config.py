@@ -31,7 +31,7 @@ PLAIN: dict[str, Any] = {
 # The values that each row of the table refuses, and some that it takes.
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "zero_optimization.offload_param.device": (["nvme", "NVMe"], ["none"]),
-    "zero_optimization.offload_optimizer.device": (["nvme", "gpu", "NVMe"], ["none", "cpu"]),
+    "zero_optimization.offload_optimizer.device": (["gpu"], ["none", "cpu"]),
     "zero_optimization.offload_optimizer.super_offload": ([True], [False]),
     "zero_optimization.zenflow": ([{}, {"topk_ratio": 0.1}, True], [False]),
     "zero_optimization.zero_hpz_partition_size": ([2, 8, "8"], [0, 1]),
@@ -497,6 +497,30 @@ def test_what_has_no_effect_in_the_offload_is_said():
     offload = {"device": "cpu", "ratio": 0.5, "pin_memory": True, "fast_init": False, "super_offload": False}
     (sentence,) = split_ds_config(plus({"zero_optimization.offload_optimizer": offload})).said
     assert sentence.endswith("(no effect: fast_init, pin_memory, ratio, super_offload).")
+
+
+def test_nvme_is_the_folder_of_the_states():
+    offload = {"device": "nvme", "nvme_path": "/fast", "buffer_count": 4}
+    setup = split_ds_config(plus({"zero_optimization.offload_optimizer": offload}))
+    assert setup.grass.offload.folder == "/fast" and setup.ds_config["zero_optimization"] == {"stage": 2}
+    (sentence,) = setup.said
+    assert "memory-mapped files in /fast" in sentence and sentence.endswith("(no effect: buffer_count).")
+    same = plus({"zero_optimization.offload_optimizer": offload}, offload={"folder": "/fast", "mode": "stream"})
+    assert split_ds_config(same).grass.offload.mode == "stream"
+
+
+@pytest.mark.parametrize(
+    ("path", "grass", "field"),
+    [
+        ("/fast", {"folder": "/slow"}, "grass.offload.folder"),
+        ("/fast", {"mode": "none"}, "grass.offload.mode"),
+        (None, {}, "zero_optimization.offload_optimizer.nvme_path"),
+        ("auto", {}, "zero_optimization.offload_optimizer.nvme_path"),
+    ],
+)
+def test_nvme_that_contradicts_is_refused(path, grass, field):
+    offload = {"device": "nvme", "nvme_path": path}
+    assert refusal(plus({"zero_optimization.offload_optimizer": offload}, offload=grass)).field == field
 
 
 @pytest.mark.parametrize("offload", [{"device": "none"}, {"device": "none", "pin_memory": True}, {}, None, "auto"])

@@ -391,8 +391,8 @@ def test_deepspeeds_enums_and_models_are_read_by_their_meaning():
     for section in ({"device": OffloadDeviceEnum.cpu}, DeepSpeedZeroOffloadOptimizerConfig(device="cpu")):
         told = split(stage=ZeroStageEnum.gradients, offload_optimizer=section)
         assert told.ds_config["zero_optimization"] == {"stage": 2} and "live in (pinned) host memory" in told.said[0]
-    with pytest.raises(ConfigError, match=r"offload_optimizer.device='nvme': states go to host memory; use 'cpu'\."):
-        split(stage=2, offload_optimizer={"device": OffloadDeviceEnum.nvme})
+    on_disk = split(stage=2, offload_optimizer={"device": OffloadDeviceEnum.nvme, "nvme_path": "/fast"})
+    assert on_disk.grass.offload.folder == "/fast"
 
     written = DeepSpeedZeroConfig(stage=3, stage3_prefetch_bucket_size=7)
     told = split_ds_config({"train_batch_size": 2, "zero_optimization": written, "grass": {}})

@@ -135,6 +135,7 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
     _refuse(ds_config)
     _take_disabled_out(ds_config)
     said += [f"{path} has no effect under GRASS: {why}." for path, why in IDLE.items() if _is_set(ds_config, path)]
+    grass = _with_folder(grass, ds_config, said)
     _take_offload_out(ds_config, said)
     _take_elastic_out(ds_config, said)
     if ds_config.get("gradient_clipping") is None:
@@ -206,6 +207,29 @@ def _refuse_scaling(config: Mapping[str, Any]) -> None:
     cast, casts = _at(config, "torch_autocast.dtype"), _at(config, "torch_autocast.enabled")
     if casts is not None and on(casts) and not among(*BF16, "torch.bfloat16")(cast):
         raise ConfigError("torch_autocast.dtype", cast, *refusal("torch_autocast.dtype"))
+
+
+def _with_folder(grass: GrassConfig, config: Mapping[str, Any], said: list[str]) -> GrassConfig:
+    """Has the states in the folder that DeepSpeed would have swapped them to."""
+    section, path = _section(config, "zero_optimization.offload_optimizer"), "zero_optimization.offload_optimizer"
+    if not among("nvme")(_at(section, "device")):
+        return grass
+    folder, offload = _at(section, "nvme_path"), grass.offload
+    if not isinstance(folder, str) or not folder:
+        raise ConfigError(f"{path}.nvme_path", folder, "device 'nvme' needs a folder", "give one on a fast local disk")
+    if offload.folder not in (None, folder):
+        problem = f"{path}.nvme_path is {folder!r}"
+        raise ConfigError("grass.offload.folder", offload.folder, problem, "write one of the two")
+    if offload.mode == "none":
+        problem = f"{path}.device is 'nvme'"
+        raise ConfigError("grass.offload.mode", "none", problem, "leave one of the two out")
+    idle = ", ".join(sorted(str(key) for key in section if key not in ("device", "nvme_path")))
+    said.append(
+        f"{path} with nvme means under GRASS that the states (fp32 masters and moments) of inactive layers are in "
+        f"memory-mapped files in {folder} (grass.offload.folder), and those of the active layers on the device"
+        f"{f' (no effect: {idle})' if idle else ''}."
+    )
+    return grass.model_copy(update={"offload": offload.model_copy(update={"folder": folder})})
 
 
 def _take_offload_out(config: dict[str, Any], said: list[str]) -> None:

@@ -75,7 +75,12 @@ _BF16_STATES = ("bf16_master_weights_and_grads", "bf16_master_weights_and_gradie
 REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     # dotted path, the values that are refused, the problem, the fix
     ("zero_optimization.offload_param.device", not_among("none", "cpu"), "weights go to host memory", "use 'cpu'"),
-    ("zero_optimization.offload_optimizer.device", not_among("none", "cpu"), "states go to host memory", "use 'cpu'"),
+    (
+        "zero_optimization.offload_optimizer.device",
+        not_among("none", "cpu", "nvme"),
+        "states go to host memory, or with nvme to a folder",
+        "use 'cpu' or 'nvme'",
+    ),
     ("zero_optimization.offload_optimizer.super_offload", on, "it has an optimizer step of its own", "use false"),
     ("zero_optimization.zenflow", on, "it decides by itself which gradients a step applies", "leave it out"),
     ("zero_optimization.zero_hpz_partition_size", over(1), _ONE_PARTITION, "use 1"),
@@ -207,6 +212,7 @@ RUN: tuple[tuple[str, str, str], ...] = (
     ),
     ("zero_optimization", "cpu_offload_param", "as `offload_param.device: cpu`"),
     ("zero_optimization.offload_param", "pin_memory", ""),
+    ("zero_optimization.offload_optimizer", "nvme_path", "[`grass.offload.folder`](offload.md)"),
     ("bf16", "enabled check_grad_overflow", "`bfloat16` is the same section"),
     (
         "fp16",
@@ -256,7 +262,7 @@ WITH: tuple[tuple[str, str, str], ...] = (
     ("pipeline", "*", "stages"),
 )
 OFFLOAD_IDLE = (
-    *("nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write"),
+    *("buffer_count", "pin_memory", "pipeline_read", "pipeline_write"),
     *("fast_init", "ratio", "cpuadam_cores_perc"),
 )
 """Keys of ``offload_optimizer`` without effect, which the start names."""

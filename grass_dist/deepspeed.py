@@ -19,7 +19,13 @@ from grass_dist.backends.zero.groups import groups_of, weights_on_host
 from grass_dist.backends.zero.jit import accelerator, on_cpu, spare_the_compiler
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.place import place_states
-from grass_dist.backends.zero.private import check_classes, deepspeed_version, stock_classes, zero_optimizers_from
+from grass_dist.backends.zero.private import (
+    check_classes,
+    check_reduction,
+    deepspeed_version,
+    stock_classes,
+    zero_optimizers_from,
+)
 from grass_dist.backends.zero.stages import narrow_class
 from grass_dist.config import check_num_layers
 from grass_dist.errors import ConfigError, GrassError
@@ -80,6 +86,7 @@ def initialize_with(
             return stock(*args, **kwargs)
         setup = split_ds_config(config)
         check_classes(*stock_classes(), deepspeed_version())
+        check_reduction(setup.stage, deepspeed_version(), on_cpu=on_cpu())
         check_model(given["model"])
         check_optimizer(given.get("optimizer"), setup)
     except GrassError as error:

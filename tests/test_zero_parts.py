@@ -83,6 +83,18 @@ def test_a_release_that_lacks_a_method_is_refused_by_name(name):
         private.check_classes(DeepSpeedZeroOptimizer, type("Later", (), methods), "9.9")
 
 
+@pytest.mark.parametrize("version", ["0.19.0", "0.19.7"])
+def test_a_release_that_drops_gradients_is_refused_on_a_cpu(version):
+    with pytest.raises(
+        GrassError, match=rf"{version} does not add up .* stage 2, .* install DeepSpeed 0.19.8"
+    ):
+        private.check_reduction(2, version, on_cpu=True)
+    private.check_reduction(3, version, on_cpu=True)
+    private.check_reduction(2, version, on_cpu=False)
+    for fine in ("0.16.9", "0.19.8", "0.20.0"):
+        private.check_reduction(1, fine, on_cpu=True)
+
+
 @pytest.mark.parametrize("name", [*private.STAGE_1_AND_2.attributes, private.STAGE_1_AND_2.masters])
 def test_a_release_that_lacks_an_attribute_is_refused_by_name(name):
     names = private.STAGE_1_AND_2

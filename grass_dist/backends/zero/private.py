@@ -18,6 +18,10 @@ RECOMPUTES_FROZEN = ">=0.19.3"
 """Stage 3 of earlier releases releases a frozen parameter in the recomputation of a layer, before torch has compared
 what is recomputed with what was there, which fails."""
 
+DROPS_ON_CPU = ">=0.19,<0.19.8"
+"""Stages 1 and 2 of these releases sort gradients by the names of types on a GPU before they reduce them: on a CPU none
+has such a name, and the ranks' gradients are never added up. No error comes, in stock neither."""
+
 
 @dataclass(frozen=True, slots=True)
 class Names:
@@ -162,6 +166,21 @@ def check_classes(stage12: type, stage3: type, version: str) -> None:
     for cls, names in ((stage12, STAGE_1_AND_2), (stage3, STAGE_3)):
         if missing := [name for name in names.methods if not hasattr(cls, name)]:
             raise _unknown(version, cls, missing)
+
+
+def check_reduction(stage: int, version: str, *, on_cpu: bool) -> None:
+    """Refuses a release that does not reduce gradients on this device.
+
+    Raises:
+        GrassError: names the release and the ways out.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    if on_cpu and stage < 3 and SpecifierSet(DROPS_ON_CPU).contains(version, prereleases=True):
+        raise GrassError(
+            f"DeepSpeed {version} does not add up the ranks' gradients on a CPU at ZeRO stage {stage}, so each rank "
+            'would train a model of its own: install DeepSpeed 0.19.8 or later, or set "stage": 3.'
+        )
 
 
 def check_instance(zero: Any, names: Names, groups: int) -> None:

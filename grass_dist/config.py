@@ -148,7 +148,8 @@ class GrassConfig(StrictModel):
     freeze: tuple[str, ...] = ()
     """What never trains, layers or not: FQNs of modules and parameters, and patterns with `*`, such as `*.router` or
     `*.mlp.gate` for the routers of a mixture of experts, with or without the prefixes of wrappers. It is as if you had
-    set `requires_grad=False` there: the rest of a layer trains when the layer is drawn."""
+    set `requires_grad=False` there: the rest of a layer trains when the layer is drawn. A pattern may match nothing if
+    another entry matches something, so one list serves several models."""
 
     fixed_layers: tuple[int, ...] = ()
     """The layers that the sampler `fixed` trains: `active_layers` different indices, from 0. Any other sampler refuses
@@ -166,6 +167,11 @@ class GrassConfig(StrictModel):
     @classmethod
     def _list_to_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("always_active", "freeze", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("active_parameters")
     @classmethod
@@ -206,7 +212,8 @@ class GrassConfig(StrictModel):
                 raise ConfigError(field, names, "a name is listed twice", "list each once")
             if "" in names:
                 raise ConfigError(field, names, "a name is empty", "leave it out")
-        if both := sorted({*self.freeze} & {*self.always_active}):
+        # What is always active by default gives way; only a list of the user's own contradicts another.
+        if self.always_active != ROLES and (both := sorted({*self.freeze} & {*self.always_active})):
             raise ConfigError("freeze", both, "it is in always_active, too", "list it in one of them")
         if self.layers == ():
             raise ConfigError("layers", [], "it names no stack", "name one, or leave it out")

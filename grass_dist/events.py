@@ -22,6 +22,8 @@ class Started:
     """What never trains: layers, roles, and modules for other parameters."""
     frozen_share: float
     """The share of its elements among all of the model's."""
+    left_out: tuple[str, ...] = ()
+    """Modules and parameters with ``requires_grad`` that were not given to this optimizer: it never trains them."""
 
 
 @dataclass(frozen=True, slots=True)

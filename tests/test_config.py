@@ -37,7 +37,7 @@ from grass_dist.errors import ConfigError
         ({"importance_scale": "max"}, "importance_scale='max': .* 'mean' or 'none'"),
         ({"always_active": [4]}, "always_active.0=4: .* string"),
         ({"always_active": ["lm_head", ""]}, "always_active=.* a name is empty"),
-        ({"always_active": "embeddings"}, "always_active='embeddings': .* tuple"),
+        ({"always_active": 4}, "always_active=4: .* tuple"),
         ({"always_active": ["lm_head", "lm_head"]}, "always_active=.* a name is listed twice"),
         ({"sampler": "fixed"}, r"fixed_layers=\(\): sampler='fixed' needs active_layers=4 different layers"),
         (

@@ -41,6 +41,18 @@ def test_routers_train_with_their_layer_if_nobody_freezes_them():
     assert any("router" in name for name in trained()[1])
 
 
+def test_a_list_of_patterns_serves_several_models():
+    _, moved = trained(freeze=["*.router", "*.mlp.gate", "*.block_sparse_moe.gate"])
+    assert moved and not any("router" in name for name in moved)
+    with pytest.raises(ConfigError, match=r"freeze='\*.gate'.*no module or parameter"):
+        trained(freeze=["*.gate", "*.block_sparse_moe"])
+
+
+@pytest.mark.parametrize("given", ["lm_head", ["lm_head"]])
+def test_a_role_that_is_active_by_default_gives_way(given):
+    assert GrassConfig(freeze=given).freeze == ("lm_head",)
+
+
 def test_a_frozen_layer_does_not_compete():
     optimizer, moved = trained(freeze=["layers.0", "embed.weight"])
     assert [unit.name for unit in optimizer.grass.layers] == ["layers.1", "layers.2", "layers.3"]

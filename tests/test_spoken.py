@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from grass_dist import GrassConfig, GrassOptimizer, Started
+from grass_dist import ConfigError, GrassConfig, GrassOptimizer, Started
 from grass_dist.method.spoken import about_layers, about_run
 from grass_dist.ranks import Ranks, note, say, tell
 from tests.tiny import take_steps, tiny
@@ -66,8 +66,8 @@ def test_an_optimizer_says_what_trains_and_each_switch(caplog):
             drawn.append(optimizer.grass.active_layers)
     first, probed, switched = messages(caplog)
     assert first == (
-        "GRASS: 2 of 8 layers (7 compete) train at a time, drawn by gradient norms; probe until step 2, in which "
-        "nothing is updated; always training: final_norm; frozen for good: embeddings, layers.7, lm_head "
+        "GRASS: 2 of 8 layers (7 compete) train at a time (layers), drawn by gradient norms; probe until step 2, in "
+        "which nothing is updated; always training: final_norm; frozen for good: embeddings, layers.7, lm_head "
         "(together 21 %)."
     )
     assert probed == "GRASS: the probe has ended after step 2; layers {}, {} train from step 3 on (round 0).".format(
@@ -94,10 +94,40 @@ def test_other_samplers_and_long_lists():
     names = tuple("abcd")
     told = about_run(fixed, Started(("s",), names, 4, {}, ("a.tower",), 0.002), 0)
     assert told == (
-        "GRASS: 1 of 4 layers train at a time, always the same; no probe; always training: nothing; "
+        "GRASS: 1 of 4 layers train at a time (s), always the same; no probe; always training: nothing; "
         "frozen for good: a.tower (0.2 %)."
     )
     own = GrassConfig(active_layers=1, sampler="mine")
     assert "drawn by the sampler 'mine'" in about_run(own, Started(("s",), names, 4, {}, (), 0.0), 3)
     assert about_layers([3], 0, 0, False) == "GRASS: layer 3 trains from step 1 on (round 0)."
     assert "39 and others train" in about_layers(range(60), 0, 0, False)
+
+
+def test_what_is_left_out_and_what_is_around_the_layers_is_named():
+    others = {"others": ("speech.mask", "speech.conv.0.weight", "head.weight")}
+    told = about_run(
+        GrassConfig(active_layers=1),
+        Started(("speech.layers",), ("speech.layers.0",), 1, others, (), 0.0, ("tail",)),
+        0,
+    )
+    assert "layers train at a time (speech.layers)" in told
+    assert "others (speech.mask, speech.conv.0, head); frozen for good: nothing; not in this optimizer: tail." in told
+
+
+def test_layers_without_a_gradient_in_the_probe_are_told(caplog):
+    class Skips(type(tiny())):
+        """Its last two layers have no part in the loss, as those of a tower whose output is taken before them."""
+
+        def forward(self, ids):
+            x = self.embed(ids)
+            for number, layer in enumerate(self.layers):
+                x = layer(x) if number < 6 else x + 0 * layer(x).sum()
+            return self.head(self.norm(x))
+
+    model = Skips()
+    config = GrassConfig(active_layers=2, probe_steps=2, sampling_interval=2, update_interval=2)
+    optimizer = GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
+    take_steps(model, optimizer, range(3))
+    assert "2 of 8 layers had no gradient in any step of the probe (layers.6, layers.7)" in caplog.text
+    with pytest.raises(ConfigError, match="observer='object': it cannot be called"):
+        optimizer.grass.add_observer(object())

@@ -85,9 +85,7 @@ def test_a_release_that_lacks_a_method_is_refused_by_name(name):
 
 @pytest.mark.parametrize("version", ["0.19.0", "0.19.7"])
 def test_a_release_that_drops_gradients_is_refused_on_a_cpu(version):
-    with pytest.raises(
-        GrassError, match=rf"{version} does not add up .* stage 2, .* install DeepSpeed 0.19.8"
-    ):
+    with pytest.raises(GrassError, match=rf"{version} does not add up .* stage 2, .* install DeepSpeed 0.19.8"):
         private.check_reduction(2, version, on_cpu=True)
     private.check_reduction(3, version, on_cpu=True)
     private.check_reduction(2, version, on_cpu=False)

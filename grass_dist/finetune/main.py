@@ -59,6 +59,7 @@ from grass_dist.job.signals import LeaveSignals, exit_code
 from grass_dist.job.world import World
 from grass_dist.method.schedule import too_short_for
 from grass_dist.model.discovery import find_layers
+from grass_dist.record.about import what_trains
 
 RESUME = "the run can go on with --resume auto"
 """End of a sentence about a lost rank."""
@@ -187,6 +188,8 @@ def finetune(
         for sentence in [*data.told(), *task.told(), *([padding.told] if padding.told else [])]:
             reporter.say(sentence)
         run = parallel.start(model, layers, [later := Later()])
+        if run.grass.started is not None:
+            about["trains"] = what_trains(run.grass.started)
         settings = model.config
         del model, layers  # the run has what it needs of them
         exact = resume_run(checkpoint, run, config.train.seed, world) if checkpoint else True

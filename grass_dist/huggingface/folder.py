@@ -13,7 +13,7 @@ from typing import Any
 from grass_dist.errors import GrassError
 from grass_dist.method.controller import GrassController
 from grass_dist.model.discovery import LayerMap, find_layers
-from grass_dist.record.about import about_run
+from grass_dist.record.about import about_run, what_trains
 from grass_dist.record.writers import JsonLines, length_until
 from grass_dist.regular_files import read_regular, replace_file
 
@@ -67,6 +67,7 @@ def describe(
         train={**settings, "max_steps": state.max_steps + grass.schedule.probe_steps},  # as steps are counted there
         data=_data(kwargs.get("train_dataloader")),
         recorded_by=RECORDED_BY,
+        trains=what_trains(grass.started),
     )
     return found, about
 

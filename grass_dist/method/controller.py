@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from grass_dist.config import GrassConfig, among_competing
-from grass_dist.errors import GrassError, RanksDisagree, shorten
+from grass_dist.errors import ConfigError, GrassError, RanksDisagree, shorten
 from grass_dist.events import Event, Observer, Refreshed, Sampled, Started, Traffic
 from grass_dist.method.changes import ChangeLog
 from grass_dist.method.importance import ImportanceTracker
@@ -20,7 +20,7 @@ from grass_dist.method.interfaces import GradientHooks, LayerStates
 from grass_dist.method.measurement import SquareSums, sum_of_squares
 from grass_dist.method.samplers import draw_layers, make_sampler, probe_steps
 from grass_dist.method.schedule import Phase, Schedule
-from grass_dist.method.spoken import about_layers, about_run
+from grass_dist.method.spoken import about_idle, about_layers, about_run
 from grass_dist.method.watch import WAYS_OUT, GradientWatch
 from grass_dist.model.discovery import Unit
 from grass_dist.model.stacks import bare_name
@@ -189,7 +189,14 @@ class GrassController:
         self.backend.detach()
 
     def add_observer(self, observer: Observer) -> None:
-        """Calls ``observer`` with every `Refreshed` and `Sampled` from now on, on this rank."""
+        """Calls ``observer`` with every `Refreshed` and `Sampled` from now on, on this rank.
+
+        Raises:
+            ConfigError: it cannot be called.
+        """
+        if not callable(observer):
+            fix = "give a function of one argument, the event"
+            raise ConfigError("observer", type(observer).__name__, "it cannot be called", fix)
         self._observers.append(observer)
 
     def trainable_units(self) -> list[Unit]:
@@ -306,6 +313,8 @@ class GrassController:
         self._set_trainable()
         self.states.enter(self.active_layers)
         probed, numbers = self.schedule.probe_ends(self.step), [self.numbers[i] for i in self.active_layers]
+        if probed and (idle := [unit.name for unit, m in zip(self.layers, self.importances, strict=True) if m == 0]):
+            say(self.backend.ranks, about_idle(idle, len(self.layers)))
         (tell if probed else note)(self.backend.ranks, about_layers(numbers, self.step, event.round, probed))
         self._tell(event)
 

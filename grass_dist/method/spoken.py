@@ -35,18 +35,28 @@ def about_run(config: GrassConfig, started: Started, probing: int) -> str:
         most = f"{100 * limit:.3g} % of their" if limit < 1 else f"{limit:,}"
         competing += f", with at most {most} parameters,"
     return (
-        f"GRASS: {count} of {of} layers{competing} train at a time, {drawn}; {probe}; "
-        f"always training: {', '.join(map(_role, started.roles.items())) or 'nothing'}; "
-        f"frozen for good: {_frozen(started)}."
+        f"GRASS: {count} of {of} layers{competing} train at a time ({shown_names(started.stacks)}), {drawn}; {probe}; "
+        f"{about_trained(started)}."
     )
 
 
-def _role(role: tuple[str, Sequence[str]]) -> str:
+def about_trained(started: Started) -> str:
+    """What trains at every step, and what never does."""
+    roles = ", ".join(_role(role, started.layers) for role in started.roles.items())
+    left = f"; not in this optimizer: {shown_names(started.left_out)}" if started.left_out else ""
+    return f"always training: {roles or 'nothing'}; frozen for good: {_frozen(started)}{left}"
+
+
+def _role(role: tuple[str, Sequence[str]], layers: Sequence[str]) -> str:
     name, params = role
     if name != "others":
         return name
-    modules = dict.fromkeys(param.rpartition(".")[0] or param for param in params)
-    return f"{name} ({shown_names(list(modules))})"
+    shown: dict[str, None] = {}
+    for param in params:
+        module = param.rpartition(".")[0]
+        around = module and any(layer.startswith(f"{module}.") for layer in layers)  # the layers, too: no name of it
+        shown[param if around or not module else module] = None
+    return f"{name} ({shown_names(list(shown))})"
 
 
 def _frozen(started: Started) -> str:
@@ -69,6 +79,20 @@ def about_layers(numbers: Sequence[int], step: int, round: int, probed: bool) ->
     ended = f"the probe has ended after step {step}; " if probed else ""
     train = f"layer {named} trains" if len(shown) == 1 else f"layers {named} train"
     return f"GRASS: {ended}{train} from step {step + 1} on (round {round})."
+
+
+def about_idle(names: Sequence[str], of: int) -> str:
+    """The sentence at the end of a probe, if some layers had no gradient in it.
+
+    Args:
+        names: theirs.
+        of: number of layers that compete.
+    """
+    return (
+        f"{len(names)} of {of} layers had no gradient in any step of the probe ({shown_names(names)}): no batch has "
+        "used them, or nothing of their output is in the loss. They are drawn all the same, and learn nothing then: "
+        "freeze them (grass.freeze), or name the stack that your batches train by layers=."
+    )
 
 
 def about_woken(names: Sequence[str], step: int) -> str:

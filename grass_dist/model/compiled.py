@@ -92,8 +92,9 @@ def too_low_recompile_limit(model: nn.Module, layers: Sequence[Unit]) -> str | N
     first, second, *_ = unlike
     name = next(f"{where}{what}" for (where, what, a), (_, _, b) in zip(first, second, strict=False) if a != b)
     return (
-        f"{count[kind]} compiled blocks of {kind.__name__} differ (by {name}), and dynamo compiles each of them again "
-        f"as layers are frozen and unfrozen: set {' and '.join(low)}, or blocks run uncompiled above the limit of "
+        f"{count[kind]} compiled blocks of {kind.__name__} differ (by {name}). If their forward reads it, as with a "
+        "key-value cache (use_cache=False leaves that out), dynamo compiles each of them again as layers are frozen "
+        f"and unfrozen: set {' and '.join(low)}, or blocks run uncompiled above the limit of "
         f"{config.recompile_limit}, which with fullgraph=True is an error."
     )
 

@@ -31,15 +31,17 @@ def near(pattern: str, names: Iterable[str], more: Sequence[str] = ()) -> str:
 def freeze_named(model: nn.Module, config: GrassConfig) -> None:
     """Freezes what ``config.freeze`` names. It comes before the layers are looked for.
 
+    A list may have patterns for several models: one with ``*`` may match nothing if another entry does match.
+
     Raises:
-        ConfigError: a name matches no parameter.
+        ConfigError: a name matches no parameter, or no pattern does.
     """
     if not config.freeze:
         return
     names = [(bare_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
-    for pattern in config.freeze:
-        hit = [p for name, p in names if matches(bare_name(pattern), name)]
-        if not hit:
+    found = {pattern: [p for name, p in names if matches(bare_name(pattern), name)] for pattern in config.freeze}
+    for pattern, hit in found.items():
+        if not hit and not ("*" in pattern and any(found.values())):
             problem = "no module or parameter of the model has that name"
             raise ConfigError("freeze", pattern, problem, near(pattern, [name for name, _ in names]))
         for p in hit:

@@ -97,8 +97,13 @@ def choose_units(
     layers = tuple(dataclasses.replace(unit, index=position) for position, unit in enumerate(competing))
     parameter_budget(config, [unit.numel for unit in layers])
     roles = always_active_roles(model, found, config, trained)
-    _refuse_quantised(found, layers)
+    _refuse_quantised(model, found, layers)
     for name, param in (named for unit in (*layers, *roles) for named in unit.params):
+        if param.is_floating_point() and param.dtype.itemsize == 1:
+            raise UnsupportedModel(
+                f"{name} is of {param.dtype}, in which nothing can be trained: load the model without quantization, or "
+                "freeze it."
+            )
         if param.is_complex():
             raise UnsupportedModel(
                 f"{name} is of {param.dtype}, and grass_dist measures and keeps real numbers: freeze it, leave it out "
@@ -155,11 +160,12 @@ def started_with(model: nn.Module, found: LayerMap, layers: Sequence[Unit], role
     """What a run trains, and what is frozen for good. Call it after `freeze_others`.
 
     Frozen are layers and roles of which nothing trains, and for other parameters the outermost modules of which all is
-    frozen. What another optimizer trains is not among them.
+    frozen. What was left out of this optimizer with ``requires_grad`` on, so that another one may train it, is apart.
     """
     trains = {id(p) for unit in (*layers, *roles) for _, p in unit.params}
     still = [(name, p) for name, p in model.named_parameters() if id(p) not in trains and not p.requires_grad]
     frozen = {id(p) for _, p in still}
+    left = {id(p) for p in model.parameters() if id(p) not in trains and p.requires_grad}
     whole = [unit for unit in (*found.layers, *found.roles) if all(id(p) in frozen for _, p in unit.params)]
     home = {id(p): unit.name for unit in whole for _, p in unit.params}
     places = outermost(model, frozen - set(home))
@@ -172,17 +178,31 @@ def started_with(model: nn.Module, found: LayerMap, layers: Sequence[Unit], role
         roles={unit.name: tuple(name for name, _ in unit.params) for unit in roles},
         frozen=tuple(dict.fromkeys(names)),
         frozen_share=sum(numel_of(p) for _, p in still) / numel if numel else 0.0,
+        left_out=tuple(dict.fromkeys(outermost(model, left).values())),
     )
 
 
-def _refuse_quantised(found: LayerMap, layers: Sequence[Unit]) -> None:
+_INDEXES = (torch.bool, torch.int64)
+"""Dtypes of buffers that are masks and tables of positions, and no weights."""
+
+
+def _is_quantised(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a dtype that weights have only when they are quantised."""
+    if tensor.is_floating_point():
+        return tensor.dtype.itemsize == 1
+    return not tensor.is_complex() and tensor.dtype not in _INDEXES
+
+
+def _refuse_quantised(model: nn.Module, found: LayerMap, layers: Sequence[Unit]) -> None:
     """
     Raises:
-        UnsupportedModel: the matrices of a layer are of whole numbers, and nothing but vectors would train.
+        UnsupportedModel: the matrices of a layer are of whole numbers or of 8-bit floats, in parameters or in buffers
+            (GPTQ, AWQ, HQQ), and nothing but vectors would train.
     """
     whole = {unit.name: unit for unit in found.layers}
     for unit in layers:
-        odd = [(n, p) for n, p in whole[unit.name].params if not (p.is_floating_point() or p.is_complex())]
+        buffers = [(f"{unit.name}.{n}", b) for n, b in model.get_submodule(unit.name).named_buffers() if b.ndim > 1]
+        odd = [(n, t) for n, t in (*whole[unit.name].params, *buffers) if _is_quantised(t)]
         if odd and all(len(shape_of(p)) < 2 for _, p in unit.params):
             trains = shown_names([n.removeprefix(unit.name + ".") for n, _ in unit.params])
             raise UnsupportedModel(

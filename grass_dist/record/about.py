@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,15 @@ from typing import Any
 import torch
 
 from grass_dist.config import GrassConfig
+from grass_dist.events import Started
+from grass_dist.method.spoken import about_trained
 from grass_dist.model.discovery import Unit
 from grass_dist.version import __version__
+
+
+def what_trains(started: Started) -> dict[str, Any]:
+    """Returns the entry ``trains`` of run.json: the facts of the line at the start, and its words."""
+    return {**dataclasses.asdict(started), "told": about_trained(started)}
 
 
 def about_run(

@@ -71,6 +71,8 @@ class RunInfo:
     """Replicas of the sharded model (HSDP)."""
     frozen_layers: tuple[int, ...] = ()
     """Layers that the user has frozen, so that they do not compete."""
+    trains: dict[str, Any] | None = None
+    """What trained at every step and what never did, as the run's start said it; None in older records."""
     recorded_by: str = ""
     """Names the program, where it is not the training program of this package."""
     example: ShownExample | None = None

@@ -94,6 +94,7 @@ def render(run: RunRecord, pictures: Mapping[str, Path | None]) -> str:
     return environment.get_template("page.html.j2").render(
         info=run.info,
         facts=_facts(run),
+        trains=_trains(run),
         notes=[*run.notes, *untrained(run)],
         cards=cards(found, run),
         pictures={name: path and _data_url(path) for name, path in pictures.items()},
@@ -293,6 +294,16 @@ def _facts(run: RunRecord) -> str:
         ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     return " · ".join(part for part in parts if part)
+
+
+def _trains(run: RunRecord) -> str:
+    """Returns what the start of the run said of its layers and of what never trains."""
+    facts = run.info.trains or {}
+    told, stacks = facts.get("told"), facts.get("stacks")
+    if not isinstance(told, str):
+        return ""
+    names = [name for name in stacks if isinstance(name, str)] if isinstance(stacks, list) else []
+    return f"Layers of {' and '.join(names) or 'the model'} · {told}"
 
 
 _EXAMPLES = {"train_examples": "training examples", "eval_examples": "held out"}

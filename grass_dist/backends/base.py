@@ -248,9 +248,10 @@ class HookedBackend(GradientHooks):
             if self._fired[key] > self.accumulation_steps:
                 raise GrassError(
                     f"gradient_accumulation_steps={self.accumulation_steps}: the probe saw one backward more than "
-                    "that before optimizer.step(); give the number of micro-batches of a step to GrassOptimizer, or "
-                    "with Accelerate to Accelerator(gradient_accumulation_steps=...) and use accelerator.accumulate, "
-                    f"or call optimizer.skip_step() where a batch is dropped after its backward. {TWICE}"
+                    f"that before optimizer.step(), or one that gave {unit.name} two gradients. {TWICE} Otherwise give "
+                    "the number of micro-batches of a step to GrassOptimizer, or with Accelerate to "
+                    "Accelerator(gradient_accumulation_steps=...) and use accelerator.accumulate, or call "
+                    "optimizer.skip_step() where a batch is dropped after its backward."
                 )
             if self._sums is not None:
                 param.grad = None

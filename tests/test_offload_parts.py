@@ -521,14 +521,16 @@ def test_what_is_told(caplog):
         planned(Reports(*reports), **options)
         return caplog.messages
 
-    assert told(PLENTY) == ["states (interval): 1.05 GB on the device, 3.05 GB in host memory on this host"]
+    five = "5 slots of 0.2 GB, the size of the largest layer"
+    assert told(PLENTY) == [f"states (interval): 1.05 GB on the device ({five}), 3.05 GB in host memory on this host"]
     four = [PLENTY, PLENTY, {**PLENTY, "host": B}, {**PLENTY, "host": B}]
     assert told(*four, device=CUDA, offload={"mode": "stream", "slots": 2}) == [
-        "states (stream): 0.45 GB on the device of each rank, 6.1 GB pinned on this host of 2 ranks"
+        "states (stream): 0.45 GB on the device of each rank (2 slots of 0.2 GB, the size of the largest layer), 6.1 GB "
+        "pinned on this host of 2 ranks"
     ]
     uneven = [{**PLENTY, "bytes": 3 * MB}, {**PLENTY, "bytes": 4 * MB}]
     assert told(*uneven, offload={"folder": "/scratch"}) == [
-        "states (interval): 1.05 GB on the device of each rank, 7 MB in /scratch on this host of 2 ranks"
+        f"states (interval): 1.05 GB on the device of each rank ({five}), 7 MB in /scratch on this host of 2 ranks"
     ]
     assert told(PLENTY, offload={"mode": "none"}) == ["states (none): 3.15 GB on the device"]
     assert told(PLENTY, PLENTY, offload={"mode": "auto"}) == ["states (none): 3.15 GB on the device of each rank"]

@@ -525,8 +525,8 @@ def test_what_is_told(caplog):
     assert told(PLENTY) == [f"states (interval): 1.05 GB on the device ({five}), 3.05 GB in host memory on this host"]
     four = [PLENTY, PLENTY, {**PLENTY, "host": B}, {**PLENTY, "host": B}]
     assert told(*four, device=CUDA, offload={"mode": "stream", "slots": 2}) == [
-        "states (stream): 0.45 GB on the device of each rank (2 slots of 0.2 GB, the size of the largest layer), 6.1 GB "
-        "pinned on this host of 2 ranks"
+        "states (stream): 0.45 GB on the device of each rank (2 slots of 0.2 GB, the size of the largest layer), "
+        "6.1 GB pinned on this host of 2 ranks"
     ]
     uneven = [{**PLENTY, "bytes": 3 * MB}, {**PLENTY, "bytes": 4 * MB}]
     assert told(*uneven, offload={"folder": "/scratch"}) == [

@@ -20,18 +20,18 @@ from grass_dist.finetune.data.batches import Example
 from grass_dist.finetune.data.conversations import Dialogues, Span, dialogues_of, is_learnt, tools_of
 from grass_dist.finetune.data.json_lines import Row
 from grass_dist.finetune.data.media import Medium, check_library, pixels_of, size_of
-from grass_dist.finetune.tasks.base import Batch, Predictions, accuracy
-from grass_dist.finetune.tasks.causal_lm import perplexity
+from grass_dist.finetune.tasks.base import Batch, Predictions
 from grass_dist.finetune.tasks.image_messages import Turns, turns_of
 from grass_dist.finetune.tasks.media import HELD, MediaTask, digest_of, kept, packed, unpacked
 from grass_dist.finetune.tasks.processors import arguments_of, in_dtype, load_processor
+from grass_dist.finetune.tasks.tokens import TokenTask
 from grass_dist.model.loss import IGNORED
 
 _TOLD = ("offset_mapping", "text_replacement_offsets")
 """What the processor tells of its tokens, and is not for the model."""
 
 
-class ImageText(MediaTask):
+class ImageText(TokenTask, MediaTask):
     """Next-token prediction over text with images; perplexity, and accuracy of the next token.
 
     Raises:
@@ -110,13 +110,6 @@ class ImageText(MediaTask):
         inputs = {name: each for name, each in batch.items() if name != "labels"}
         logits = model(**in_dtype(model, inputs), use_cache=False).logits[:, :-1]
         return Predictions(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
-
-    def counts(self, found: Predictions) -> list[float]:
-        guess, truth = found.learnt()
-        return [float((guess == truth).sum()), float(len(truth))]
-
-    def metrics(self, loss: float, counts: Sequence[float]) -> dict[str, float]:
-        return {"perplexity": perplexity(loss), "accuracy": accuracy(*counts)}
 
     # ------------------------------------------------------------------------------------------- for the reader
 

@@ -16,15 +16,16 @@ from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.data.batches import Example
 from grass_dist.finetune.data.config import fill_template
 from grass_dist.finetune.data.json_lines import Row
-from grass_dist.finetune.tasks.base import Batch, Predictions, Task, accuracy, inputs_of
-from grass_dist.finetune.tasks.causal_lm import first_pair, perplexity
+from grass_dist.finetune.tasks.base import Batch, Predictions, inputs_of
+from grass_dist.finetune.tasks.causal_lm import first_pair
+from grass_dist.finetune.tasks.tokens import TokenTask
 from grass_dist.model.loss import IGNORED
 
 PROBABILITY = 0.15
 """Share of the tokens that are hidden, where the configuration says nothing (Devlin et al., 2019)."""
 
 
-class MaskedLm(Task):
+class MaskedLm(TokenTask):
     """Cross entropy over the hidden tokens; accuracy and perplexity of them.
 
     Which tokens are hidden depends on the seed, the step and the place in the global batch. In evaluations it is the
@@ -64,13 +65,6 @@ class MaskedLm(Task):
 
     def predict(self, model: nn.Module, batch: Batch) -> Predictions:
         return Predictions(model(**inputs_of(batch)).logits.flatten(0, 1), batch["labels"].flatten())
-
-    def counts(self, found: Predictions) -> list[float]:
-        guess, truth = found.learnt()
-        return [float((guess == truth).sum()), float(len(truth))]
-
-    def metrics(self, loss: float, counts: Sequence[float]) -> dict[str, float]:
-        return {"perplexity": perplexity(loss), "accuracy": accuracy(*counts)}
 
     def ask(self, rows: Sequence[Row]) -> dict[str, Any] | None:
         prompt = self.config.sample_prompt

@@ -13,13 +13,14 @@ from grass_dist.finetune.answers import asked
 from grass_dist.finetune.data.batches import Example
 from grass_dist.finetune.data.config import fill_template
 from grass_dist.finetune.data.json_lines import Row
-from grass_dist.finetune.tasks.base import Batch, Predictions, Task, accuracy, bare, inputs_of
-from grass_dist.finetune.tasks.causal_lm import first_pair, perplexity
+from grass_dist.finetune.tasks.base import Batch, Predictions, bare, inputs_of
+from grass_dist.finetune.tasks.causal_lm import first_pair
 from grass_dist.finetune.tasks.labels import collated
+from grass_dist.finetune.tasks.tokens import TokenTask
 from grass_dist.model.loss import IGNORED
 
 
-class Seq2SeqLm(Task):
+class Seq2SeqLm(TokenTask):
     """Cross entropy over the tokens of the completion; perplexity, and accuracy of the next token."""
 
     auto = "AutoModelForSeq2SeqLM"
@@ -39,13 +40,6 @@ class Seq2SeqLm(Task):
         given = bare(model).prepare_decoder_input_ids_from_labels(labels=labels)
         logits = model(**inputs_of(batch), decoder_input_ids=given, use_cache=False).logits
         return Predictions(logits.flatten(0, 1), labels.flatten())
-
-    def counts(self, found: Predictions) -> list[float]:
-        guess, truth = found.learnt()
-        return [float((guess == truth).sum()), float(len(truth))]
-
-    def metrics(self, loss: float, counts: Sequence[float]) -> dict[str, float]:
-        return {"perplexity": perplexity(loss), "accuracy": accuracy(*counts)}
 
     def shown(self, example: Example) -> dict[str, Any]:
         ids, labels = example["input_ids"], example["labels"]

@@ -6,6 +6,7 @@ proteins.fasta, and with a NAME.pdb for each chain whose structure is known.
 """
 
 import functools
+import json
 import math
 import os
 import random
@@ -28,7 +29,8 @@ HEADS = {"sequence_dim": 32, "pairwise_dim": 16, "ipa_dim": 8, "num_heads_ipa": 
 TRUNK = {"num_blocks": 6, "sequence_state_dim": 64, "pairwise_state_dim": 32, "structure_module": HEADS}
 ESM = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 33}
 ESM |= {"position_embedding_type": "rotary", "token_dropout": True, "pad_token_id": 1, "mask_token_id": 32}
-GRASS = grass_dist.GrassConfig(active_layers=2, probe_steps=2, sampling_interval=3, update_interval=3)
+CONFIG = Path(__file__).parent.parent / "configs/esmfold_trunk.json"  # freezes heads that this loss does not reach
+GRASS = grass_dist.GrassConfig(**json.loads(CONFIG.read_text()))
 
 
 def read_fasta(file: Path) -> dict[str, str]:
@@ -66,8 +68,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)  # the same weights on all ranks
 config = EsmConfig(**ESM, hidden_dropout_prob=0.0, is_folding_model=True, esmfold_config={"trunk": TRUNK})
 model = EsmForProteinFolding(config).to(device)  # `from_pretrained("facebook/esmfold_v1")` in earnest; its ESM is fp16
-for untrained in (model.esm, model.lm_head, model.lddt_head, model.ptm_head):  # which this loss does not reach
-    untrained.requires_grad_(False)
+model.esm.requires_grad_(False)
 for block in model.trunk.blocks:  # `gradient_checkpointing_enable` would reach only the language model
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 model.trunk.set_chunk_size(None)  # chunks save memory where nothing is kept for a backward

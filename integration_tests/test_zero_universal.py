@@ -56,6 +56,14 @@ def other_run(rank: int, world_size: int, stage: int, folder: str) -> str:
     return told
 
 
+def incomplete(rank: int, world_size: int, stage: int, folder: str) -> str:
+    engine = make_engine(ds_config(stage, SETTINGS, 1, **UNIVERSAL))
+    before = copy.deepcopy(weights_of(engine))
+    told = refused(lambda: engine.load_checkpoint(folder))
+    assert all(torch.equal(p, before[n]) for n, p in weights_of(engine).items())
+    return told
+
+
 def in_stock(rank: int, world_size: int, stage: int, folder: str) -> dict[str, Any]:
     """A stock engine: weights as they were saved, and a step."""
     model = small_llama()
@@ -125,6 +133,10 @@ def test_a_universal_checkpoint_goes_on_anywhere(stage, dtype, tmp_path):
     if dtype == torch.float32:
         told = run_ranks(2, other_run, stage, str(tmp_path), timeout=200)
         assert all("temperature" in text for text in told)
+        (tmp_path / "universal/zero/lm_head.weight/exp_avg.pt").rename(tmp_path / "away.pt")
+        lacking = run_ranks(2, incomplete, stage, str(tmp_path), timeout=200)
+        assert all("lm_head.weight/exp_avg.pt is missing" in text for text in lacking)
+        (tmp_path / "away.pt").rename(tmp_path / "universal/zero/lm_head.weight/exp_avg.pt")
     if dtype == torch.float32 and stage == 3:  # stock stages 1 and 2 demand that all layers have taken as many steps
         stock = run_ranks(2, in_stock, stage, str(tmp_path), timeout=200)
         name = "model.layers.0.mlp.up_proj.weight"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import groupby
+from collections.abc import Callable, Mapping
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,36 +26,43 @@ class Universal:
 
     Args:
         folder: of the tag.
+        with_states: whether masters and moments are to be read, or the weights alone.
 
     Raises:
         CheckpointError: on every rank: it lacks a parameter, or is of another model or run. Nothing has changed.
     """
 
-    def __init__(self, engine: Any, folder: Path) -> None:
+    def __init__(self, engine: Any, folder: Path, *, with_states: bool) -> None:
         self._zero: NarrowZero = engine.optimizer
         self._module: nn.Module = engine.module
-        self._folder = folder / "zero"
+        self._folder, self._with_states = folder / "zero", with_states
         self._names = {param: name for name, param in engine.module.named_parameters()}
-        self.common: dict[str, Any] = together(self._zero.grass.backend.ranks, self._checked)
+        self.common: dict[str, Any] = {}
+        together(self._zero.grass.backend.ranks, self._check)
         self.position: dict[str, Any] | None = self.common.get(GRASS_KEY)
 
-    def _checked(self) -> dict[str, Any]:
-        try:
-            common = _load(self._folder / _COMMON)
-        except Exception as error:
-            problem = " ".join(str(error).split())[:150]
-            raise CheckpointError(f"{self._folder / _COMMON} cannot be read ({problem}).") from None
-        if position := common.get(GRASS_KEY):
+    def _check(self) -> None:
+        """Reads what is common to all parameters, and looks at each file that will be read."""
+        self.common = _read(self._folder / _COMMON, _load)
+        if position := self.common.get(GRASS_KEY):
             self._zero.check_position(position)
-        for param in (param for group in self._zero.every for param in group.params):
-            path = self._file(param, "fp32")
-            if not path.exists():
-                raise CheckpointError(f"{path} is missing: the checkpoint is of another model, or it is not complete.")
-            if (there := _tensor(path).numel()) != numel_of(param):
-                raise CheckpointError(
-                    f"{path} has {there} entries, and this model {numel_of(param)}: the checkpoint is of another one."
-                )
-        return common
+        for group in self._zero.every:
+            keys = ("fp32", *self._moments(group)) if self._with_states else ("fp32",)
+            for param, key in product(group.params, keys):
+                path = self._file(param, key)
+                if not path.exists():
+                    why = "is of another model or optimizer class, or it is not complete"
+                    raise CheckpointError(f"{path} is missing: the checkpoint {why}.")
+                if (there := _read(path, _tensor).numel()) != numel_of(param):
+                    own = numel_of(param)
+                    raise CheckpointError(f"{path} has {there} entries, and this model {own}: it is of another model.")
+
+    def _moments(self, group: Group) -> dict[str, torch.dtype]:
+        """Name and dtype of each moment of a group; none if it has not been updated: GRASS saves zeros there."""
+        number = self._number(group)
+        if number is not None and not self.common[UPDATED_KEY][number]:
+            return {}
+        return {key: dtype for key, dtype in self._zero.states.of[group.key].dtypes.items() if key != MASTER}
 
     def _file(self, param: nn.Parameter, key: str) -> Path:
         return self._folder / self._names[param] / f"{key}.pt"
@@ -104,12 +111,10 @@ class Universal:
         own = zero.states.of[group.key]
         master = None if own.master is None else own.master.detach().to("cpu", copy=True)
         vectors = {} if master is None else {MASTER: master}
-        state: dict[str, Any] = {}
-        if self._updated(group):
-            state = {key: torch.zeros(own.numel, dtype=dtype) for key, dtype in own.dtypes.items() if key != MASTER}
-            vectors |= state
-            if (step := self._step(group)) is not None:
-                state["step"] = step
+        state: dict[str, Any] = {key: torch.zeros(own.numel, dtype=t) for key, t in self._moments(group).items()}
+        vectors |= state
+        if state and (step := self._step(group)) is not None:
+            state["step"] = step
         order = zero.saved_order(group)
         for param, extent in zip(order, extents(order, zero.grass.backend.ranks.rank, own.numel), strict=True):
             for key, vector in vectors.items():
@@ -121,11 +126,6 @@ class Universal:
     def _number(self, group: Group) -> int | None:
         keys = [tuple(key) for key in self.common.get(GROUPS_KEY, [])]
         return keys.index(group.key) if group.key in keys else None
-
-    def _updated(self, group: Group) -> bool:
-        """Whether the group has been updated: GRASS saves zeros for moments where not."""
-        number = self._number(group)
-        return number is None or self.common[UPDATED_KEY][number]
 
     def _step(self, group: Group) -> Any:
         """The group's own step count, or None if its states have none."""
@@ -139,10 +139,10 @@ def begin_from_universal(engine: Any, folder: Path, *, optimizer_states: bool) -
     """Goes on from a universal checkpoint, after DeepSpeed has loaded its counters and its scheduler.
 
     Raises:
-        CheckpointError: as `Universal`; or a moment is missing.
+        CheckpointError: as `Universal`.
     """
     zero: NarrowZero = engine.optimizer
-    found = Universal(engine, folder)
+    found = Universal(engine, folder, with_states=optimizer_states)
     current = list(zero.groups)
     found.load_weights()
     if not optimizer_states:
@@ -156,6 +156,20 @@ def begin_from_universal(engine: Any, folder: Path, *, optimizer_states: bool) -
     else:
         zero.resume(current)
         say(world(), "Took over the states of all layers from a checkpoint of full fine-tuning; the draws go on.")
+
+
+T = TypeVar("T")
+
+
+def _read(path: Path, how: Callable[[Path], T]) -> T:
+    """
+    Raises:
+        CheckpointError: the file is missing, or damaged.
+    """
+    try:
+        return how(path)
+    except Exception as error:  # whatever unpickling makes of a file
+        raise CheckpointError(f"{path} cannot be read ({' '.join(str(error).split())[:150]}).") from None
 
 
 def _load(path: Path) -> Any:

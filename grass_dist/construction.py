@@ -142,7 +142,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     backend = backend_for(model, steps)
     undo.callback(backend.detach)  # its hooks would change how the model trains without it
 
-    freeze_named(model, config)
+    unmatched = freeze_named(model, config)
     groups = begin(*_full_groups(model, given.params, optimizer_class, kwargs))
     found = find_layers(model, config.layers, [p for group in groups for p in group["params"]])
     check_num_layers(config, len(found.layers))
@@ -158,6 +158,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
         backend.sharding.divide_states(units)
 
     told = [
+        unmatched,
         several_stacks(found),
         frozen_layers(found, layers),
         tied_weights(model, units),

@@ -164,8 +164,8 @@ class ZeroMethod:
         user, config, stage = arguments["init_optimizer"], setup.grass, max(setup.stage, 1)
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
 
-        found, layers, roles, still = _choose(model, setup, user, sharding)
-        told = [several_stacks(found), frozen_layers(found, layers), tied_weights(model, [*layers, *roles])]
+        found, layers, roles, still, unmatched = _choose(model, setup, user, sharding)
+        told = [unmatched, several_stacks(found), frozen_layers(found, layers), tied_weights(model, [*layers, *roles])]
         told += [compiled_whole(model, layers), too_low_recompile_limit(model, layers)]
         told += [_gather_with_experts(model, layers)] if stage == 3 else []
         told += [idle_experts_move(model, layers)]
@@ -217,8 +217,9 @@ def _sequence_ranks(arguments: dict[str, Any], stage: int) -> int:
     return getattr(arguments.get("mpu"), "get_sequence_parallel_world_size", lambda: 1)()
 
 
-_Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...]]
-"""(layers of the model, those that compete, roles that train, what the user's optimizer has and GRASS never trains)"""
+_Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...], str | None]
+"""(layers of the model, those that compete, roles that train, what the user's optimizer has and GRASS never trains,
+what `freeze_named` says)"""
 
 
 def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sharding: ZeroSharding) -> _Chosen:
@@ -229,7 +230,7 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
         try:
             refuse_second(model)
             check_optimizer(user, setup)
-            freeze_named(model, config)
+            unmatched = freeze_named(model, config)
             found = find_layers(model, config.layers, [p for group in groups for p in group["params"]])
             check_num_layers(config, len(found.layers))
             make_sampler(config, len(found.layers))
@@ -240,7 +241,7 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
             check_one_device([*layers, *roles])
         except ConfigError as error:
             raise error if error.field == "optimizer" else error.under("grass") from None
-        return found, layers, roles, still
+        return found, layers, roles, still, unmatched
 
     kwargs = {k: v for k, v in user.defaults.items() if k != "params"}
     return together(

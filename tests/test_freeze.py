@@ -41,9 +41,10 @@ def test_routers_train_with_their_layer_if_nobody_freezes_them():
     assert any("router" in name for name in trained()[1])
 
 
-def test_a_list_of_patterns_serves_several_models():
+def test_a_list_of_patterns_serves_several_models(caplog):
     _, moved = trained(freeze=["*.router", "*.mlp.gate", "*.block_sparse_moe.gate"])
     assert moved and not any("router" in name for name in moved)
+    assert "freeze: '*.mlp.gate', '*.block_sparse_moe.gate' matches nothing in this model" in caplog.text
     with pytest.raises(ConfigError, match=r"freeze='\*.gate'.*no module or parameter"):
         trained(freeze=["*.gate", "*.block_sparse_moe"])
 

@@ -28,8 +28,11 @@ def near(pattern: str, names: Iterable[str], more: Sequence[str] = ()) -> str:
     return f"use {' or '.join(map(repr, dict.fromkeys(like[:3] or more or list(known)[:3])))}"
 
 
-def freeze_named(model: nn.Module, config: GrassConfig) -> None:
+def freeze_named(model: nn.Module, config: GrassConfig) -> str | None:
     """Freezes what ``config.freeze`` names. It comes before the layers are looked for.
+
+    Returns:
+        A sentence on patterns that match nothing, or None.
 
     A list may have patterns for several models: one with ``*`` may match nothing if another entry does match.
 
@@ -37,7 +40,7 @@ def freeze_named(model: nn.Module, config: GrassConfig) -> None:
         ConfigError: a name matches no parameter, or no pattern does.
     """
     if not config.freeze:
-        return
+        return None
     names = [(bare_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
     found = {pattern: [p for name, p in names if matches(bare_name(pattern), name)] for pattern in config.freeze}
     for pattern, hit in found.items():
@@ -46,3 +49,7 @@ def freeze_named(model: nn.Module, config: GrassConfig) -> None:
             raise ConfigError("freeze", pattern, problem, near(pattern, [name for name, _ in names]))
         for p in hit:
             p.requires_grad_(False)
+    idle = [pattern for pattern, hit in found.items() if not hit]
+    return (
+        f"freeze: {', '.join(map(repr, idle))} matches nothing in this model; the other entries do." if idle else None
+    )

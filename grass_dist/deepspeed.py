@@ -22,6 +22,7 @@ from grass_dist.backends.zero.place import place_states
 from grass_dist.backends.zero.private import (
     check_classes,
     check_reduction,
+    comm_dtype_of,
     deepspeed_version,
     stock_classes,
     zero_optimizers_from,
@@ -200,11 +201,7 @@ class ZeroMethod:
 def _wire_bytes(arguments: dict[str, Any]) -> Callable[[nn.Parameter], int]:
     """Says in how many bytes DeepSpeed reduces an element of a parameter's gradient."""
     usual: torch.dtype = arguments["communication_data_type"]
-    try:  # releases before 0.17 have no such module
-        from deepspeed.runtime.torch_autocast import get_comm_dtype, has_comm_dtype
-    except ImportError:
-        return lambda param: usual.itemsize
-    return lambda param: (get_comm_dtype(param) if has_comm_dtype(param) else usual).itemsize
+    return lambda param: (comm_dtype_of(param) or usual).itemsize
 
 
 def _sequence_ranks(arguments: dict[str, Any], stage: int) -> int:

@@ -83,6 +83,17 @@ def test_a_release_that_lacks_a_method_is_refused_by_name(name):
         private.check_classes(DeepSpeedZeroOptimizer, type("Later", (), methods), "9.9")
 
 
+def test_deepspeed_tells_in_what_it_reduces_and_refuses_states():
+    from deepspeed.runtime import engine, torch_autocast
+
+    param = torch.nn.Parameter(torch.zeros(2))
+    assert private.comm_dtype_of(param) is None
+    setattr(param, torch_autocast.PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)
+    assert private.comm_dtype_of(param) is torch.bfloat16
+    source = inspect.getsource(engine.DeepSpeedEngine._load_zero_checkpoint)
+    assert f"raise {private.refused_states().__name__}(" in source and "world size" in source
+
+
 @pytest.mark.parametrize("version", ["0.19.0", "0.19.7"])
 def test_a_release_that_drops_gradients_is_refused_on_a_cpu(version):
     with pytest.raises(GrassError, match=rf"{version} does not add up .* stage 2, .* install DeepSpeed 0.19.8"):

@@ -49,7 +49,6 @@ def freeze_named(model: nn.Module, config: GrassConfig) -> str | None:
             raise ConfigError("freeze", pattern, problem, near(pattern, [name for name, _ in names]))
         for p in hit:
             p.requires_grad_(False)
-    idle = [pattern for pattern, hit in found.items() if not hit]
-    return (
-        f"freeze: {', '.join(map(repr, idle))} matches nothing in this model; the other entries do." if idle else None
-    )
+    if not (idle := [repr(pattern) for pattern, hit in found.items() if not hit]):
+        return None
+    return f"freeze: {', '.join(idle)} matches nothing in this model; the other entries do."

@@ -13,7 +13,7 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import groups_of, set_weight
 from grass_dist.backends.zero.narrow import NarrowZero
-from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS, ENGINE_HOOKS
+from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS, ENGINE_HOOKS, refused_states
 from grass_dist.backends.zero.saved_state import trainable
 from grass_dist.backends.zero.universal import begin_from_universal
 from grass_dist.errors import CheckpointError, GrassError
@@ -126,8 +126,6 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(stock)
 
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        from deepspeed.runtime.zero.utils import ZeRORuntimeException
-
         zero: NarrowZero = engine.optimizer
         given = signature.bind(*args, **kwargs).arguments
         if given.get("load_module_only"):
@@ -136,7 +134,7 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
         try:
             with zero.whole():
                 found = stock(**given)
-        except ZeRORuntimeException as error:
+        except refused_states() as error:
             raise _other_ranks(engine, given["load_dir"], error) from None
         except KeyError:  # it was saved with other parameters frozen: DeepSpeed misses them among its frozen ones
             with zero.whole(), trainable(list(engine.module.parameters())):

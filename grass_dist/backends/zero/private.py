@@ -147,6 +147,28 @@ def zero_optimizers_from(make: Callable[[type, dict[str, Any]], Any]) -> Iterato
         engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3 = stock12, stock3
 
 
+def comm_dtype_of(param: Any) -> Any:
+    """The dtype in which `torch_autocast` has DeepSpeed reduce a parameter's gradient; None where it says nothing.
+
+    Releases before 0.17 have no such module. Checked on 0.16.9 and 0.19.8.
+    """
+    try:
+        from deepspeed.runtime.torch_autocast import get_comm_dtype, has_comm_dtype
+    except ImportError:
+        return None
+    return get_comm_dtype(param) if has_comm_dtype(param) else None
+
+
+def refused_states() -> type[Exception]:
+    """The class of the error by which an engine refuses states that another number of ranks has saved.
+
+    Checked on 0.16.9 and 0.19.8.
+    """
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    return ZeRORuntimeException
+
+
 def deepspeed_version() -> str:
     from importlib.metadata import version
 

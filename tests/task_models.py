@@ -7,10 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from grass_dist.errors import ConfigError
+from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.data.loading import load_data
+from grass_dist.finetune.setup import load_tokenizer
+from grass_dist.finetune.tasks.base import Task
+from grass_dist.finetune.tasks.choose import task_of
 from tests import media_models
 
 WORDS = ["good", "bad", "a", "film", "the", "was", "ann", "bob", "sees", "paris", "rome", "in", "one", "two", "three"]
@@ -165,3 +172,16 @@ def settings_of(task: str, model: Path, data: Path, **data_settings: Any) -> dic
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.write_text("\n".join(map(json.dumps, rows)))
     return file
+
+
+def begun(config: RunConfig) -> tuple[Task, Any]:
+    """The task of a run and its data, as the training program makes them."""
+    task = task_of(config, load_tokenizer(config.model))
+    return task, load_data(config.data, task.tokenizer, 0, task)
+
+
+def said(config: RunConfig) -> str:
+    """The refusal of a run, whose data or model cannot be used."""
+    with pytest.raises(ConfigError) as error:
+        begun(config)
+    return str(error.value)

@@ -15,13 +15,12 @@ from PIL import Image
 from grass_dist.errors import ConfigError, GrassError
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.data import media
-from grass_dist.finetune.data.loading import Stream, load_data
+from grass_dist.finetune.data.loading import Stream
 from grass_dist.finetune.identity import data_identity
 from grass_dist.finetune.setup import load_model, load_tokenizer
 from grass_dist.finetune.tasks import image_text, speech
-from grass_dist.finetune.tasks.choose import task_of
 from tests.media_models import RATE, SEES, llava, wav2vec2, whisper, write_image, write_media, write_speech
-from tests.task_models import WORDS, model_for, rows_of, settings_of, word_tokenizer, write_rows
+from tests.task_models import WORDS, begun, model_for, rows_of, said, settings_of, word_tokenizer, write_rows
 
 CPU = torch.device("cpu")
 
@@ -41,17 +40,6 @@ def run_of(models, tmp_path):
         return RunConfig(**settings)
 
     return make
-
-
-def begun(config: RunConfig) -> tuple[Any, Any]:
-    task = task_of(config, load_tokenizer(config.model))
-    return task, load_data(config.data, task.tokenizer, 0, task)
-
-
-def said(config: RunConfig) -> str:
-    with pytest.raises(ConfigError) as error:
-        begun(config)
-    return str(error.value)
 
 
 def batch_of(config: RunConfig) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -60,4 +60,5 @@ def test_masks_and_tables_of_indexes_are_no_weights(dtype):
         layer.register_buffer("table", torch.zeros(3, 3, dtype=dtype))
         layer.up.weight.requires_grad_(False)
         layer.down.weight.requires_grad_(False)
-    GrassOptimizer(model, torch.optim.AdamW, {"lr": 1e-3}, config=GrassConfig())
+    optimizer = GrassOptimizer(model, torch.optim.AdamW, {"lr": 1e-3}, config=GrassConfig())
+    assert len(optimizer.grass.layers) == len(model.layers)

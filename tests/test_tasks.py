@@ -12,11 +12,11 @@ from torch import nn
 
 from grass_dist.errors import ConfigError
 from grass_dist.finetune.config import RunConfig
-from grass_dist.finetune.data.loading import Stream, load_data
+from grass_dist.finetune.data.loading import Stream
 from grass_dist.finetune.setup import load_model, load_tokenizer
-from grass_dist.finetune.tasks.base import Predictions, Task
+from grass_dist.finetune.tasks.base import Predictions
 from grass_dist.finetune.tasks.choose import TASKS, task_of
-from tests.task_models import WORDS, bert, model_for, rows_of, settings_of, write_rows
+from tests.task_models import WORDS, begun, bert, model_for, rows_of, said, settings_of, write_rows
 
 CPU = torch.device("cpu")
 
@@ -24,17 +24,6 @@ CPU = torch.device("cpu")
 def run_of(task: str, folder: Path, rows: list[dict[str, Any]] | None = None, **data: Any) -> RunConfig:
     file = write_rows(folder / "rows.jsonl", rows or rows_of(task))
     return RunConfig(**settings_of(task, model_for(task, folder / "model"), file, **data))
-
-
-def begun(config: RunConfig) -> tuple[Task, Any]:
-    task = task_of(config, load_tokenizer(config.model))
-    return task, load_data(config.data, task.tokenizer, 0, task)
-
-
-def said(config: RunConfig) -> str:
-    with pytest.raises(ConfigError) as error:
-        begun(config)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -103,38 +103,28 @@ def export(
 def convert(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, for --resume.")],
-    ranks: Annotated[int, typer.Option(min=1, help="For DeepSpeed's format: ranks that are to go on.")] = 1,
-    ds_config: Annotated[Path | None, typer.Option(help="For DeepSpeed's format: JSON with the ZeRO stage.")] = None,
-    model: Annotated[str | None, typer.Option(help="With --ds-config: name or folder of the model.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="With --model: let the code that comes with it run.")
+    universal: Annotated[
+        bool, typer.Option("--universal", help="Write DeepSpeed's universal form, for engine.load_checkpoint.")
     ] = False,
 ) -> None:
-    """Carry a checkpoint from DeepSpeed's own format to the one of all other backends, or the other way.
+    """Carry a checkpoint from DeepSpeed's own format to the one of all other backends, or to the universal one.
 
-    With --ds-config the checkpoint is written in DeepSpeed's format by --ranks CPU processes. The model is made from
-    the sizes in the checkpoint; name it by --model only where transformers does not know it.
+    A fine-tune under DeepSpeed goes on from either with --resume. With --universal a loop of your own does, too, with
+    any number of ranks and at any ZeRO stage.
     """
     with one_sentence_errors():
         from grass_dist.checkpoint.export import find_checkpoint
 
-        if model is not None and ds_config is None:
-            raise ConfigError("--model", model, "only --ds-config makes a model", "leave it out, or add --ds-config")
-        if trust_remote_code and model is None:
-            problem = "it allows the code of the model that --model names, and none is named"
-            raise ConfigError("--trust-remote-code", True, problem, "add --model, or leave it out")
         with find_checkpoint(run, None, warn) as checkpoint:
-            if ds_config is None:
-                from grass_dist.checkpoint.convert import to_dcp
+            if universal:
+                from grass_dist.checkpoint.universal_files import to_universal
 
-                made = to_dcp(checkpoint.folder, out / "checkpoints")
-            else:
-                from grass_dist.finetune.rewrite import to_deepspeed
+                made = to_universal(checkpoint.folder, out)
+                typer.echo(f'{made}: load it by engine.load_checkpoint("{out}") with "load_universal": true')
+                return
+            from grass_dist.checkpoint.convert import to_dcp
 
-                if trust_remote_code:
-                    warn(f"The code that comes with {model} may run: --trust-remote-code is given.")
-                named = {"model": model, "trust_remote_code": trust_remote_code}
-                made = to_deepspeed(checkpoint.folder, out, ranks=ranks, ds_config=ds_config, **named)
+            made = to_dcp(checkpoint.folder, out / "checkpoints")
         typer.echo(f"{made}: go on with it by --resume {out}")
 
 

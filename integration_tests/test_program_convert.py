@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from grass_dist.checkpoint.files import read_manifest
-from grass_dist.checkpoint.loading import open_checkpoint
 from grass_dist.cli import app
 from integration_tests.support.program import check_refused, events, run_all, run_program
-from tests.hostile import reseal
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -71,49 +66,13 @@ def test_it_goes_on_under_another_backend(config, zero2, fsdp2):
     check_same_run(run_all(config, 2, "name=f-z", *ZERO3, "--resume", from_fsdp2), fsdp2)
 
 
-def test_a_checkpoint_is_converted_to_the_other_format_and_back(config, zero2, tmp_path):
+def test_a_checkpoint_is_converted_to_the_other_format(config, zero2, tmp_path):
     source = zero2 / "checkpoints" / "step-000003"
     done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "dcp")])
     assert done.exit_code == 0, done.output
     made = tmp_path / "dcp" / "checkpoints" / "step-000003"
     assert read_manifest(made).kind == "dcp" and f"--resume {tmp_path / 'dcp'}" in done.output.replace("\n", "")
     check_same_run(run_all(config, 2, "name=converted", *SETTINGS, "--resume", str(tmp_path / "dcp")), zero2)
-    name_what_must_not_be_loaded(made)
-    ds_config = ["--ranks", "2", "--ds-config", str(config.parent / "zero2.json")]
-    done = CliRunner().invoke(app, ["convert", str(made), str(tmp_path / "back"), *ds_config])
-    assert done.exit_code == 0, done.output
-    assert read_manifest(tmp_path / "back" / "checkpoints" / "step-000003").kind == "deepspeed"
-    run = run_all(config, 2, "name=back", *ZERO2, "--resume", str(tmp_path / "back"))
-    assert weights_of(run) == weights_of(zero2)  # there and back changes no bit
-    again = CliRunner().invoke(app, ["convert", str(made), str(tmp_path / "back"), *ds_config])
-    assert again.exit_code == 1 and "exists already" in again.output
-
-
-@pytest.mark.integration
-def test_a_conversion_to_the_files_of_zero3_changes_no_bit(config, fsdp2, tmp_path):
-    source = Path(shutil.copytree(fsdp2 / "checkpoints" / "step-000003", tmp_path / "step-000003"))
-    name_what_must_not_be_loaded(source)
-    options = ["--ranks", "2", "--ds-config", str(config.parent / "zero3.json")]
-    done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "out"), *options])
-    assert done.exit_code == 0, done.output
-    made = open_checkpoint(tmp_path / "out" / "checkpoints" / "step-000003")
-    assert made.manifest.kind == "deepspeed" and made.manifest.backend == "zero3"
-    theirs, mine = open_checkpoint(source).tensors(), made.tensors()
-    assert theirs.tensors.keys() <= mine.tensors.keys()
-    for key, (numel, dtype) in theirs.tensors.items():
-        assert mine.read(key, 0, torch.empty(numel, dtype=dtype)).equal(
-            theirs.read(key, 0, torch.empty(numel, dtype=dtype))
-        ), key
-
-
-def name_what_must_not_be_loaded(made: Path) -> None:
-    """As a checkpoint of somebody else's could: no name in it is asked for when its model is made."""
-    state, config = json.loads((made / "state.json").read_text()), json.loads((made / "model/config.json").read_text())
-    state["run"]["config"]["model"] |= {"name": "nobody/nothing", "trust_remote_code": True}
-    config |= {"auto_map": {"AutoModelForCausalLM": "nobody/nothing--code.Model"}, "_name_or_path": "nobody/nothing"}
-    (made / "state.json").write_text(json.dumps(state))
-    (made / "model/config.json").write_text(json.dumps(config))
-    reseal(made)
 
 
 def test_a_format_that_the_backend_does_not_write_is_refused(config):

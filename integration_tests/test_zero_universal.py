@@ -15,8 +15,10 @@ import torch
 
 import grass_dist
 from grass_dist.backends.zero.saved_state import GRASS_KEY
-from integration_tests.support.model import ADAMW, decay_groups, small_llama
+from grass_dist.checkpoint.universal_files import to_universal
+from integration_tests.support.model import ADAMW, decay_groups, global_batch, schedule, small_llama
 from integration_tests.support.ranks import refused, run_ranks
+from integration_tests.support.resume import BATCH, Setting, leg
 from integration_tests.support.zero import ds_config, full, make_engine, train_step
 from integration_tests.test_zero import SETTINGS, weights_of
 
@@ -152,3 +154,47 @@ def test_full_fine_tuning_goes_on_with_its_moments(stage, tmp_path):
     subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, capture_output=True, timeout=200)
     runs = run_ranks(2, on_from_stock, stage, str(tmp_path), timeout=200)
     assert worst(runs, straight[0]) <= 1e-6
+
+
+def on_from_fsdp2(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Goes on with what `leg` has saved, with the batches and rates of its loop."""
+    model = small_llama(dtype)
+    optimizer = torch.optim.AdamW(decay_groups(model), **ADAMW)
+    engine, *_ = grass_dist.initialize(
+        model=model, optimizer=optimizer, config=ds_config(stage, SETTINGS, 1, dtype, **UNIVERSAL)
+    )
+    path, _ = engine.load_checkpoint(folder)
+    assert path and engine.global_steps == engine.grass.step == SAVED_AT
+    trained = [own.group.unit.name for own in engine.optimizer.states.of.values() if own.state]
+    active, per = [], BATCH // world_size
+    for step in range(SAVED_AT, STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * schedule(step)
+        active.append(engine.grass.active_layers)
+        mine = global_batch(step, BATCH)[rank * per :][:per]
+        engine.backward(engine(input_ids=mine, labels=mine).loss)
+        engine.step()
+    return {"weights": weights_of(engine), "active": active, "trained": trained}
+
+
+def without_schedule(rank: int, world_size: int, folder: str) -> str:
+    engine = make_engine(ds_config(2, SETTINGS, 1, **UNIVERSAL))  # which has a scheduler
+    return refused(lambda: engine.load_checkpoint(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_loop_under_zero_goes_on_from_fsdp2(dtype, tmp_path):
+    grass = {**SETTINGS, "probe_steps": 2}
+    setting = Setting("fsdp2", grass, dtype, background=False)
+    straight = run_ranks(2, leg, setting, None, STEPS, SAVED_AT, str(tmp_path / "dcp"), timeout=200)
+    made = to_universal(tmp_path / "dcp" / f"step-{SAVED_AT:06d}", tmp_path / "universal")
+    assert made == tmp_path / "universal" / f"step-{SAVED_AT:06d}"
+    for stage, ranks in ((1, 2), (2, 3), (3, 2), (3, 4)):
+        runs = run_ranks(ranks, on_from_fsdp2, stage, str(tmp_path / "universal"), dtype, timeout=200)
+        assert runs[0]["active"] == straight[0]["active"][SAVED_AT:]
+        assert runs[0]["trained"] and len(set(runs[0]["trained"])) < 9, "layers that never trained have no state"
+        far = max((runs[0]["weights"][n] - p).abs().max().item() for n, p in straight[0]["params"].items())
+        print(f"FSDP2 to ZeRO-{stage} on {ranks} ranks, {dtype}: {far:.1e}")
+        assert far <= (5e-6 if dtype == torch.float32 else 5e-3)
+    told = run_ranks(2, without_schedule, str(tmp_path / "universal"), timeout=200)
+    assert all("load_lr_scheduler_states=False" in text for text in told)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from grass_dist.checkpoint import files
 from grass_dist.checkpoint.saving import write_snapshot
@@ -125,8 +124,6 @@ def there(tmp_path_factory: pytest.TempPathFactory, trained: Trained) -> Path:
         make_run(folder / name, trained, attack)
     (folder / "site").mkdir()
     (folder / "site" / "sitecustomize.py").write_text(SITE)
-    zero = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto"}
-    (folder / "zero2.json").write_text(json.dumps(zero))
     os.mkfifo(folder / "pipe")
     (folder / "doctor.json").write_text(
         json.dumps({"version": 1, "ranks": [{"device_bytes": "__import__('trap')"}], "hosts": []})
@@ -141,14 +138,13 @@ PLAN = ["plan", "--gpus", "2", "--seq-len", "64", "--gpu-memory", "24GB", "--fas
 def commands(at: Path) -> dict[str, list[list[str]]]:
     """What each command is given, by its name."""
     of = [at / name for name in RUNS]
-    zero = ["--ds-config", str(at / "zero2.json")]
     models = [str(run / "checkpoints" / f"step-{STEP:06d}" / "model") for run in of]
     return {
         "report": [["report", str(of[0])]],
         "inspect": [["inspect", str(run)] for run in of] + [["inspect", "--json", "--fast", str(run)] for run in of],
         "export": [["export", str(run), str(at / "out" / run.name)] for run in of],
         "convert": [["convert", str(run), str(at / "dcp" / run.name)] for run in of]
-        + [["convert", str(run), str(at / "ds" / run.name), *zero] for run in of[:4]],
+        + [["convert", str(run), str(at / "ds" / run.name), "--universal"] for run in of],
         "plan": [[*PLAN, "--model", model] for model in models]
         + [[*PLAN, "--model", f"{models[0]}/config.json"], [*PLAN, "--model", str(at / "pipe")]]
         + [[*PLAN, "--params", "7B", "--from", str(at / name)] for name in ("doctor.json", "pipe")],
@@ -211,15 +207,12 @@ def test_no_command_executes_imports_or_asks_for_anything(there: Path, told: dic
 
 
 SENTENCES = {
-    ("convert", "strange", "zero2.json"): "has no model_type 'trap', and the code that comes with the model is not run",
-    ("convert", "sampler", "zero2.json"): "grass.sampler='trap:draw': there is no such sampler",
-    ("convert", "known", "zero2.json"): "go on with it by --resume",
+    ("convert", "known", "--universal"): "load it by engine.load_checkpoint",
     ("convert", "deepspeed"): "and is not read, since that could execute anything",
     ("export", "deepspeed"): "and is not read, since that could execute anything",
     ("export", "known"): "has code that came with the checkpoint (model/trap.py): it was copied and not run",
     ("plan", "strange"): "has no model_type 'trap', and the code that comes with the model is not run",
     ("plan", "backbone"): "it takes a part of the model from elsewhere, backbone = ",
-    ("convert", "backbone", "zero2.json"): "it takes a part of the model from elsewhere, backbone = ",
     ("plan", "known"): "comes with code of its own, which is not run",
     ("plan", "pipe"): "it is not a file",
     ("plan", "doctor.json"): "--from.ranks[0].device_bytes",
@@ -247,15 +240,3 @@ def test_a_resumed_fine_tune_loads_what_its_configuration_names(there: Path, tra
     assert f"the code that comes with {trained.folder.parents[1] / 'source'} may run: model.trust" in ended.stdout
     assert "error: data.chat_template=True: the run that it goes on with has null" in ended.stderr
     assert not (there / "trap").exists(), (there / "trap").read_text()
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--model", "x"], "--model='x': only --ds-config makes a model; leave it out, or add --ds-config."),
-        (["--ds-config", "x", "--trust-remote-code"], "--trust-remote-code=True: it allows the code of the model"),
-    ],
-)
-def test_code_is_allowed_for_a_named_model_and_no_other(options: list[str], sentence: str) -> None:
-    done = CliRunner().invoke(app, ["convert", "run", "out", *options])
-    assert done.exit_code == 1 and sentence in " ".join(done.output.split())

@@ -7,7 +7,7 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,11 @@ class DeepSpeed:
         stage = max(self._setup.stage, 1)
         self.name, self._shards_weights = f"DeepSpeed ZeRO-{stage}", stage == 3
 
-    def load(
-        self, task: Task | None = None, make: Callable[[RunConfig, torch.device, Task | None], nn.Module] = load_model
-    ) -> nn.Module:
-        """Loads the model. Under ZeRO-3 each weight is sharded as it is loaded, so no device holds the whole model.
-
-        Args:
-            make: makes the model, if it is not a pretrained one.
-        """
+    def load(self, task: Task | None = None) -> nn.Module:
+        """Loads the model. Under ZeRO-3 each weight is sharded as it is loaded, so no device holds the whole model."""
         self._join()
         with self._zero3():
-            return make(self._config, self._world.device, task)
+            return load_model(self._config, self._world.device, task)
 
     def answer(self, task: Task, model: nn.Module, prompt: str) -> str:
         device, settings = self._world.device, self._config.model

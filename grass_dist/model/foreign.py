@@ -13,9 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from grass_dist.errors import GrassError
 from grass_dist.regular_files import read_regular
 
@@ -93,19 +90,6 @@ def too_deep(settings: Mapping[str, Any]) -> str | None:
         elif isinstance(value, int) and value > MOST_LAYERS and _COUNTS_LAYERS.search(name):
             return f"it has {value!r:.40} layers by its {name:.40}"
     return None
-
-
-def build(config: Any, dtype: torch.dtype, device: str | torch.device, attention: str | None = None) -> nn.Module:
-    """The causal language model of a configuration, with random weights; on "meta" it takes no memory.
-
-    Args:
-        attention: its implementation; None leaves it to transformers.
-    """
-    from transformers import AutoModelForCausalLM
-
-    how = {} if attention is None else {"attn_implementation": attention}
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **how)
 
 
 def _plain(value: Any) -> Any:

@@ -136,7 +136,13 @@ def _loading(engine: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
                 found = stock(**given)
         except refused_states() as error:
             raise _other_ranks(engine, given["load_dir"], error) from None
-        except KeyError:  # it was saved with other parameters frozen: DeepSpeed misses them among its frozen ones
+        except KeyError as error:
+            if error.args == ("lr_scheduler",):
+                raise CheckpointError(
+                    f"{given['load_dir']} has no state of a scheduler, and the engine has a scheduler: call "
+                    "load_checkpoint with load_lr_scheduler_states=False, and set the scheduler yourself."
+                ).everywhere() from None
+            # It was saved with other parameters frozen: DeepSpeed misses them among its frozen ones.
             with zero.whole(), trainable(list(engine.module.parameters())):
                 found = stock(**given)
         if found[0] is None:

@@ -15,10 +15,11 @@ from grass_dist.backends.zero.states import MASTER, GroupState, ZeroStates
 from grass_dist.errors import GrassError
 
 GROUPS_KEY, SIZES_KEY, CHANGED_KEY, GRASS_KEY = "grass_groups", "grass_sizes", "grass_changed", "grass"
-UPDATED_KEY, TOTAL_KEY = "grass_updated", "measured by all"
+UPDATED_KEY, UPDATED_PARAMS_KEY, TOTAL_KEY = "grass_updated", "grass_updated_params", "measured by all"
 """What we add to DeepSpeed's ZeRO state: names of the groups in order, elements of this rank's partitions with their
 padding, whether each differs from what its weights say, the state of the method on this rank, and whether each has
-been updated: the others have zeros for moments, for DeepSpeed's tools. Within the state of the method, what all ranks
+been updated: the others have zeros for moments, for DeepSpeed's tools. A universal checkpoint that was converted from
+another form has the names of the updated parameters instead of groups. Within the state of the method, what all ranks
 have measured since the last refresh: a universal checkpoint keeps the state of one rank alone."""
 
 

@@ -1,4 +1,7 @@
-"""DeepSpeed's universal checkpoints (``ds_to_universal``): one folder for each parameter, for any number of ranks."""
+"""DeepSpeed's universal checkpoints: one folder for each parameter, for any number of ranks.
+
+``ds_to_universal`` makes them, and `checkpoint.universal_files`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,14 @@ from torch import nn
 
 from grass_dist.backends.zero.groups import Group, extents, numel_of, set_weight
 from grass_dist.backends.zero.narrow import NarrowZero
-from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, TOTAL_KEY, UPDATED_KEY, settings_in
+from grass_dist.backends.zero.saved_state import (
+    GRASS_KEY,
+    GROUPS_KEY,
+    TOTAL_KEY,
+    UPDATED_KEY,
+    UPDATED_PARAMS_KEY,
+    settings_in,
+)
 from grass_dist.backends.zero.states import MASTER, Made
 from grass_dist.errors import CheckpointError
 from grass_dist.ranks import say, together, world
@@ -22,7 +32,7 @@ _STATE, _GROUPS = "optimizer_state_dict", "param_groups"
 
 
 class Universal:
-    """A folder that ``ds_to_universal`` made, as this engine reads it.
+    """The folder of a universal checkpoint, as this engine reads it.
 
     Args:
         folder: of the tag.
@@ -59,6 +69,9 @@ class Universal:
 
     def _moments(self, group: Group) -> dict[str, torch.dtype]:
         """Name and dtype of each moment of a group; none if it has not been updated: GRASS saves zeros there."""
+        updated = self.common.get(UPDATED_PARAMS_KEY)
+        if updated is not None and not any(self._names[param] in updated for param in group.params):
+            return {}
         number = self._number(group)
         if number is not None and not self.common[UPDATED_KEY][number]:
             return {}

@@ -32,6 +32,10 @@ class StrictModel(BaseModel):
 OffloadMode = Literal["interval", "stream", "none", "auto"]
 
 
+IN_BLOCKS = ("cyclic", "random-cyclic", "without-replacement", "middle", "fixed")
+"""Samplers that take blocks of `active_layers` layers."""
+
+
 class OffloadConfig(StrictModel):
     """Where the optimizer states of the layers are, and when they move (docs/offload.md).
 
@@ -86,6 +90,28 @@ class OffloadConfig(StrictModel):
         return self
 
 
+class EffectiveLayers(StrictModel):
+    """A temperature by what it does. It is solved for at each refresh."""
+
+    effective_layers: float = Field(ge=1)
+    """Draws are as uneven as uniform ones among so many layers: exp of the entropy (in nats) of the softmax. At most
+    the number of layers that compete, at which draws are uniform."""
+
+    @field_validator("effective_layers", mode="before")
+    @classmethod
+    def _finite_number(cls, value: Any) -> Any:
+        return _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    """An int as a float, which it stands for; anything else is left to pydantic."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError("must be finite")
+        return float(value)
+    return value
+
+
 class GrassConfig(StrictModel):
     """How many layers train, which, and when they change.
 
@@ -102,8 +128,8 @@ class GrassConfig(StrictModel):
     active_parameters: int | float | None = None
     """Most parameters of layers that train at a time, beside `active_layers`: a number, or below 1 a share of those of
     all layers that compete. The layers come in the order of the draw, and one that no longer fits is left out. It must
-    have room for the largest layer, and the samplers `cyclic`, `random-cyclic` and `fixed` refuse it. null: no
-    limit."""
+    have room for the largest layer, and the samplers that take blocks of `active_layers` layers refuse it (`cyclic`,
+    `random-cyclic`, `without-replacement`, `middle`, `fixed`). null: no limit."""
 
     sampling_interval: int = Field(default=50, ge=1)
     """Steps between two draws of the active layers (T_s). The paper advises 25 to 50."""
@@ -120,16 +146,22 @@ class GrassConfig(StrictModel):
     """Steps at the start that measure every layer and update none (T_p). null: 8 for a sampler that uses gradient
     norms, 0 for the others."""
 
-    temperature: float = Field(default=1.0, gt=0)
-    """Softmax temperature (τ), finite. A higher one is nearer to uniform; one so low that a probability underflows is
-    an error at the refresh or draw."""
+    temperature: float | EffectiveLayers = 1.0
+    """Softmax temperature (τ), above 0 and finite. A higher one is nearer to uniform; one so low that a probability
+    underflows is an error at the refresh or draw. `{effective_layers: n}`: τ is solved for at each refresh, so that a
+    draw is as uneven as a uniform one among n layers (docs/method.md#probability)."""
+
+    exploration: float = Field(default=0.0, ge=0, le=1)
+    """Share of uniform draws that is mixed into the probabilities (ε), so that each layer has at least ε / L. 0 is the
+    method of the paper."""
 
     ema_alpha: float = Field(default=0.5, gt=0, le=1)
     """Weight of the newest measurement in the moving average of a layer (α). 1 forgets the older ones."""
 
     sampler: str = "grass"
-    """Name in the sampler registry: `grass`, `grass-static`, `uniform`, `cyclic`, `random-cyclic`, `weight-norm`,
-    `fixed`, or one that was added with `register_sampler`. It is checked when the optimizer is made."""
+    """Name in the sampler registry: `grass`, `grass-static`, `uniform`, `cyclic`, `random-cyclic`,
+    `without-replacement`, `weight-norm`, `middle`, `fixed`, or one that was added with `register_sampler`. It is
+    checked when the optimizer is made."""
 
     importance_scale: Literal["mean", "none"] = "mean"
     """`mean` divides the importances by their mean over the layers before the softmax, so that τ does not depend on the
@@ -182,14 +214,23 @@ class GrassConfig(StrictModel):
             raise ValueError("must be at least 1")
         return value
 
-    @field_validator("temperature", "ema_alpha", mode="before")
+    @field_validator("ema_alpha", "exploration", mode="before")
     @classmethod
     def _finite_number(cls, value: Any) -> Any:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise ValueError("must be finite")
-            return float(value)
-        return value
+        return _finite(value)
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _number_or_layers(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return EffectiveLayers(**{str(name): given for name, given in value.items()})
+        if isinstance(value, EffectiveLayers):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError("must be a number or {effective_layers: n}")
+        if _finite(value) <= 0:
+            raise ValueError("must be above 0")
+        return float(value)
 
     @property
     def lead(self) -> int:
@@ -217,7 +258,7 @@ class GrassConfig(StrictModel):
             raise ConfigError("freeze", both, "it is in always_active, too", "list it in one of them")
         if self.layers == ():
             raise ConfigError("layers", [], "it names no stack", "name one, or leave it out")
-        if self.active_parameters is not None and self.sampler in ("cyclic", "random-cyclic", "fixed"):
+        if self.active_parameters is not None and self.sampler in IN_BLOCKS:
             raise ConfigError(
                 "active_parameters",
                 self.active_parameters,
@@ -267,6 +308,7 @@ def check_competing(config: GrassConfig, numbers: Sequence[int], num_layers: int
     Raises:
         ConfigError: γ is larger than their number, or a fixed layer is not among them.
     """
+    check_effective(config, len(numbers))
     if config.active_layers > len(numbers):
         raise ConfigError(
             "active_layers",
@@ -280,6 +322,20 @@ def check_competing(config: GrassConfig, numbers: Sequence[int], num_layers: int
             frozen,
             "these layers are frozen, or not in the optimizer",
             f"list layers that train: {', '.join(map(str, numbers))}",
+        )
+
+
+def check_effective(config: GrassConfig, competing: int) -> None:
+    """
+    Raises:
+        ConfigError: the draws are to be as among more layers than compete.
+    """
+    if isinstance(wanted := config.temperature, EffectiveLayers) and wanted.effective_layers > competing:
+        raise ConfigError(
+            "temperature.effective_layers",
+            wanted.effective_layers,
+            f"{competing} layers compete",
+            f"use a number from 1 to {competing}, at which draws are uniform",
         )
 
 

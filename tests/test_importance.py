@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from grass_dist.config import EffectiveLayers
 from grass_dist.errors import ConfigError
 from grass_dist.method.importance import ImportanceTracker, effective_layers, mean_gradient_norm, sampling_probabilities
 
@@ -146,3 +147,36 @@ def test_tracker_state_round_trip():
     other = ImportanceTracker([1, 1], ema_alpha=0.5)
     other.load_state_dict(tracker.state_dict())
     assert np.array_equal(other.importances, tracker.importances, equal_nan=True) and other.dropped == 1
+
+
+@given(arrays(np.float64, st.integers(2, 40), elements=st.floats(0.1, 10), unique=True), st.floats(0.05, 0.95))
+def test_a_temperature_is_solved_for_from_the_layers(m, share):
+    wanted = 1 + share * (len(m) - 1)
+    p = sampling_probabilities(m, temperature=EffectiveLayers(effective_layers=wanted), scale="none")
+    spread = np.sort(m)
+    if spread[-1] - spread[-2] > 0.01 * (spread[-1] - spread[0]):  # a near tie at the top allows no sharper draw
+        assert effective_layers(p) == pytest.approx(wanted, rel=1e-6)
+    again = sampling_probabilities(1e-5 * m, temperature=EffectiveLayers(effective_layers=wanted), scale="none")
+    assert again == pytest.approx(p, rel=1e-6), "it is free of the scale"
+    assert sampling_probabilities(m, temperature=EffectiveLayers(effective_layers=wanted)) == pytest.approx(p, rel=1e-6)
+
+
+def test_what_cannot_be_solved_for_is_the_nearest():
+    two = EffectiveLayers(effective_layers=2)
+    assert sampling_probabilities(np.ones(5), temperature=two) == pytest.approx([0.2] * 5)
+    tie = sampling_probabilities(np.array([1.0, 1.0, 1.0, 0.0]), temperature=two)
+    assert tie[:3] == pytest.approx([1 / 3] * 3) and tie[3] > 0
+    assert sampling_probabilities(np.full(4, nan), temperature=two) == pytest.approx([0.25] * 4)
+    every = sampling_probabilities(np.array([1.0, 2.0, 9.0]), temperature=EffectiveLayers(effective_layers=3))
+    assert every == pytest.approx([1 / 3] * 3, rel=1e-6)
+    one = sampling_probabilities(np.array([1.0, 2.0, 9.0]), temperature=EffectiveLayers(effective_layers=1))
+    assert one[2] == pytest.approx(1) and (one > 0).all()
+
+
+def test_exploration_mixes_in_a_uniform_draw():
+    m = np.array([1e-4, 2e-4, 3e-4])
+    alone = sampling_probabilities(m, temperature=0.5)
+    mixed = sampling_probabilities(m, temperature=0.5, exploration=0.3)
+    assert mixed == pytest.approx(0.7 * alone + 0.1, rel=1e-14)
+    sharp = sampling_probabilities(np.array([1.0, 1.0, 40.0]), temperature=1e-3, exploration=0.06)
+    assert sharp == pytest.approx([0.02, 0.02, 0.96]), "no probability underflows"

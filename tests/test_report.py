@@ -177,6 +177,9 @@ def test_a_layer_is_counted_in_training_steps_only(run_dir: Path) -> None:
     assert dict(enumerate(run.times_trained())) == expected
     assert sum(run.times_trained()) == 3 * 114
     assert [row.times_trained for row in layer_rows(run)] == list(expected.values())
+    last = {layer: min(26 + 20 * number, STEPS) for number, layers in enumerate(ROUNDS) for layer in layers}
+    stale = [STEPS - last[layer] if layer in last else None for layer in range(LAYERS)]
+    assert [row.staleness for row in layer_rows(run)] == stale and {0, None} < set(stale)
 
 
 def test_key_figures_against_numbers_computed_by_hand(run_dir: Path) -> None:

@@ -213,3 +213,30 @@ def test_blocks_of_layers_take_no_budget(name):
     fixed = (0, 1, 2, 3) if name == "fixed" else ()
     with pytest.raises(ConfigError, match=f"active_parameters=9.*sampler='{name}'"):
         GrassConfig(active_parameters=9, sampler=name, fixed_layers=fixed)
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 40))
+def test_without_replacement_takes_each_layer_once_a_pass(num_layers, count, passes):
+    count = min(count, num_layers)
+    config = GrassConfig(active_layers=count, sampler="without-replacement", seed=4)
+    sampler = make_sampler(config, num_layers)
+    blocks = [list(sampler.draw(np.ones(num_layers), RoundGenerator(4, r))) for r in range(passes + 3)]
+    assert all(len(set(block)) == count for block in blocks)
+    taken = [layer for block in blocks for layer in block]
+    for start in range(0, len(taken) - num_layers + 1, num_layers):
+        assert sorted(taken[start : start + num_layers]) == list(range(num_layers))
+
+
+def test_without_replacement_reshuffles_each_pass():
+    config = GrassConfig(active_layers=2, sampler="without-replacement", seed=1)
+    passes = {tuple(draws(config, 60, np.ones(6))[i : i + 3]) for i in range(0, 60, 3)}
+    assert len(passes) > 10
+    assert draws(config, 60, np.ones(6)) != draws(config.model_copy(update={"seed": 2}), 60, np.ones(6))
+
+
+@pytest.mark.parametrize(("count", "layers"), [(1, (2,)), (2, (1, 2)), (3, (1, 2, 3)), (5, (0, 1, 2, 3, 4))])
+def test_the_middle_is_the_middle(count, layers):
+    config = GrassConfig(active_layers=count, sampler="middle")
+    assert draws(config, 2) == [layers] * 2
+    assert make_sampler(config, 5).probabilities(IMPORTANCES).tolist() == [i in layers and 1 / count for i in range(5)]
+    assert make_sampler(config, 5).importance == "none"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from grass_dist.config import EffectiveLayers
 from grass_dist.errors import ConfigError
 
 FloatArray = NDArray[np.float64]
@@ -22,14 +24,17 @@ def mean_gradient_norm(squares: FloatArray, numel: FloatArray) -> FloatArray:
     return np.sqrt(squares / numel)
 
 
-def sampling_probabilities(importances: FloatArray, *, temperature: float, scale: str = "mean") -> FloatArray:
-    """``p_l = exp(m_l / τ) / Σ_i exp(m_i / τ)`` (paper section 3.2).
+def sampling_probabilities(
+    importances: FloatArray, *, temperature: float | EffectiveLayers, scale: str = "mean", exploration: float = 0.0
+) -> FloatArray:
+    """``p_l = (1 - ε) exp(m_l / τ) / Σ_i exp(m_i / τ) + ε / L`` (paper section 3.2, where ε = 0).
 
     Args:
         importances: m_l, shape (L,); NaN where a layer has not been measured yet: such a layer counts as an
             average one.
-        temperature: τ.
+        temperature: τ, or the effective layers that it is to give; see `temperature_for`.
         scale: "mean" divides m by its mean over the layers first, "none" does not.
+        exploration: ε.
 
     Returns:
         float64 array of shape (L,) that sums to one.
@@ -44,18 +49,59 @@ def sampling_probabilities(importances: FloatArray, *, temperature: float, scale
     m = np.where(known, importances, mean)
     if scale == "mean":
         m = m / mean if mean > 0 else np.ones_like(m)
-    logits = m / temperature
-    weights = np.exp(logits - logits.max())
-    p = weights / weights.sum()
+    if isinstance(temperature, EffectiveLayers):
+        temperature = temperature_for(m, temperature.effective_layers)
+    p = (1 - exploration) * _softmax(m, temperature) + exploration / len(m)
     if (p < np.finfo(np.float64).tiny).any():
         lowest = int(p.argmin())
         raise ConfigError(
             "temperature",
             temperature,
             f"the sampling probability of layer {lowest} underflows to {p[lowest]:.3g}, so it would never train",
-            f"use a temperature of at least {(logits.max() - logits.min()) * temperature / 600:.3g}",
+            f"use some exploration, or a temperature of at least {np.ptp(m) / LARGEST_SPREAD:.3g}",
         )
     return p
+
+
+LARGEST_SPREAD = 600.0
+"""Difference of two logits at which no probability underflows in float64."""
+
+
+def _softmax(m: FloatArray, temperature: float) -> FloatArray:
+    weights = np.exp((m - m.max()) / temperature)
+    return weights / weights.sum()
+
+
+def temperature_for(m: FloatArray, effective: float) -> float:
+    """The τ at which exp of the entropy of ``softmax(m / τ)`` is ``effective``, by bisection of log τ.
+
+    The entropy rises with τ, from that of a draw among the largest layers alone to that of a uniform one. Where it
+    cannot be had, because several layers are equally important or all are, it is the nearest: the lowest τ without an
+    underflow. Multiplying m by a number multiplies τ by it, so that p does not depend on the scale of m.
+
+    Args:
+        m: importances of shape (L,), without NaN.
+        effective: from 1 to L.
+    """
+    spread = float(np.ptp(m))
+    if spread == 0:
+        return 1.0
+    low, high = spread / LARGEST_SPREAD, spread * HIGHEST
+    if effective_layers(_softmax(m, low)) >= effective:
+        return low
+    for _ in range(BISECTIONS):
+        middle = math.sqrt(low * high)
+        if effective_layers(_softmax(m, middle)) < effective:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+HIGHEST = 1e8
+"""τ over the spread of the importances at which probabilities are equal but for 1e-8."""
+BISECTIONS = 80
+"""Halvings of log τ, whose range of 25 has no more bits in float64."""
 
 
 def entropy(probabilities: Sequence[float] | FloatArray) -> float:

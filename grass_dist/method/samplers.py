@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,9 @@ def weighted_without_replacement(p: FloatArray, count: int, generator: np.random
 
 
 def _softmax(config: GrassConfig) -> Callable[[FloatArray], FloatArray]:
-    return lambda m: sampling_probabilities(m, temperature=config.temperature, scale=config.importance_scale)
+    return lambda m: sampling_probabilities(
+        m, temperature=config.temperature, scale=config.importance_scale, exploration=config.exploration
+    )
 
 
 def _wanted(config: GrassConfig, num_layers: int) -> int:
@@ -201,10 +204,44 @@ def _cycle(shuffled: bool) -> SamplerFactory:
     return factory
 
 
+def _without_replacement(config: GrassConfig, num_layers: int) -> Sampler:
+    """Every layer once before any comes again, in an order of its own each time (OMGD).
+
+    Where γ does not divide L, the draw that ends a pass is filled up by the first layers of the next pass that it does
+    not have yet; these then come no more in that pass. Passes whose first draw is whole begin from scratch, so that a
+    draw needs at most γ orders.
+    """
+    count = config.active_layers
+    together = num_layers * count // math.gcd(num_layers, count)  # entries after which a pass begins with a draw
+
+    def draw(_: FloatArray, generator: RoundGenerator) -> list[int]:
+        start = generator.round * count
+        first, chosen = start // together * (together // num_layers), list[int]()
+        for number in range(first, (start + count - 1) // num_layers + 1):
+            own = np.argsort(RoundGenerator(config.seed, number).random(num_layers), kind="stable").tolist()
+            tail = chosen[len(chosen) // count * count :]  # of a draw that is not whole yet
+            fill = [layer for layer in own if layer not in tail][: -len(tail) % count]
+            chosen += fill + [layer for layer in own if layer not in fill]
+        at = start - first * num_layers
+        return chosen[at : at + count]
+
+    return Sampler(draw, _even(num_layers), "none")
+
+
+def _middle(config: GrassConfig, num_layers: int) -> Sampler:
+    """The γ layers in the middle of the stack, always; of two middles the lower one."""
+    start = (num_layers - config.active_layers) // 2
+    return _always(range(start, start + config.active_layers), num_layers)
+
+
 def _fixed(config: GrassConfig, num_layers: int) -> Sampler:
+    return _always(config.fixed_layers, num_layers)
+
+
+def _always(layers: Sequence[int], num_layers: int) -> Sampler:
     p = np.zeros(num_layers)
-    p[list(config.fixed_layers)] = 1.0 / len(config.fixed_layers)
-    return Sampler(lambda *_: config.fixed_layers, lambda _: p, "none")
+    p[list(layers)] = 1.0 / len(layers)
+    return Sampler(lambda *_: layers, lambda _: p, "none")
 
 
 _REGISTRY.update(
@@ -215,6 +252,8 @@ _REGISTRY.update(
         "uniform": _uniform,
         "cyclic": _cycle(shuffled=False),
         "random-cyclic": _cycle(shuffled=True),
+        "without-replacement": _without_replacement,
+        "middle": _middle,
         "fixed": _fixed,
     }
 )

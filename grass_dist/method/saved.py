@@ -16,13 +16,14 @@ SETTINGS = "settings"
 CLASS = "optimizer class"
 
 _DEFAULTS = GrassConfig().model_dump()
+_LATER = ("freeze", "active_parameters", "exploration")
 
 
 def settings_of(grass: GrassController, class_name: str | None = None) -> dict[str, Any]:
     """The settings that must not change within a run, as JSON holds them: all but where the states are.
 
-    The role ``others``, ``freeze`` and ``active_parameters`` are among them only where they are set: older releases
-    did not have them.
+    The role ``others``, ``freeze``, ``active_parameters`` and ``exploration`` are among them only where they are set:
+    older releases did not have them.
 
     Args:
         class_name: of the optimizer class; None where another one may go on.
@@ -30,7 +31,7 @@ def settings_of(grass: GrassController, class_name: str | None = None) -> dict[s
     config, roles = grass.config, {unit.name for unit in grass.roles}
     always = [name for name in config.always_active if name != "others" or name in roles]
     unknown = {"offload"}
-    unknown |= {name for name in ("freeze", "active_parameters") if getattr(config, name) == _DEFAULTS[name]}
+    unknown |= {name for name in _LATER if getattr(config, name) == _DEFAULTS[name]}
     settings = config.model_dump(mode="json", exclude=unknown) | {"always_active": always}
     settings |= {} if class_name is None else {CLASS: class_name}
     return json.loads(json.dumps(settings))

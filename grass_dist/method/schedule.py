@@ -11,7 +11,7 @@ Phase = Literal["probe", "train"]
 
 def too_short_for(layers: Sequence[int], num_layers: int, sampler: str) -> str | None:
     """What a run says at its end of ``layers``, which have not trained in any step; None if there is nothing to say."""
-    if not layers or sampler == "fixed":
+    if not layers or sampler in ("fixed", "middle"):
         return None
     named = ", ".join(map(str, layers)) if len(layers) <= 40 else f"{', '.join(map(str, layers[:40]))} and others"
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grass_dist.config import GrassConfig
+from grass_dist.config import EffectiveLayers, GrassConfig
 from grass_dist.events import Started
 from grass_dist.model.units import shown_names
 
@@ -15,6 +15,8 @@ _DRAWN = {
     "uniform": "drawn evenly",
     "cyclic": "in turn",
     "random-cyclic": "in turn, in a random order",
+    "without-replacement": "in turn, each once before any comes again",
+    "middle": "the middle ones",
     "fixed": "always the same",
 }
 
@@ -28,6 +30,7 @@ def about_run(config: GrassConfig, started: Started, probing: int) -> str:
     layers, of = len(started.layers), started.num_layers
     competing = "" if layers == of else f" ({layers} compete)"
     drawn = _DRAWN.get(config.sampler, f"drawn by the sampler {config.sampler!r}")
+    drawn += about_evenness(config)
     probe = f"probe until step {probing}, in which nothing is updated" if probing else "no probe"
     count, limit = f"{config.active_layers}", config.active_parameters
     if limit is not None:
@@ -38,6 +41,19 @@ def about_run(config: GrassConfig, started: Started, probing: int) -> str:
         f"GRASS: {count} of {of} layers{competing} train at a time ({shown_names(started.stacks)}), {drawn}; {probe}; "
         f"{about_trained(started)}."
     )
+
+
+def about_evenness(config: GrassConfig) -> str:
+    """How even draws by importances are made, where the user says so in layers; else nothing."""
+    if "norms" not in _DRAWN.get(config.sampler, ""):
+        return ""
+    wanted, explored = config.temperature, config.exploration
+    parts = []
+    if isinstance(wanted, EffectiveLayers):
+        parts.append(f"as uneven as among {wanted.effective_layers:g} layers")
+    if explored:
+        parts.append(f"{100 * explored:.3g} % of it even")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def about_trained(started: Started) -> str:

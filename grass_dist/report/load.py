@@ -206,6 +206,12 @@ class RunRecord:
                 counts[layer] += 1
         return counts
 
+    def staleness(self) -> list[int | None]:
+        """Steps of the run since each layer trained last; None where it never has."""
+        last: dict[int, int] = {layer: step.step for step in self.train_steps for layer in step.active_layers}
+        end = self.steps[-1].step if self.steps else 0
+        return [end - last[layer] if layer in last else None for layer in range(self.info.num_layers)]
+
     def intervals(self) -> list[Interval]:
         """The training steps, cut where the trained layers change."""
         found: list[Interval] = []

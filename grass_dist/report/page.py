@@ -66,6 +66,8 @@ class LayerRow:
     name: str
     numel: int
     times_trained: int
+    staleness: int | None
+    """Steps since it trained last."""
     importance: float | None
     probability: float | None
 
@@ -185,7 +187,8 @@ def layer_rows(run: RunRecord) -> list[LayerRow]:
     importances = relative(run.refreshes[-1].importances) if run.refreshes else unknown
     events = run.probability_events()
     probabilities = events[-1].probabilities if events else unknown
-    columns = (info.layer_names, info.layer_numel, run.times_trained(), importances, probabilities)
+    trained, stale = run.times_trained(), run.staleness()
+    columns = (info.layer_names, info.layer_numel, trained, stale, importances, probabilities)
     return [LayerRow(index, *row) for index, row in enumerate(zip(*columns, strict=True))]
 
 
@@ -269,6 +272,8 @@ def _evenness(run: RunRecord) -> str:
     told = f"The last probabilities have the entropy of {among}; the largest is {max(known) / min(known):.3g} times "
     temperature = run.info.grass.get("temperature")
     hint = f" A grass.temperature below {temperature:g} sharpens them." if isinstance(temperature, int | float) else ""
+    if isinstance(temperature, Mapping) and isinstance(wanted := temperature.get("effective_layers"), int | float):
+        hint = f" grass.temperature asks for {wanted:.3g} layers."
     return f"{told}the smallest.{hint}"
 
 

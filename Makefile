@@ -50,14 +50,14 @@ lint: setup
 
 unit: setup
 	at=$$(mktemp -d /tmp/t.XXXX) && trap "rm -rf $$at" EXIT && \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal --basetemp=$$at/t
+	  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not integration" -n 2 --dist worksteal --basetemp=$$at/t
 
 processes: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m "not integration and not long"
 
 # What make test leaves out for its time: every launcher, more ranks and backends of the same checks.
 integration: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest integration_tests -m "integration and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests integration_tests -m "integration and not long"
 
 # And still more of them.
 long: setup

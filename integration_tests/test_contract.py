@@ -171,7 +171,7 @@ def test_every_flag_of_adamw_is_stock_under_ddp(runs):
 SOME = ("AdamW", "Adagrad", "Adafactor")
 
 
-@pytest.mark.integration
+@pytest.mark.long
 @scenarios(FOUR(matrix, "hsdp", names=SOME, most=1))
 def test_each_class_is_stock_or_refused_under_hsdp(runs):
     counts_of(runs, len(SOME) * len(MODES), len(SOME))
@@ -234,7 +234,7 @@ def fewer(rank: int, world_size: int, wrapper: str, name: str, mode: str) -> dic
     THREE(fewer, "fsdp2", "NAdam", "none"),
     THREE(fewer, "ddp", "AdamW", "stream"),
     THREE(fewer, "ddp", "Adafactor", "interval"),
-    FOUR(fewer, "hsdp", "AdamW", "stream"),
+    pytest.param(FOUR(fewer, "hsdp", "AdamW", "stream"), marks=pytest.mark.long),
 )
 def test_fewer_layers_are_an_optimizer_for_each(runs):
     for run in runs:
@@ -325,7 +325,7 @@ def scheduled_on_ranks(rank: int, world_size: int, wrapper: str) -> list[str]:
 
 
 @pytest.mark.integration
-@scenarios(THREE(scheduled_on_ranks, "fsdp2"), THREE(scheduled_on_ranks, "ddp"))
+@scenarios(THREE(scheduled_on_ranks, "fsdp2"), pytest.param(THREE(scheduled_on_ranks, "ddp"), marks=pytest.mark.long))
 def test_schedulers_drive_it_as_stock_and_resume_on_ranks(runs):
     assert runs == [[]] * 3
 
@@ -372,7 +372,7 @@ def looped(own: OnRanks, kind: Any, mode: str | None) -> list[Any]:
 
 
 @pytest.mark.integration
-@scenarios(THREE(looped_on_ranks, "fsdp2"), THREE(looped_on_ranks, "ddp"))
+@scenarios(THREE(looped_on_ranks, "fsdp2"), pytest.param(THREE(looped_on_ranks, "ddp"), marks=pytest.mark.long))
 def test_a_loop_of_a_user_is_that_of_stock_on_ranks(runs):
     assert runs == [{}] * 3
 

@@ -120,6 +120,7 @@ def test_two_hosts_are_measured_and_another_version_is_named(hosts, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["found.json", "other"]
 
 
+@pytest.mark.long
 def test_a_host_that_sends_ten_times_slower_is_named(hosts):
     hosts[2].slow("20mbit")
     try:
@@ -152,6 +153,7 @@ def test_what_would_make_a_collective_hang_is_named_before(hosts):
     assert "Nothing was measured" in ended[0].out and found()["all_reduce"] is None
 
 
+@pytest.mark.long
 def test_a_host_that_cannot_meet_the_others_says_so(hosts):
     hosts[1].run(["ip", "route", "add", "prohibit", "10.77.0.1/32"])
     try:
@@ -190,6 +192,7 @@ def cut_after(host: Host, sent: int) -> None:
     host.cut()
 
 
+@pytest.mark.long
 def test_mpirun(hosts):
     mpirun = [str(BIN / "mpirun"), "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable]
     (ended,) = finish([start(hosts[0], [*mpirun, "-m", "grass_dist.doctor", "--json", "found.json", "--size", "1MB"])])

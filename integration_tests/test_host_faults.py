@@ -90,6 +90,7 @@ class Run:
         return [line for line in self.said[number] if line.startswith("error: ")]
 
 
+@pytest.mark.long
 def test_a_link_that_is_cut_and_healed_changes_nothing(hosts, config):
     def weights(name: str, fault: Callable[[Run], None]) -> bytes:
         with Run(hosts, config, name, "answer_tokens=0") as run:
@@ -128,6 +129,7 @@ def test_a_link_that_stays_cut_ends_all_ranks_with_a_sentence(hosts, config):
     assert not any("Traceback" in log.read_text() for log in logs)
 
 
+@pytest.mark.long
 def test_checkpoints_want_a_folder_that_all_hosts_share(hosts, config):
     runs = config.parent / "runs"
     runs.mkdir(exist_ok=True)

@@ -32,6 +32,7 @@ wait $!
 """
 
 
+@pytest.mark.long
 def test_the_doctor_works_on_a_host_that_has_ipv6_alone(tmp_path):
     environ = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     command = ["unshare", "--net", "--uts", "sh", "-c", UP]

@@ -29,8 +29,8 @@ def runs(tmp_path_factory):
     [
         pytest.param(INTERVAL, "probe", 0.7, 1, False, marks=pytest.mark.long),
         (INTERVAL, "save: a tensor file half written", 0.5, 0, False),
-        (INTERVAL, "save: between manifest and rename", 0.7, 0, False),
-        (STREAM, "eviction", 0.6, 1, False),
+        pytest.param(INTERVAL, "save: between manifest and rename", 0.7, 0, False, marks=pytest.mark.integration),
+        pytest.param(STREAM, "eviction", 0.6, 1, False, marks=pytest.mark.integration),
         (INTERVAL, "update", 0.5, 1, True),
     ],
     ids=["a probe", "half a file", "no rename", "an eviction", "torchrun"],

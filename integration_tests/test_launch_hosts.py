@@ -85,7 +85,7 @@ def test_torchrun(hosts, config, alone, rendezvous):
     check_same(launch(hosts, "torchrun.sh", config, f"torchrun-{rendezvous}", RENDEZVOUS=rendezvous), alone)
 
 
-@pytest.mark.integration
+@pytest.mark.long
 def test_mpirun(hosts, config, alone):
     run = launch(hosts[:1], "mpirun.sh", config, "mpirun", HOSTS="grass1,grass2", MPI_ARGS="--allow-run-as-root")
     check_same(run, alone)
@@ -104,7 +104,12 @@ def test_slurm(hosts, config, alone, tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("launcher", "args"), [("pdsh", ""), ("openmpi", "--allow-run-as-root --mca btl ^openib"), ("no_ssh", "")]
+    ("launcher", "args"),
+    [
+        ("pdsh", ""),
+        pytest.param("openmpi", "--allow-run-as-root --mca btl ^openib", marks=pytest.mark.long),
+        pytest.param("no_ssh", "", marks=pytest.mark.long),
+    ],
 )
 def test_deepspeed(hosts, config, alone, launcher, args, tmp_path):
     (tmp_path / "hosts").write_text("grass1 slots=2\ngrass2 slots=2\n")

@@ -22,8 +22,9 @@ def hosts() -> Iterator[list[Host]]:
         yield made
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
-    "patient", [False, pytest.param(True, marks=pytest.mark.integration)], ids=["with a timeout", "without"]
+    "patient", [False, pytest.param(True, marks=pytest.mark.long)], ids=["with a timeout", "without"]
 )
 def test_both_sides_of_a_cut_link_end_and_name_the_other(hosts, tmp_path, patient):
     def cut() -> None:

@@ -82,6 +82,7 @@ def dropped(rank: int, world_size: int, wrap: str) -> list[str]:
     ]
 
 
+@pytest.mark.integration
 @scenarios(THREE(dropped, "ddp"), THREE(dropped, "fsdp2"), THREE(dropped, "fsdp2, mixed"))
 def test_dropped_batches_leave_no_trace_on_any_rank(runs):
     assert runs == [[]] * 3
@@ -328,6 +329,7 @@ def called(rank: int, world_size: int, way: str, gamma: int, policy: MixedPrecis
 LOW = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 
+@pytest.mark.integration
 @scenarios(
     *(
         THREE(called, way, 8, policy)

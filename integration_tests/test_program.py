@@ -72,9 +72,9 @@ def test_a_run_leaves_a_record_a_report_and_a_model(two_ranks, config):
     ("world_size", "overrides"),
     [
         (1, ["parallel=single", "name=single"]),
-        (1, ["name=fsdp-alone", "train.micro_batch_size=4"]),
+        pytest.param(1, ["name=fsdp-alone", "train.micro_batch_size=4"], marks=pytest.mark.integration),
         (2, ["parallel=ddp", "name=ddp", "train.micro_batch_size=1"]),
-        (4, ["name=hsdp", "parallel.mesh.replicate=2"]),
+        pytest.param(4, ["name=hsdp", "parallel.mesh.replicate=2"], marks=pytest.mark.integration),
     ],
     ids=lambda v: str(v),
 )
@@ -90,10 +90,13 @@ def test_the_trajectory_does_not_depend_on_the_ranks(two_ranks, config, world_si
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["name=packed", "data.packing=true"],
+        pytest.param(["name=packed", "data.packing=true"], marks=pytest.mark.integration),
         ["name=stream", "data.streaming=true", "data.eval_examples=4"],
         ["name=bf16", "model.dtype=bfloat16", "model.activation_checkpointing=true", "train.schedule=linear"],
-        ["name=lisa", "grass.sampler=uniform", "grass.probe_steps=0", "grass.always_active=[]"],
+        pytest.param(
+            ["name=lisa", "grass.sampler=uniform", "grass.probe_steps=0", "grass.always_active=[]"],
+            marks=pytest.mark.integration,
+        ),
     ],
     ids=lambda v: v[0],
 )

@@ -181,6 +181,7 @@ def test_bad_input_ends_every_rank_with_one_sentence(bad, case):
     assert not (bad.parent / "runs" / "bad").exists()
 
 
+@pytest.mark.integration
 def test_the_deepspeed_launcher_ends_with_it(bad):
     failed = launch(deepspeed(), bad, "name=bad", *BAD["a value that contradicts ours"][0])
     assert failed.returncode != 0

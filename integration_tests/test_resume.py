@@ -69,7 +69,11 @@ def _differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[s
             *(4, Setting("hsdp", {**GRASS, "offload": {"mode": "none"}}, background=False), [4, 10]),
             marks=pytest.mark.long,
         ),
-        (1, Setting("single", {**GRASS, "offload": {"mode": "stream", "slots": 2}}, accumulation=3), list(MOMENTS)),
+        pytest.param(
+            *(1, Setting("single", {**GRASS, "offload": {"mode": "stream", "slots": 2}}, accumulation=3)),
+            list(MOMENTS),
+            marks=pytest.mark.integration,
+        ),
     ],
     ids=["fsdp2 interval", "ddp stream bf16", "hsdp none", "single stream"],
 )

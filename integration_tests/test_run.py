@@ -65,6 +65,7 @@ def test_torchrun(settings, tmp_path):
 # --multi_gpu: with --cpu, Accelerate starts several ranks by MPI alone
 
 
+@pytest.mark.long
 def test_accelerate_launch_and_around_it(settings, tmp_path):
     launcher = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--main_process_port", str(free_port()), "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -145,6 +146,7 @@ def test_a_loop_without_any_of_the_doors_is_told_so(tmp_path):
     assert ours.stderr.count("GRASS: an optimizer (AdamW) has taken a step here without GRASS") == 1, ours.stderr
 
 
+@pytest.mark.long
 def test_accelerate_is_reached_and_nothing_of_us_stays_between(tmp_path):
     (script := tmp_path / "s.py").write_text(LOOP + ACCELERATED)
     ours = python(*RUN, "--active-layers", "2", str(script), DS_ACCELERATOR="cpu")
@@ -152,6 +154,7 @@ def test_accelerate_is_reached_and_nothing_of_us_stays_between(tmp_path):
     assert "without GRASS" not in ours.stderr
 
 
+@pytest.mark.long
 def test_a_script_that_calls_enable_itself_keeps_its_settings(tmp_path):
     (script := tmp_path / "s.py").write_text(LOOP + ACCELERATED)
     ours = python(*RUN, "--active-layers", "2", str(script), "own", DS_ACCELERATOR="cpu")

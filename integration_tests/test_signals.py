@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +39,7 @@ def check_nothing_broke(said: str) -> None:
     assert "terminate called" not in said and "Fatal Python error" not in said, said[-1000:]
 
 
+@pytest.mark.integration
 def test_survivors_name_a_rank_that_is_killed_under_torchrun(config, tmp_path):
     with Launched([*torchrun(3), *arguments(config, "killed", "train.global_batch_size=12")], tmp_path / "log") as run:
         run.reach("step 50/1000")
@@ -50,7 +53,7 @@ def test_survivors_name_a_rank_that_is_killed_under_torchrun(config, tmp_path):
         check_nothing_broke(run.said)
 
 
-@pytest.mark.integration
+@pytest.mark.long
 def test_survivors_name_a_rank_that_is_killed_at_the_start(config, tmp_path):
     first = "model.trust_remote_code=true"  # which is said before anything is loaded
     batch = "train.global_batch_size=12"
@@ -79,6 +82,15 @@ def test_ranks_whose_launcher_is_killed_end_with_one_sentence(config, tmp_path):
 MPIRUN = ["bash", str(ROOT / "launch" / "mpirun.sh")]
 PLAIN = [str(Path(sys.executable).parent / "mpirun"), "--allow-run-as-root", "-n", "2"]
 PLAIN += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", sys.executable, PROGRAM]
+
+
+def some_long(names: Iterable[str], *quick: str) -> list[Any]:
+    """The names as parameters of a test; all but ``quick`` are left to `make long`."""
+    marks = {name: () if name in quick else pytest.mark.long for name in names}
+    assert set(quick) <= set(marks)
+    return [pytest.param(name, marks=mark, id=name.replace(" ", "-")) for name, mark in marks.items()]
+
+
 WAYS = {
     "Ctrl-C under torchrun": (torchrun(2), signal.SIGINT, True, "SIGINT"),
     "a closed terminal under torchrun": (torchrun(2), signal.SIGHUP, False, "SIGHUP"),
@@ -91,7 +103,7 @@ WAYS = {
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.replace(" ", "-"))
+@pytest.mark.parametrize("way", some_long(WAYS, "Ctrl-C under torchrun", "SIGTERM under mpirun"))
 def test_a_launcher_that_is_asked_to_end_lets_the_ranks_save(config, tmp_path, way):
     command, number, to_all, name = WAYS[way]
     folder = way.replace(" ", "-")
@@ -206,7 +218,7 @@ TERMINALS = {
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("terminal", TERMINALS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("terminal", some_long(TERMINALS, "both closed", "latin-1"))
 def test_a_run_ends_well_on_any_terminal(config, tmp_path, terminal):
     name = terminal.replace(" ", "-")
     program = f"{sys.executable} {PROGRAM} --config {config} name={name} {' '.join(ENDS)}"

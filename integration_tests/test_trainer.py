@@ -294,7 +294,9 @@ def on_configured_zero(rank: int, world_size: int, scheduler: bool, folder: Path
 
 
 @pytest.mark.parametrize(
-    "scheduler", [True, pytest.param(False, marks=pytest.mark.integration)], ids=["ds scheduler", "hf scheduler"]
+    "scheduler",
+    [pytest.param(True, marks=pytest.mark.integration), pytest.param(False, marks=pytest.mark.integration)],
+    ids=["ds scheduler", "hf scheduler"],
 )
 def test_zero_with_the_optimizer_of_the_ds_config(scheduler, tmp_path):
     for rank in run_ranks(2, on_configured_zero, scheduler, tmp_path, timeout=240):

@@ -161,6 +161,7 @@ def on_accelerate(rank: int, world_size: int, folder: Path) -> dict:
     return seen
 
 
+@pytest.mark.long
 def test_accelerate_saves_and_loads_states_under_fsdp2(tmp_path):
     for rank, seen in enumerate(run_ranks(2, on_accelerate, tmp_path, timeout=800)):
         assert all(seen["same"]) and seen["scaled"]
@@ -291,7 +292,7 @@ def on_load(rank: int, world_size: int, folder: Path, replicas: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("replicas", [1, 2], ids=["fsdp2", "hsdp"])
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.long)], ids=["fsdp2", "hsdp"])
 def test_a_model_sharded_at_load_resumes_to_the_bit(replicas, tmp_path):
     for seen in run_ranks(2 * replicas, on_load, tmp_path, replicas, timeout=800):
         assert seen["sharded"]

@@ -48,7 +48,7 @@ def trained(folder, accumulation: int) -> Any:
     return run
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_grpo_begins_after_the_probe_as_without_it(accumulation, tmp_path):
     stock = trained(tmp_path / "stock", accumulation)
     grass_dist.enable(GRASS)

@@ -48,7 +48,7 @@ def in_a_notebook(rank: int, world_size: int, folder: str, stage: int) -> dict[s
     }
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_a_trainer_evaluates_first_and_trains_twice(stage, tmp_path):
     for rank in run_ranks(2, in_a_notebook, str(tmp_path), stage, timeout=200):
         first, second, third = rank["losses"]

@@ -180,9 +180,8 @@ def _seen(told: Told) -> dict[str, int]:
     return counted
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(1, marks=pytest.mark.integration), 2, pytest.param(3, marks=pytest.mark.integration)]
-)
+@pytest.mark.integration
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_every_door_waits_for_its_own_copies(stage, tmp_path):
     """After steps, switches and loads, with copies that come late: as if no state ever moved, to the bit."""
     for told in run_ranks(2, compare_doors, stage, str(tmp_path), timeout=400):

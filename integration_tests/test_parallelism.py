@@ -262,9 +262,7 @@ def by_columns(rank: int, world_size: int) -> dict[str, Any]:
     model = small_llama()
     for module in (*model.model.layers, model):
         fully_shard(module, shard_placement_fn=lambda param: Shard(param.ndim - 1))
-    optimizer = grass_dist.GrassOptimizer(
-        model, torch.optim.AdamW, ADAMW, config=SETTINGS, params=decay_groups(model)
-    )
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS, params=decay_groups(model))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     active = []
     for step in range(10):

@@ -87,6 +87,35 @@ class MeshSharding(DTensorSharding):
         return dtensor_of(part, tensor.device_mesh, tensor.placements, tensor)
 
 
+SUMMED_BY_A_HOOK = "replicated_with_grad_allreduce"
+"""The style of transformers for parameters that each rank applies to its own heads (q_norm of Qwen3)."""
+
+
+def check_plans(model: nn.Module) -> None:
+    """Checks how transformers has divided the model or a part of it (`DistributedConfig`, ``tp_plan="auto"``).
+
+    Raises:
+        UnsupportedModel: ranks hold different experts or layers, or hooks of transformers, which the first forward
+            registers, change gradients after they have been measured.
+    """
+    for module in model.modules():
+        how = getattr(getattr(module, "config", None), "distributed_config", None)
+        for name in ("ep_size", "pp_size"):
+            if (size := getattr(how, name, None) or 1) > 1:
+                raise UnsupportedModel(
+                    f"DistributedConfig({name}={size}) gives ranks different parts of the model, and importances would "
+                    f"be those of a part: leave {name} out, and use fsdp_size or tp_size."
+                )
+        plan = getattr(module, "tp_plan", None) or {}
+        summed = [name for name, style in plan.items() if style == SUMMED_BY_A_HOOK]
+        if (getattr(how, "tp_size", None) or 1) > 1 and summed:
+            raise UnsupportedModel(
+                f"The tensor-parallel plan of {type(module).__name__} sums the gradients of {summed[0]} over the ranks "
+                "in a hook of transformers that runs after they have been measured: use fsdp_size alone, or divide the "
+                "model by torch's parallelize_module."
+            )
+
+
 def check_blocks(params: Iterable[tuple[str, torch.Tensor]]) -> None:
     """
     Raises:

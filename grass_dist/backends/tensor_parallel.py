@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from grass_dist.backends.base import HookedBackend, device_of
-from grass_dist.backends.mesh import MeshSharding, check_blocks, largest_mesh
+from grass_dist.backends.mesh import MeshSharding, check_blocks, check_plans, largest_mesh
 from grass_dist.errors import UnsupportedModel
 from grass_dist.model.discovery import Unit
 from grass_dist.ranks import Ranks
@@ -30,6 +30,11 @@ class TensorParallelBackend(HookedBackend):
         return any(isinstance(p, DTensor) for p in model.parameters())
 
     def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
+        if all(placed.is_replicate() for p in model.parameters() if isinstance(p, DTensor) for placed in p.placements):
+            raise UnsupportedModel(
+                "The parameters are DTensors but no module is sharded by fully_shard, or divided by parallelize_module; "
+                "call fully_shard on the layers and on the model before GrassOptimizer."
+            )
         mesh = largest_mesh(model.parameters())
         if mesh.size() != dist.get_world_size():
             raise UnsupportedModel(
@@ -37,6 +42,7 @@ class TensorParallelBackend(HookedBackend):
                 "sharded by fully_shard, so nothing averages gradients over the other ranks: call fully_shard on the "
                 "layers and on the model, over the mesh dimension of the data, before GrassOptimizer."
             )
+        check_plans(model)
         check_blocks(model.named_parameters())
         super().__init__(model, accumulation_steps, MeshSharding(Ranks(dist.group.WORLD, device_of(model)), mesh))
 

@@ -63,7 +63,8 @@ def divided(model: Any, tp: DeviceMesh, in_parts: bool = False) -> nn.Module:
             "input_layernorm": SequenceParallel(),
             "post_attention_layernorm": SequenceParallel(),
             "self_attn": PrepareModuleInput(
-                input_kwarg_layouts={"hidden_states": between}, desired_input_kwarg_layouts={"hidden_states": Replicate()}
+                input_kwarg_layouts={"hidden_states": between},
+                desired_input_kwarg_layouts={"hidden_states": Replicate()},
             ),
             "mlp": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
         }

@@ -56,6 +56,28 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_axes(mpu: Any, mesh_param: Any) -> None:
+    """Refuses ranks that are not all copies of one model, or parts of a sequence (Ulysses).
+
+    Args:
+        mpu: as `deepspeed.initialize` takes it.
+        mesh_param: the same.
+
+    Raises:
+        ConfigError: ranks would hold different parts of layers, or not reduce gradients together.
+    """
+    if mesh_param is not None:
+        problem = "ZeRO then reduces gradients over its first dimension alone, and the ranks of a sequence drift apart"
+        fix = "pass the mpu of UlyssesSPAttentionHF.register_with_transformers in its place"
+        raise ConfigError("mesh_param", mesh_param, problem, fix)
+    if mpu is None or hasattr(mpu, "initialize_sequence_parallel"):  # as DeepSpeed tells Ulysses' one from others
+        return
+    if (parts := mpu.get_model_parallel_world_size()) > 1:
+        problem = f"its {parts} model-parallel ranks hold parts of each layer, and would draw different layers"
+        fix = "use GrassOptimizer with parallelize_module and fully_shard, or ZeRO-3 alone"
+        raise ConfigError("mpu", type(mpu).__name__, problem, fix)
+
+
 def check_optimizer(optimizer: Any, setup: ZeroSetup) -> None:
     """Refuses optimizers that GRASS cannot train with.
 

@@ -110,7 +110,6 @@ REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     ("managed_gradient_accumulation", off, "GRASS counts steps as DeepSpeed accumulates them", "use true"),
     ("tensor_parallel.autotp_size", over(1), _COPIES, _DATA_PARALLEL),
     ("pipeline.stages", over(1), _COPIES, _DATA_PARALLEL),
-    ("sequence_parallel_size", over(1), _COPIES, _DATA_PARALLEL),
     *((f"{name}.enabled", on, _COPIES, _DATA_PARALLEL) for name in ("expert_parallel", "moe")),
     ("elasticity.enabled", on, "the number of ranks cannot change", "set train_micro_batch_size_per_gpu instead"),
     ("progressive_layer_drop.enabled", on, _ALL_TOKENS, "leave it out"),
@@ -178,6 +177,11 @@ CONDITIONS: dict[str, tuple[str, str, str]] = {
         "at stages 0 and 1 DeepSpeed then uses its BF16_Optimizer",
         "use stage 2, or leave it out",
     ),
+    "sequence_parallel_size": (
+        "above 1 without an `mpu=` that has as many ranks for a sequence, or with `data_parallel_size`",
+        "DeepSpeed sums the gradients of a sequence over the ranks that mpu= has for it",
+        "pass the mpu of UlyssesSPAttentionHF.register_with_transformers with this size",
+    ),
     "zero_optimization.stage": ("other than 0 to 3", "there is no such stage", "use 1, 2 or 3 (0 runs as 1)"),
     "train_micro_batch_size_per_gpu": (
         "without `train_batch_size` too",
@@ -202,6 +206,7 @@ RUN: tuple[tuple[str, str, str], ...] = (
     ("", "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping", ""),
     ("", "communication_data_type prescale_gradients gradient_predivide_factor", "a probe averages in fp32"),
     ("", "seq_parallel_communication_data_type", "for Ulysses through `mpu=`"),
+    ("", "sequence_parallel_size", "for Ulysses through `mpu=`"),
     ("", "steps_per_print log_level dump_state wall_clock_breakdown memory_breakdown disable_python_gc", ""),
     ("", "dataloader_drop_last vocabulary_size disable_allgather", ""),
     ("zero_optimization", _ZERO, ""),

@@ -32,7 +32,7 @@ class TensorParallelBackend(HookedBackend):
     def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
         if all(placed.is_replicate() for p in model.parameters() if isinstance(p, DTensor) for placed in p.placements):
             raise UnsupportedModel(
-                "The parameters are DTensors but no module is sharded by fully_shard, or divided by parallelize_module; "
+                "The parameters are DTensors but no module is sharded by fully_shard or divided by parallelize_module; "
                 "call fully_shard on the layers and on the model before GrassOptimizer."
             )
         mesh = largest_mesh(model.parameters())

@@ -46,8 +46,15 @@ def backend_for(model: nn.Module, accumulation_steps: int) -> HookedBackend:
 
 
 def trains_alone(backend: HookedBackend) -> str | None:
-    """What the first of several processes is told whose models are wrapped in nothing."""
+    """What ranks are told that train a model without the others: the first of all, or of a group."""
     everyone = world()
+    part = backend.ranks.world_size
+    if part not in (1, everyone.world_size):
+        return (
+            f"The model is wrapped for {part} of {everyone.world_size} ranks, which draw layers and average gradients "
+            "by themselves; if the others train the same model (on parts of a sequence, for example), wrap it over all "
+            "of them: fully_shard takes a flattened mesh."
+        )
     if not isinstance(backend, SingleBackend) or everyone.world_size == 1 or everyone.rank != 0:
         return None
     return (

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from grass_dist.backends.zero.backend import ZeroBackend, ZeroSharding
-from grass_dist.backends.zero.checks import check_axes, check_model, check_optimizer
+from grass_dist.backends.zero.checks import check_axes, check_group, check_model, check_optimizer
 from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, sequence_ranks, split_ds_config
 from grass_dist.backends.zero.engine import wrap_methods
 from grass_dist.backends.zero.groups import groups_of, weights_on_host
@@ -165,7 +165,7 @@ class ZeroMethod:
     ) -> None:
         user, config, stage = arguments["init_optimizer"], setup.grass, max(setup.stage, 1)
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
-
+        check_group(sharding.ranks)
         found, layers, roles, still, unmatched = _choose(model, setup, user, sharding)
         told = [unmatched, several_stacks(found), frozen_layers(found, layers), tied_weights(model, [*layers, *roles])]
         told += [compiled_whole(model, layers), too_low_recompile_limit(model, layers)]

@@ -18,17 +18,17 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
 from integration_tests.support.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
 from integration_tests.support.parallel import data_place, divided
 from integration_tests.support.parity import check_parity
-from integration_tests.support.ranks import refused
+from integration_tests.support.ranks import refused, run_ranks
 from integration_tests.support.reference import run_reference
 from integration_tests.support.resume import Setting, Training, leg
-from integration_tests.support.scenarios import FOLDER, Scenario, Spawn, scenarios
+from integration_tests.support.scenarios import FOLDER, Spawn, scenarios
 from integration_tests.support.training import full, local, train_grass
 from integration_tests.support.wire import Wire
 
@@ -156,7 +156,11 @@ def bytes_of_a_step(rank: int, world_size: int, backend: str) -> dict[str, Any]:
     with Wire() as wire:
         model(input_ids=mine, labels=mine).loss.backward()
     active = [p for unit in optimizer.grass.trainable_units() for _, p in unit.params]
+    sharding = optimizer.grass.backend.sharding
+    counted = torch.tensor([local(p).numel() if sharding.counts(p) else 0 for p in model.parameters()])
+    dist.all_reduce(counted)
     return {
+        "counted": counted.tolist() == [p.numel() for p in model.parameters()],
         "claimed": optimizer.grass.bytes_reduced - before,
         "reduce_scatter": wire.floats["reduce_scatter"],
         "states": optimizer.state_bytes,
@@ -170,6 +174,7 @@ def bytes_of_a_step(rank: int, world_size: int, backend: str) -> dict[str, Any]:
 @scenarios(FOUR(bytes_of_a_step, BOTH), FOUR(bytes_of_a_step, IN_PARTS))
 def test_a_rank_holds_and_sends_its_part(runs):
     for run in runs:
+        assert run["counted"]  # each entry on one rank
         assert run["local"] == run["whole"] // 4 + run["norms"] // 2  # norms once for each tensor-parallel rank
         assert run["states"] == 2 * run["local"] + run["steps"]
         assert run["claimed"] == run["reduce_scatter"] == run["whole"] // 2 + run["norms"]
@@ -198,8 +203,6 @@ def test_a_checkpoint_goes_on_to_the_bit(runs):
 
 def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
     """Blocks become rows and rows blocks: FSDP2 + TP → FSDP2 → TP → one process → FSDP2 + TP in parts."""
-    from integration_tests.support.ranks import run_ranks
-
     legs = [
         (4, Setting(BOTH, GRASS), 2),
         (4, Setting("fsdp2", GRASS), 6),
@@ -301,6 +304,3 @@ def test_what_would_train_wrongly_is_refused_on_every_rank(runs):
     for run in runs:
         assert "on 2 of 4 ranks, but no module is sharded by fully_shard" in run["tp on half of the ranks"]
         assert "UnsupportedModel" in run["ddp over tp"] and "fully_shard" in run["ddp over tp"]
-
-
-_ = Scenario, DTensor

@@ -10,6 +10,7 @@ from torch import nn
 from grass_dist.backends.zero.ds_config import ZeroSetup
 from grass_dist.backends.zero.jit import on_cpu
 from grass_dist.errors import ConfigError, UnsupportedModel
+from grass_dist.ranks import Ranks, world
 from grass_dist.states.refused import check_class
 from grass_dist.states.update_rule import ELEMENTWISE
 
@@ -76,6 +77,22 @@ def check_axes(mpu: Any, mesh_param: Any) -> None:
         problem = f"its {parts} model-parallel ranks hold parts of each layer, and would draw different layers"
         fix = "use GrassOptimizer with parallelize_module and fully_shard, or ZeRO-3 alone"
         raise ConfigError("mpu", type(mpu).__name__, problem, fix)
+
+
+def check_group(ranks: Ranks) -> None:
+    """
+    Args:
+        ranks: over which DeepSpeed reduces gradients.
+
+    Raises:
+        UnsupportedModel: they are not all ranks, so others hold other parts of the model (`deepspeed.tp_model_init`).
+    """
+    if ranks.world_size != (everyone := world().world_size):
+        raise UnsupportedModel(
+            f"DeepSpeed reduces gradients over {ranks.world_size} of {everyone} ranks, as under tensor parallelism "
+            "(deepspeed.tp_model_init), and each such group would draw layers by its own part of them: pass a model "
+            "that is whole on every rank, and use ZeRO-3 if it is too large."
+        )
 
 
 def check_optimizer(optimizer: Any, setup: ZeroSetup) -> None:

@@ -108,7 +108,12 @@ REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     ("gradient_allreduce_op", among("sum"), _PLAIN_MEAN, "use 'mean'"),
     ("sparse_gradients", on, "GRASS takes the norms of dense gradients", "use false"),
     ("managed_gradient_accumulation", off, "GRASS counts steps as DeepSpeed accumulates them", "use true"),
-    ("tensor_parallel.autotp_size", over(1), _COPIES, _DATA_PARALLEL),
+    (
+        "tensor_parallel.autotp_size",
+        over(1),
+        "ZeRO reduces and partitions each part of a layer by itself, and GRASS needs the norms of whole layers",
+        "leave it out; use ZeRO-3, or GrassOptimizer with parallelize_module and fully_shard",
+    ),
     ("pipeline.stages", over(1), _COPIES, _DATA_PARALLEL),
     *((f"{name}.enabled", on, _COPIES, _DATA_PARALLEL) for name in ("expert_parallel", "moe")),
     ("elasticity.enabled", on, "the number of ranks cannot change", "set train_micro_batch_size_per_gpu instead"),

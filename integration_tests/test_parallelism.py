@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.distributed import DistributedConfig
 
 import grass_dist
 from integration_tests.support.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
@@ -287,7 +290,44 @@ def test_fsdp2_may_shard_columns(runs):
         assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) < 5e-6
 
 
-def refusals(rank: int, world_size: int) -> dict[str, str]:
+def loaded_in_parts(model: PreTrainedModel, rank: int, folder: str, **sizes: int) -> Any:
+    """A model that transformers divides while it loads it from ``folder``, where rank 0 saves it."""
+    if rank == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
+
+
+def by_transformers(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    model = loaded_in_parts(small_llama(), rank, folder, tp_size=2, fsdp_size=2)
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS, params=decay_groups(model))
+    active = []
+    for step in range(10):
+        active.append(optimizer.grass.active_layers)
+        mine = global_batch(step).chunk(2)[rank // 2]
+        model(input_ids=mine, labels=mine).loss.backward()
+        optimizer.clip_grad_norm_(CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"active": active, "params": {n: full(p) for n, p in model.named_parameters()}}
+
+
+@scenarios(FOUR(by_transformers, FOLDER))
+def test_transformers_may_divide_the_model(runs, monkeypatch):
+    monkeypatch.setattr("integration_tests.support.reference.schedule", lambda step: 1.0)
+    reference = run_reference(SETTINGS, 10)
+    for run in runs:
+        assert run["active"] == reference["active"]
+        assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) < 5e-6
+
+
+def with_head_norms() -> PreTrainedModel:
+    """Its plan sums the gradients of norms over the heads of all ranks, in hooks."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 128, "head_dim": 16}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+
+
+def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
     def make(model: torch.nn.Module) -> str:
@@ -295,12 +335,34 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
 
     return {
         "tp on half of the ranks": make(divided(small_llama(), mesh["tp"])),
+        "head norms": make(loaded_in_parts(with_head_norms(), rank, folder, tp_size=2, fsdp_size=2)),
         "ddp over tp": make(DistributedDataParallel(divided(small_llama(), mesh["tp"]), device_mesh=mesh["dp"])),
     }
 
 
-@scenarios(FOUR(refusals))
+@scenarios(FOUR(refusals, FOLDER))
 def test_what_would_train_wrongly_is_refused_on_every_rank(runs):
     for run in runs:
         assert "on 2 of 4 ranks, but no module is sharded by fully_shard" in run["tp on half of the ranks"]
         assert "UnsupportedModel" in run["ddp over tp"] and "fully_shard" in run["ddp over tp"]
+        assert "The tensor-parallel plan of Qwen3ForCausalLM sums the gradients of " in run["head norms"]
+
+
+def sharded_over_pairs(rank: int, world_size: int) -> list[str]:
+    """What the log says where the ranks of a second dimension are left out of `fully_shard`."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("grass_dist").addHandler(handler)
+    mesh, model = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp")), small_llama()
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh["dp"])
+    grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS)
+    logging.getLogger("grass_dist").removeHandler(handler)
+    return told
+
+
+@scenarios(FOUR(sharded_over_pairs))
+def test_ranks_that_train_without_the_others_are_told(runs):
+    for rank in (0, 1):  # the first of each pair
+        assert any("wrapped for 2 of 4 ranks" in sentence for sentence in runs[rank])

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.distributed import DistributedConfig
@@ -288,6 +288,26 @@ def test_fsdp2_may_shard_columns(runs):
     for run in runs:
         assert run["active"] == reference["active"]
         assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) < 5e-6
+
+
+def states_of_another_mesh(rank: int, world_size: int) -> str:
+    """What is said of a state with as many entries on this rank, but others."""
+    model = wrapped(small_llama(), BOTH, world_size)
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS)
+    param = model.model.layers[0].self_attn.q_proj.weight
+    value = distribute_tensor(torch.zeros(param.shape), init_device_mesh("cpu", (4,)), [Shard(0)])
+    assert local(value).shape == local(param).shape
+    try:
+        optimizer.grass.backend.sharding.own_part(param, value)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@scenarios(FOUR(states_of_another_mesh))
+def test_states_of_other_entries_are_refused(runs):
+    assert not runs[0] and not runs[3]  # the first and the last rows
+    assert all("divided as" in told for told in runs[1:3])
 
 
 def loaded_in_parts(model: PreTrainedModel, rank: int, folder: str, **sizes: int) -> Any:

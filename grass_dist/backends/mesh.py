@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -11,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from grass_dist.backends.dtensors import DTensorSharding, dtensor_of
+from grass_dist.backends.dtensors import DTensorSharding, dtensor_of, place_of
 from grass_dist.errors import UnsupportedModel
 from grass_dist.model.sharding import Block
 from grass_dist.ranks import Ranks
@@ -71,11 +70,7 @@ class MeshSharding(DTensorSharding):
     def start_of(self, param: nn.Parameter) -> int | Block:
         if not isinstance(tensor := param, DTensor):
             return super().start_of(param)
-        (chunk,) = tensor.__create_chunk_list__()  # as torch's distributed checkpoint asks for it
-        offsets, sizes, shape = tuple(chunk.offsets), tuple(chunk.sizes), tuple(tensor.shape)
-        if sizes[1:] == shape[1:]:
-            return offsets[0] * math.prod(shape[1:]) if shape else 0
-        return Block(shape, offsets, sizes)
+        return place_of(tensor)
 
     def replicates(self, param: nn.Parameter) -> bool:
         return not isinstance(param, DTensor)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grass_dist.backends.base import HookedBackend, device_of
 from grass_dist.backends.ddp import DdpBackend
 from grass_dist.backends.fsdp2 import Fsdp2Backend
-from grass_dist.backends.mesh import largest_mesh
+from grass_dist.backends.mesh import check_plans, largest_mesh
 from grass_dist.backends.single import SingleBackend
 from grass_dist.backends.tensor_parallel import TensorParallelBackend
 from grass_dist.errors import UnsupportedModel
@@ -39,6 +39,7 @@ def backend_for(model: nn.Module, accumulation_steps: int) -> HookedBackend:
             f"DistributedDataParallel is inside a {type(model).__name__}; pass the DDP module itself to GrassOptimizer "
             "(and compile the model inside of it, not around it)."
         )
+    check_plans(model)
     for backend in (DdpBackend, Fsdp2Backend, TensorParallelBackend):
         if backend.knows(model):
             return backend(model, accumulation_steps)

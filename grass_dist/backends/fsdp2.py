@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from grass_dist.backends.base import HookedBackend, device_of
-from grass_dist.backends.mesh import MeshSharding, check_blocks, check_plans, largest_mesh
+from grass_dist.backends.mesh import MeshSharding, check_blocks, largest_mesh
 from grass_dist.errors import GrassError, UnsupportedModel
 from grass_dist.method.interfaces import Arrived, GradientSink
 from grass_dist.model.discovery import Unit
@@ -183,7 +183,6 @@ def _check_sharded(model: nn.Module) -> None:
         UnsupportedModel: it is not sharded as a whole, or in parts that are no blocks, or its weights are offloaded.
     """
     _refuse_plain(model)
-    check_plans(model)
     check_blocks(model.named_parameters())
     meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
     check_offloaded_weights(meshes, {p.device for p in model.parameters()}, torch.__version__)

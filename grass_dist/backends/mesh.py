@@ -105,9 +105,9 @@ def check_plans(model: nn.Module) -> None:
         summed = [name for name, style in plan.items() if style == SUMMED_BY_A_HOOK]
         if (getattr(how, "tp_size", None) or 1) > 1 and summed:
             raise UnsupportedModel(
-                f"The tensor-parallel plan of {type(module).__name__} sums the gradients of {summed[0]} over the ranks "
-                "in a hook of transformers that runs after they have been measured: use fsdp_size alone, or divide the "
-                "model by torch's parallelize_module."
+                f"The tensor-parallel plan of transformers sums the gradients of {summed[0]} over the ranks in a hook "
+                "that runs after they have been measured: use fsdp_size alone, or divide the model by torch's "
+                "parallelize_module."
             )
 
 

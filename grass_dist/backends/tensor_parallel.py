@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from grass_dist.backends.base import HookedBackend, device_of
-from grass_dist.backends.mesh import MeshSharding, check_blocks, check_plans, largest_mesh
+from grass_dist.backends.mesh import MeshSharding, check_blocks, largest_mesh
 from grass_dist.errors import UnsupportedModel
 from grass_dist.model.discovery import Unit
 from grass_dist.ranks import Ranks
@@ -42,7 +42,6 @@ class TensorParallelBackend(HookedBackend):
                 "sharded by fully_shard, so nothing averages gradients over the other ranks: call fully_shard on the "
                 "layers and on the model, over the mesh dimension of the data, before GrassOptimizer."
             )
-        check_plans(model)
         check_blocks(model.named_parameters())
         super().__init__(model, accumulation_steps, MeshSharding(Ranks(dist.group.WORLD, device_of(model)), mesh))
 

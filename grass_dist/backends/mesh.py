@@ -42,6 +42,7 @@ class MeshSharding(DTensorSharding):
     def __init__(self, ranks: Ranks, mesh: DeviceMesh) -> None:
         super().__init__(ranks)
         self._mesh = mesh
+        self._first: dict[DeviceMesh, bool] = {}  # whether this rank is the first that has a part on a mesh, of several
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -55,17 +56,17 @@ class MeshSharding(DTensorSharding):
         """
         if not isinstance(tensor := param, DTensor):
             return super().counts(param)
-        where = tensor.device_mesh.get_coordinate() or ()
-        first = all(c == 0 for c, placed in zip(where, tensor.placements, strict=True) if isinstance(placed, Replicate))
-        return first and all(c == 0 for c in self._outside(tensor.device_mesh))
+        mesh = tensor.device_mesh
+        if mesh not in self._first:
+            self._first[mesh] = mesh == self._mesh or self._is_first(mesh)
+        where = zip(mesh.get_coordinate() or (), tensor.placements, strict=True)
+        return self._first[mesh] and all(c == 0 for c, placed in where if isinstance(placed, Replicate))
 
-    def _outside(self, mesh: DeviceMesh) -> list[int]:
-        """This rank's coordinates in the dimensions of the whole mesh in which all ranks of ``mesh`` are alike."""
-        if mesh == self._mesh:
-            return []
-        holders = torch.isin(self._mesh.mesh, mesh.mesh).nonzero()
-        alike = (holders == holders[0]).all(dim=0).tolist()
-        return [at for at, same in zip(holders[0].tolist(), alike, strict=True) if same]
+    def _is_first(self, mesh: DeviceMesh) -> bool:
+        """Whether the ranks of ``mesh`` are at coordinate 0 of the dimensions of the whole mesh that ``mesh`` lacks."""
+        holders = torch.isin(self._mesh.mesh, mesh.mesh).nonzero()  # coordinates in the whole mesh
+        alike = (holders == holders[0]).all(dim=0)
+        return not holders[0][alike].any()
 
     def start_of(self, param: nn.Parameter) -> int | Block:
         if not isinstance(tensor := param, DTensor):

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from grass_dist.backends.dtensors import DTensorSharding, dtensor_of, place_of
 from grass_dist.errors import UnsupportedModel
@@ -118,8 +118,8 @@ def check_blocks(params: Iterable[tuple[str, torch.Tensor]]) -> None:
         UnsupportedModel: a rank's part of a parameter is no block of it, or not in one piece in memory.
     """
     for name, param in params:
-        if not isinstance(param, DTensor):
-            continue
+        if not isinstance(param, DTensor) or all(p.is_replicate() or p == Shard(0) for p in param.placements):
+            continue  # whole, or rows; the planner's fake tensors cannot be asked for more
         mine, chunks = param.to_local(), param.__create_chunk_list__()
         if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(mine.shape) or not mine.is_contiguous():
             raise UnsupportedModel(

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from grass_dist.backends.zero.backend import ZeroBackend, ZeroSharding
-from grass_dist.backends.zero.checks import check_model, check_optimizer
-from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, split_ds_config
+from grass_dist.backends.zero.checks import check_axes, check_group, check_model, check_optimizer
+from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, sequence_ranks, split_ds_config
 from grass_dist.backends.zero.engine import wrap_methods
 from grass_dist.backends.zero.groups import groups_of, weights_on_host
 from grass_dist.backends.zero.jit import accelerator, on_cpu, spare_the_compiler
@@ -85,7 +85,8 @@ def initialize_with(
         config = None if config is None else load_ds_config(config)
         if config is None or not has_grass(config):
             return stock(*args, **kwargs)
-        setup = split_ds_config(config)
+        setup = split_ds_config(config, given.get("mpu"))
+        check_axes(given.get("mpu"), given.get("mesh_param"))
         check_classes(*stock_classes(), deepspeed_version())
         check_reduction(setup.stage, deepspeed_version(), on_cpu=on_cpu())
         check_model(given["model"])
@@ -164,7 +165,7 @@ class ZeroMethod:
     ) -> None:
         user, config, stage = arguments["init_optimizer"], setup.grass, max(setup.stage, 1)
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
-
+        check_group(sharding.ranks)
         found, layers, roles, still, unmatched = _choose(model, setup, user, sharding)
         told = [unmatched, several_stacks(found), frozen_layers(found, layers), tied_weights(model, [*layers, *roles])]
         told += [compiled_whole(model, layers), too_low_recompile_limit(model, layers)]
@@ -211,7 +212,7 @@ def _sequence_ranks(arguments: dict[str, Any], stage: int) -> int:
     """
     if stage == 3 and arguments.get("reduce_scatter", True):
         return 1
-    return getattr(arguments.get("mpu"), "get_sequence_parallel_world_size", lambda: 1)()
+    return sequence_ranks(arguments.get("mpu"))
 
 
 _Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...], str | None]

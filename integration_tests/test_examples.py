@@ -25,6 +25,7 @@ SCRIPTS = [
     pytest.param("deepspeed_zero", marks=pytest.mark.integration),
     pytest.param("accelerate_loop", marks=pytest.mark.integration),
     pytest.param("trl_sft", marks=[pytest.mark.integration, without_trl]),
+    pytest.param("fsdp2_tp_loop", marks=pytest.mark.long),
     pytest.param("esm2_masked", marks=pytest.mark.long),
     pytest.param("esmfold_trunk", marks=pytest.mark.long),
     pytest.param("trl_dpo", marks=[pytest.mark.long, without_trl]),

@@ -16,7 +16,6 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist import GrassConfig, GrassOptimizer
@@ -331,7 +330,6 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "DistributedDataParallel(static_graph=True) expects": lambda: grass(
         DistributedDataParallel(tiny(), static_graph=True)
     ),
-    "… of shape … is placed as": lambda: grass(sharded(shard_placement_fn=lambda param: Shard(param.ndim - 1))),
     "… parameters are not sharded and have requires_grad": lambda: grass(ignoring()),
     "… is of torch.complex64": lambda: grass(changed(complex_parameter)),
     "… will have sparse gradients": lambda: grass(DistributedDataParallel(changed(sparse_table)), torch.optim.SGD),

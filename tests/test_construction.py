@@ -350,7 +350,9 @@ def test_ignored_parameters_are_named_and_may_be_frozen(one_rank):
     assert len(ours.holdings().weights()) == len(list(model.parameters()))
 
 
-def test_shards_that_are_no_rows_are_refused_at_the_start(one_rank):
-    model = sharded(tiny(), shard_placement_fn=lambda param: Shard(param.ndim - 1))
-    with pytest.raises(UnsupportedModel, match=r"\.weight of shape \(.*\) is placed as S.*without shard_placement_fn"):
-        grass(model)
+def test_shards_may_be_columns(one_rank):
+    model, plain = sharded(tiny(), shard_placement_fn=lambda param: Shard(param.ndim - 1)), tiny()
+    ours = grass(model, config=ALL)
+    take_steps(model, ours, range(3))
+    take_steps(plain, torch.optim.AdamW(plain.parameters(), **LR), range(3))
+    assert all(torch.equal(p.full_tensor(), q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))

@@ -61,7 +61,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "managed_gradient_accumulation": ([False], [True]),
     "tensor_parallel.autotp_size": ([2], [0, 1]),
     "pipeline.stages": ([2, 4], [1]),
-    "sequence_parallel_size": ([2], [1]),
     "expert_parallel.enabled": ([True], [False]),
     "moe.enabled": ([True], [False]),
     "elasticity.enabled": ([True], [False]),
@@ -336,6 +335,26 @@ def test_a_configuration_without_micro_batch(micro):
 def test_one_batch_size_is_enough(micro):
     given = split_ds_config({"train_micro_batch_size_per_gpu": "auto"} | micro | {"grass": {}}).ds_config
     assert given.items() >= micro.items()
+
+
+class Ulysses:
+    """An mpu with so many ranks for a sequence."""
+
+    def __init__(self, ranks: int) -> None:
+        self.get_sequence_parallel_world_size = lambda: ranks
+
+
+@pytest.mark.parametrize("more", [{}, {"data_parallel_size": 2}])
+@pytest.mark.parametrize("size", [2, "2", 2.0, 1, 3])
+@pytest.mark.parametrize("mpu", [None, Ulysses(2), Ulysses(3)])
+def test_the_ranks_of_a_sequence_are_those_of_the_mpu(mpu, size, more):
+    ranks = mpu.get_sequence_parallel_world_size() if mpu else 1
+    config = plus({"sequence_parallel_size": size, **more})
+    if int(size) == ranks and (ranks == 1 or not more):
+        assert split_ds_config(config, mpu).ds_config["sequence_parallel_size"] == size
+    else:
+        error = refusal(config, lambda given: split_ds_config(given, mpu))
+        assert error.field == "sequence_parallel_size" and "pass the mpu of Ulysses" in error.fix
 
 
 @pytest.mark.parametrize("bf16", ["bf16", "bfloat16"])

@@ -10,7 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 from grass_dist.backends.base import HookedBackend, device_of
 from grass_dist.backends.ddp import DdpBackend
 from grass_dist.backends.fsdp2 import Fsdp2Backend
+from grass_dist.backends.mesh import check_plans, largest_mesh
 from grass_dist.backends.single import SingleBackend
+from grass_dist.backends.tensor_parallel import TensorParallelBackend
 from grass_dist.errors import UnsupportedModel
 from grass_dist.ranks import Ranks, world
 
@@ -37,15 +39,23 @@ def backend_for(model: nn.Module, accumulation_steps: int) -> HookedBackend:
             f"DistributedDataParallel is inside a {type(model).__name__}; pass the DDP module itself to GrassOptimizer "
             "(and compile the model inside of it, not around it)."
         )
-    for backend in (DdpBackend, Fsdp2Backend):
+    check_plans(model)
+    for backend in (DdpBackend, Fsdp2Backend, TensorParallelBackend):
         if backend.knows(model):
             return backend(model, accumulation_steps)
     return SingleBackend(model, accumulation_steps)
 
 
 def trains_alone(backend: HookedBackend) -> str | None:
-    """What the first of several processes is told whose models are wrapped in nothing."""
+    """What ranks are told that train a model without the others: the first of all, or of a group."""
     everyone = world()
+    part = backend.ranks.world_size
+    if part not in (1, everyone.world_size):
+        return (
+            f"The model is wrapped for {part} of {everyone.world_size} ranks, which draw layers and average gradients "
+            "by themselves; if the others train the same model (on parts of a sequence, for example), wrap it over all "
+            "of them: fully_shard takes a flattened mesh."
+        )
     if not isinstance(backend, SingleBackend) or everyone.world_size == 1 or everyone.rank != 0:
         return None
     return (
@@ -64,10 +74,9 @@ def ranks_of(model: object) -> Ranks:
         return world()
     if isinstance(model, DistributedDataParallel):
         return Ranks(model.process_group, device_of(model))
-    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
-    if not meshes:
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
         return Ranks(None, device_of(model))
-    mesh = max(meshes, key=lambda m: m.size())
+    mesh = largest_mesh(model.parameters())
     if mesh.size() != dist.get_world_size() and mesh.ndim == 1:
         return Ranks(mesh.get_group(), device_of(model))
     return Ranks(dist.group.WORLD if mesh.size() == dist.get_world_size() else None, device_of(model))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from grass_dist.backends.base import TWICE, HookedBackend, device_of
@@ -223,6 +223,21 @@ def refuse_join_hook(**_: Any) -> NoReturn:
     )
 
 
+def _refuse_divided(ddp: DistributedDataParallel) -> None:
+    """
+    Raises:
+        UnsupportedModel: tensor parallelism divides the model, so its parameters are other ones in each forward.
+    """
+    mesh: DeviceMesh | None = getattr(ddp, "device_mesh", None)
+    part = mesh is not None and mesh.size() < dist.get_world_size()
+    if part or any(isinstance(p, DTensor) for p in ddp.parameters()):
+        raise UnsupportedModel(
+            "DistributedDataParallel is around a model that parallelize_module divides, or on a part of the ranks by "
+            "its device_mesh, and importances would be those of a part of each layer: shard the model by fully_shard "
+            "over the mesh dimension of the data, after parallelize_module."
+        )
+
+
 def comm_hooks(ddp: nn.Module) -> list[str]:
     """Names of the hooks that were registered by ``register_comm_hook`` so far.
 
@@ -261,6 +276,7 @@ class DdpBackend(HookedBackend):
     def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
         assert isinstance(model, DistributedDataParallel)
         super().__init__(model, accumulation_steps, DdpSharding(Ranks(model.process_group, device_of(model))))
+        _refuse_divided(model)
         if model.static_graph:
             raise UnsupportedModel(
                 "DistributedDataParallel(static_graph=True) expects every step to train the same parameters; "

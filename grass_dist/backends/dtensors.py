@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -10,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
-from grass_dist.model.sharding import Sharding
+from grass_dist.model.sharding import Block, Sharding
 
 
 def dtensor_of(part: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], param: torch.Tensor) -> DTensor:
@@ -39,6 +40,15 @@ def placed_as(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(value.to(param.device), param.device_mesh, param.placements)
 
 
+def place_of(tensor: DTensor) -> int | Block:
+    """The position in the flattened whole at which this rank's entries of ``tensor`` begin, or their block."""
+    (chunk,) = tensor.__create_chunk_list__()  # as torch's distributed checkpoint asks for it
+    offsets, sizes, shape = tuple(chunk.offsets), tuple(chunk.sizes), tuple(tensor.shape)
+    if sizes[1:] == shape[1:]:
+        return offsets[0] * math.prod(shape[1:]) if shape else 0
+    return Block(shape, offsets, sizes)
+
+
 class DTensorSharding(Sharding):
     """A `Sharding` that also takes states as DTensors."""
 
@@ -46,7 +56,8 @@ class DTensorSharding(Sharding):
         if not isinstance(value, DTensor):
             return super().own_part(param, value)
         mine, shape = value.to_local(), self.state_shard(param.detach()).shape
-        if value.shape == param.shape and mine.shape == shape:
+        alike = value.shape == param.shape and mine.shape == shape
+        if alike and (not mine.numel() or place_of(value) == self.state_start_of(param)):
             return mine
         raise ValueError(
             f"is of shape {tuple(value.shape)} and divided as {value.placements} on a mesh of shape "

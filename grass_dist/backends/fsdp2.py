@@ -1,7 +1,8 @@
-"""FSDP2 (`fully_shard`) and HSDP: gradients arrive in the hooks reduce-scattered, as DTensor shards."""
+"""FSDP2 (`fully_shard`), HSDP and both beside tensor parallelism: gradients arrive reduce-scattered, as DTensors."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from grass_dist.backends.base import HookedBackend, device_of
-from grass_dist.backends.dtensors import DTensorSharding, dtensor_of
+from grass_dist.backends.mesh import MeshSharding, check_blocks, largest_mesh
 from grass_dist.errors import GrassError, UnsupportedModel
 from grass_dist.method.interfaces import Arrived, GradientSink
 from grass_dist.model.discovery import Unit
@@ -22,46 +23,8 @@ from grass_dist.model.experts import give_idle_experts_zeros
 from grass_dist.ranks import Ranks
 
 
-class Fsdp2Sharding(DTensorSharding):
-    """Parameters are DTensors: a rank holds rows of each, and the states of these.
-
-    Frozen ones that FSDP2 was told to ignore are plain, and whole on every rank.
-    """
-
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-    def counts(self, param: nn.Parameter) -> bool:
-        """A shard counts on the ranks at coordinate 0 of every mesh dimension that replicates it."""
-        if not isinstance(tensor := param, DTensor):
-            return super().counts(param)
-        where = tensor.device_mesh.get_coordinate() or []
-        return all(c == 0 for c, placed in zip(where, tensor.placements, strict=True) if isinstance(placed, Replicate))
-
-    def start_of(self, param: nn.Parameter) -> int:
-        if not isinstance(tensor := param, DTensor):
-            return super().start_of(param)
-        start, rows = 0, tensor.shape[0]
-        where = tensor.device_mesh.get_coordinate() or []
-        for coordinate, size, placed in zip(where, tensor.device_mesh.shape, tensor.placements, strict=True):
-            if isinstance(placed, Replicate):
-                continue
-            chunk = -(-rows // size)
-            skipped = min(coordinate * chunk, rows)
-            start, rows = start + skipped, max(0, min(chunk, rows - skipped))
-        return start * (tensor.numel() // max(tensor.shape[0], 1))
-
-    def replicates(self, param: nn.Parameter) -> bool:
-        return not isinstance(param, DTensor)
-
-    def as_dtensor(self, param: nn.Parameter, part: torch.Tensor) -> torch.Tensor:
-        tensor = cast(DTensor, param)
-        return dtensor_of(part, tensor.device_mesh, tensor.placements, tensor)
-
-
 class Fsdp2Backend(HookedBackend):
-    """FSDP2 and HSDP.
+    """FSDP2 and HSDP, also of a model whose modules `parallelize_module` has divided over another mesh dimension.
 
     Over the wire, for each micro-batch that synchronises: a reduce-scatter of the trainable layers' gradients, by
     FSDP2 itself, which skips every frozen parameter (under HSDP an all-reduce of the shards follows). The all-gathers
@@ -73,10 +36,12 @@ class Fsdp2Backend(HookedBackend):
 
     @staticmethod
     def knows(model: nn.Module) -> bool:
-        return any(isinstance(p, DTensor) for p in model.parameters())
+        return any(isinstance(module, FSDPModule) for module in model.modules())
 
     def __init__(self, model: nn.Module, accumulation_steps: int) -> None:
-        super().__init__(model, accumulation_steps, Fsdp2Sharding(Ranks(_group_of(model), device_of(model))))
+        _check_sharded(model)
+        mesh = largest_mesh(model.parameters())
+        super().__init__(model, accumulation_steps, MeshSharding(Ranks(_group_of(mesh), device_of(model)), mesh))
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         before: Any = torch.compiler.disable(self._before_forward)
         self._handles += [
@@ -90,7 +55,8 @@ class Fsdp2Backend(HookedBackend):
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         super().attach(layers, roles, sink, arrived)
         self._handles += give_idle_experts_zeros(self.model, layers)
-        self._samples = [_place_of(self.model, unit.params[0][0]) for unit in self._units]
+        firsts = [unit.params[0] for unit in self._units]
+        self._samples = [(_place_of(self.model, name), cast(DTensor, param).device_mesh) for name, param in firsts]
         modules = dict(self.model.named_modules(remove_duplicate=False))
         self._module_of = {unit.name: [_sharded_by(modules, name) for name, _ in unit.params] for unit in self._units}
         self._check_dtypes()
@@ -163,7 +129,7 @@ class Fsdp2Backend(HookedBackend):
             GrassError: a forward that was to have a backward has run since the last one and left parameters gathered,
                 so that torch's own clipping would have left these out.
         """
-        if self._pending and not all(isinstance(getattr(owner, name), DTensor) for owner, name in self._samples):
+        if self._pending and any(_is_gathered(place, mesh) for place, mesh in self._samples):
             raise GrassError(
                 "FSDP2 has parameters gathered between the backward and optimizer.step(), after a forward that needs "
                 "gradients, one by a method of register_fsdp_forward_method, or by set_reshard_after_backward(False): "
@@ -211,28 +177,23 @@ def forget_unreduced(modules: Sequence[FSDPModule]) -> None:
                     param._unsharded_param.grad = None
 
 
-def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The ranks that train ``model`` together.
+def _check_sharded(model: nn.Module) -> None:
+    """
+    Raises:
+        UnsupportedModel: it is not sharded as a whole, or in parts that are no blocks, or its weights are offloaded.
+    """
+    _refuse_plain(model)
+    check_blocks(model.named_parameters())
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    check_offloaded_weights(meshes, {p.device for p in model.parameters()}, torch.__version__)
+
+
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The ranks of ``mesh``.
 
     Raises:
-        UnsupportedModel: it is not sharded as a whole, or on a mesh that is neither of all ranks nor of one dimension.
+        UnsupportedModel: it is neither of all ranks nor of one dimension.
     """
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise UnsupportedModel(
-            "The parameters are DTensors but no module is sharded by fully_shard; "
-            "call fully_shard on the layers and on the model before GrassOptimizer."
-        )
-    _refuse_plain(model)
-    sharded = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
-    for name, param in sharded:
-        if odd := [placed for placed in param.placements if placed != Shard(0) and not isinstance(placed, Replicate)]:
-            raise UnsupportedModel(
-                f"{name} of shape {tuple(param.shape)} is placed as {odd[0]}, and a checkpoint holds runs of "
-                "consecutive entries: call fully_shard without shard_placement_fn, which shards dimension 0."
-            )
-    meshes = {param.device_mesh for _, param in sharded}
-    check_offloaded_weights(meshes, {p.device for p in model.parameters()}, torch.__version__)
-    mesh = max(meshes, key=lambda m: m.size())
     if mesh.size() == dist.get_world_size():
         return dist.group.WORLD
     if mesh.ndim == 1:
@@ -279,6 +240,16 @@ def _place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that owns a parameter, and its name there."""
     owner, _, leaf = name.rpartition(".")
     return model.get_submodule(owner), leaf
+
+
+def _is_gathered(place: tuple[nn.Module, str], mesh: DeviceMesh) -> bool:
+    """Whether the parameter at ``place``, sharded on ``mesh``, is the gathered one, which is on no mesh or fewer ranks.
+
+    Args:
+        place: a module and the name of its parameter.
+    """
+    now = getattr(*place)
+    return not isinstance(now, DTensor) or now.device_mesh != mesh
 
 
 FIRST_WITH_FINISHED_COPIES = (2, 13)
@@ -332,15 +303,22 @@ def _alone(modules: Sequence[FSDPModule], model: nn.Module) -> list[nn.Module]:
 
 
 def _reduced_bytes(param: DTensor, dtype: torch.dtype) -> int:
-    """Bytes that a rank puts into the reductions of one gradient; FSDP2 pads dimension 0 to the shard count."""
-    shards, replicas = 1, 1
-    for size, placed in zip(param.device_mesh.shape, param.placements, strict=True):
-        if isinstance(placed, Replicate):
-            replicas *= size
-        else:
-            shards *= size
-    rows = param.shape[0] if param.ndim else 1
-    padded = -(-rows // shards) * shards * (param.numel() // max(rows, 1))
+    """Bytes that a rank puts into FSDP2's reductions of one gradient; it pads dimension 0 to the shard count.
+
+    Its mesh dimensions come first: those of replicas, then the one that it shards. Those of tensor parallelism follow,
+    and their ranks reduce a part of the gradient each.
+    """
+    replicas, shards, shape = 1, 1, list(param.shape)
+    placed = list(zip(param.device_mesh.shape, param.placements, strict=True))
+    while placed and isinstance(placed[0][1], Replicate):
+        replicas *= placed.pop(0)[0]
+    if placed:
+        shards = placed.pop(0)[0]
+    for size, of_tensors in placed:
+        if isinstance(of_tensors, Shard):
+            shape[of_tensors.dim] = -(-shape[of_tensors.dim] // size)
+    rows = shape[0] if shape else 1
+    padded = -(-rows // shards) * shards * math.prod(shape[1:])
     scattered = padded if shards > 1 else 0
     reduced = padded // shards if replicas > 1 else 0
     return (scattered + reduced) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""A run as a checkpoint sees it: runs of consecutive entries of flattened tensors, on any rank."""
+"""A run as a checkpoint sees it: runs of consecutive entries of flattened tensors, or blocks, on any rank."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from grass_dist.errors import CheckpointError
+from grass_dist.model.sharding import Block
 from grass_dist.ranks import Ranks
 
 MARK = "@"
@@ -18,7 +19,7 @@ it is a weight or a buffer of the model."""
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive entries of a flattened tensor that this rank holds.
+    """Consecutive entries of a flattened tensor, or a `Block` of it, that this rank holds.
 
     ``tensor`` is flat. That of a weight shares the model's memory, so reading into it loads the weight.
     """
@@ -26,8 +27,8 @@ class Piece:
     key: str
     numel: int
     """The number of entries of the whole tensor."""
-    start: int
-    """The index in the whole tensor at which ``tensor`` begins."""
+    start: int | Block
+    """The index in the whole tensor at which ``tensor`` begins, or the block that it is."""
     tensor: torch.Tensor
     writes: bool = True
     """Whether this rank saves the entries; of replicas one rank does."""
@@ -40,6 +41,7 @@ class Piece:
             return self if self.writes and self.tensor.numel() else None
         size = -(-self.tensor.numel() // ranks.world_size)
         begin = min(ranks.rank * size, self.tensor.numel())
+        assert isinstance(self.start, int)  # the whole, or consecutive entries of it
         part = self.tensor[begin : begin + size]
         return Piece(self.key, self.numel, self.start + begin, part) if part.numel() else None
 
@@ -59,8 +61,9 @@ class UnitPieces:
 
 Entries = Mapping[str, Mapping[str, Any]]
 
-Read = Callable[[str, int, torch.Tensor], torch.Tensor]
-"""(key, start, out) → out: fills ``out`` with entries of a tensor of the checkpoint, beginning with entry ``start``."""
+Read = Callable[[str, int | Block, torch.Tensor], torch.Tensor]
+"""(key, start, out) → out: fills the flat ``out`` with entries of a tensor of the checkpoint, beginning with entry
+``start``, or with those of a block."""
 
 
 class Holdings(Protocol):

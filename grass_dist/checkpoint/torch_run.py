@@ -17,6 +17,7 @@ from grass_dist.checkpoint.together import together
 from grass_dist.errors import CheckpointError
 from grass_dist.method.controller import GrassController
 from grass_dist.method.saved import SETTINGS, check_clock, settings_of
+from grass_dist.model.sharding import Block
 from grass_dist.states.layer_state import MASTER
 from grass_dist.states.unit_optimizer import GROUP, UnitOptimizer
 from grass_dist.states.update_rule import HOW, LOW, step_unseen
@@ -138,7 +139,7 @@ class TorchHoldings:
         writes = self._sharding.replicates(param) or self._sharding.counts(param)
         return Piece(state_key(fqn(name), key), param.numel(), self._start(optimizer, param), flat, writes, shared)
 
-    def _start(self, optimizer: UnitOptimizer, param: nn.Parameter) -> int:
+    def _start(self, optimizer: UnitOptimizer, param: nn.Parameter) -> int | Block:
         return self._sharding.state_start_of(param) if optimizer.shards else self._sharding.start_of(param)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,10 +12,31 @@ from grass_dist.model.discovery import Unit
 from grass_dist.ranks import Ranks
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The place of a shard whose entries are not consecutive in the flattened whole: columns of a matrix.
+
+    Attributes:
+        shape: of the whole.
+        offsets: where the shard begins, in each dimension.
+        sizes: its shape.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The shard of a tensor of the whole shape, sharing its memory."""
+        for dim, (offset, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            whole = whole.narrow(dim, offset, size)
+        return whole
+
+
 class Sharding:
     """Every rank holds all of every parameter, and all of its state; a subclass for each wrapper that divides them.
 
-    Whoever divides a parameter, a rank holds consecutive entries of it, flattened.
+    Whoever divides a parameter, a rank holds consecutive entries of it, flattened, or a `Block` of it.
 
     Args:
         ranks: those that train one model together.
@@ -31,8 +53,8 @@ class Sharding:
         """This rank's shard of a parameter's weights, sharing their memory."""
         return self.local(param.detach())
 
-    def start_of(self, param: nn.Parameter) -> int:
-        """The position in the flattened whole parameter at which the entries of `shard_of` begin."""
+    def start_of(self, param: nn.Parameter) -> int | Block:
+        """The position in the flattened whole parameter at which the entries of `shard_of` begin, or their block."""
         return 0
 
     def counts(self, param: nn.Parameter) -> bool:
@@ -54,8 +76,8 @@ class Sharding:
         """The part of a parameter or gradient that this rank updates and keeps a state for, sharing its memory."""
         return self.local(tensor)
 
-    def state_start_of(self, param: nn.Parameter) -> int:
-        """The position in the flattened whole parameter at which those of `state_shard` begin."""
+    def state_start_of(self, param: nn.Parameter) -> int | Block:
+        """The position in the flattened whole parameter at which those of `state_shard` begin, or their block."""
         return self.start_of(param)
 
     def keeps_whole_state(self, param: nn.Parameter) -> bool:
@@ -82,7 +104,8 @@ class Sharding:
         shape = self.state_shard(param.detach()).shape
         if value.shape != param.shape:
             raise ValueError(f"is of shape {tuple(value.shape)} where the parameter's is {tuple(param.shape)}")
-        start = self.state_start_of(param)
+        if isinstance(start := self.state_start_of(param), Block):
+            return start.of(value)
         return value.reshape(-1)[start : start + shape.numel()].view(shape)
 
     def publish(self, units: Sequence[Unit]) -> None:

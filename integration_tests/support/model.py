@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grass_dist.backends.wrapping import shared_modules
+from integration_tests.support.parallel import divided_and_sharded
 
 LAYERS, GLOBAL_BATCH, LENGTH, VOCAB = 8, 8, 16, 128
 ADAMW = {"lr": 1e-3, "eps": 1e-6}
@@ -83,10 +84,13 @@ def wrapped(
     """The model on ranks.
 
     Args:
+        backend: also one of `divided_and_sharded`.
         layers: what FSDP2 shards one by one; None: those of a Llama.
     """
     if backend == "ddp":
         return DistributedDataParallel(model)
+    if "tp" in backend:
+        return divided_and_sharded(model, backend, world_size, MixedPrecisionPolicy(reduce_dtype=reduce_dtype))
     if backend in ("fsdp2", "hsdp"):
         shape = (world_size,) if backend == "fsdp2" else (2, world_size // 2)
         names = ("dp_shard",) if backend == "fsdp2" else ("dp_replicate", "dp_shard")

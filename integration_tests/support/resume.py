@@ -16,6 +16,7 @@ from grass_dist.checkpoint.saving import Saver
 from grass_dist.events import Event
 from grass_dist.ranks import Ranks
 from integration_tests.support.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
+from integration_tests.support.parallel import data_place
 from integration_tests.support.training import full
 
 BATCH = 12
@@ -86,10 +87,11 @@ class Training:
         for group, start in zip(self.optimizer.param_groups, (1e-3, 1e-3), strict=True):
             group["lr"] = start * schedule(self.done)
         x, accumulation = global_batch(self.done, BATCH), self.setting.accumulation
-        per = BATCH // self.world_size // accumulation
+        place, places = data_place(self.setting.backend, self.rank, self.world_size)
+        per = BATCH // places // accumulation
         self.active.append(self.optimizer.grass.active_layers)
         for micro in range(accumulation):
-            mine = x[(micro * self.world_size + self.rank) * per :][:per]
+            mine = x[(micro * places + place) * per :][:per]
             (self.model(input_ids=mine, labels=mine).loss / accumulation).backward()
         self.optimizer.clip_grad_norm_(CLIP)
         self.optimizer.step()

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +21,7 @@ from integration_tests.support.model import (
     small_llama,
     wrapped,
 )
+from integration_tests.support.parallel import data_place
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,7 +55,8 @@ def train_grass(
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     log = {"active": [], "importances": [], "losses": [], "norms": [], "frozen_moved": 0, "frozen_grads": 0}
-    per = GLOBAL_BATCH // world_size // accumulation
+    place, places = data_place(backend, rank, world_size)
+    per = GLOBAL_BATCH // places // accumulation
     layer_params = [list(unit.params) for unit in optimizer.grass.layers]
     for step in range(steps):
         grass = optimizer.grass
@@ -65,11 +68,11 @@ def train_grass(
         x, total = global_batch(step), 0.0
         for micro in range(accumulation):
             last = micro == accumulation - 1
-            mine = x[(micro * world_size + rank) * per :][:per]
+            mine = x[(micro * places + place) * per :][:per]
             with contextlib.ExitStack() as stack:
                 if not sync_every_micro_batch and not last and isinstance(model, DistributedDataParallel):
                     stack.enter_context(model.no_sync())
-                if not sync_every_micro_batch and backend in ("fsdp2", "hsdp"):
+                if not sync_every_micro_batch and isinstance(model, FSDPModule):
                     model.set_requires_gradient_sync(last)
                 loss = model(input_ids=mine, labels=mine).loss / accumulation
                 loss.backward()

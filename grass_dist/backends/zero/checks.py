@@ -10,6 +10,7 @@ from torch import nn
 from grass_dist.backends.zero.ds_config import ZeroSetup
 from grass_dist.backends.zero.jit import on_cpu
 from grass_dist.errors import ConfigError, UnsupportedModel
+from grass_dist.ranks import Ranks, world
 from grass_dist.states.refused import check_class
 from grass_dist.states.update_rule import ELEMENTWISE
 
@@ -53,6 +54,44 @@ def check_model(model: nn.Module) -> None:
         raise UnsupportedModel(
             f"The model is wrapped in {sorted(wrapped)[0]} already; pass initialize the plain model, "
             "which DeepSpeed shards itself."
+        )
+
+
+def check_axes(mpu: Any, mesh_param: Any) -> None:
+    """Refuses ranks that are not all copies of one model, or parts of a sequence (Ulysses).
+
+    Args:
+        mpu: as `deepspeed.initialize` takes it.
+        mesh_param: the same.
+
+    Raises:
+        ConfigError: ranks would hold different parts of layers, or not reduce gradients together.
+    """
+    if mesh_param is not None:
+        problem = "ZeRO then reduces gradients over its first dimension alone, and the ranks of a sequence drift apart"
+        fix = "pass the mpu of UlyssesSPAttentionHF.register_with_transformers in its place"
+        raise ConfigError("mesh_param", mesh_param, problem, fix)
+    if mpu is None or hasattr(mpu, "initialize_sequence_parallel"):  # as DeepSpeed tells Ulysses' one from others
+        return
+    if (parts := mpu.get_model_parallel_world_size()) > 1:
+        problem = f"its {parts} model-parallel ranks hold parts of each layer, and would draw different layers"
+        fix = "use GrassOptimizer with parallelize_module and fully_shard, or ZeRO-3 alone"
+        raise ConfigError("mpu", type(mpu).__name__, problem, fix)
+
+
+def check_group(ranks: Ranks) -> None:
+    """
+    Args:
+        ranks: over which DeepSpeed reduces gradients.
+
+    Raises:
+        UnsupportedModel: they are not all ranks, so others hold other parts of the model (`deepspeed.tp_model_init`).
+    """
+    if ranks.world_size != (everyone := world().world_size):
+        raise UnsupportedModel(
+            f"DeepSpeed reduces gradients over {ranks.world_size} of {everyone} ranks, as under tensor parallelism "
+            "(deepspeed.tp_model_init), and each such group would draw layers by its own part of them: pass a model "
+            "that is whole on every rank, and use ZeRO-3 if it is too large."
         )
 
 

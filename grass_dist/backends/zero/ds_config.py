@@ -25,6 +25,7 @@ from grass_dist.backends.zero.options import (
     among,
     enabled,
     on,
+    over,
     refusal,
 )
 from grass_dist.config import GrassConfig
@@ -114,8 +115,11 @@ def has_grass(config: Mapping[str, Any]) -> bool:
     return isinstance(block, Mapping)
 
 
-def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
+def split_ds_config(config: Mapping[str, Any], mpu: Any = None) -> ZeroSetup:
     """Takes the GRASS settings out of ``config`` and makes the rest what DeepSpeed can run under GRASS.
+
+    Args:
+        mpu: as `deepspeed.initialize` takes it.
 
     Raises:
         ConfigError: no block, a setting that cannot work, or an option that GRASS cannot run with.
@@ -133,6 +137,7 @@ def split_ds_config(config: Mapping[str, Any]) -> ZeroSetup:
     said: list[str] = []
     stage = _normalise_zero(ds_config, said)
     _refuse(ds_config)
+    _refuse_parts_of_sequences(ds_config, mpu)
     _take_disabled_out(ds_config)
     said += [f"{path} has no effect under GRASS: {why}." for path, why in IDLE.items() if _is_set(ds_config, path)]
     grass = _with_folder(grass, ds_config, said)
@@ -190,6 +195,20 @@ def _refuse(config: Mapping[str, Any]) -> None:
     if kind and kind.lower() not in OPTIMIZER_TYPES.lower().split(", "):
         problem = _REFUSED_TYPES.get(kind.lower(), refusal("optimizer.type")[0])
         raise ConfigError("optimizer.type", kind, problem, f"use one of {OPTIMIZER_TYPES}")
+
+
+def _refuse_parts_of_sequences(config: Mapping[str, Any], mpu: Any) -> None:
+    """Raises if DeepSpeed would take another number of ranks for a sequence, or average gradients over too few."""
+    size, ranks = _at(config, "sequence_parallel_size"), sequence_ranks(mpu)
+    if size is None or (not over(1)(size) and ranks == 1):
+        return
+    if not among(str(ranks), f"{ranks}.0")(size) or _at(config, "data_parallel_size") is not None:
+        raise ConfigError("sequence_parallel_size", size, *refusal("sequence_parallel_size"))
+
+
+def sequence_ranks(mpu: Any) -> int:
+    """The number of ranks that share a sequence."""
+    return getattr(mpu, "get_sequence_parallel_world_size", lambda: 1)()
 
 
 def _refuse_scaling(config: Mapping[str, Any]) -> None:

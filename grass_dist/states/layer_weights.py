@@ -45,15 +45,20 @@ class LayerWeights:
             param.data = view
         self.bound = views
 
-    def come_home(self) -> None:
+    def come_home(self) -> bool:
         """Takes over data that someone else has given to parameters (``model.to(...)``, ``param.data = ...``).
+
+        Returns:
+            Whether there were any.
 
         Raises:
             GrassError: they are of another dtype or shape.
         """
+        moved = False
         for (name, param), view in zip(self.params, self.bound, strict=True):
             if param.data_ptr() == view.data_ptr():
                 continue
+            moved = True
             if param.dtype != view.dtype or param.shape != view.shape:
                 raise GrassError(
                     f"{name} was of {view.dtype} and shape {tuple(view.shape)} and is of {param.dtype} and "
@@ -62,6 +67,7 @@ class LayerWeights:
                 )
             view.copy_(param.detach())
             param.data = view
+        return moved
 
 
 def _alone(view: torch.Tensor) -> torch.Tensor:

@@ -120,8 +120,7 @@ class HostWeights:
         for n, arrived in zip(coming, arriving, strict=True):
             self.transfers.wait(arrived)
             self._layers[n].bind(self._layers[n].views(self._homes[n].flat))
-            if (window := self._window(n)).layer == n:
-                window.stale = True
+            self._empty(n)
         self.epoch += bool(coming)
 
     def harvest(self) -> Traffic:
@@ -161,8 +160,7 @@ class HostWeights:
         again = in_backward()
         if not again and self._backward is not None:
             self._settle()
-        if n not in self._running and n != self._backward:
-            self._layers[n].come_home()
+        self._take_over(n)
         self._bring(n, trusted=n in self._running or again)
         self._running.append(n)
         self._layers[n].bind(self._window(n).views[n])
@@ -273,8 +271,19 @@ class HostWeights:
             self._copy(n)
         self.transfers.wait(window.arrived)
 
+    def _take_over(self, n: int) -> None:
+        """Has host memory hold the weights of a layer that rests, if someone has given it others."""
+        if self._layers[n].bound is self._hosts[n] and self._layers[n].come_home():
+            self._empty(n)
+
+    def _empty(self, n: int) -> None:
+        """What a slot has of a layer is not to be used again."""
+        if (window := self._window(n)).layer == n:
+            window.layer = None
+
     def _copy(self, n: int) -> None:
         layer, window = self._layers[n], self._window(n)
+        self._take_over(n)
         runs = layer.layout.runs(window.slot.flat, self.store[n])
         after = [window.slot.free, window.arrived, self._computed()]
         window.arrived = self.transfers.to_device(layer.name, runs, after=after, keeps=True)

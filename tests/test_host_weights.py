@@ -443,9 +443,7 @@ def test_an_exception_in_the_middle_leaves_all_right(when: str) -> None:
                 loss_of(model, 4).backward()
             handle.remove()
         else:
-            handle = model.layers[3].up.register_forward_hook(
-                lambda _, __, out: out.register_hook(fail) and None  # noqa: B023
-            )
+            handle = model.layers[3].up.register_forward_hook(lambda _, __, out: out.register_hook(fail) and None)
             with pytest.raises(ZeroDivisionError):
                 loss_of(model, 4).backward()
             handle.remove()
@@ -479,7 +477,7 @@ def test_forwards_within_and_between_backwards() -> None:
                 loss_of(model, 50)  # noqa: B023
 
         handle = model.layers[3].register_forward_hook(
-            lambda _, __, x: x.register_hook(look) and None if torch.is_grad_enabled() else None  # noqa: B023
+            lambda _, __, x: x.register_hook(look) and None if torch.is_grad_enabled() else None
         )
         for step in range(6, 10):
             losses = [loss_of(model, step), loss_of(model, step + 20)]

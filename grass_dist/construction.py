@@ -50,8 +50,8 @@ from grass_dist.states.update_rule import (
     judge_class,
     rounds_by_place,
 )
-from grass_dist.states.weights import HostWeights, StatesAndWeights
-from grass_dist.states.weights_placement import place_weights
+from grass_dist.states.weights import HostWeights
+from grass_dist.states.weights_placement import StatesAndWeights, place_weights
 
 
 @dataclass(frozen=True, slots=True)

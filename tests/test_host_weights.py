@@ -16,13 +16,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer
+from grass_dist import ConfigError, GrassConfig, GrassError, GrassOptimizer, disable, enable
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.zero.ds_config import split_ds_config
 from grass_dist.states import weights as module
 from grass_dist.states.weights import HostWeights
 from tests.offload_runs import make, outcome, same, uneven
 from tests.tiny import Tiny, loss_of, take_steps, tiny
+from tests.trainers import logged, rows, run_of, switched_off  # noqa: F401
 
 HOST = {"weights": "host"}
 STEPS = 14
@@ -503,6 +504,33 @@ def test_tied_and_odd_weights_stay() -> None:
         return model
 
     assert equal(trained(tied(), HOST), trained(tied(), {}))
+
+
+@pytest.mark.usefixtures("switched_off")
+def test_a_trainer_saves_evaluates_loads_the_best_and_goes_on(tmp_path) -> None:
+    settings = {"active_layers": 2, "probe_steps": 1, "sampling_interval": 2, "update_interval": 2}
+    often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    often |= {"num_train_epochs": 3, "evaluated": rows(4)}
+    ran, sizes, answers = {}, {}, {}
+    for name, offload in (("resident", {}), ("host", HOST)):
+        enable(GrassConfig(offload=offload, **settings))
+        run = ran[name] = run_of(tmp_path / name, load_best_model_at_end=True, **often)
+        run.train()
+        disable()
+        run.save_model(str(tmp_path / f"model-{name}"))
+        sizes[name] = [file.stat().st_size for file in sorted((tmp_path / name / "checkpoint-4").iterdir())]
+        answers[name] = run.model.generate(torch.arange(6)[None], max_new_tokens=5, do_sample=False, pad_token_id=0)
+        sizes[name].append((tmp_path / f"model-{name}" / "model.safetensors").stat().st_size)
+    losses = {name: logged(run, "loss") for name, run in ran.items()}
+    assert losses["host"] == losses["resident"] and torch.equal(answers["host"], answers["resident"])
+    pairs = zip(sizes["host"], sizes["resident"], strict=True)
+    assert all(abs(ours - theirs) < 100 for ours, theirs in pairs), "each file holds what it is of, and nothing more"
+    states = [run.model.state_dict() for run in ran.values()]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    enable(GrassConfig(offload=HOST, **settings))
+    again = run_of(tmp_path / "host", **often)
+    again.train(resume_from_checkpoint=str(tmp_path / "host" / "checkpoint-4"))
+    assert logged(again, "loss")[-8:] == losses["resident"][-8:]
 
 
 # --- what is refused

@@ -9,7 +9,6 @@ import torch
 
 from grass_dist.errors import GrassError
 from grass_dist.events import Traffic
-from grass_dist.method.interfaces import LayerStates
 from grass_dist.model.backward import at_end_of_backward, in_backward
 from grass_dist.states.layer_weights import LayerWeights
 from grass_dist.states.place import DONE
@@ -285,8 +284,9 @@ class HostWeights:
         layer, window = self._layers[n], self._window(n)
         self._take_over(n)
         runs = layer.layout.runs(window.slot.flat, self.store[n])
-        after = [window.slot.free, window.arrived, self._computed()]
-        window.arrived = self.transfers.to_device(layer.name, runs, after=after, keeps=True)
+        window.arrived = self.transfers.to_device(
+            layer.name, runs, after=[window.slot.free, window.arrived, self._computed()], keeps=True
+        )
         window.layer, window.stale = n, False
 
     def _prefetch(self, n: int, *, down: bool) -> None:
@@ -305,37 +305,6 @@ class HostWeights:
     def _computed(self) -> StreamEvent:
         """The moment from which memory may change that the compute has used until now."""
         return self.transfers.compute("GRASS::read", _nothing, [])
-
-
-class StatesAndWeights:
-    """`LayerStates` for a controller: optimizer states, and weights that move as well."""
-
-    def __init__(self, states: LayerStates, weights: HostWeights) -> None:
-        self._states, self._weights = states, weights
-
-    def expect(self, layers: Sequence[int], steps: int) -> None:
-        self._states.expect(layers, steps)
-
-    def leave(self, active: Sequence[int]) -> None:
-        self._states.leave(active)
-        self._weights.leave(active)
-
-    def enter(self, active: Sequence[int]) -> None:
-        self._weights.enter(active)
-        self._states.enter(active)
-
-    def harvest(self) -> Traffic:
-        """The sum of both, with the bytes of the weights apart."""
-        states, weights = self._states.harvest(), self._weights.harvest()
-        return Traffic(
-            bytes_to_device=states.bytes_to_device,
-            bytes_to_host=states.bytes_to_host,
-            copies=states.copies + weights.copies,
-            seconds=states.seconds + weights.seconds,
-            waited=states.waited + weights.waited,
-            weight_bytes_to_device=weights.bytes_to_device,
-            weight_bytes_to_host=weights.bytes_to_host,
-        )
 
 
 def _nothing() -> None:

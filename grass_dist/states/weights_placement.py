@@ -10,6 +10,8 @@ from torch import nn
 
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
+from grass_dist.events import Traffic
+from grass_dist.method.interfaces import LayerStates
 from grass_dist.model.compiled import is_compiled, is_wrapper_of_compile
 from grass_dist.model.discovery import Unit
 from grass_dist.model.units import shown_names
@@ -126,3 +128,34 @@ def place_weights(
         f"{slots} slots of {gigabytes(longest)}), {gigabytes(here)} {where} on this host",
     )
     return made
+
+
+class StatesAndWeights:
+    """`LayerStates` for a controller: optimizer states, and weights that move as well."""
+
+    def __init__(self, states: LayerStates, weights: HostWeights) -> None:
+        self._states, self._weights = states, weights
+
+    def expect(self, layers: Sequence[int], steps: int) -> None:
+        self._states.expect(layers, steps)
+
+    def leave(self, active: Sequence[int]) -> None:
+        self._states.leave(active)
+        self._weights.leave(active)
+
+    def enter(self, active: Sequence[int]) -> None:
+        self._weights.enter(active)
+        self._states.enter(active)
+
+    def harvest(self) -> Traffic:
+        """The sum of both, with the bytes of the weights apart."""
+        states, weights = self._states.harvest(), self._weights.harvest()
+        return Traffic(
+            bytes_to_device=states.bytes_to_device,
+            bytes_to_host=states.bytes_to_host,
+            copies=states.copies + weights.copies,
+            seconds=states.seconds + weights.seconds,
+            waited=states.waited + weights.waited,
+            weight_bytes_to_device=weights.bytes_to_device,
+            weight_bytes_to_host=weights.bytes_to_host,
+        )

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import grass_dist
-from grass_dist import checkpoint
 from integration_tests.support.model import ADAMW, CLIP, decay_groups, global_batch, small_llama, wrapped
 from integration_tests.support.program import events, run_all
 from integration_tests.support.scenarios import FOLDER, TWO, scenarios
@@ -67,7 +66,7 @@ def two_ways(rank: int, world_size: int, folder: str, dtype: torch.dtype, shard:
     told: dict[str, Any] = {}
     resident = Loop(rank, world_size, {}, dtype, shard)
     expected = [resident.steps(0, 8), resident.left()]
-    checkpoint.save_checkpoint(Path(folder) / "resident", resident.optimizer, 8)
+    grass_dist.save_checkpoint(Path(folder) / "resident", resident.optimizer, 8)
     expected.append(resident.steps(8, 12))
     for chaos in (None, 1):
         ours = Loop(rank, world_size, HOST | {"chaos": chaos}, dtype, shard)
@@ -75,7 +74,7 @@ def two_ways(rank: int, world_size: int, folder: str, dtype: torch.dtype, shard:
         told[f"same, chaos {chaos}"] = seen == expected[0] and same(ours.left(), expected[1])
         if chaos is None:
             before = ours.optimizer.grass.traffic
-            checkpoint.save_checkpoint(Path(folder) / "host", ours.optimizer, 8)
+            grass_dist.save_checkpoint(Path(folder) / "host", ours.optimizer, 8)
         told[f"goes on, chaos {chaos}"] = ours.steps(8, 12) == expected[2] and same(ours.left(), resident.left())
         if chaos is None:
             told["bytes"] = ours.optimizer.grass.traffic.weight_bytes_to_device - before.weight_bytes_to_device
@@ -83,7 +82,7 @@ def two_ways(rank: int, world_size: int, folder: str, dtype: torch.dtype, shard:
     for source, offload in (("host", {}), ("resident", HOST), ("host", HOST)):
         again = Loop(rank, world_size, offload, dtype, shard)
         again.steps(20, 23)
-        checkpoint.load_checkpoint(Path(folder) / source, again.optimizer)
+        grass_dist.load_checkpoint(Path(folder) / source, again.optimizer)
         going = again.steps(8, 12) == expected[2] and same(again.left(), resident.left())
         told[f"{source} loaded with {offload}"] = going
     saved = ours.optimizer.state_dict()

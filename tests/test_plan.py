@@ -16,7 +16,8 @@ from grass_dist.errors import ConfigError, GrassError
 from grass_dist.plan import cost, memory, speeds
 from grass_dist.plan.choose import candidates, choose, estimate, nearest_to_fitting, remedies
 from grass_dist.plan.command import PlanOptions, plan_run
-from grass_dist.plan.memory import memory_of, states_of, weights_of
+from grass_dist.plan.cost import step_bytes, step_time
+from grass_dist.plan.memory import host_bytes, memory_of, states_of, weights_of
 from grass_dist.plan.runs import Method, PlannedRun, lora_elements, methods_of, traversed
 from grass_dist.plan.scale import parse_scale, scale
 from grass_dist.plan.shape import parse_count, shape_of_config, shape_of_model, shape_of_params
@@ -303,7 +304,7 @@ def test_memory_falls_with_fewer_layers_more_ranks_recomputation(seven):
 
 
 def test_all_layers_cost_what_full_fine_tuning_costs(seven):
-    job, rates = job_of(offload="none"), speeds.Speeds()
+    job, rates = job_of(offload="none"), speeds.speeds.Speeds()
     full, grass = (cost.step_time(seven, job, m, rates) for m in (Method("full", 32), Method("grass", 32)))
     assert grass == full
     assert cost.step_bytes(seven, job, Method("grass", 32)) == cost.step_bytes(seven, job, Method("full", 32))
@@ -339,7 +340,7 @@ def test_bytes_on_the_wire_by_hand(small):
 
 
 def test_what_hides_and_what_does_not(seven):
-    rates = speeds.Speeds()
+    rates = speeds.speeds.Speeds()
     slow = replace(rates, pcie_bytes_per_s=1e8, across_bytes_per_s=1e8, within_bytes_per_s=1e8)
     for backend in ("fsdp2", "ddp", "zero2", "zero3"):
         job = job_of(gpus=16, backend=backend, seq_len=1024)
@@ -354,7 +355,7 @@ def test_what_hides_and_what_does_not(seven):
 def test_scaling(seven):
     counts = parse_scale("8..64")
     assert counts == [8, 16, 32, 64]
-    points = scale(seven, job_of(), Method("grass", 4), speeds.Speeds(), counts)
+    points = scale(seven, job_of(), Method("grass", 4), speeds.speeds.Speeds(), counts)
     assert {(p.backend, p.gpus) for p in points} >= {("zero3", 8), ("hsdp", 16)} and ("hsdp", 8) not in {
         (p.backend, p.gpus) for p in points
     }
@@ -370,7 +371,7 @@ def test_scaling(seven):
 def test_the_choice_gives_up_as_little_speed_as_it_must(seven):
     def chosen(gpu_bytes):
         jobs = candidates(job_of(gpu_bytes=gpu_bytes, seq_len=2048), offload=True, checkpointing=True)
-        return choose(seven, jobs, speeds.Speeds())
+        return choose(seven, jobs, speeds.speeds.Speeds())
 
     roomy, method = chosen(80e9)
     assert (roomy.offload, roomy.checkpointing, method) == ("interval", False, Method("grass", 4))
@@ -382,19 +383,19 @@ def test_the_choice_gives_up_as_little_speed_as_it_must(seven):
 def test_what_would_make_it_fit_does(seven):
     job = job_of(backend="ddp", gpu_bytes=20e9, seq_len=4096)
     jobs = candidates(job, offload=True, checkpointing=True)
-    near = nearest_to_fitting(seven, jobs, speeds.Speeds())
+    near = nearest_to_fitting(seven, jobs, speeds.speeds.Speeds())
     assert not near.fits
-    told = remedies(seven, near, speeds.Speeds())
+    told = remedies(seven, near, speeds.speeds.Speeds())
     assert told[0].startswith("It would fit with --backend fsdp2 (")
-    assert estimate(seven, replace(near.run, backend="fsdp2"), Method("grass", 1), speeds.Speeds()).fits
+    assert estimate(seven, replace(near.run, backend="fsdp2"), Method("grass", 1), speeds.speeds.Speeds()).fits
     short = job_of(gpu_bytes=6e9, seq_len=8192)
-    near = nearest_to_fitting(seven, candidates(short, offload=True, checkpointing=True), speeds.Speeds())
-    for sentence in remedies(seven, near, speeds.Speeds()):
+    near = nearest_to_fitting(seven, candidates(short, offload=True, checkpointing=True), speeds.speeds.Speeds())
+    for sentence in remedies(seven, near, speeds.speeds.Speeds()):
         assert "--seq-len" in sentence or "--gpus" in sentence or "--always-active" in sentence
 
 
 def test_host_memory_counts(seven):
-    rates = replace(speeds.Speeds(), pinnable_bytes=50e9)
+    rates = replace(speeds.speeds.Speeds(), pinnable_bytes=50e9)
     row = estimate(seven, job_of(), Method("grass", 4), rates)
     assert row.memory.total < row.run.gpu_bytes and not row.fits  # 77.7 GB pinned
     assert estimate(seven, job_of(offload="none"), Method("grass", 4), rates).fits
@@ -407,7 +408,7 @@ def test_what_is_written_loads(small, backend, tmp_path):
 
     gpus = 1 if backend == "single" else 8
     job = job_of(gpus=gpus, backend=backend, replicate=2 if backend == "hsdp" else 1, checkpointing=True)
-    row = estimate(small, job, Method("grass", 2), speeds.Speeds())
+    row = estimate(small, job, Method("grass", 2), speeds.speeds.Speeds())
     files = write_config(tmp_path / "mine.yaml", small, row)
     config = load_config(tmp_path / "mine.yaml")
     assert config.grass.active_layers == 2 and config.data.max_length == 256
@@ -442,7 +443,7 @@ def test_a_report_of_the_doctor_replaces_the_constants(tmp_path):
     assert (found.pcie_bytes_per_s, found.within_bytes_per_s, found.across_bytes_per_s) == (12e9, 8e10, 3e9)
     assert found.within_latency_s == pytest.approx(5e-6) and found.across_latency_s == pytest.approx(1e-5)
     assert (found.device_bytes, found.pinnable_bytes) == (25e9, 90e9)
-    assert "across_bytes_per_s" in found.measured and found.flop_per_s == speeds.Speeds().flop_per_s
+    assert "across_bytes_per_s" in found.measured and found.flop_per_s == speeds.speeds.Speeds().flop_per_s
 
 
 @pytest.mark.parametrize("value", [0, -1e9, float("nan"), float("inf"), "fast", True])
@@ -597,7 +598,7 @@ def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     assert [
         one.method.label
         for one in [
-            estimate(shape_of_model("config.json"), job_of(), m, speeds.Speeds())
+            estimate(shape_of_model("config.json"), job_of(), m, speeds.speeds.Speeds())
             for m in methods_of(shape_of_model("config.json"), job_of())
         ]
     ][:3] == ["full fine-tuning", "LoRA r=16", "LISA γ=2"]
@@ -620,3 +621,53 @@ def test_nothing_fits_is_told_with_what_would(tmp_path, monkeypatch, capsys):
     assert "Nothing fits. Nearest is GRASS γ=1 (ddp" in printed and "It would fit with --backend fsdp2 (" in printed
     with pytest.raises(GrassError, match="nothing fits, so there are no settings"):
         plan_run(PlanOptions(**given, write=Path("mine.yaml")), lambda sentence: None)
+
+
+def test_weights_on_the_host_are_planned_as_they_move(seven):
+    """What is counted is what `tests/test_host_weights.py` sees move: γ + K slots, and each other layer twice a step."""
+    layer, gamma, slots = seven.layer_numel, 4, 2
+    grass, host = Method("grass", gamma), {"backend": "single", "weights": "host"}
+    job, resident = job_of(gpus=1, **host), job_of(gpus=1, backend="single")
+    around = seven.numel - seven.layers_numel
+    assert weights_of(seven, job, grass) == 2 * (around + (gamma + slots) * layer)
+    assert weights_of(seven, job, Method("full", 32)) == weights_of(seven, resident, grass) == 2 * seven.numel
+    more = host_bytes(seven, job, grass) - host_bytes(seven, resident, grass)
+    assert more == 2 * seven.layers_numel
+    moved = step_bytes(seven, job, grass)
+    switched = gamma * (1 - gamma / 32) / job.sampling_interval
+    assert moved.weights == pytest.approx(2 * layer * (28 + 26 + switched))
+    assert moved.pcie == step_bytes(seven, resident, grass).pcie and step_bytes(seven, resident, grass).weights == 0
+    stops = Method("grass", gamma, ())  # the backward ends at the lowest active layer
+    assert step_bytes(seven, replace(job, roles=()), stops).weights < moved.weights
+    assert step_time(seven, job, grass, speeds.Speeds()).pcie > step_time(seven, resident, grass, speeds.Speeds()).pcie
+
+
+def test_zero_3_has_all_weights_on_the_host(seven):
+    grass = Method("grass", 4)
+    job, resident = job_of(backend="zero3", weights="host"), job_of(backend="zero3")
+    assert host_bytes(seven, job, grass) - host_bytes(seven, resident, grass) == pytest.approx(
+        2 * seven.numel, rel=1e-6
+    )
+    assert weights_of(seven, job, grass) < 0.01 * weights_of(seven, resident, grass)
+    assert step_bytes(seven, job, grass).weights == pytest.approx(2 * (seven.numel + seven.layers_numel) / 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({"backend": "fsdp2"}, "zero3"), ({"backend": "single", "gpus": 1, "offload": "none"}, "interval or stream")],
+)
+def test_weights_on_the_host_that_nobody_can_plan(given, told):
+    with pytest.raises(ConfigError, match=f"--weights.*{told}"):
+        job_of(weights="host", **given)
+
+
+def test_a_70b_on_eight_cards_and_a_13b_on_one():
+    """The examples of docs/plan.md."""
+    large = shape_of_params(70.6e9, layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, vocab=128256)
+    run = job_of(gpus=8, gpu_bytes=24e9, seq_len=1024, backend="zero3", weights="host", offload="stream")
+    row = estimate(large, replace(run, checkpointing=True), Method("grass", 4), speeds.Speeds())
+    assert row.fits and 22e9 < row.memory.total < 24e9 and 900e9 < row.host_bytes < 1000e9
+    small = shape_of_params(13e9, layers=40, hidden=5120, intermediate=13824, heads=40, kv_heads=40)
+    run = job_of(gpus=1, gpu_bytes=24e9, seq_len=1024, backend="single", weights="host", offload="stream")
+    row = estimate(small, replace(run, checkpointing=True), Method("grass", 2), speeds.Speeds())
+    assert row.fits and 45e9 < row.moved.weights < 48e9

@@ -624,7 +624,7 @@ def test_nothing_fits_is_told_with_what_would(tmp_path, monkeypatch, capsys):
 
 
 def test_weights_on_the_host_are_planned_as_they_move(seven):
-    """What is counted is what `tests/test_host_weights.py` sees move: γ + K slots, and each other layer twice a step."""
+    """As `tests/test_host_weights.py` sees them move: γ + K slots, and each other layer twice a step."""
     layer, gamma, slots = seven.layer_numel, 4, 2
     grass, host = Method("grass", gamma), {"backend": "single", "weights": "host"}
     job, resident = job_of(gpus=1, **host), job_of(gpus=1, backend="single")

@@ -304,7 +304,7 @@ def test_memory_falls_with_fewer_layers_more_ranks_recomputation(seven):
 
 
 def test_all_layers_cost_what_full_fine_tuning_costs(seven):
-    job, rates = job_of(offload="none"), speeds.speeds.Speeds()
+    job, rates = job_of(offload="none"), speeds.Speeds()
     full, grass = (cost.step_time(seven, job, m, rates) for m in (Method("full", 32), Method("grass", 32)))
     assert grass == full
     assert cost.step_bytes(seven, job, Method("grass", 32)) == cost.step_bytes(seven, job, Method("full", 32))
@@ -340,7 +340,7 @@ def test_bytes_on_the_wire_by_hand(small):
 
 
 def test_what_hides_and_what_does_not(seven):
-    rates = speeds.speeds.Speeds()
+    rates = speeds.Speeds()
     slow = replace(rates, pcie_bytes_per_s=1e8, across_bytes_per_s=1e8, within_bytes_per_s=1e8)
     for backend in ("fsdp2", "ddp", "zero2", "zero3"):
         job = job_of(gpus=16, backend=backend, seq_len=1024)
@@ -355,7 +355,7 @@ def test_what_hides_and_what_does_not(seven):
 def test_scaling(seven):
     counts = parse_scale("8..64")
     assert counts == [8, 16, 32, 64]
-    points = scale(seven, job_of(), Method("grass", 4), speeds.speeds.Speeds(), counts)
+    points = scale(seven, job_of(), Method("grass", 4), speeds.Speeds(), counts)
     assert {(p.backend, p.gpus) for p in points} >= {("zero3", 8), ("hsdp", 16)} and ("hsdp", 8) not in {
         (p.backend, p.gpus) for p in points
     }
@@ -371,7 +371,7 @@ def test_scaling(seven):
 def test_the_choice_gives_up_as_little_speed_as_it_must(seven):
     def chosen(gpu_bytes):
         jobs = candidates(job_of(gpu_bytes=gpu_bytes, seq_len=2048), offload=True, checkpointing=True)
-        return choose(seven, jobs, speeds.speeds.Speeds())
+        return choose(seven, jobs, speeds.Speeds())
 
     roomy, method = chosen(80e9)
     assert (roomy.offload, roomy.checkpointing, method) == ("interval", False, Method("grass", 4))
@@ -383,19 +383,19 @@ def test_the_choice_gives_up_as_little_speed_as_it_must(seven):
 def test_what_would_make_it_fit_does(seven):
     job = job_of(backend="ddp", gpu_bytes=20e9, seq_len=4096)
     jobs = candidates(job, offload=True, checkpointing=True)
-    near = nearest_to_fitting(seven, jobs, speeds.speeds.Speeds())
+    near = nearest_to_fitting(seven, jobs, speeds.Speeds())
     assert not near.fits
-    told = remedies(seven, near, speeds.speeds.Speeds())
+    told = remedies(seven, near, speeds.Speeds())
     assert told[0].startswith("It would fit with --backend fsdp2 (")
-    assert estimate(seven, replace(near.run, backend="fsdp2"), Method("grass", 1), speeds.speeds.Speeds()).fits
+    assert estimate(seven, replace(near.run, backend="fsdp2"), Method("grass", 1), speeds.Speeds()).fits
     short = job_of(gpu_bytes=6e9, seq_len=8192)
-    near = nearest_to_fitting(seven, candidates(short, offload=True, checkpointing=True), speeds.speeds.Speeds())
-    for sentence in remedies(seven, near, speeds.speeds.Speeds()):
+    near = nearest_to_fitting(seven, candidates(short, offload=True, checkpointing=True), speeds.Speeds())
+    for sentence in remedies(seven, near, speeds.Speeds()):
         assert "--seq-len" in sentence or "--gpus" in sentence or "--always-active" in sentence
 
 
 def test_host_memory_counts(seven):
-    rates = replace(speeds.speeds.Speeds(), pinnable_bytes=50e9)
+    rates = replace(speeds.Speeds(), pinnable_bytes=50e9)
     row = estimate(seven, job_of(), Method("grass", 4), rates)
     assert row.memory.total < row.run.gpu_bytes and not row.fits  # 77.7 GB pinned
     assert estimate(seven, job_of(offload="none"), Method("grass", 4), rates).fits
@@ -408,7 +408,7 @@ def test_what_is_written_loads(small, backend, tmp_path):
 
     gpus = 1 if backend == "single" else 8
     job = job_of(gpus=gpus, backend=backend, replicate=2 if backend == "hsdp" else 1, checkpointing=True)
-    row = estimate(small, job, Method("grass", 2), speeds.speeds.Speeds())
+    row = estimate(small, job, Method("grass", 2), speeds.Speeds())
     files = write_config(tmp_path / "mine.yaml", small, row)
     config = load_config(tmp_path / "mine.yaml")
     assert config.grass.active_layers == 2 and config.data.max_length == 256
@@ -443,7 +443,7 @@ def test_a_report_of_the_doctor_replaces_the_constants(tmp_path):
     assert (found.pcie_bytes_per_s, found.within_bytes_per_s, found.across_bytes_per_s) == (12e9, 8e10, 3e9)
     assert found.within_latency_s == pytest.approx(5e-6) and found.across_latency_s == pytest.approx(1e-5)
     assert (found.device_bytes, found.pinnable_bytes) == (25e9, 90e9)
-    assert "across_bytes_per_s" in found.measured and found.flop_per_s == speeds.speeds.Speeds().flop_per_s
+    assert "across_bytes_per_s" in found.measured and found.flop_per_s == speeds.Speeds().flop_per_s
 
 
 @pytest.mark.parametrize("value", [0, -1e9, float("nan"), float("inf"), "fast", True])
@@ -598,7 +598,7 @@ def test_the_whole_of_it(tmp_path, monkeypatch, capsys):
     assert [
         one.method.label
         for one in [
-            estimate(shape_of_model("config.json"), job_of(), m, speeds.speeds.Speeds())
+            estimate(shape_of_model("config.json"), job_of(), m, speeds.Speeds())
             for m in methods_of(shape_of_model("config.json"), job_of())
         ]
     ][:3] == ["full fine-tuning", "LoRA r=16", "LISA γ=2"]

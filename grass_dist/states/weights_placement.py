@@ -11,13 +11,14 @@ from torch import nn
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
 from grass_dist.events import Traffic
-from grass_dist.method.interfaces import LayerStates
 from grass_dist.model.compiled import is_compiled, is_wrapper_of_compile
 from grass_dist.model.discovery import Unit
 from grass_dist.model.units import shown_names
 from grass_dist.ranks import Ranks, say, together
 from grass_dist.states.layer_weights import LayerWeights
+from grass_dist.states.moving import MovingStates
 from grass_dist.states.plan import check_host_memory, gigabytes
+from grass_dist.states.resident import ResidentStates
 from grass_dist.states.slots import SlotPool
 from grass_dist.states.store import LayerStateStore, Use
 from grass_dist.states.transfer import TransferEngine
@@ -133,7 +134,7 @@ def place_weights(
 class StatesAndWeights:
     """`LayerStates` for a controller: optimizer states, and weights that move as well."""
 
-    def __init__(self, states: LayerStates, weights: HostWeights) -> None:
+    def __init__(self, states: ResidentStates | MovingStates, weights: HostWeights) -> None:
         self._states, self._weights = states, weights
 
     def expect(self, layers: Sequence[int], steps: int) -> None:
@@ -146,6 +147,10 @@ class StatesAndWeights:
     def enter(self, active: Sequence[int]) -> None:
         self._weights.enter(active)
         self._states.enter(active)
+
+    def settle(self) -> None:
+        """Makes every state readable where it is. Weights always are, between two steps."""
+        self._states.settle()
 
     def harvest(self) -> Traffic:
         """The sum of both, with the bytes of the weights apart."""

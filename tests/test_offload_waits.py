@@ -280,9 +280,16 @@ EXEMPT: dict[tuple[str, str], str] = {
             ("weights", "HostWeights._settle: without ours.copy_(there)"),
             ("weights", "HostWeights._settle: no wait in ours.copy_(there)"),
             ("weights", "HostWeights._settle: without self._layers[n].bind(self._hosts[n])"),
+            ("weights", "HostWeights._settle: without self._running.clear()"),
+            ("weights", "HostWeights.close: without self._settle()"),
+            ("weights", "HostWeights.close: without layer.bind([view.to(device, copy=True) for view in layer.bound])"),
         ],
         "it says where weights are or what comes early, which tests/test_host_weights.py looks at; it orders nothing",
     ),
+    (
+        "weights",
+        "HostWeights.close: no wait in view.to(device, copy=True)",
+    ): "out of registered memory, which is released when the device has come to rest",
     (
         "weights",
         "HostWeights._copy: to_device not after window.slot.free",

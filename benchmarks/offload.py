@@ -3,6 +3,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/offload.py [--backend fsdp2] [--rounds 4] [--json FILE]
     torchrun --nproc-per-node 2 benchmarks/offload.py --host-dtype 48      # what rounded moments change, and no more
+    torchrun --nproc-per-node 1 benchmarks/offload.py --backend ddp --weights host    # weights on the host
     torchrun --nproc-per-node 1 benchmarks/offload.py --random-llama 1.5B --batch 4 --length 1024      # on a GPU
 
 The modes train models of their own, of the same weights on the same tokens with the same draws. Layers are drawn in
@@ -12,7 +13,7 @@ they never reach, except where layers are updated in the backward, so that all m
 
 A copy may run on beside the next step, which must be one of its own mode. So the modes take turns of an interval, not
 of a step: a first step, then those of a whole interval, which are timed, then a wait for what is still on its way. A
-step's time is that of the slowest rank. Ratios are formed with the same step of the mode "none" in the same round;
+step's time is that of the slowest rank. Ratios are formed with the same step of the first mode in the same round;
 medians are shown with the quartiles. The order of the modes rotates.
 
 On a GPU a second part builds, trains and frees each mode alone, and full fine-tuning, and measures device memory.
@@ -36,7 +37,10 @@ from offload_runs import IN_BACKWARD, Run, add_arguments, give_all_layers_a_stat
 from grass_dist.job.world import World
 from grass_dist.model.packaged import resolve_model
 
-GOALS = {"cpu": {"interval": 1.02, "stream": 1.05, IN_BACKWARD: 1.05}, "gpu": {"stream": 1.03, IN_BACKWARD: 1.03}}
+GOALS = {
+    "cpu": {"interval": 1.02, "stream": 1.05, IN_BACKWARD: 1.05, "host": 1.10},
+    "gpu": {"stream": 1.03, IN_BACKWARD: 1.03},
+}
 HIDDEN = 0.95
 """The goal on a GPU, where states are streamed."""
 
@@ -69,7 +73,7 @@ def step_times(args: argparse.Namespace, world: World) -> dict[str, Any]:
         on_device, on_host = map(max, zip(*held[name], strict=True))
         told[name] = {
             "seconds": seconds[name],
-            "same layers as none": drawn[name] == drawn["none"],
+            "same layers as none": drawn[name] == drawn[names[0]],
             "a step": {"to device": to_device, "to host": to_host, "copies": copies, "waited": waited},
             "hidden": max(0.0, 1 - waited / copies) if copies else None,
             "most state bytes": {"device": on_device, "host": on_host},
@@ -151,8 +155,8 @@ def spread(over: list[float], under: list[float]) -> list[float]:
 
 
 def compare(told: dict[str, Any], interval: int) -> None:
-    """Adds ratios: over "none" by place in the interval, and of a step with a switch over the others of its turn."""
-    places, none = told["place in the interval"], told["modes"]["none"]["seconds"]
+    """Adds ratios: over the first mode ("none") by place in the interval, and of a switch over its other steps."""
+    places, none = told["place in the interval"], next(iter(told["modes"].values()))["seconds"]
     kinds = {"all": range(interval), "first": [0], "others": range(1, interval - 1), "switch": [interval - 1]}
     for own in told["modes"].values():
         took, own["over none"] = own["seconds"], {}
@@ -181,11 +185,12 @@ def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
     def ratio(values: list[float]) -> str:
         return "{:.3f} ({:.3f}-{:.3f})".format(*values)
 
-    row("", "median s", "over none", "goal", "switch over others")
+    first = next(iter(told["modes"]))
+    row("", "median s", f"over {first}", "goal", "switch over others")
     for name, own in told["modes"].items():
         cells = ratio(own["over none"]["all"]), f"<= {goals[name]}" if name in goals else ""
         row(name, f"{statistics.median(own['seconds']):.3f}", *cells, ratio(own["switch over other steps"]))
-    row("over none, by step", "first of interval", "others", "last, with switch")
+    row(f"over {first}, by step", "first of interval", "others", "last, with switch")
     for name, own in told["modes"].items():
         row(name, *(ratio(own["over none"][kind]) for kind in ("first", "others", "switch")))
     row("rank 0, MB and share", "to device a step", "to host a step", "hidden", "states on device", "states on host")
@@ -195,7 +200,7 @@ def show(args: argparse.Namespace, record: dict[str, Any]) -> None:
         moved = (f"{own['a step'][key] / 1e6:.1f}" for key in ("to device", "to host"))
         row(name, *moved, hidden, *(f"{own['most state bytes'][key] / 1e6:.1f}" for key in ("device", "host")))
         if not own["same layers as none"]:
-            print(f"{name}: other layers than none")
+            print(f"{name}: other layers than {first}")
     for name, own in record["memory"].items():
         row(name, f"peak {own['peak'] / 1e9:.2f} GB", f"{own['beyond the weights'] / 1e9:.2f} GB beyond the weights")
     if not record["memory"]:

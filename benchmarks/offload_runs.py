@@ -34,11 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--active", type=int, default=4, help="γ")
     parser.add_argument("--interval", type=int, default=4, help="steps between two switches, at least 3")
     parser.add_argument("--slots", type=int, default=2, help='of the mode "stream"')
+    parser.add_argument(
+        "--weights", choices=("resident", "host"), default="resident", help="host: only compare them, under ddp"
+    )
     parser.add_argument("--batch", type=int, default=2, help="sequences a rank")
     parser.add_argument("--length", type=int, default=128)
 
 
 def modes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What is compared: with the first one."""
+    if args.weights == "host":
+        return {"resident": {"mode": "interval"}, "host": {"mode": "interval", "weights": "host"}}
     stream = {"mode": "stream", "slots": args.slots}
     found = {"none": {"mode": "none"}, "interval": {"mode": "interval"}, "stream": stream}
     if not args.backend.startswith("zero"):  # DeepSpeed updates after the norm
@@ -134,7 +140,9 @@ class Run:
     def traffic(self) -> list[float]:
         """Bytes to the device and to the host, seconds of copies and of waiting; of this rank, since the start."""
         traffic = self.grass.traffic
-        return [traffic.bytes_to_device, traffic.bytes_to_host, traffic.seconds, traffic.waited]
+        to_device = traffic.bytes_to_device + traffic.weight_bytes_to_device
+        to_host = traffic.bytes_to_host + traffic.weight_bytes_to_host
+        return [to_device, to_host, traffic.seconds, traffic.waited]
 
     def cycle(self) -> int:
         """Steps until every layer has a state."""

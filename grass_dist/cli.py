@@ -198,6 +198,9 @@ def plan(
     backend: Annotated[str | None, typer.Option(help="fsdp2, hsdp, ddp, zero1, zero2, zero3 or single.")] = None,
     replicate: Annotated[int | None, typer.Option(help="With hsdp: replicas; left out, one on each host.")] = None,
     offload: Annotated[str | None, typer.Option(help="interval, stream or none; left out, chosen.")] = None,
+    weights: Annotated[
+        str, typer.Option(help="resident, or host: layers that do not train now rest there (single, ddp, zero3).")
+    ] = "resident",
     checkpointing: Annotated[bool | None, typer.Option(help="Activation checkpointing; left out, chosen.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: bfloat16 or float32.")] = "bfloat16",
     always_active: Annotated[

@@ -37,7 +37,7 @@ IN_BLOCKS = ("cyclic", "random-cyclic", "without-replacement", "middle", "fixed"
 
 
 class OffloadConfig(StrictModel):
-    """Where the optimizer states of the layers are, and when they move (docs/offload.md).
+    """Where the optimizer states and the weights of the layers are, and when they move (docs/offload.md).
 
     The trajectory is the same to the bit in every mode and with every setting here but ``host_dtype``.
 
@@ -73,6 +73,16 @@ class OffloadConfig(StrictModel):
     """A folder on a fast local disk that is the host tier in place of memory: it holds a memory-mapped file for each
     layer of each rank, which is gone when the process ends."""
 
+    weights: Literal["resident", "host"] = "resident"
+    """`host`: the weights of layers that do not train now rest in host memory, pinned on a GPU, and come to the device
+    for their forward and their backward. Those of the active layers and of all that is outside the layers stay on the
+    device. For one process and DDP; under FSDP2 and DeepSpeed it is refused, with what does the same there. `resident`:
+    every weight stays where the model has it (docs/offload.md#weights-on-the-host)."""
+
+    weight_slots: int = Field(default=2, ge=2)
+    """For `weights: host`: number of layers that do not train whose weights are on the device at a time. One computes
+    while the next ones come."""
+
     chaos: int | None = Field(default=None, ge=0)
     """For tests on the CPU: seed by which copies are delayed and reordered wherever nothing orders them, and undefined
     memory is filled with NaN."""
@@ -86,6 +96,14 @@ class OffloadConfig(StrictModel):
                 "rounds the moments whenever they go to the host: with mode='none' that is never, and with 'stream', "
                 f"which 'auto' may choose, at every step, so that exp_avg_sq stands still; mode={self.mode!r}",
                 "use mode='interval' or leave host_dtype out",
+            )
+        if self.weights == "host" and self.mode in ("none", "auto"):
+            raise ConfigError(
+                "weights",
+                self.weights,
+                "rests weights in host memory to save memory of the device, and optimizer states, which take more, "
+                f"would {'stay there' if self.mode == 'none' else 'perhaps stay there'} with mode={self.mode!r}",
+                "use mode='interval' or 'stream'",
             )
         return self
 

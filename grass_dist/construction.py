@@ -16,6 +16,7 @@ from grass_dist.config import GrassConfig, as_config, check_num_layers
 from grass_dist.errors import ConfigError, GrassError, UnsupportedModel
 from grass_dist.events import Started
 from grass_dist.method.changes import ChangeLog
+from grass_dist.method.interfaces import LayerStates
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
 from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
@@ -49,6 +50,8 @@ from grass_dist.states.update_rule import (
     judge_class,
     rounds_by_place,
 )
+from grass_dist.states.weights import HostWeights
+from grass_dist.states.weights_placement import StatesAndWeights, place_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Prepared:
         started: what the run trains, and what never trains.
         fallback: why no state can move, if none can.
         resident: bytes of the states that never move.
+        stack: FQNs of all layers, those that do not compete included.
     """
 
     model: nn.Module
@@ -96,6 +100,7 @@ class Prepared:
     started: Started
     fallback: str | None
     resident: int
+    stack: tuple[str, ...]
 
     def must_agree(self) -> dict[str, Any]:
         return {**self.agree, "whether states can move": self.fallback}
@@ -107,13 +112,33 @@ class Prepared:
             [own.state for own in self.optimizers[: len(self.layers)]],
             self.config,
             sharding.ranks,
-            sharding.shard_of(self.layers[0].params[0][1]).device,
+            self.device,
             resident=self.resident,
             fallback=self.fallback,
         )
         if not isinstance(states, ResidentStates):
             self.backend.takes_sparse = False  # a class keeps sparse states of them, which do not move
         return states
+
+    def place_weights(
+        self, states: ResidentStates | MovingStates, undo: ExitStack
+    ) -> tuple[HostWeights | None, LayerStates]:
+        """Takes the weights of the layers to host memory, on all ranks together, if they are to rest there.
+
+        Returns:
+            The weights that rest, if there are any, and what the controller tells of switches.
+        """
+        if self.config.offload.weights == "resident":
+            return None, states
+        where = self.config, self.backend.ranks, self.device
+        weights = place_weights(self.model, self.stack, self.layers, *where, undo=undo.callback)
+        return weights, StatesAndWeights(states, weights)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that trains."""
+        sharding = self.backend.sharding
+        return sharding.weights_come_to or sharding.shard_of(self.layers[0].params[0][1]).device
 
 
 def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, Any]], Groups]) -> Prepared:
@@ -140,6 +165,8 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     refuse_second(model)
     undo.callback(restore_flags, [(param, param.requires_grad) for param in model.parameters()])
     backend = backend_for(model, steps)
+    if config.offload.weights == "host":
+        backend.rest_weights()
     undo.callback(backend.detach)  # its hooks would change how the model trains without it
 
     unmatched = freeze_named(model, config)
@@ -149,12 +176,12 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     make_sampler(config, len(found.layers))
     layers, roles = choose_units(model, found, config, groups)
     units = [*layers, *roles]
-    check_one_device(units)
+    check_one_device(units, resting=backend.sharding.weights_come_to)
     ours = _passed(model, groups)
     sparse = _check_gradients(model, backend, units, ours)
     rule = judge_class(optimizer_class, kwargs, [{**group, "params": _among(units, group)} for group in groups])
     _check_modes(optimizer_class, config)
-    if given.shard_states and rule.elementwise and not rounds_by_place(groups, _device_of(units)):
+    if given.shard_states and rule.elementwise and not rounds_by_place(groups, _device_of(units, backend)):
         backend.sharding.divide_states(units)
 
     told = [
@@ -176,6 +203,9 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
     agree = fingerprint(config, found, layers, groups, optimizer_class, kwargs, shard_states=given.shard_states)
     agree["update rule"] = (rule.elementwise, rule.blockwise, sorted(rule.kept))
     fallback, resident = _ask_fields(optimizers, len(layers), groups, sparse)
+    if fallback is not None and config.offload.weights == "host":
+        problem = f"states of layers would stay on the device, which take more than weights: {fallback}"
+        raise ConfigError("grass.offload.weights", "host", problem, "use weights='resident', or another optimizer")
     sentences = [sentence for sentence in told if sentence]
     return Prepared(
         model,
@@ -193,6 +223,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
         started_with(model, found, layers, roles),
         fallback,
         resident,
+        tuple(unit.name for unit in found.layers),
     )
 
 
@@ -260,9 +291,9 @@ def _among(units: Sequence[Unit], group: Mapping[str, Any]) -> list[nn.Parameter
     return [p for p in group["params"] if id(p) in trained]
 
 
-def _device_of(units: Sequence[Unit]) -> torch.device:
+def _device_of(units: Sequence[Unit], backend: HookedBackend) -> torch.device:
     """The device of what trains, after `check_one_device`."""
-    return units[0].params[0][1].device
+    return backend.sharding.weights_come_to or units[0].params[0][1].device
 
 
 def _check_gradients(

@@ -1,4 +1,4 @@
-"""What a run tells: its observers of its start, of refreshes and draws, and what moving states has cost."""
+"""What a run tells: its observers of its start, of refreshes and draws, and what moving states and weights has cost."""
 
 from __future__ import annotations
 
@@ -55,15 +55,20 @@ class Sampled:
 
 @dataclass(slots=True)
 class Traffic:
-    """What the transfers of the states of this rank have cost since the start."""
+    """What the transfers of this rank have cost since the start: those of states, and of weights that rest in host
+    memory (``grass.offload.weights``)."""
 
     bytes_to_device: int = 0
+    """Bytes of states."""
     bytes_to_host: int = 0
     copies: int = 0
     seconds: float = 0.0
     """Time in which copies ran, those that have ended; both directions added up."""
     waited: float = 0.0
-    """Time in which the compute stood still because a state had not come."""
+    """Time in which the compute stood still because a state, or weights, had not come."""
+    weight_bytes_to_device: int = 0
+    """Bytes of weights, which are not among `bytes_to_device`; the other fields count both."""
+    weight_bytes_to_host: int = 0
 
     @property
     def hidden(self) -> float:

@@ -87,7 +87,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         ranks = ranks_of(model)
         try:
             made = together(ranks, lambda: prepare(given, undo, self._begin), Prepared.must_agree)
-            self._build(made, observers)
+            self._build(made, observers, undo)
             together(ranks, raised_by(self.grass.start))
         except BaseException:
             undo.close()
@@ -99,7 +99,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         return self.param_groups
 
-    def _build(self, made: Prepared, observers: Sequence[Observer]) -> None:
+    def _build(self, made: Prepared, observers: Sequence[Observer], undo: ExitStack) -> None:
         for told in made.sentences:
             say(made.backend.ranks, told)
         self._model, self._backend, self._ours = made.model, made.backend, made.ours
@@ -110,6 +110,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         count = len(made.layers)
         self._layer_optimizers, self._role_optimizers = made.optimizers[:count], made.optimizers[count:]
         self._states = made.place_states()
+        self._weights, both = made.place_weights(self._states, undo)
         me, moves = weakref.proxy(self), isinstance(self._states, MovingStates)
         self._view = StateView(
             self._unit_optimizers, lambda *unit: me._put_state(*unit), moves=moves, asked=self._asked
@@ -122,7 +123,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         if self._in_backward:
             made.backend.tell_final(self._update_in_backward)
         self.grass = GrassController(
-            made.config, made.layers, made.roles, made.backend, self._states, made.watch, made.changes, observers
+            made.config, made.layers, made.roles, made.backend, both, made.watch, made.changes, observers
         )
         self.grass.introduce(made.started)
         self._dicts = TorchStates(

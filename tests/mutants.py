@@ -31,15 +31,16 @@ CHAIN = {
         "grass_dist.states.layer_state",
         "grass_dist.states.place",
         "grass_dist.states.moving",
+        "grass_dist.states.weights",
         "grass_dist.backends.host_sums",
         "grass_dist.backends.zero.states",
     )
 }
 """Modules in the order in which they import each other."""
-MUTATED = ("streams", "transfer", "store", "slots", "layer_state", "moving", "host_sums", "states")
+MUTATED = ("streams", "transfer", "store", "slots", "layer_state", "moving", "weights", "host_sums", "states")
 QUEUES = {"compute", "to_device", "to_host", "_read", "submit", "_copy"}
 """Calls that are given the events to wait for."""
-ORDERS = {"wait", "synchronize", "settle", "_ended", "allocated", "finalize", *QUEUES}
+ORDERS = {"wait", "synchronize", "settle", "_settle", "_ended", "allocated", "finalize", *QUEUES}
 """Calls that order something, and whose answer is used."""
 Change = Callable[[], None]
 """Makes a mutant of the tree that a node is in."""

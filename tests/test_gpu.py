@@ -128,6 +128,55 @@ def test_states_that_move_leave_what_states_that_stay_leave(offload, dtype, to_t
     assert traffic.seconds > 0 and traffic.copies > 20 and traffic.bytes_to_device > 0 < traffic.bytes_to_host
 
 
+@pytest.mark.parametrize("starts_on", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_on_the_host_leave_what_resident_ones_leave(dtype, starts_on, to_the_bit):
+    """Also where the layers have never been on the device, and with a gradient that a probe shows."""
+
+    def trained(offload, device):
+        model = uneven(dtype).to(CUDA)
+        model.layers.to(device)
+        model, optimizer = make(offload, model=model)
+        for step in range(30):
+            loss_on(model, step, "cuda").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                loss_on(model, step, "cuda")
+        return optimizer, [t.cpu() for t in outcome(optimizer, model)]
+
+    _, theirs = trained({}, "cuda")
+    optimizer, ours = trained({"weights": "host"}, starts_on)
+    assert same(ours, theirs)
+    resting = [unit for n, unit in enumerate(optimizer.grass.layers) if n not in optimizer.grass.active_layers]
+    assert all(p.device.type == "cpu" and p.is_pinned() for unit in resting for _, p in unit.params)
+    assert all(p.is_cuda for unit in optimizer.grass.trainable_units() for _, p in unit.params)
+    traffic = optimizer.grass.traffic
+    assert traffic.weight_bytes_to_device > 0 < traffic.weight_bytes_to_host
+
+
+def test_resting_weights_take_no_memory_of_the_device():
+    used = {}
+    for weights in ("resident", "host", "resident"):  # the first run has cuBLAS take its workspace
+        before = torch.cuda.memory_allocated()
+        model = tiny(layers=16, width=256).to(CUDA)
+        optimizer = GrassOptimizer(
+            model,
+            torch.optim.SGD,
+            {"lr": 0.1, "momentum": 0.9},
+            config=GrassConfig(active_layers=2, sampler="cyclic", probe_steps=0, offload={"weights": weights}),
+        )
+        for step in range(3):
+            loss_on(model, step, "cuda").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        used[weights] = torch.cuda.memory_allocated() - before
+        layer = sum(p.nbytes for p in model.layers[0].parameters())
+        del model, optimizer
+        gc.collect()
+    assert used["resident"] - used["host"] > (16 - 2 - 2) * layer * 0.9
+
+
 def test_states_that_are_away_take_no_memory_of_the_device():
     sizes = {"sampler": "cyclic", "probe_steps": 0, "active_layers": 2}
     used = {}

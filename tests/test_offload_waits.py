@@ -26,6 +26,7 @@ from tests import mutants
 from tests.fake_cuda import install
 from tests.late_cuda import DEVICE, late_cuda
 from tests.offload_model import CPU, Toy, drive
+from tests.weights_model import drive_weights
 from tests.zero_states_model import drive_sums, drive_zero
 
 MODES = ("interval", "stream")
@@ -71,6 +72,7 @@ MOVING: list[Run] = [
     for mode in MODES
 ]
 ZERO: list[Run] = [partial(run, partial(drive_zero, mode=mode)) for run in (chaotic, on_late_cuda) for mode in MODES]
+WEIGHTS: list[Run] = [partial(run, drive_weights) for run in (chaotic, on_late_cuda)]
 SUMS: list[Run] = [partial(on_late_cuda, drive_sums)]
 
 
@@ -206,6 +208,7 @@ def runs(folder: str) -> dict[str, list[Run]]:
         "store": [registered, failing_registration, partial(mapped_files, folder), *SUMS, *mapped],
         "slots": [*MOVING, dropped_states],
         "moving": [*MOVING, dropped_states, *ZERO],
+        "weights": WEIGHTS,
         "host_sums": SUMS,
         "layer_state": ZERO,
         "states": ZERO,
@@ -250,6 +253,47 @@ EXEMPT: dict[tuple[str, str], str] = {
         ],
         "chaos itself, which finds what is wrong and is not part of a run that counts",
     ),
+    **dict.fromkeys(
+        [
+            ("weights", "HostWeights.__init__: without layer.bind(self._hosts[n])"),
+            ("weights", "HostWeights.leave: without self._settle()"),
+            ("weights", "HostWeights.leave: without layer.come_home()"),
+            ("weights", "HostWeights.enter: without self._empty(n)"),
+            ("weights", "HostWeights.pass_begins: without self._settle()"),
+            ("weights", "HostWeights.pass_begins: without self.transfers.harvest()"),
+            ("weights", "HostWeights.pass_begins: without self._prefetch(first - 1, down=False)"),
+            ("weights", "HostWeights.forward_begins: without self._settle()"),
+            ("weights", "HostWeights.forward_begins: without self._take_over(n)"),
+            ("weights", "HostWeights.forward_begins: without self._running.append(n)"),
+            ("weights", "HostWeights.forward_begins: without self._layers[n].bind(self._window(n).views[n])"),
+            ("weights", "HostWeights.forward_begins: without self._prefetch(n, down=again and self._last != n - 1)"),
+            ("weights", "HostWeights.forward_ends: without self._layers[n].bind(self._hosts[n])"),
+            ("weights", "HostWeights.forward_ends: without self._bring(self._backward, trusted=True)"),
+            ("weights", "HostWeights.backward_begins: without at_end_of_backward(self._backward_ends)"),
+            ("weights", "HostWeights.backward_begins: without self._layers[n].bind(self._window(n).views[n])"),
+            ("weights", "HostWeights.backward_begins: without self._prefetch(n, down=True)"),
+            ("weights", "HostWeights._take_over: without self._empty(n)"),
+            ("weights", "HostWeights._copy: without self._take_over(n)"),
+            ("weights", "HostWeights._prefetch: without taken.add(at)"),
+            ("weights", "HostWeights._prefetch: without self._copy(other)"),
+            ("weights", "HostWeights._settle: without self._window(n).arrived.synchronize()"),
+            ("weights", "HostWeights._settle: without ours.copy_(there)"),
+            ("weights", "HostWeights._settle: no wait in ours.copy_(there)"),
+            ("weights", "HostWeights._settle: without self._layers[n].bind(self._hosts[n])"),
+            ("weights", "HostWeights._settle: without self._running.clear()"),
+            ("weights", "HostWeights.close: without self._settle()"),
+            ("weights", "HostWeights.close: without layer.bind([view.to(device, copy=True) for view in layer.bound])"),
+        ],
+        "it says where weights are or what comes early, which tests/test_host_weights.py looks at; it orders nothing",
+    ),
+    (
+        "weights",
+        "HostWeights.close: no wait in view.to(device, copy=True)",
+    ): "out of registered memory, which is released when the device has come to rest",
+    (
+        "weights",
+        "HostWeights._copy: to_device not after window.slot.free",
+    ): "on a GPU the same as what the compute has queued by now, in which the allocation was; chaos has them apart",
     (
         "layer_state",
         "TargetState.exact: no wait in value.to(dtype)",

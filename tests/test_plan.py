@@ -16,7 +16,8 @@ from grass_dist.errors import ConfigError, GrassError
 from grass_dist.plan import cost, memory, speeds
 from grass_dist.plan.choose import candidates, choose, estimate, nearest_to_fitting, remedies
 from grass_dist.plan.command import PlanOptions, plan_run
-from grass_dist.plan.memory import memory_of, states_of, weights_of
+from grass_dist.plan.cost import step_bytes, step_time
+from grass_dist.plan.memory import host_bytes, memory_of, states_of, weights_of
 from grass_dist.plan.runs import Method, PlannedRun, lora_elements, methods_of, traversed
 from grass_dist.plan.scale import parse_scale, scale
 from grass_dist.plan.shape import parse_count, shape_of_config, shape_of_model, shape_of_params
@@ -620,3 +621,53 @@ def test_nothing_fits_is_told_with_what_would(tmp_path, monkeypatch, capsys):
     assert "Nothing fits. Nearest is GRASS γ=1 (ddp" in printed and "It would fit with --backend fsdp2 (" in printed
     with pytest.raises(GrassError, match="nothing fits, so there are no settings"):
         plan_run(PlanOptions(**given, write=Path("mine.yaml")), lambda sentence: None)
+
+
+def test_weights_on_the_host_are_planned_as_they_move(seven):
+    """As `tests/test_host_weights.py` sees them move: γ + K slots, and each other layer twice a step."""
+    layer, gamma, slots = seven.layer_numel, 4, 2
+    grass, host = Method("grass", gamma), {"backend": "single", "weights": "host"}
+    job, resident = job_of(gpus=1, **host), job_of(gpus=1, backend="single")
+    around = seven.numel - seven.layers_numel
+    assert weights_of(seven, job, grass) == 2 * (around + (gamma + slots) * layer)
+    assert weights_of(seven, job, Method("full", 32)) == weights_of(seven, resident, grass) == 2 * seven.numel
+    more = host_bytes(seven, job, grass) - host_bytes(seven, resident, grass)
+    assert more == 2 * seven.layers_numel
+    moved = step_bytes(seven, job, grass)
+    switched = gamma * (1 - gamma / 32) / job.sampling_interval
+    assert moved.weights == pytest.approx(2 * layer * (28 + 26 + switched))
+    assert moved.pcie == step_bytes(seven, resident, grass).pcie and step_bytes(seven, resident, grass).weights == 0
+    stops = Method("grass", gamma, ())  # the backward ends at the lowest active layer
+    assert step_bytes(seven, replace(job, roles=()), stops).weights < moved.weights
+    assert step_time(seven, job, grass, speeds.Speeds()).pcie > step_time(seven, resident, grass, speeds.Speeds()).pcie
+
+
+def test_zero_3_has_all_weights_on_the_host(seven):
+    grass = Method("grass", 4)
+    job, resident = job_of(backend="zero3", weights="host"), job_of(backend="zero3")
+    assert host_bytes(seven, job, grass) - host_bytes(seven, resident, grass) == pytest.approx(
+        2 * seven.numel, rel=1e-6
+    )
+    assert weights_of(seven, job, grass) < 0.01 * weights_of(seven, resident, grass)
+    assert step_bytes(seven, job, grass).weights == pytest.approx(2 * (seven.numel + seven.layers_numel) / 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [({"backend": "fsdp2"}, "zero3"), ({"backend": "single", "gpus": 1, "offload": "none"}, "interval or stream")],
+)
+def test_weights_on_the_host_that_nobody_can_plan(given, told):
+    with pytest.raises(ConfigError, match=f"--weights.*{told}"):
+        job_of(weights="host", **given)
+
+
+def test_a_70b_on_eight_cards_and_a_13b_on_one():
+    """The examples of docs/plan.md."""
+    large = shape_of_params(70.6e9, layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, vocab=128256)
+    run = job_of(gpus=8, gpu_bytes=24e9, seq_len=1024, backend="zero3", weights="host", offload="stream")
+    row = estimate(large, replace(run, checkpointing=True), Method("grass", 4), speeds.Speeds())
+    assert row.fits and 22e9 < row.memory.total < 24e9 and 900e9 < row.host_bytes < 1000e9
+    small = shape_of_params(13e9, layers=40, hidden=5120, intermediate=13824, heads=40, kv_heads=40)
+    run = job_of(gpus=1, gpu_bytes=24e9, seq_len=1024, backend="single", weights="host", offload="stream")
+    row = estimate(small, replace(run, checkpointing=True), Method("grass", 2), speeds.Speeds())
+    assert row.fits and 45e9 < row.moved.weights < 48e9

@@ -14,6 +14,7 @@ from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.backends.ddp import comm_hooks
 from grass_dist.backends.fsdp2 import _alone, forget_unreduced, reduce_dtype
 from grass_dist.backends.scaling import asking_scaler
+from grass_dist.model.backward import at_end_of_backward, in_backward
 from grass_dist.states.update_rule import step_unseen
 from tests.tiny import loss_of, tiny
 
@@ -168,3 +169,19 @@ def test_a_scaler_shows_itself_before_it_unscales():
     scaler.step(optimizer)
     assert shown == [(scaler, 12.0)] and param.grad == 3
     assert optimizer._step_supports_amp_scaling is False and shown[1][0] is None
+
+
+def test_autograd_tells_of_the_backward_that_runs():
+    told = []
+    x = torch.ones(2, requires_grad=True)
+    y = x.exp()
+
+    def hook(_):
+        told.append(in_backward())
+        at_end_of_backward(lambda: told.append("end"))
+
+    y.register_hook(hook)
+    x.register_hook(lambda _: told.append("after"))
+    assert not in_backward()
+    y.sum().backward()
+    assert told == [True, "after", "end"] and not in_backward()

@@ -296,6 +296,7 @@ def test_costs_of_a_step_are_what_came_since_the_last_one() -> None:
     first = costs.of_step()
     assert first == {
         "bytes_reduced": 40, "bytes_to_device": 20, "bytes_to_host": 0, "transfer_seconds": 0.25, "wait_seconds": 0,
+        "weight_bytes_to_device": 0, "weight_bytes_to_host": 0,
         "state_bytes": 10, "host_state_bytes": 20,
     }  # fmt: skip
     traffic.bytes_to_host, traffic.waited, run.host_state_bytes = 8, 0.625, 0

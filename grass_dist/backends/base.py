@@ -94,6 +94,14 @@ class HookedBackend(GradientHooks):
             handle.remove()
         self._handles.clear()
 
+    def rest_weights(self) -> None:
+        """Weights of layers will rest in host memory (``grass.offload.weights``): says where they are used.
+
+        Raises:
+            ConfigError: whoever shards the weights says where they are.
+        """
+        self.sharding.weights_come_to = device_of(self.model)
+
     def check_others(self, names: Sequence[str]) -> None:
         """Raises if parameters of the model that someone else trains, ``names``, would not get what they get alone."""
         return
@@ -204,7 +212,7 @@ class HookedBackend(GradientHooks):
             shard_of = self.sharding.shard_of
             self._sums = HostSums(
                 {(u.name, i): shard_of(p).shape for u in self._layers for i, (_, p) in enumerate(u.params)},
-                shard_of(self._layers[0].params[0][1]).device,
+                self.sharding.weights_come_to or shard_of(self._layers[0].params[0][1]).device,
             )
 
     def finish_gradients(self) -> None:

@@ -32,7 +32,8 @@ class _Bucket:
     After the gradients there is one element for each parameter: the number of ranks that have used it.
     """
 
-    def __init__(self, unit: Unit, slots: Sequence[int], number: int) -> None:
+    def __init__(self, unit: Unit, slots: Sequence[int], number: int, device: torch.device | None) -> None:
+        self.device = device  # where gradients are; None: where the parameters are
         self.unit, self.number = unit, number
         self.params = {slot: unit.params[slot][1] for slot in slots}
         self.numel = sum(p.numel() for p in self.params.values())
@@ -46,7 +47,9 @@ class _Bucket:
         param = self.params[slot]
         assert self.work is None, "a bucket that is being reduced takes no gradient"
         if self.flat is None:
-            self.flat = torch.empty(self.numel + len(self.params), dtype=param.dtype, device=param.device)
+            self.flat = torch.empty(
+                self.numel + len(self.params), dtype=param.dtype, device=self.device or param.device
+            )
             self.flat[self.numel :].fill_(1)
         if not used:
             self.unused[slot] = param.grad
@@ -59,7 +62,8 @@ class _Bucket:
             torch.mul(grad, 1 / world_size, out=view)
         else:
             view.copy_(grad / world_size)
-        param.grad = view
+        if param.device == view.device:  # in a probe, weights that have no gradient may rest in host memory
+            param.grad = view
         self.missing.discard(slot)
 
     def take(self) -> torch.Tensor:
@@ -320,7 +324,8 @@ class DdpBackend(HookedBackend):
         late = ("embeddings", "others")  # the others may be anywhere, and what is not used holds up what follows
         tail, head = ([u for u in roles if (u.name in late) is is_late] for is_late in (False, True))
         for unit in [*reversed(tail), *reversed(layers), *head]:  # the order in which the backward finishes them
-            self._all_buckets += [_Bucket(unit, slots, number) for number, slots in enumerate(by_dtype(unit))]
+            for number, slots in enumerate(by_dtype(unit)):
+                self._all_buckets.append(_Bucket(unit, slots, number, self.sharding.weights_come_to))
         self._bucket_of = {(b.unit.name, slot): b for b in self._all_buckets for slot in b.params}
 
     def set_trainable(self, units: Sequence[Unit], *, probing: bool, measuring: bool) -> None:

@@ -32,7 +32,8 @@ class FiniteMark:
         """Takes the sum of squares of a gradient, a 0-dim tensor on the device; the host waits for nothing."""
         if self._param.grad is None:
             self._param.grad = torch.zeros_like(self._param)
-        self._sharding.local(self._param.grad).add_(squares * 0)
+        mark = self._sharding.local(self._param.grad)
+        mark.add_((squares * 0).to(mark.device))  # a layer's parameter may rest in host memory
 
     def hide(self) -> None:
         self._param.grad = None

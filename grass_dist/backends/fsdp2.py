@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from grass_dist.backends.base import HookedBackend, device_of
 from grass_dist.backends.mesh import MeshSharding, check_blocks, largest_mesh
-from grass_dist.errors import GrassError, UnsupportedModel
+from grass_dist.errors import ConfigError, GrassError, UnsupportedModel
 from grass_dist.method.interfaces import Arrived, GradientSink
 from grass_dist.model.discovery import Unit
 from grass_dist.model.experts import give_idle_experts_zeros
@@ -51,6 +51,11 @@ class Fsdp2Backend(HookedBackend):
         self._begun = False  # whether a module of FSDP2 has run, which has then fixed the dtypes of its reductions
         self._reduced: set[FSDPModule] = set()  # modules that have reduced a gradient
         self._on: set[str] = set()
+
+    def rest_weights(self) -> None:
+        problem = "fully_shard divides the weights and says where they are"
+        fix = "pass fully_shard offload_policy=CPUOffloadPolicy(), which keeps this rank's part in host memory"
+        raise ConfigError("grass.offload.weights", "host", problem, fix)
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:
         super().attach(layers, roles, sink, arrived)

@@ -59,7 +59,8 @@ class LossScaling:
         scaler, self._scaler = self._scaler, None
         if scaler is None:
             return None
-        scaled = scaler.scale(torch.ones((), device=self._grass.layers[0].params[0][1].device))
+        device = self._backend.sharding.weights_come_to or self._grass.layers[0].params[0][1].device
+        scaled = scaler.scale(torch.ones((), device=device))
         assert isinstance(scaled, torch.Tensor)
         return scaled.double()
 

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from grass_dist.backends.base import HookedBackend, device_of
 from grass_dist.backends.mesh import MeshSharding, check_blocks, largest_mesh
-from grass_dist.errors import UnsupportedModel
+from grass_dist.errors import ConfigError, UnsupportedModel
 from grass_dist.model.discovery import Unit
 from grass_dist.ranks import Ranks
 
@@ -44,6 +44,10 @@ class TensorParallelBackend(HookedBackend):
             )
         check_blocks(model.named_parameters())
         super().__init__(model, accumulation_steps, MeshSharding(Ranks(dist.group.WORLD, device_of(model)), mesh))
+
+    def rest_weights(self) -> None:
+        problem = "parallelize_module divides the weights and says where they are"
+        raise ConfigError("grass.offload.weights", "host", problem, "use 'resident'")
 
     def _on_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
         """Places the gradient as its parameter is: that of an embedding is whole, that of `SequenceParallel` a sum."""

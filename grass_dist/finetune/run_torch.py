@@ -127,12 +127,23 @@ def _early_updates(config: RunConfig) -> GrassConfig:
 def wrap(model: nn.Module, config: RunConfig, world: World, layers: LayerMap) -> nn.Module:
     """Wraps ``model`` for ``config.parallel`` and moves it, or this rank's shard of it, to the device."""
     backend, replicate = config.parallel.backend, config.parallel.mesh.replicate
+    if backend == "single" and config.grass.offload.weights == "host":
+        return to_device_without_layers(model, world.device, layers)
     if backend == "single":
         return model.to(world.device)
     if backend == "ddp":
         model = model.to(world.device)
         return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
     shard(model, [unit.name for unit in layers.layers], shard_mesh(world.device.type, world.size, replicate))
+    return model
+
+
+def to_device_without_layers(model: nn.Module, device: torch.device, layers: LayerMap) -> nn.Module:
+    """Moves all to the device but the parameters of the layers, which will rest in host memory."""
+    resting = {id(param) for unit in layers.layers for _, param in unit.params}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in resting:
+            tensor.data = tensor.data.to(device)
     return model
 
 

@@ -76,6 +76,8 @@ class WeightSync:
             with whole(params[name]) as weights:
                 if put is None or problem is not None:
                     continue
+                if (device := grass.backend.sharding.weights_come_to) is not None:
+                    weights = weights.to(device)  # which may rest in host memory
                 try:
                     put(name, weights)
                 except Exception as error:  # whatever it is, the other ranks wait in the next gathering

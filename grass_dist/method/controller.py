@@ -70,7 +70,8 @@ class GrassController:
         self._trained: set[int] = set()
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
         self._next: Sampled | None = None
-        device = layers[0].params[0][1].device  # ZeRO-3 may keep its shards elsewhere
+        # ZeRO-3 may keep its shards elsewhere, and weights may rest in host memory.
+        device = backend.sharding.weights_come_to or layers[0].params[0][1].device
         self._sums = SquareSums([len(unit.params) for unit in layers], device)
         self.arrived = False
         self.started: Started | None = None

@@ -42,6 +42,9 @@ class Sharding:
         ranks: those that train one model together.
     """
 
+    weights_come_to: torch.device | None = None
+    """The device that computes, where weights of layers rest in host memory; None where they stay."""
+
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 

@@ -218,8 +218,11 @@ def sparse_parameters(model: nn.Module, units: Sequence[Unit]) -> list[str]:
     return [name for unit in units for name, param in unit.params if id(param) in sparse]
 
 
-def check_one_device(units: Sequence[Unit]) -> None:
+def check_one_device(units: Sequence[Unit], *, resting: torch.device | None = None) -> None:
     """
+    Args:
+        resting: weights of layers rest in host memory and come to this device, so they may be in either.
+
     Raises:
         UnsupportedModel: what trains is on several devices of this rank, or has no memory yet.
     """
@@ -232,7 +235,10 @@ def check_one_device(units: Sequence[Unit]) -> None:
     on: dict[torch.device, str] = {}
     for unit in units:
         for name, param in unit.params:
-            on.setdefault(param.device, name)
+            if resting is None or unit.index is None or param.device.type != "cpu":
+                on.setdefault(param.device, name)
+    if resting is not None:
+        on.setdefault(resting, "the model")
     if len(on) > 1:
         shown = ", ".join(f"{name} on {device}" for device, name in on.items())
         raise UnsupportedModel(

@@ -77,7 +77,7 @@ def check_weights(shape: ModelShape, run: PlannedRun) -> None:
     Raises:
         ConfigError: the weights alone are more than a GPU has.
     """
-    if (weights := weights_of(shape, run)) < run.gpu_bytes:
+    if (weights := weights_of(shape, run, Method("grass", 1, run.roles))) < run.gpu_bytes:
         return
     whole = shape.numel * run.weight_bytes
     needed = int(whole // run.gpu_bytes) + 1
@@ -85,6 +85,8 @@ def check_weights(shape: ModelShape, run: PlannedRun) -> None:
         fix = f"use fsdp2 or zero3, which divide them, {size(whole / run.gpus)} to each GPU"
     else:
         fix = f"use at least {max(needed, 2)} GPUs under fsdp2 or zero3, or GPUs of more than {size(weights)}"
+    if run.backend in ("single", "ddp") and run.weights == "resident":
+        fix += ", or --weights host"
     problem = f"the weights alone take {size(weights)} on each of {run.gpus} GPUs under {run.backend}"
     raise ConfigError("--gpu-memory", size(run.gpu_bytes), problem, fix)
 
@@ -94,7 +96,7 @@ def candidates(run: PlannedRun, *, offload: bool, checkpointing: bool) -> list[P
     modes = ("interval", "stream") if offload else (run.offload,)
     recompute = (False, True) if checkpointing else (run.checkpointing,)
     found = [replace(run, offload=mode, checkpointing=again) for again in recompute for mode in modes]
-    if offload:  # without host memory, if that is what is short
+    if offload and run.weights == "resident":  # without host memory, if that is what is short
         found += [replace(run, offload="none", checkpointing=again) for again in recompute]
     return found
 
@@ -157,6 +159,7 @@ def _changes(run: PlannedRun) -> dict[str, dict[str, Any]]:
     changes: list[tuple[bool, str, dict[str, Any]]] = [
         (run.backend in ("ddp", "single") and run.gpus > 1, "--backend fsdp2", {"backend": "fsdp2"}),
         (run.backend in ("zero1", "zero2") and run.gpus > 1, "--backend zero3", {"backend": "zero3"}),
+        (run.backend in ("single", "ddp", "zero3") and run.weights == "resident", "--weights host", _REST),
         (run.backend == "hsdp", "--backend fsdp2", {"backend": "fsdp2", "replicate": 1}),
         (run.offload != "stream", "--offload stream", {"offload": "stream"}),
         (not run.checkpointing, "--checkpointing", {"checkpointing": True}),
@@ -165,6 +168,9 @@ def _changes(run: PlannedRun) -> dict[str, dict[str, Any]]:
         ("embeddings" in run.roles, "--always-active none", {"roles": ()}),
     ]
     return {name: values for saves, name, values in changes if saves}
+
+
+_REST: dict[str, Any] = {"weights": "host"}
 
 
 def _shorter(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:

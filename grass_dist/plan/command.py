@@ -58,6 +58,7 @@ class PlanOptions:
     backend: str | None = None
     replicate: int | None = None
     offload: str | None = None
+    weights: str = "resident"
     checkpointing: bool | None = None
     dtype: str = "bfloat16"
     always_active: str = ",".join(ROLES)
@@ -204,7 +205,8 @@ def _sentences(
 
 
 def _named(run: PlannedRun) -> str:
-    return f"{run.backend}, offload {run.offload}, {run.named_checkpointing}"
+    weights = ", weights on the host" if run.weights == "host" else ""
+    return f"{run.backend}, offload {run.offload}{weights}, {run.named_checkpointing}"
 
 
 def _speeds(options: PlanOptions) -> Speeds:
@@ -233,6 +235,7 @@ def _planned_run(options: PlanOptions, speeds: Speeds) -> PlannedRun:
         backend=cast(Any, backend),
         replicate=replicate,
         offload=cast(Any, options.offload or "interval"),
+        weights=cast(Any, options.weights),
         checkpointing=bool(options.checkpointing),
         roles=_roles(options.always_active),
     )

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from grass_dist.plan.memory import slots_of, states_of
+from grass_dist.plan.memory import WEIGHT_SLOTS, slots_of, states_of
 from grass_dist.plan.pairs import BINS
 from grass_dist.plan.runs import Method, PlannedRun, head_trains, lora_elements, trained_roles, traversed
 from grass_dist.plan.shape import ModelShape, elements_in
@@ -37,6 +37,8 @@ class StepBytes:
     """Bytes that all ranks together send to ranks of their own host."""
     across: float
     """Bytes that all ranks together send to other hosts."""
+    weights: float = 0.0
+    """Bytes of weights that a GPU copies from host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +123,9 @@ def _wire(shape: ModelShape, run: PlannedRun, method: Method) -> _Wire:
 
 def step_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> StepBytes:
     """Bytes on PCIe and on the wire in a step."""
+    weights = sum(_weight_bytes(shape, run, method))
     if run.gpus == 1:
-        return StepBytes(_pcie_bytes(shape, run, method), 0.0, 0.0)
+        return StepBytes(_pcie_bytes(shape, run, method), 0.0, 0.0, weights)
     wire, m = _wire(shape, run, method), run.accumulation
     reduces = m if run.backend in ("zero2", "zero3") else 1
     reduced = reduces * (wire.reduce_layers + wire.reduce_last)
@@ -131,7 +134,7 @@ def step_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> StepBytes:
     of_reduced, of_gathered = _sent_of_one(run.gpus, run.gpus_per_host, run.replicate, whole)
     within = reduced * of_reduced.within + gathered * of_gathered.within
     across = reduced * of_reduced.across + gathered * of_gathered.across
-    return StepBytes(_pcie_bytes(shape, run, method), within, across)
+    return StepBytes(_pcie_bytes(shape, run, method), within, across, weights)
 
 
 @lru_cache(maxsize=64)
@@ -153,12 +156,31 @@ def _pcie_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> float:
     return layer * gamma * (1 - gamma / total) / run.sampling_interval
 
 
+def _weight_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, float]:
+    """Bytes of weights that a GPU copies from host memory in a step, for forwards and for backwards.
+
+    The last layers of a forward are still in their slots when the backward begins. At a switch the layers that train
+    from then on come once; that is counted with the forwards.
+    """
+    if not run.rests(method):
+        return 0.0, 0.0
+    w, total, gamma, f = run.weight_bytes, shape.num_layers, method.active_layers, traversed(shape, method)
+    if run.backend == "zero3":  # the shard of each parameter, whenever it is gathered
+        m = run.accumulation
+        return m * w * shape.numel / run.shards, m * w * f * shape.layers_numel / run.shards
+    layer = w * shape.layer_numel
+    changed = gamma * (1 - gamma / total) / run.sampling_interval
+    forward, backward = total - gamma, max(0.0, f * total - gamma - min(WEIGHT_SLOTS, total - gamma))
+    return layer * (run.accumulation * forward + changed), layer * run.accumulation * backward
+
+
 def step_time(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds) -> StepTime:
     """Estimates the seconds of a step.
 
     Gathers run beside the compute, except the first layer's. Reductions run beside the backward, except those of the
     roles that the backward ends with. Updated weights (DDP, ZeRO-1 and 2) are gathered with nothing beside them. States
-    move beside forward and backward; under "stream" those for which there is no slot move between the updates.
+    move beside forward and backward; under "stream" those for which there is no slot move between the updates. Weights
+    from host memory come beside the layer before, the first layer of a forward with nothing beside it.
     """
     reach, m = speeds.flop_per_s * speeds.flop_share, run.accumulation
     forward, backward = (flop / reach for flop in flops(shape, run, method))
@@ -169,6 +191,8 @@ def step_time(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds
     update = UPDATE_BYTES * elements / speeds.device_bytes_per_s
     network, hidden = _network(shape, run, method, speeds, forward, backward)
     pcie, pcie_hidden = _pcie(shape, run, method, speeds, m * (forward + backward))
+    came, came_hidden = _weights_time(shape, run, method, speeds, m * forward, m * backward)
+    pcie, pcie_hidden = pcie + came, min(pcie_hidden + came_hidden, m * (forward + backward))
     tokens = run.gpus * m * run.tokens
     return StepTime(m * (forward + backward), update, network, hidden, pcie, pcie_hidden, tokens)
 
@@ -236,3 +260,12 @@ def _pcie(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, co
         return early + 2 * (each - early), min(early, compute)
     # At a switch they run beside the two steps around it.
     return each, min(each, 2 * compute / run.sampling_interval)
+
+
+def _weights_time(
+    shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, forward: float, backward: float
+) -> tuple[float, float]:
+    """Estimates the seconds in which weights come from host memory in a step, and how many of them are hidden."""
+    ways = [nbytes / speeds.pcie_bytes_per_s for nbytes in _weight_bytes(shape, run, method)]
+    first = ways[0] / shape.num_layers
+    return sum(ways), min(ways[0] - first, forward) + min(ways[1], backward)

@@ -21,12 +21,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from grass_dist.config import slot_count
+from grass_dist.config import OffloadConfig, slot_count
 from grass_dist.plan.runs import Method, PlannedRun, grass_config, lora_elements, trained_roles
 from grass_dist.plan.shape import ModelShape, Shapes, elements_in
 
 FRAGMENTATION_SHARE = 0.08
 """Share of what a step allocates and frees (gradients, activations, buffers) that is lost to fragmentation."""
+WEIGHT_SLOTS = OffloadConfig().weight_slots
 RUNTIME_BYTES = 0.8e9
 """Bytes that a process takes before it allocates any: CUDA context, kernels, cuBLAS workspace and NCCL's channels."""
 
@@ -106,10 +107,28 @@ class Memory:
 PARTS = tuple(f.name for f in fields(Memory) if f.type == "float")
 
 
-def weights_of(shape: ModelShape, run: PlannedRun) -> float:
-    """Bytes of the weights that rest on a rank."""
-    everything = (*shape.layers, *shape.roles.values(), shape.frozen)
-    return run.weight_bytes * sum(_held(shapes, run) for shapes in everything) + _persistent(shape, run)
+def weights_of(shape: ModelShape, run: PlannedRun, method: Method | None = None) -> float:
+    """Bytes of the weights on a rank's device, between the moments at which layers are gathered.
+
+    Args:
+        method: None is one by which no weights rest in host memory.
+    """
+    around = sum(_held(shapes, run) for shapes in (*shape.roles.values(), shape.frozen))
+    layers = sum(_held(layer, run) for layer in shape.layers)
+    if method is not None and run.rests(method):
+        longest = max(_held(layer, run) for layer in shape.layers)
+        layers = longest * min(method.active_layers + WEIGHT_SLOTS, shape.num_layers)
+        if run.backend == "zero3":  # DeepSpeed takes all weights, and gathers from there
+            around = layers = 0
+    return run.weight_bytes * (around + layers) + _persistent(shape, run)
+
+
+def resting_of(shape: ModelShape, run: PlannedRun, method: Method) -> float:
+    """Bytes of the weights of a rank that rest in host memory."""
+    if not run.rests(method):
+        return 0.0
+    units = (*shape.layers, *shape.roles.values(), shape.frozen) if run.backend == "zero3" else shape.layers
+    return run.weight_bytes * sum(_held(unit, run) for unit in units)
 
 
 def states_of(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, float]:
@@ -141,12 +160,14 @@ def gradients_of(shape: ModelShape, run: PlannedRun, method: Method) -> float:
 
 
 def host_bytes(shape: ModelShape, run: PlannedRun, method: Method) -> float:
-    """Pinned memory of a host: the states of all layers of its ranks, and the sums of a probe with accumulation."""
+    """Pinned memory of a host: the states of all layers of its ranks, weights that rest there, and the sums of a probe
+    with accumulation.
+    """
     states = states_of(shape, run, method)[1]
     probes = method.name == "grass" and run.accumulation > 1
     divided = run.gpus if run.backend.startswith("zero") else run.shards
     sums = 4 * shape.layers_numel / divided if probes else 0.0
-    return run.ranks_per_host * (states + sums)
+    return run.ranks_per_host * (states + sums + resting_of(shape, run, method))
 
 
 def zero_settings(shape: ModelShape, run: PlannedRun) -> dict[str, int | bool]:
@@ -168,7 +189,7 @@ def memory_of(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:
     """Computes the peak on a rank by the closed form."""
     acts = activations_of(shape, run)
     counts = _Counts(shape, run, method, acts)
-    weights, states = weights_of(shape, run), states_of(shape, run, method)[0]
+    weights, states = weights_of(shape, run, method), states_of(shape, run, method)[0]
     parts = [counts.loss(), counts.reducing(1), counts.reducing(method.active_layers), counts.recomputing()]
     parts += [counts.backward_end(), counts.update()]
     moments = [replace(part, weights=weights, states=states) for part in parts]

@@ -20,6 +20,8 @@ from grass_dist.states.unit_optimizer import UnitOptimizer
 PlannedBackend = Literal["single", "fsdp2", "hsdp", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["interval", "stream", "none"]
 BACKENDS: tuple[PlannedBackend, ...] = get_args(PlannedBackend)
+Weights = Literal["resident", "host"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
 LARGEST = {"gpus": 2**20, "accumulation": 2**16}
@@ -51,6 +53,9 @@ class PlannedRun:
     replicate: int = 1
     """Replicas of the sharded model, for hsdp."""
     offload: Offload = "interval"
+    weights: Weights = "resident"
+    """Where the weights of layers rest that GRASS does not train now. `host` under zero3 is DeepSpeed's
+    ``offload_param``, which takes all weights of every method there."""
     dtype: str = "bfloat16"
     checkpointing: bool = False
     """Activation checkpointing of each layer."""
@@ -64,7 +69,8 @@ class PlannedRun:
     def __post_init__(self) -> None:
         for option in ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "sampling_interval"):
             check_whole(f"--{option.replace('_', '-')}", getattr(self, option), LARGEST.get(option) or 2**31)
-        for option, known in (("backend", BACKENDS), ("offload", OFFLOADS), ("dtype", tuple(WEIGHT_BYTES))):
+        allowed = {"backend": BACKENDS, "offload": OFFLOADS, "weights": WEIGHTS, "dtype": tuple(WEIGHT_BYTES)}
+        for option, known in allowed.items():
             if (value := getattr(self, option)) not in known:
                 raise ConfigError(f"--{option}", value, "it is not known", f"use one of {', '.join(known)}")
         if not 1e6 <= self.gpu_bytes <= 1e15:
@@ -73,6 +79,12 @@ class PlannedRun:
             raise ConfigError("--seq-len", self.seq_len, "with --micro-batch it makes too many tokens", "use fewer")
         if self.backend == "single" and self.gpus > 1:
             raise ConfigError("--backend", "single", f"it trains on one GPU, not {self.gpus}", "use fsdp2 or ddp")
+        if self.weights == "host" and self.backend not in ("single", "ddp", "zero3"):
+            fix = "use single, ddp or zero3"
+            raise ConfigError("--weights", "host", f"it is not planned for {self.backend}", fix)
+        if self.weights == "host" and self.offload == "none":
+            problem = "states, which take more than weights, would stay on the GPU (--offload none)"
+            raise ConfigError("--weights", "host", problem, "use --offload interval or stream")
         if self.backend == "hsdp" and (self.replicate < 2 or self.gpus % self.replicate):
             fix = "use a divisor of --gpus above 1 (the number of hosts, say), or --backend fsdp2"
             raise ConfigError("--replicate", self.replicate, f"hsdp on {self.gpus} GPUs cannot have so many", fix)
@@ -128,6 +140,10 @@ class PlannedRun:
     def named_checkpointing(self) -> str:
         return f"activation checkpointing {'on' if self.checkpointing else 'off'}"
 
+    def rests(self, method: Method) -> bool:
+        """Whether weights of layers rest in host memory while ``method`` trains."""
+        return self.weights == "host" and (self.backend == "zero3" or method.name == "grass")
+
     def on(self, gpus: int) -> PlannedRun:
         """Returns the same run on another number of GPUs, where hsdp shards within each host."""
         hosts = -(-gpus // self.gpus_per_host)
@@ -164,12 +180,13 @@ def methods_of(shape: ModelShape, run: PlannedRun) -> list[Method]:
 
 def grass_config(run: PlannedRun, method: Method) -> GrassConfig:
     """Returns the configuration by which ``method`` trains in ``run``."""
+    weights: Any = {"weights": "host"} if run.weights == "host" and run.backend != "zero3" else {}
     return GrassConfig(
         active_layers=method.active_layers,
         sampling_interval=run.sampling_interval,
         update_interval=run.sampling_interval,
         always_active=method.roles,
-        offload=OffloadConfig(mode=run.offload),
+        offload=OffloadConfig(mode=run.offload, **weights),
     )
 
 

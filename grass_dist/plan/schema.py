@@ -1,7 +1,8 @@
 """Writes the JSON of ``grass-dist plan --json FILE``, in flat names with their units.
 
 version, model, params, num_layers, gpus, gpus_per_host, hosts, gpu_memory_bytes, seq_len_tokens, micro_batch,
-accumulation, backend, replicate, offload, dtype, activation_checkpointing, always_active, sampling_interval_steps
+accumulation, backend, replicate, offload, weights, dtype, activation_checkpointing, always_active,
+sampling_interval_steps
 
 speeds         flop_per_s, flop_share, device_bytes_per_s, pcie_bytes_per_s, within_bytes_per_s, across_bytes_per_s,
                within_latency_s, across_latency_s, and measured: the names of those that the doctor measured
@@ -10,8 +11,9 @@ rows           one for each method: method (full, lora, lisa, grass), active_lay
                gradients_bytes, states_bytes, activations_bytes, buffers_bytes, allowance_bytes, runtime_bytes, and
                their sum peak_bytes; allocated_bytes is what max_memory_allocated would tell, and
                closed_form_bytes the same by the closed form;
-               host_pinned_bytes (of a host); pcie_bytes_per_step (each way, of a GPU), within_hosts_bytes_per_step and
-               across_hosts_bytes_per_step (of all ranks together); compute_s, update_s, network_s, network_hidden_s,
+               host_pinned_bytes (of a host); pcie_bytes_per_step (of states, each way, of a GPU), weight_bytes_per_step
+               (of weights, to a GPU), within_hosts_bytes_per_step and across_hosts_bytes_per_step (of all ranks
+               together); compute_s, update_s, network_s, network_hidden_s,
                pcie_s, pcie_hidden_s, step_s, tokens_per_s (of all ranks), relative_to_full (step time)
 recommended    null, or active_layers of the row that is recommended
 most_layers    the largest γ that fits; 0: none
@@ -33,7 +35,17 @@ from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
 VERSION = 1
-_OF_RUN = ("gpus", "gpus_per_host", "micro_batch", "accumulation", "backend", "replicate", "offload", "dtype")
+_OF_RUN = (
+    "gpus",
+    "gpus_per_host",
+    "micro_batch",
+    "accumulation",
+    "backend",
+    "replicate",
+    "offload",
+    "weights",
+    "dtype",
+)
 _UNPRINTED = ("device_bytes", "pinnable_bytes")
 
 
@@ -80,6 +92,7 @@ def _row(shape: ModelShape, row: Estimate, full: Estimate) -> dict[str, Any]:
         "closed_form_bytes": memory_of(shape, row.run, row.method).allocated,
         "host_pinned_bytes": row.host_bytes,
         "pcie_bytes_per_step": row.moved.pcie,
+        "weight_bytes_per_step": row.moved.weights,
         "within_hosts_bytes_per_step": row.moved.within,
         "across_hosts_bytes_per_step": row.moved.across,
         **{f"{lane}_s": getattr(time, lane) for lane in LANES},

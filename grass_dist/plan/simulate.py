@@ -53,8 +53,11 @@ _PART_OF_KIND = {
 
 
 def can_simulate(run: PlannedRun, method: Method) -> bool:
-    """Says whether `simulate` can: without DeepSpeed and LoRA, with one micro-batch a step and stock state sizes."""
-    return run.backend in SIMULATED and method.name != "lora" and run.accumulation == 1 and run.state_bytes is None
+    """Says whether `simulate` can: without DeepSpeed, LoRA and weights on the host, with one micro-batch a step and
+    stock state sizes.
+    """
+    stock = method.name != "lora" and run.accumulation == 1 and run.state_bytes is None
+    return run.backend in SIMULATED and stock and not run.rests(method)
 
 
 def simulate(shape: ModelShape, run: PlannedRun, method: Method) -> Memory:

@@ -40,6 +40,7 @@ def _memory_table(shape: ModelShape, choice: Choice) -> Any:
         f"{shape.name}: {shape.numel / 1e9:.3g} billion parameters, {shape.num_layers} layers · {run.gpus} GPUs of "
         f"{size(run.gpu_bytes)} on {hosts} · {run.backend}{replicas} · {run.dtype} · {run.micro_batch} × {run.seq_len} "
         f"tokens a GPU{f' × {run.accumulation}' if run.accumulation > 1 else ''} · offload {run.offload} · "
+        f"{'weights on the host · ' if run.weights == 'host' else ''}"
         f"{run.named_checkpointing}\nMemory of a GPU at its peak"
     )
     columns = ("", "weights", "gradients", "states", "activations", "buffers", "allowance", "runtime")
@@ -58,13 +59,15 @@ def _memory_cells(row: Estimate) -> list[str]:
 def _time_table(choice: Choice) -> Any:
     full = next(row for row in choice.rows if row.method.name == "full")
     columns = ("", "compute", "update", "network", "hidden", "PCIe", "hidden", "step", "of full", "tokens/s")
-    volumes = ("PCIe a GPU, each way", "within hosts", "across hosts")
+    volumes = ["PCIe a GPU, each way", "within hosts", "across hosts"]
+    if rests := choice.run.weights == "host":
+        volumes.append("weights to a GPU")
     rows = []
     for row in choice.rows:
         t = row.time
         lanes = (*(getattr(t, name) for name in LANES), t.total)
         cells = [f"{t.total / full.time.total:.2f} ×", f"{t.tokens_per_s:,.0f}"]
-        rows.append([row.method.label, *map(duration, lanes), *cells, *map(size, astuple(row.moved))])
+        rows.append([row.method.label, *map(duration, lanes), *cells, *map(size, astuple(row.moved)[: 3 + rests])])
     title = "Time of a step, and bytes that it moves (of all ranks, but for PCIe)"
     return table(title, (*columns, *volumes), rows, align_right=True)
 

@@ -46,7 +46,8 @@ def deepspeed_json(shape: ModelShape, row: Estimate) -> dict[str, Any]:
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     auto = dict.fromkeys(names, "auto")
     low = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
-    return {"zero_optimization": zero_settings(shape, row.run), **low, **auto}
+    host = {"offload_param": {"device": "cpu", "pin_memory": True}} if row.run.weights == "host" else {}
+    return {"zero_optimization": {**zero_settings(shape, row.run), **host}, **low, **auto}
 
 
 def settings_of(path: Path, shape: ModelShape, row: Estimate) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class StepCosts:
             "bytes_reduced": grass.bytes_reduced,
             "bytes_to_device": traffic.bytes_to_device,
             "bytes_to_host": traffic.bytes_to_host,
+            "weight_bytes_to_device": traffic.weight_bytes_to_device,
+            "weight_bytes_to_host": traffic.weight_bytes_to_host,
             "transfer_seconds": traffic.seconds,
             "wait_seconds": traffic.waited,
         }

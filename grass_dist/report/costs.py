@@ -69,33 +69,25 @@ def plot_cost(run: RunRecord, folder: Path) -> Path | None:
 
 
 def plot_moves(run: RunRecord, folder: Path) -> Path | None:
-    """Draws the bytes of optimizer states that moved in each step, and the time that it took."""
-    if not any(s.bytes_to_device or s.bytes_to_host for s in run.steps):
-        return None
+    """Draws the bytes of optimizer states and of weights that moved in each step, and the time that it took."""
     steps = np.array([s.step for s in run.steps])
-    inward, outward, copying, waiting = np.array(
-        [[s.bytes_to_device, s.bytes_to_host, s.transfer_seconds, s.wait_seconds] for s in run.steps], float
-    ).T
-    with picture(folder / "moves.png", 5.2, rows=2) as (top, bottom):
-        probe = [shade_probe(ax, run) for ax in (top, bottom)][-1]
-        scale, unit = byte_unit(max(inward.max(), outward.max()))
-        top.set(title="States that moved", ylabel=unit)
+    states = np.array([[s.bytes_to_device, s.bytes_to_host] for s in run.steps], float)
+    weights = np.array([[s.weight_bytes_to_device, s.weight_bytes_to_host] for s in run.steps], float)
+    copying, waiting = np.array([[s.transfer_seconds, s.wait_seconds] for s in run.steps], float).reshape(-1, 2).T
+    moved = [(what, b) for what, b in (("States that moved", states), ("Weights that moved", weights)) if b.any()]
+    if not moved:
+        return None
+    with picture(folder / "moves.png", 2.6 * (len(moved) + 1), rows=len(moved) + 1) as (*panels, bottom):
+        probe = [shade_probe(ax, run) for ax in (*panels, bottom)][-1]
+        for ax, (title, moves) in zip(panels, moved, strict=True):
+            _both_ways(ax, title, steps, moves)
         second, name = (1.0, "seconds") if max(copying.max(), waiting.max()) >= 1 else (1e-3, "milliseconds")
         bottom.set(title="Time of the copies", ylabel=name)
-        for ax, values, color, label in (
-            (top, inward / scale, PURPLE, "to the device"),
-            (top, -outward / scale, ORANGE, "to host memory"),
-            (bottom, copying / second, LIGHT_BLUE, "copies ran, both ways added up"),
-            (bottom, waiting / second, INK, "training waited for them"),
-        ):
-            ax.bar(*_bars(steps, values), color=color, label=label, lw=0)
-        reach = max(inward.max(), outward.max()) / scale * 1.12
-        top.axhline(0, color=MUTED, lw=0.8)
-        top.set_ylim(-reach, reach)
-        top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
+        bottom.bar(*_bars(steps, copying / second), color=LIGHT_BLUE, label="copies ran, both ways added up", lw=0)
+        bottom.bar(*_bars(steps, waiting / second), color=INK, label="training waited for them", lw=0)
         bottom.set_ylim(0, max(copying.max(), waiting.max()) / second * 1.12 or 1)
-        for ax, handles in ((top, probe), (bottom, [])):
-            handles = [*handles, *ax.get_legend_handles_labels()[0]]
+        for number, ax in enumerate((*panels, bottom)):
+            handles = [*(probe if not number else []), *ax.get_legend_handles_labels()[0]]
             ax.legend(handles=handles, loc="lower right", ncols=3, bbox_to_anchor=(1, 1), borderaxespad=0)
             ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
             ax.grid(axis="x", visible=False)
@@ -103,6 +95,22 @@ def plot_moves(run: RunRecord, folder: Path) -> Path | None:
         if (size := _bin(steps)) > 1:
             bottom.set_xlabel(f"optimizer step; a bar is as long as the longest of {size} steps")
     return folder / "moves.png"
+
+
+def _both_ways(ax: Axes, title: str, steps: np.ndarray, moves: np.ndarray) -> None:
+    """Draws bytes to the device above zero, and those to host memory below it.
+
+    Args:
+        moves: (steps, 2).
+    """
+    scale, unit = byte_unit(moves.max())
+    ax.set(title=title, ylabel=unit)
+    ax.bar(*_bars(steps, moves[:, 0] / scale), color=PURPLE, label="to the device", lw=0)
+    ax.bar(*_bars(steps, -moves[:, 1] / scale), color=ORANGE, label="to host memory", lw=0)
+    reach = moves.max() / scale * 1.12
+    ax.axhline(0, color=MUTED, lw=0.8)
+    ax.set_ylim(-reach, reach)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):g}"))
 
 
 def _bin(steps: np.ndarray) -> int:

@@ -96,6 +96,8 @@ class StepEvent:
     host_state_bytes: Count = 0
     bytes_to_device: Count = 0
     bytes_to_host: Count = 0
+    weight_bytes_to_device: Count = 0
+    weight_bytes_to_host: Count = 0
     transfer_seconds: float = 0.0
     wait_seconds: float = 0.0
 

@@ -40,6 +40,7 @@ class Numbers:
     """Bytes of optimizer state if every parameter trained, with as many bytes as a trained one has."""
     host_peak: int
     bytes_to_device: int
+    weights_to_device: int
     bytes_to_host: int
     copying: float
     """Seconds in which copies ran, both directions added up."""
@@ -128,6 +129,7 @@ def numbers(run: RunRecord) -> Numbers:
         state_full=_full_state(run, trained),
         host_peak=max((step.host_state_bytes for step in train), default=0),
         bytes_to_device=sum(step.bytes_to_device for step in run.steps),
+        weights_to_device=sum(step.weight_bytes_to_device for step in run.steps),
         bytes_to_host=sum(step.bytes_to_host for step in run.steps),
         copying=sum(step.transfer_seconds for step in run.steps),
         waiting=sum(step.wait_seconds for step in run.steps),
@@ -251,9 +253,11 @@ def _state_card(found: Numbers) -> Card:
 
 def _moves(found: Numbers) -> str:
     """Says in one sentence what moving states has cost this rank."""
-    if not found.bytes_to_device + found.bytes_to_host:
+    if not found.bytes_to_device + found.bytes_to_host + found.weights_to_device:
         return ""
     ways = f"moved {_bytes_text(found.bytes_to_device)} to the device and {_bytes_text(found.bytes_to_host)} back"
+    if found.weights_to_device:
+        ways += f", and {_bytes_text(found.weights_to_device)} of weights to the device"
     if not found.copying:
         return f"This rank {ways}."
     hidden = 100 * max(0.0, 1 - found.waiting / found.copying)

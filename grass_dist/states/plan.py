@@ -81,11 +81,11 @@ def make_plan(
     here = [report["bytes"] for report in reports if report["host"] == reports[0]["host"]]
     where = f"in {config.offload.folder}" if config.offload.folder else "in host memory" if on_cpu else "pinned"
     count = f"on this host of {len(here)} ranks" if len(here) > 1 else "on this host"
-    parts = [f"{_gb(costs[mode])} on the device" + (" of each rank" if len(reports) > 1 else "")]
+    parts = [f"{gigabytes(costs[mode])} on the device" + (" of each rank" if len(reports) > 1 else "")]
     if mode != "none" and len({size for size, _ in sizes}) > 1:
         count_of = slot_count(config, mode, len(sizes))
-        parts[0] += f" ({count_of} slots of {_gb(max(size for size, _ in sizes))}, the size of the largest layer)"
-    parts += [f"{_gb(sum(here))} {where} {count}"] if host else []
+        parts[0] += f" ({count_of} slots of {gigabytes(max(size for size, _ in sizes))}, the size of the largest layer)"
+    parts += [f"{gigabytes(sum(here))} {where} {count}"] if host else []
     say(ranks, f"states ({mode}): {', '.join(parts)}")
     return Plan(mode, costs[mode], host)
 
@@ -104,6 +104,31 @@ def free_host_memory() -> int | None:
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return min(limits)
+
+
+def check_host_memory(ranks: Ranks, setting: str, value: str, needed: int) -> int:
+    """Checks that each host has the memory that its ranks need; gives the bytes of the ranks on the first one.
+
+    Over the wire: one all-gather of some numbers from each rank.
+
+    Args:
+        needed: bytes of this rank.
+
+    Raises:
+        ConfigError: on every rank alike.
+    """
+    mine = {"host": _host(), "free": free_host_memory(), "bytes": needed}
+    reports = cast("list[dict[str, Any]]", ranks.gather_objects(mine))
+    for host in dict.fromkeys(report["host"] for report in reports):
+        here = [report for report in reports if report["host"] == host]
+        total, free = sum(report["bytes"] for report in here), [r["free"] for r in here if r["free"] is not None]
+        if free and total > min(free):
+            problem = (
+                f"the weights of all layers take {gigabytes(total)} of host memory on {host[1]} for its {len(here)} "
+                f"ranks, and {gigabytes(min(free))} are free"
+            )
+            raise ConfigError(setting, value, problem, "use more hosts, or 'resident'")
+    return sum(report["bytes"] for report in reports if report["host"] == reports[0]["host"])
 
 
 def _cgroup_files() -> Iterator[tuple[Path, Path]]:
@@ -164,8 +189,8 @@ def _check_hosts(reports: Sequence[dict[str, Any]], mode: OffloadMode, on_cpu: b
             raise ConfigError(
                 "offload.mode",
                 mode,
-                f"the states of all layers take {_gb(needed)} of host memory on {host[1]} for its {len(ranks)} ranks, "
-                f"and {_gb(free)} are free",
+                f"the states of all layers take {gigabytes(needed)} of host memory on {host[1]} for its {len(ranks)} "
+                f"ranks, and {gigabytes(free)} are free",
                 "set offload.folder to a folder on a fast local disk, or use more hosts"
                 + ("" if on_cpu else ", or offload.mode='none'"),
             )
@@ -186,5 +211,6 @@ def _free_device(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def _gb(nbytes: int) -> str:
+def gigabytes(nbytes: int) -> str:
+    """Bytes as a sentence shows them."""
     return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.3g} MB"

@@ -1,4 +1,4 @@
-"""Device memory for the states of a few layers at a time."""
+"""Device memory for the states, or the weights, of a few layers at a time."""
 
 from __future__ import annotations
 
@@ -31,21 +31,29 @@ class SlotPool:
         device: where they are.
         allocated: `TransferEngine.allocated`, which says when memory that was just allocated may be written to by a
             copy.
+        of: what comes into the slots, and ``else_``, what to do without it: parts of a sentence.
 
     Raises:
         GrassError: the device has no room for them.
     """
 
     def __init__(
-        self, count: int, nbytes: int, device: torch.device, allocated: Callable[[torch.Tensor], StreamEvent]
+        self,
+        count: int,
+        nbytes: int,
+        device: torch.device,
+        allocated: Callable[[torch.Tensor], StreamEvent],
+        *,
+        of: str = "optimizer states",
+        else_: str = "use grass.offload.mode='stream'",
     ) -> None:
         self.count = count
         try:
             flats = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(count)]
         except (torch.OutOfMemoryError, RuntimeError):  # the latter on a CPU
             raise GrassError(
-                f"The device has no room for the optimizer states of {count} layers ({count * nbytes:,} bytes); use "
-                "grass.offload.mode='stream', fewer grass.active_layers, or more ranks."
+                f"The device has no room for the {of} of {count} layers ({count * nbytes:,} bytes); {else_}, fewer "
+                "grass.active_layers, or more ranks."
             ) from None
         self.nbytes = count * nbytes
         """Bytes of all slots on the device."""

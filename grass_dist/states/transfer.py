@@ -61,10 +61,17 @@ class TransferEngine:
             return self._to_host.submit(partial(poison, memory), [])
         return self._compute.submit(_nothing, [])
 
-    def to_device(self, name: str, runs: Sequence[ByteRun], after: Sequence[StreamEvent]) -> StreamEvent:
-        """Queues a copy of the host's side of ``runs`` over the device's, which is undefined until the event."""
+    def to_device(
+        self, name: str, runs: Sequence[ByteRun], after: Sequence[StreamEvent], *, keeps: bool = False
+    ) -> StreamEvent:
+        """Queues a copy of the host's side of ``runs`` over the device's, which is undefined until the event.
+
+        Args:
+            keeps: the host's side is valid afterwards, too.
+        """
         self.traffic.bytes_to_device += sum(host.nbytes for _, host in runs)
-        return self._copy(self._to_device, f"GRASS::h2d ({name})", [(host, device) for device, host in runs], after)
+        pairs = [(host, device) for device, host in runs]
+        return self._copy(self._to_device, f"GRASS::h2d ({name})", pairs, after, keeps=keeps)
 
     def to_host(
         self, name: str, runs: Sequence[ByteRun], after: Sequence[StreamEvent], then: Callable[[], None] | None = None
@@ -104,8 +111,10 @@ class TransferEngine:
         pairs: Sequence[ByteRun],
         after: Sequence[StreamEvent],
         then: Callable[[], None] | None = None,
+        *,
+        keeps: bool = False,
     ) -> StreamEvent:
-        chaos = self._chaos  # a job that held the engine would keep its threads from ending
+        chaos = self._chaos and not keeps  # a job that held the engine would keep its threads from ending
 
         def job() -> None:
             with torch.profiler.record_function(name):

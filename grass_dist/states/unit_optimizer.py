@@ -89,7 +89,10 @@ class ParamState(TargetState):
     def stand_in(self, groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], torch.Tensor]:
         """Hyperparameters of the parameter, and a tensor like what is updated for it."""
         view = self.view
-        like = view.new_empty((), dtype=torch.float32).expand(view.shape) if view.dtype in LOW else view
+        like, device = view, self._sharding.weights_come_to
+        if view.dtype in LOW or device is not None:
+            dtype = torch.float32 if view.dtype in LOW else view.dtype
+            like = view.new_empty((), dtype=dtype, device=device or view.device).expand(view.shape)
         group = hyperparameters(groups[self.group])
         return group | ({"muon": False} if "muon" in group and not self._in_layer else {}), like
 

@@ -134,6 +134,10 @@ def split_ds_config(config: Mapping[str, Any], mpu: Any = None) -> ZeroSetup:
     if grass.offload.update_in_backward:
         problem = "DeepSpeed updates after the backward, when it knows the norm of all gradients"
         raise ConfigError("grass.offload.update_in_backward", True, problem, "leave it out")
+    if grass.offload.weights == "host":
+        problem = "under DeepSpeed its own setting says where weights rest"
+        fix = 'leave it out, and set zero_optimization.offload_param to {"device": "cpu"}, which ZeRO-3 has'
+        raise ConfigError("grass.offload.weights", "host", problem, fix)
     said: list[str] = []
     stage = _normalise_zero(ds_config, said)
     _refuse(ds_config)

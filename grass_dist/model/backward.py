@@ -1,7 +1,7 @@
 """What torch's autograd tells of a backward that runs now.
 
 Not documented: ``torch.autograd.Variable._execution_engine.queue_callback``, which DDP and FSDP use as well, and
-``torch._C._current_graph_task_id``. Checked on torch 2.9 and 2.13; `tests/test_private_interfaces.py` fails when they
+``torch._C._current_graph_task_id``. Checked on torch 2.13; `tests/test_private_interfaces.py` fails when they
 change.
 """
 

@@ -1,6 +1,6 @@
-"""DeepSpeed's own unit tests on a CPU, in stock and with `grass_dist.initialize` in the place of `deepspeed.initialize`.
+"""DeepSpeed's own unit tests on a CPU, in stock and with `grass_dist.initialize` for `deepspeed.initialize`.
 
-    python -m integration_tests.deepspeed_tests --checkout DIR [--mode block|plain] [-k WORDS] [--json FILE] [FILES ...]
+    python -m integration_tests.deepspeed_tests --checkout DIR [--mode block|plain] [-k WORDS] [--json FILE] [FILE ...]
 
 DIR is a checkout of DeepSpeed's repository, near the release that is installed. With the mode "block" an engine has a
 block in which all layers train without a probe, where the model has layers; with "plain" it has none. What passes
@@ -38,8 +38,8 @@ FILES = """
     runtime/test_ds_config_dict.py runtime/test_ds_config_model.py runtime/test_ds_initialize.py
     runtime/test_lr_schedulers.py runtime/test_no_sync_ctxt.py runtime/test_multi_output_model.py
     runtime/test_multiple_models.py runtime/test_mup_optimizers.py runtime/test_autocast.py
-    v1/half_precision/test_bf16.py v1/half_precision/test_with_autocast.py v1/half_precision/test_mixed_precision_dtype.py
-    v1/zero/test_zero.py v1/zero/test_zero_autocast.py v1/zero/test_offload_states.py
+    v1/half_precision/test_bf16.py v1/half_precision/test_with_autocast.py
+    v1/half_precision/test_mixed_precision_dtype.py v1/zero/test_zero.py v1/zero/test_zero_autocast.py v1/zero/test_offload_states.py
     v1/zero/test_zero_coalesce_grad_reduction.py v1/zero/test_zero_user_backward.py
     v1/zero/test_zero_hook_count_regression.py v1/zero/test_zero_activation_checkpoint_lifecycle.py
     v1/zero/test_zero_cpu_offload_grad_accum.py

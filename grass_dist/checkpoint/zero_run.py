@@ -145,7 +145,7 @@ class ZeroHoldings:
         return units
 
     def _collect(self, group: Group, own: GroupState, tensors: list[Piece], entries: dict[str, dict[str, Any]]) -> None:
-        keep_master = own.master is not None and group.params[0].dtype != torch.float32  # else it is the weights
+        keep_master = own.master is not None and group.params[0].dtype != own.dtype  # else it is the weights
         values = {**own.state, **({MASTER: own.master} if keep_master else {})}
         vectors = {k: own.exact(k, v) for k, v in values.items() if torch.is_tensor(v) and v.ndim}
         for extent in self._extents(group, own.numel):

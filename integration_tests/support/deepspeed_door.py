@@ -47,6 +47,8 @@ def install(after: Callable[..., None] | None = None, *args: Any) -> None:
 def _initialize(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     signature = inspect.signature(stock)
     given = signature.bind(*args, **kwargs).arguments
+    if given.get("model_parameters") is not None:
+        given["model_parameters"] = list(given["model_parameters"])  # a generator can be read once
     block = _block(given) if os.environ[MODE] == "block" else None
     _note("no block" if block is None else f"{block['active_layers']} layers")
     if block is not None:
@@ -164,4 +166,8 @@ def _why(report: Any) -> str:
     """The first line of the error, or what a skip says."""
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else str(report.longrepr[2] if report.skipped else report.longrepr or "")
-    return text.strip().splitlines()[0][:400] if text.strip() else ""
+    first = text.strip().splitlines()[0][:400] if text.strip() else ""
+    if first == "AssertionError":  # raised in another process: what it asserted is in that one's traceback
+        asserted = [line.strip() for line in str(report.longrepr).splitlines() if line.strip().startswith("assert ")]
+        first = f"AssertionError: {asserted[0]}" if asserted else first
+    return first

@@ -114,6 +114,11 @@ PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor")
 """Attributes of a ZeRO-3 parameter: its flat shard, and the size of the whole."""
 
 
+SECONDARY = "ds_secondary_tensor"
+"""Attribute of a ZeRO-3 parameter: with ``zero_hpz_partition_size``, a copy of the weights that a few ranks gather
+from; None where it is to be made again of the next gather."""
+
+
 def stock_classes() -> tuple[type, type]:
     """DeepSpeed's ZeRO optimizers: that of stages 1 and 2, and that of stage 3."""
     import deepspeed.runtime.engine as engine

@@ -23,24 +23,24 @@ import typer
 from integration_tests.support import deepspeed_door
 
 FILES = """
-    runtime/zero/test_zero_tensor_fragment.py runtime/zero/test_zero_context.py runtime/zero/test_zero_context_return.py
-    runtime/zero/test_zero_context_ancestry.py runtime/zero/test_ignore_unused_parameters.py
-    runtime/zero/test_zero_grad_clip.py runtime/zero/test_zero_leaf_module.py runtime/zero/test_zero_dynamic_class.py
+    runtime/zero/test_zero_tensor_fragment.py runtime/zero/test_zero_context.py
+    runtime/zero/test_zero_context_return.py runtime/zero/test_zero_context_ancestry.py
+    runtime/zero/test_ignore_unused_parameters.py runtime/zero/test_zero_grad_clip.py
+    runtime/zero/test_zero_leaf_module.py runtime/zero/test_zero_dynamic_class.py
     runtime/zero/test_zero_nesting_init.py runtime/zero/test_unwrap_model.py
     runtime/zero/test_zero_allreduce_fetch_params.py runtime/zero/test_zero_late_module_attach.py
     runtime/zero/test_zero_hook_attribute_delegation.py runtime/zero/test_zero_autocast_mixed_dtype.py
-    runtime/zero/test_zeropp.py runtime/zero/test_zero_config.py
-    checkpoint/test_latest_checkpoint.py checkpoint/test_lr_scheduler.py checkpoint/test_other_optimizer.py
-    checkpoint/test_shared_weights.py checkpoint/test_sparse.py checkpoint/test_tag_validation.py
-    checkpoint/test_mics_optimizer.py checkpoint/test_zero_optimizer.py checkpoint/test_universal_checkpoint.py
+    runtime/zero/test_zeropp.py runtime/zero/test_zero_config.py checkpoint/test_latest_checkpoint.py
+    checkpoint/test_lr_scheduler.py checkpoint/test_other_optimizer.py checkpoint/test_shared_weights.py
+    checkpoint/test_sparse.py checkpoint/test_tag_validation.py checkpoint/test_mics_optimizer.py
+    checkpoint/test_zero_optimizer.py checkpoint/test_universal_checkpoint.py
     runtime/half_precision/test_dynamic_loss_scale.py runtime/half_precision/test_zero_optim_overflow.py
-    runtime/half_precision/test_fp16.py
-    runtime/test_ds_config_dict.py runtime/test_ds_config_model.py runtime/test_ds_initialize.py
-    runtime/test_lr_schedulers.py runtime/test_no_sync_ctxt.py runtime/test_multi_output_model.py
-    runtime/test_multiple_models.py runtime/test_mup_optimizers.py runtime/test_autocast.py
-    v1/half_precision/test_bf16.py v1/half_precision/test_with_autocast.py
-    v1/half_precision/test_mixed_precision_dtype.py v1/zero/test_zero.py v1/zero/test_zero_autocast.py v1/zero/test_offload_states.py
-    v1/zero/test_zero_coalesce_grad_reduction.py v1/zero/test_zero_user_backward.py
+    runtime/half_precision/test_fp16.py runtime/test_ds_config_dict.py runtime/test_ds_config_model.py
+    runtime/test_ds_initialize.py runtime/test_lr_schedulers.py runtime/test_no_sync_ctxt.py
+    runtime/test_multi_output_model.py runtime/test_multiple_models.py runtime/test_mup_optimizers.py
+    runtime/test_autocast.py v1/half_precision/test_bf16.py v1/half_precision/test_with_autocast.py
+    v1/half_precision/test_mixed_precision_dtype.py v1/zero/test_zero.py v1/zero/test_zero_autocast.py
+    v1/zero/test_offload_states.py v1/zero/test_zero_coalesce_grad_reduction.py v1/zero/test_zero_user_backward.py
     v1/zero/test_zero_hook_count_regression.py v1/zero/test_zero_activation_checkpoint_lifecycle.py
     v1/zero/test_zero_cpu_offload_grad_accum.py
 """

@@ -34,7 +34,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "zero_optimization.offload_optimizer.device": (["gpu"], ["none", "cpu"]),
     "zero_optimization.offload_optimizer.super_offload": ([True], [False]),
     "zero_optimization.zenflow": ([{}, {"topk_ratio": 0.1}, True], [False]),
-    "zero_optimization.zero_hpz_partition_size": ([2, 8, "8"], [0, 1]),
     "zero_optimization.zero_quantized_weights": ([True, "true"], [False]),
     "zero_optimization.zero_quantized_nontrainable_weights": ([True], [False]),
     "zero_optimization.zero_quantized_gradients": ([True, 1], [False, 0]),
@@ -48,12 +47,6 @@ VALUES: dict[str, tuple[list[Any], list[Any]]] = {
     "optimizer.params.max_grad_norm": ([0.0, 1.0], []),
     "zero_allow_untested_optimizer": ([False], [True]),
     "amp.enabled": ([True], [False]),
-    "bf16.bf16_master_weights_and_grads": ([True], [False]),
-    "bf16.bf16_master_weights_and_gradients": ([True], [False]),
-    "bf16.bf16_optimizer_states": ([True], [False]),
-    "bfloat16.bf16_master_weights_and_grads": ([True], [False]),
-    "bfloat16.bf16_master_weights_and_gradients": ([True], [False]),
-    "bfloat16.bf16_optimizer_states": ([True], [False]),
     "fp16.fp16_master_weights_and_grads": ([True], [False]),
     "compile.deepcompile": ([True], [False]),
     "gradient_allreduce_op": (["sum", "SUM"], ["mean"]),
@@ -365,6 +358,9 @@ def test_accumulation_that_is_fine_at_stage_1(changes):
     assert setup.ds_config["data_types"]["grad_accum_dtype"] == changes["data_types.grad_accum_dtype"]
 
 
+MASTERS = "bf16_master_weights_and_grads"
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -384,6 +380,11 @@ def test_accumulation_that_is_fine_at_stage_1(changes):
             ({"torch_autocast": {"enabled": True, **dtype}}, "torch_autocast.dtype")
             for dtype in ({"dtype": "float16"}, {"dtype": "fp16"}, {}, {"dtype": None})
         ),
+        *(
+            ({f"{section}.{MASTERS}": True, f"{section}.enabled": True, **more}, f"{section}.{MASTERS}")
+            for section in ("bf16", "bfloat16")
+            for more in ({}, {f"{section}.bf16_optimizer_states": False})
+        ),
     ],
 )
 def test_scaling_that_the_stage_cannot(changes, field):
@@ -401,6 +402,7 @@ def test_scaling_that_the_stage_cannot(changes, field):
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
         {"torch_autocast": {"enabled": False, "dtype": "float16"}},
         {"communication_data_type": "fp32", "bf16.enabled": True},
+        {"bf16": {"enabled": True, MASTERS: True, "bf16_optimizer_states": True}},
     ],
 )
 def test_scaling_and_casts_that_run(changes):

@@ -101,7 +101,8 @@ class ZeroHoldings:
         """Takes a step of the optimizer on six entries. A flat partition has one state for all its parameters."""
         user, like = self._zero.user_optimizer, self._sharding.shard_of(group.params[0])
         mine = user.param_groups[group.user_group]
-        stand_in = nn.Parameter(torch.zeros(6, device=like.device))
+        dtype = self._zero.states.of[group.key].dtype
+        stand_in = nn.Parameter(torch.zeros(6, dtype=dtype, device=like.device))
         stand_in.grad = torch.zeros_like(stand_in)
         try:
             if len({_form(state) for state in states}) > 1:

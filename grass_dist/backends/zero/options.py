@@ -212,10 +212,12 @@ RUN: tuple[tuple[str, str, str], ...] = (
         "cpu_offload",
         "[`grass.offload`](offload.md) says where states are",
     ),
+    ("zero_optimization", "zero_hpz_partition_size", "on 4 ranks of a CPU, as in stock"),
     ("zero_optimization", "cpu_offload_param", "as `offload_param.device: cpu`"),
     ("zero_optimization.offload_param", "pin_memory", ""),
     ("zero_optimization.offload_optimizer", "nvme_path", "[`grass.offload.folder`](offload.md)"),
-    ("bf16", "enabled check_grad_overflow", "`bfloat16` is the same section"),
+    ("bf16", "enabled check_grad_overflow", ""),
+    ("bfloat16", "*", "an older name of `bf16`"),
     ("bf16", "bf16_master_weights_and_grads bf16_optimizer_states", "masters and moments in bf16"),
     (
         "fp16",

@@ -12,6 +12,7 @@ import inspect
 import json
 import multiprocessing.pool
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from grass_dist.errors import GrassError
 from grass_dist.model.discovery import LayerMap, find_layers
 
 MODE, RESULTS = "GRASS_DOOR", "GRASS_DOOR_RESULTS"
-SECONDS = 90
+SECONDS = 120
 """After so many a test that DeepSpeed's pool waits for is taken for hung."""
+HUNG = f"the test hung for {SECONDS} s"
 
 
 def install(after: Callable[..., None] | None = None, *args: Any) -> None:
@@ -119,14 +121,14 @@ class _Pool:
     def get(self, timeout: float) -> list[Any]:
         del timeout
         try:
-            for _ in range(10 * SECONDS):
-                failed = [call for call in self._calls if call.ready() and not call.successful()]
-                if failed:
+            end = time.monotonic() + SECONDS
+            while time.monotonic() < end:
+                if failed := [call for call in self._calls if call.ready() and not call.successful()]:
                     failed[0].get()
                 if all(call.ready() for call in self._calls):
                     return [call.get() for call in self._calls]
-                self._calls[0].wait(0.1)
-            raise AssertionError(f"the test hung for {SECONDS} s")
+                time.sleep(0.05)
+            raise AssertionError(HUNG)
         except BaseException:
             self._pool.terminate()
             self._pool.join()

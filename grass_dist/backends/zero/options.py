@@ -62,6 +62,7 @@ enabled = Values("on", _is_enabled)
 
 _ONE_PARTITION = "GRASS needs weights and states in one partition over all ranks"
 _EXACT = "GRASS needs weights and gradients that are not quantized"
+_KERNELS = "its kernels are for CUDA alone, and GRASS was not measured with them"
 _TOGETHER = "it gathers layers together, and GRASS needs each by itself"
 _ON_THE_HOST = "DeepSpeed has it with its update on the host alone, and GRASS updates where the states are"
 _PLAIN_MEAN = "GRASS needs gradients that are plain means over the ranks"
@@ -82,9 +83,9 @@ REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     ),
     ("zero_optimization.offload_optimizer.super_offload", on, "it has an optimizer step of its own", "use false"),
     ("zero_optimization.zenflow", on, "it decides by itself which gradients a step applies", "leave it out"),
-    ("zero_optimization.zero_quantized_weights", on, _EXACT, "use false"),
-    ("zero_optimization.zero_quantized_nontrainable_weights", on, _EXACT, "use false"),
-    ("zero_optimization.zero_quantized_gradients", on, _EXACT, "use false"),
+    ("zero_optimization.zero_quantized_weights", on, _KERNELS, "use false"),
+    ("zero_optimization.zero_quantized_nontrainable_weights", on, _KERNELS, "use false"),
+    ("zero_optimization.zero_quantized_gradients", on, _KERNELS, "use false"),
     ("zero_optimization.mics_shard_size", over(0), _ONE_PARTITION, "leave it out (plain ZeRO-3)"),
     ("zero_optimization.mics_hierarchical_params_gather", on, _ONE_PARTITION, "leave it out (plain ZeRO-3)"),
     ("zero_optimization.stage3_module_granularity_threshold", over(0), _TOGETHER, "use 0"),

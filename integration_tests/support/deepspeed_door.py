@@ -14,12 +14,14 @@ import multiprocessing.pool
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 
 from grass_dist.backends.zero.ds_config import load_ds_config
 from grass_dist.config import ROLES
@@ -132,6 +134,7 @@ class _Pool:
         except BaseException:
             self._pool.terminate()
             self._pool.join()
+            _unlock()
             self.starmap = lambda *_: None
             raise
 
@@ -139,16 +142,22 @@ class _Pool:
         return getattr(self._pool, name)
 
 
+def _unlock() -> None:
+    """Removes the file that a process leaves which ends while torch loads an operator that is built: others wait."""
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
+        if any(lock.parent.glob("*.so")):
+            lock.unlink(missing_ok=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     mp.get_context("forkserver").set_forkserver_preload(["torch", "deepspeed", __name__])
     Path(os.environ[RESULTS] + ".engines").write_text("")
+    _unlock()
     install()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    import unit.common as common
-
-    common.mp.Pool = _Pool
+    import_module("unit.common").mp.Pool = _Pool  # of the checkout, in whose folder pytest runs
 
 
 @pytest.hookimpl(wrapper=True)

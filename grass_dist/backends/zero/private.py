@@ -19,7 +19,7 @@ RECOMPUTES_FROZEN = ">=0.19.3"
 what is recomputed with what was there, which fails."""
 
 ONLY_STAGE_3 = ">=0.17,<0.19"
-"""Stages 1 and 2 of these releases have faults, in stock too (docs/deepspeed.md)."""
+"""Some of these releases have faults at stages 1 and 2, in stock too (docs/deepspeed.md)."""
 
 DROPS_ON_CPU = ">=0.19,<0.19.8"
 """Stages 1 and 2 of these releases sort gradients by the names of types on a GPU before they reduce them: on a CPU none
@@ -208,8 +208,8 @@ def check_reduction(stage: int, version: str, *, on_cpu: bool) -> None:
 
     if stage < 3 and SpecifierSet(ONLY_STAGE_3).contains(version, prereleases=True):
         raise GrassError(
-            f"DeepSpeed {version} trains wrongly or stops at ZeRO stage {stage}, without GRASS too: install DeepSpeed "
-            '0.19 or later, or set "stage": 3.'
+            f"DeepSpeed {version} is not supported at ZeRO stage {stage}, where releases of 0.17 and 0.18 have faults, "
+            'without GRASS too: install DeepSpeed 0.19 or later, or set "stage": 3.'
         )
     if on_cpu and stage < 3 and SpecifierSet(DROPS_ON_CPU).contains(version, prereleases=True):
         raise GrassError(

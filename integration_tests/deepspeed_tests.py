@@ -4,8 +4,10 @@
 
 DIR is a checkout of DeepSpeed's repository, near the release that is installed. With the mode "block" an engine has a
 block in which all layers train without a probe, where the model has layers; with "plain" it has none. What passes
-in stock runs once more in the mode. Stock compiles operators when a test first needs them (minutes; later tests wait for
-a file `lock` in TORCH_EXTENSIONS_DIR, which a killed build leaves behind: remove it). With ``--json`` results are kept, and those that the file has are not run again.
+in stock runs once more in the mode. With ``--json`` results are kept, and those that the file has are not run again.
+
+Stock compiles operators when a test first needs them, which takes minutes: build them before, or tests seem to hang.
+TORCH_EXTENSIONS_DIR must be a folder that no other process uses: locks of operators that are built are removed there.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from grass_dist.backends.zero.backend import ZeroBackend, ZeroSharding
-from grass_dist.backends.zero.checks import check_axes, check_group, check_model, check_optimizer
+from grass_dist.backends.zero.checks import check_axes, check_group, check_model, check_optimizer, is_new_adagrad
 from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, sequence_ranks, split_ds_config
 from grass_dist.backends.zero.engine import wrap_methods
-from grass_dist.backends.zero.groups import groups_of, weights_on_host
+from grass_dist.backends.zero.groups import dtype_of_masters, groups_of, weights_on_host
 from grass_dist.backends.zero.jit import accelerator, on_cpu, spare_the_compiler
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.backends.zero.place import place_states
@@ -177,9 +177,8 @@ class ZeroMethod:
         # Stages 1 and 2 save whole weights, where DeepSpeed's tools find what is in no group.
         never = groups_of([Unit("never trained", None, still)] if still and stage == 3 else [], user.param_groups)
 
-        states = place_states(
-            user, every, never, sharding, stage, config, layers, roles, on_host=weights_on_host(arguments)
-        )
+        where = {"on_host": weights_on_host(arguments), "dtype": dtype_of_masters(arguments)}
+        states = place_states(user, every, never, sharding, stage, config, layers, roles, **where)
         self.zero: NarrowZero = narrow_class(stock, stage == 3)(arguments, every, states, self)
         steps, summed = arguments["gradient_accumulation_steps"], _sequence_ranks(arguments, stage)
         self._backend = ZeroBackend(model, self.zero, sharding, steps, stage, _wire_bytes(arguments), summed)
@@ -228,6 +227,8 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
         try:
             refuse_second(model)
             check_optimizer(user, setup)
+            if is_new_adagrad(user):
+                user.state.clear()  # a layer gets its states when it first trains
             unmatched = freeze_named(model, config)
             found = find_layers(model, config.layers, [p for group in groups for p in group["params"]])
             check_num_layers(config, len(found.layers))

@@ -41,7 +41,7 @@ def checkpoint(rank: int, world_size: int, stage: int, folder: str) -> None:
 
 
 def ask(rank: int, world_size: int, check: Callable, stage: int, folder: str) -> dict | None:
-    private.SUPPORTED, private.DROPS_ON_CPU = "", "<0"
+    private.SUPPORTED, private.ONLY_STAGE_3, private.DROPS_ON_CPU = "", "<0", "<0"
     return check(rank, world_size, stage, folder)
 
 

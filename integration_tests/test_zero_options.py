@@ -11,10 +11,12 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import nn
 from typer.testing import CliRunner
 
 import grass_dist
+from grass_dist.backends.zero.private import SECONDARY
 from grass_dist.cli import app
 from integration_tests.support.model import ADAMW, LAYERS, LENGTH, global_batch, small_llama
 from integration_tests.support.ranks import refused, run_ranks
@@ -37,7 +39,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def at_each(function, *args: Any, stages: tuple[int, ...] = (1, 2, 3)) -> list[Any]:
-    return [pytest.param(TWO(function, stage, *args), id=f"stage{stage}") for stage in stages]
+    named = "".join(f"{arg}, " for arg in args if isinstance(arg, str))
+    return [pytest.param(TWO(function, stage, *args), id=f"{named}stage{stage}") for stage in stages]
 
 
 # Boundaries by hand.
@@ -199,6 +202,8 @@ def test_the_optimizer_has_the_attributes_of_stock(runs):
 # Precision as configured.
 
 BF16 = {"bf16": {"enabled": True}}
+BF16_STATES = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+ADAGRAD = {"type": "Adagrad", "params": {"lr": 1e-2, "initial_accumulator_value": 0.1}}
 WITHOUT_SCATTER = {"zero_optimization": {"reduce_scatter": False}}
 CAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 CONFIGURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -206,12 +211,23 @@ CONFIGURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "fp32 on the wire": ((1, 2, 3), {**BF16, "communication_data_type": "fp32"}),
     "sums in fp32": ((2, 3), {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
     "buffers in fp32": ((2,), {**BF16, "data_types": {"keep_in_fp32_modules": ["*inv_freq*"]}}),
+    "masters and moments in bf16": ((1, 2, 3), BF16_STATES),
+    "adagrad": ((1, 2, 3), {**BF16, "optimizer": ADAGRAD}),
     "scaled before": ((1,), {"prescale_gradients": True}),
     "scaled before without scatter": ((2, 3), {"prescale_gradients": True, **WITHOUT_SCATTER}),
     "divided before": ((1,), {"gradient_predivide_factor": 2.0}),
     "divided before without scatter": ((2,), {"gradient_predivide_factor": 4.0, **WITHOUT_SCATTER}),
 }
 """Options, by what they do: stages at which they run, and the options."""
+
+
+def engine_of(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """An engine with the optimizer of the configuration, or with AdamW."""
+    model = small_llama(dtype)
+    if "optimizer" in config:
+        return grass_dist.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return grass_dist.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def like_stock(rank: int, world_size: int, stage: int, options: dict[str, Any]) -> dict[str, float]:
@@ -225,10 +241,7 @@ def like_stock(rank: int, world_size: int, stage: int, options: dict[str, Any]) 
         settings = active and {**EVEN, "active_layers": active}
         more |= {"gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
         config = ds_config(stage, settings, 2, dtype, zero) | more
-        model = small_llama(dtype)
-        engine = grass_dist.initialize(
-            model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3), config=config
-        )[0]
+        engine = engine_of(config, dtype)
         for step in range(4):
             before, trains = weights_of(engine), engine.grass.active_layers if active == 2 else range(LAYERS)
             train_step(engine, step, rank, world_size, 2)
@@ -256,6 +269,81 @@ CASTS = Spawn(2, before=gc.freeze, timeout=400)
 def test_precision_as_configured_is_that_of_stock(runs):
     for told in runs:
         assert told["difference"] == 0.0 and told["frozen moved"] == 0 and told["moved"] > 100, told
+
+
+KEPT = {"bf16": (BF16_STATES, {torch.bfloat16}), "adagrad": ({**BF16, "optimizer": ADAGRAD}, {torch.float32})}
+
+
+def goes_on(rank: int, world_size: int, stage: int, name: str, folder: str) -> dict[str, Any]:
+    """Whether a new engine goes on as the old one does, saved in two ways; and whether states have their dtypes."""
+    options, dtypes = KEPT[name]
+    config = ds_config(stage, SETTINGS, 1, torch.bfloat16) | options
+    engine, told = engine_of(config, torch.bfloat16), {}
+    for step in range(8):
+        if step == 5:
+            engine.save_checkpoint(folder + "/engine")
+            grass_dist.save_checkpoint(folder + "/ours", engine, step)
+        train_step(engine, step, rank, world_size, 1)
+    end = weights_of(engine)
+    found = (own.tensors() for own in engine.optimizer.states.of.values())
+    told["dtypes"] = {tensor.dtype for tensors in found for tensor in tensors if tensor.numel() > 1} == dtypes
+    engine.destroy()
+    for way in ("engine", "ours"):
+        again = engine_of(config, torch.bfloat16)
+        train_step(again, 50, rank, world_size, 1)
+        if way == "engine":
+            again.load_checkpoint(folder + "/engine")
+        else:
+            grass_dist.load_checkpoint(folder + "/ours", again)
+        for step in range(5, 8):
+            train_step(again, step, rank, world_size, 1)
+        told[way] = same(weights_of(again), end)
+        again.destroy()
+    return told
+
+
+@scenarios(*at_each(goes_on, "bf16", FOLDER), *at_each(goes_on, "adagrad", FOLDER))
+def test_other_states_are_saved_and_go_on(runs):
+    assert runs == [{"dtypes": True, "engine": True, "ours": True}] * 2
+
+
+# hpZ: weights are gathered from a copy that a few ranks share.
+
+
+def copied_in_pairs(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """Four ranks of which two share copies: against stock with all layers, and against no copies with two layers."""
+    told, pairs = {}, {"zero_optimization": {"zero_hpz_partition_size": 2}}
+    ended = []
+    for zero in ({}, pairs["zero_optimization"]):  # DeepSpeed remembers pairs for the whole process
+        engine = make_engine(ds_config(3, SETTINGS, 1, torch.bfloat16, zero), torch.bfloat16)
+        for step in range(6):
+            if step == 5:
+                engine.save_checkpoint(folder, tag=f"t{len(zero)}")  # which drops all copies
+            train_step(engine, step, rank, world_size, 1)
+        rests = next(i for i in range(LAYERS) if i not in engine.grass.active_layers)
+        weight = engine.grass.layers[rests].params[0][1]
+        copied = getattr(weight, SECONDARY, None) is not None
+        value = torch.full(weight.ds_shape, 0.01)
+        if copied:
+            told["local"] = refused(lambda p=weight, v=value: safe_set_local_fp32_param(p, v.flatten()))
+        safe_set_full_fp32_param(weight, value)
+        train_step(engine, 6, rank, world_size, 1)
+        was_set = full(weight)
+        engine.load_checkpoint(folder, tag=f"t{len(zero)}")
+        for step in range(5, 8):
+            train_step(engine, step, rank, world_size, 1)
+        ended.append(weights_of(engine))
+        told["copied" if zero else "not copied"] = copied, was_set.unique().tolist() if zero else None
+        engine.destroy()
+    told["stock"] = like_stock(rank, world_size, 3, {**BF16, **pairs})
+    return {**told, "as without": same(*ended)}
+
+
+def test_zero_copies_in_pairs_train_as_without(tmp_path: Path):
+    for told in run_ranks(4, copied_in_pairs, str(tmp_path), timeout=300):
+        assert told["stock"]["difference"] == 0.0 and told["stock"]["frozen moved"] == 0
+        assert told["as without"] and told["copied"][0] and not told["not copied"][0], told
+        assert len(told["copied"][1]) == 1 and "zero_hpz_partition_size" in told["local"], told
 
 
 # Ulysses.

@@ -35,6 +35,14 @@ def stepped_adamw(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def stepped_adagrad(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.Adagrad(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return optimizer
+
+
 def pipeline() -> nn.Module:
     from deepspeed.pipe import PipelineModule
 
@@ -177,7 +185,7 @@ CASES: dict[str, tuple[Callable[[int, Path], str], str]] = {
         "Linear",
     ),
     "twice": (lambda rank, folder: started(FINE, make_engine(FINE).module), "already"),
-    "Adagrad": (lambda rank, folder: started_with(lambda model: torch.optim.Adagrad(model.parameters())), "Adagrad"),
+    "stepped Adagrad": (lambda rank, folder: started_with(stepped_adagrad), "states"),
     "has states": (lambda rank, folder: started_with(stepped_adamw), "states"),
     "LBFGS": (lambda rank, folder: started_with(lambda model: torch.optim.LBFGS(model.parameters())), "LBFGS"),
     "LBFGS made by a callable": (lambda rank, folder: started_with(lambda model: torch.optim.LBFGS), "LBFGS"),

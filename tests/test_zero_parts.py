@@ -104,6 +104,16 @@ def test_a_release_that_drops_gradients_is_refused_on_a_cpu(version):
         private.check_reduction(1, fine, on_cpu=True)
 
 
+@pytest.mark.parametrize("version", ["0.17.0", "0.17.6", "0.18.9"])
+def test_a_release_with_faults_below_stage_3_is_refused_there(version):
+    for stage in (0, 1, 2):
+        with pytest.raises(
+            GrassError, match=rf"{version} is not supported at ZeRO stage {stage}, .* install DeepSpeed 0.19"
+        ):
+            private.check_reduction(stage, version, on_cpu=False)
+    private.check_reduction(3, version, on_cpu=True)
+
+
 @pytest.mark.parametrize("name", [*private.STAGE_1_AND_2.attributes, private.STAGE_1_AND_2.masters])
 def test_a_release_that_lacks_an_attribute_is_refused_by_name(name):
     names = private.STAGE_1_AND_2
@@ -115,13 +125,13 @@ def test_a_release_that_lacks_an_attribute_is_refused_by_name(name):
         private.check_instance(zero, names, 2)
 
 
-@pytest.mark.parametrize("version", ["0.15.4", "0.16.0", "0.17.6", "0.18.9"])
+@pytest.mark.parametrize("version", ["0.15.4", "0.16.0"])
 def test_a_release_that_failed_the_tests_is_refused(version):
     with pytest.raises(GrassError, match=f"DeepSpeed {version} is not supported; grass_dist works with"):
         private.check_classes(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, version)
 
 
-@pytest.mark.parametrize("version", ["0.16.9", "0.19.8", "0.19.9+cu128", "0.20.0.dev1"])
+@pytest.mark.parametrize("version", ["0.16.9", "0.17.6", "0.18.4", "0.19.8", "0.19.9+cu128", "0.20.0.dev1"])
 def test_a_release_that_passed_or_is_newer_is_let_in(version):
     private.check_classes(DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, version)
 

@@ -101,7 +101,8 @@ class ZeroHoldings:
         """Takes a step of the optimizer on six entries. A flat partition has one state for all its parameters."""
         user, like = self._zero.user_optimizer, self._sharding.shard_of(group.params[0])
         mine = user.param_groups[group.user_group]
-        stand_in = nn.Parameter(torch.zeros(6, device=like.device))
+        dtype = self._zero.states.of[group.key].dtype
+        stand_in = nn.Parameter(torch.zeros(6, dtype=dtype, device=like.device))
         stand_in.grad = torch.zeros_like(stand_in)
         try:
             if len({_form(state) for state in states}) > 1:
@@ -145,7 +146,7 @@ class ZeroHoldings:
         return units
 
     def _collect(self, group: Group, own: GroupState, tensors: list[Piece], entries: dict[str, dict[str, Any]]) -> None:
-        keep_master = own.master is not None and group.params[0].dtype != torch.float32  # else it is the weights
+        keep_master = own.master is not None and group.params[0].dtype != own.dtype  # else it is the weights
         values = {**own.state, **({MASTER: own.master} if keep_master else {})}
         vectors = {k: own.exact(k, v) for k, v in values.items() if torch.is_tensor(v) and v.ndim}
         for extent in self._extents(group, own.numel):

@@ -36,8 +36,12 @@ GROUP = "group/"
 def step_over(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Any) -> None:
     """A step of ``optimizer`` over other parameter groups and states than its own; no groups make it update nothing.
 
-    Schedulers, which want a step before their own, and hooks on the optimizer see it as any other.
+    Schedulers, which want a step before their own, and hooks on the optimizer see it as any other. Adagrad gets the
+    states that its constructor makes, of what has none yet.
     """
+    if type(optimizer) is torch.optim.Adagrad and (new := [p for g in groups for p in g["params"] if not state.get(p)]):
+        for param, made in torch.optim.Adagrad(new, **optimizer.defaults).state.items():
+            state[param].update(made)
     own = optimizer.param_groups, optimizer.state
     optimizer.param_groups, optimizer.state = groups, state
     try:

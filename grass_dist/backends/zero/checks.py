@@ -24,7 +24,6 @@ _FIXES = {
         "use AdamW, or GrassOptimizer with grass_dist.MuonAdamW under FSDP2 or DDP, where matrices are whole",
     ),
     "Adafactor": "use AdamW: its factors and its scale are of whole matrices, and ZeRO gives it flat partitions",
-    "Adagrad": "it makes the states of all layers when it is constructed; use AdamW",
 }
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 _DEEPSPEED_ELEMENTWISE = {"FusedAdam", "FusedLion"}
@@ -131,10 +130,16 @@ def check_optimizer(optimizer: Any, setup: ZeroSetup) -> None:
             "it is not known to treat each entry by itself, and ZeRO gives it flat partitions",
             'use torch.optim.AdamW, or set "zero_allow_untested_optimizer": true if you know that it does',
         )
-    if optimizer.state:
+    if optimizer.state and not is_new_adagrad(optimizer):
         raise ConfigError(
             "optimizer",
             name,
             f"it has states of {len(optimizer.state)} parameters already",
             "pass one that has not stepped, of a class that makes its state at the first step",
         )
+
+
+def is_new_adagrad(optimizer: torch.optim.Optimizer) -> bool:
+    """Says whether an optimizer has the states that Adagrad's constructor makes of all parameters, and no others."""
+    steps = [state.get("step") for state in optimizer.state.values()]
+    return type(optimizer) is torch.optim.Adagrad and not any(steps)

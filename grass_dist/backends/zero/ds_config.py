@@ -52,14 +52,14 @@ class ZeroSetup:
 _INTEGER = TypeAdapter(int)
 """Reads a number as DeepSpeed's models of a section do: "3" and 3.0 are 3, and 2.5 is no integer."""
 
-OPTIMIZER_TYPES = "Adam, AdamW, Lion, SGD, Adadelta, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop"
-"""The update rules that treat each entry by itself and make their state at the first step."""
+OPTIMIZER_TYPES = "Adam, AdamW, Lion, SGD, Adadelta, Adagrad, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop"
+"""The update rules that treat each entry by itself."""
 
 _REFUSED_TYPES = {
     **dict.fromkeys(["onebitadam", "zerooneadam", "onebitlamb"], "it carries compression errors on for all layers"),
     **dict.fromkeys(["muadam", "muadamw", "musgd"], "mup's rates go by shape, and ZeRO's partitions are flat"),
-    **dict.fromkeys(["muon", "lamb"], "it works on whole tensors, and ZeRO's partitions are flat"),
-    "adagrad": "it makes the states of all layers when it is constructed",
+    "lamb": "it works on whole tensors, and ZeRO's partitions are flat",
+    "muon": "DeepSpeed puts Muon's update in the place of the gradient before GRASS can measure that",
 }
 
 
@@ -195,6 +195,10 @@ def _refuse(config: Mapping[str, Any]) -> None:
     in_bf16 = any(on(_at(config, f"{section}.enabled")) for section in BF16)
     if in_fp32 and in_bf16 and config["zero_optimization"]["stage"] == 1:
         raise ConfigError("data_types.grad_accum_dtype", sums, *refusal("data_types.grad_accum_dtype"))
+    for section in BF16:
+        low, states = "bf16_master_weights_and_grads", _at(config, f"{section}.bf16_optimizer_states")
+        if on(value := _at(config, f"{section}.{low}") or False) and not on(states or False):
+            raise ConfigError(f"{section}.{low}", value, *refusal(f"bf16.{low}"))
     kind = str(_at(_section(config, "optimizer"), "type") or "")
     if kind and kind.lower() not in OPTIMIZER_TYPES.lower().split(", "):
         problem = _REFUSED_TYPES.get(kind.lower(), refusal("optimizer.type")[0])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grass_dist.backends.zero.private import SECONDARY
 from grass_dist.model.discovery import Unit
 from grass_dist.model.groups import hyperparameters
 from grass_dist.states.unit_optimizer import step_over
@@ -86,6 +87,12 @@ def zero_shard(param: nn.Parameter) -> torch.Tensor:
     return param.ds_tensor  # type: ignore[attr-defined]
 
 
+def shard_changed(param: nn.Parameter) -> None:
+    """Says that a ZeRO-3 shard was written to, on all ranks: a copy of the weights beside it (hpZ) is old."""
+    if getattr(param, SECONDARY, None) is not None:
+        setattr(param, SECONDARY, None)
+
+
 @torch.no_grad()
 def set_weight(param: nn.Parameter, value: torch.Tensor) -> None:
     """Sets a whole parameter on all ranks, which call it together at ZeRO-3; the first rank's value counts there."""
@@ -100,6 +107,11 @@ def weights_on_host(arguments: Mapping[str, Any]) -> bool:
     """Says whether ZeRO-3 keeps its shards of the weights in host memory, by the arguments of its optimizer."""
     device = getattr(arguments.get("offload_param_config"), "device", None)
     return str(getattr(device, "value", device)) == "cpu"
+
+
+def dtype_of_masters(arguments: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of masters, moments and gradients, by the arguments of a ZeRO optimizer (``bf16_optimizer_states``)."""
+    return torch.bfloat16 if arguments.get("bf16_master_weights_and_gradients") else torch.float32
 
 
 def numel_of(param: nn.Parameter) -> int:

@@ -62,15 +62,15 @@ enabled = Values("on", _is_enabled)
 
 _ONE_PARTITION = "GRASS needs weights and states in one partition over all ranks"
 _EXACT = "GRASS needs weights and gradients that are not quantized"
+_KERNELS = "its kernels are for CUDA alone, and GRASS was not measured with them"
 _TOGETHER = "it gathers layers together, and GRASS needs each by itself"
-_FP32_STATES = "GRASS keeps masters and moments in fp32"
+_ON_THE_HOST = "DeepSpeed has it with its update on the host alone, and GRASS updates where the states are"
 _PLAIN_MEAN = "GRASS needs gradients that are plain means over the ranks"
 _COPIES = "GRASS takes all ranks for copies of one model, each with data of its own"
 _DATA_PARALLEL = "leave it out, and use ZeRO-3 if the model is too large"
 _ALL_TOKENS = "GRASS compares layers that each see all tokens of a step"
 _NUMBER = Values("any number", over(-1))
 BF16 = ("bf16", "bfloat16")
-_BF16_STATES = ("bf16_master_weights_and_grads", "bf16_master_weights_and_gradients", "bf16_optimizer_states")
 
 REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     # dotted path, the values that are refused, the problem, the fix
@@ -83,10 +83,9 @@ REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     ),
     ("zero_optimization.offload_optimizer.super_offload", on, "it has an optimizer step of its own", "use false"),
     ("zero_optimization.zenflow", on, "it decides by itself which gradients a step applies", "leave it out"),
-    ("zero_optimization.zero_hpz_partition_size", over(1), _ONE_PARTITION, "use 1"),
-    ("zero_optimization.zero_quantized_weights", on, _EXACT, "use false"),
-    ("zero_optimization.zero_quantized_nontrainable_weights", on, _EXACT, "use false"),
-    ("zero_optimization.zero_quantized_gradients", on, _EXACT, "use false"),
+    ("zero_optimization.zero_quantized_weights", on, _KERNELS, "use false"),
+    ("zero_optimization.zero_quantized_nontrainable_weights", on, _KERNELS, "use false"),
+    ("zero_optimization.zero_quantized_gradients", on, _KERNELS, "use false"),
     ("zero_optimization.mics_shard_size", over(0), _ONE_PARTITION, "leave it out (plain ZeRO-3)"),
     ("zero_optimization.mics_hierarchical_params_gather", on, _ONE_PARTITION, "leave it out (plain ZeRO-3)"),
     ("zero_optimization.stage3_module_granularity_threshold", over(0), _TOGETHER, "use 0"),
@@ -102,8 +101,7 @@ REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     ),
     ("zero_allow_untested_optimizer", off, "GRASS hands DeepSpeed an optimizer that it does not know", "use true"),
     ("amp.enabled", on, "it casts in a way of its own", "use 'bf16' or 'torch_autocast'"),
-    *((f"{section}.{key}", on, _FP32_STATES, "use false") for section in BF16 for key in _BF16_STATES),
-    ("fp16.fp16_master_weights_and_grads", on, _FP32_STATES, "use false"),
+    ("fp16.fp16_master_weights_and_grads", on, _ON_THE_HOST, "use false"),
     ("compile.deepcompile", on, "it compiles one graph, and the layers that train change", "use false"),
     ("gradient_allreduce_op", among("sum"), _PLAIN_MEAN, "use 'mean'"),
     ("sparse_gradients", on, "GRASS takes the norms of dense gradients", "use false"),
@@ -177,6 +175,11 @@ CONDITIONS: dict[str, tuple[str, str, str]] = {
         "the loss scale of fp16 would begin again at each switch, and DeepSpeed has no default",
         "use 'bfloat16', or the section fp16",
     ),
+    "bf16.bf16_master_weights_and_grads": (
+        "without `bf16_optimizer_states`",
+        _ON_THE_HOST,
+        "set bf16_optimizer_states to true as well, or use false",
+    ),
     "data_types.grad_accum_dtype": (
         "fp32 with bf16 at stages 0 and 1",
         "at stages 0 and 1 DeepSpeed then uses its BF16_Optimizer",
@@ -220,10 +223,13 @@ RUN: tuple[tuple[str, str, str], ...] = (
         "cpu_offload",
         "[`grass.offload`](offload.md) says where states are",
     ),
+    ("zero_optimization", "zero_hpz_partition_size", "on 4 ranks of a CPU, as in stock"),
     ("zero_optimization", "cpu_offload_param", "as `offload_param.device: cpu`"),
     ("zero_optimization.offload_param", "pin_memory", ""),
     ("zero_optimization.offload_optimizer", "nvme_path", "[`grass.offload.folder`](offload.md)"),
-    ("bf16", "enabled check_grad_overflow", "`bfloat16` is the same section"),
+    ("bf16", "enabled check_grad_overflow", ""),
+    ("bfloat16", "*", "an older name of `bf16`"),
+    ("bf16", "bf16_master_weights_and_grads bf16_optimizer_states", "masters and moments in bf16"),
     (
         "fp16",
         "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "

@@ -33,6 +33,7 @@ def place_states(
     roles: Sequence[Unit],
     *,
     on_host: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> ZeroStates:
     """Chooses the mode and takes the memory for it; on all ranks alike.
 
@@ -41,26 +42,27 @@ def place_states(
         every: all groups that ever train.
         still: what never trains, and has a state in a checkpoint only.
         on_host: whether ZeRO-3 keeps its shards of the weights in host memory (``offload_param``).
+        dtype: of masters, and in which the user's optimizer makes moments.
 
     Raises:
         ConfigError, GrassError: the states cannot be where the configuration wants them.
     """
     device = layers[0].params[0][1].device
-    own_masters = stage == 3 and (device.type == "cpu" or not on_host)  # DeepSpeed's fp32 weights are then
-    world_size = sharding.ranks.world_size
+    own_masters = stage == 3 and (device.type == "cpu" or not on_host)  # weights of `dtype` are then
+    world_size, like = sharding.ranks.world_size, torch.empty(1, dtype=dtype, device=device)
     first = {group.user_group: group for group in reversed([*every, *still])}  # of each of the user's groups
-    counts = {index: _counts(user, group, world_size, device) for index, group in first.items()}
+    counts = {index: _counts(user, group, world_size, like) for index, group in first.items()}
     fallback: str | None = None
     kept: dict[int, Kept] = {}
     try:
-        kept = {index: _kept(user, group, world_size, device) for index, group in first.items()}
+        kept = {index: _kept(user, group, world_size, like) for index, group in first.items()}
     except GrassError as error:
         fallback = str(error)
 
     def state_of(group: Group) -> GroupState:
-        in_place = own_masters and group.params[0].dtype == torch.float32
+        in_place = own_masters and group.params[0].dtype == dtype
         own, of = kept.get(group.user_group, []), counts[group.user_group]
-        return GroupState(group, own, of, world_size, has_master=not in_place)
+        return GroupState(group, own, of, world_size, has_master=not in_place, dtype=dtype)
 
     made: dict[str, list[GroupState]] = {unit.name: [] for unit in (*layers, *roles)}
     for group in every:
@@ -79,13 +81,13 @@ def place_states(
     return ZeroStates(moving, staying, mode, device, [state_of(group) for group in still])
 
 
-def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Kept:
-    """What the user's optimizer keeps for a flat fp32 partition.
+def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, like: torch.Tensor) -> Kept:
+    """What the user's optimizer keeps for a flat partition of the device and dtype of ``like``.
 
     Raises:
         GrassError: it does not say, or keeps it in another shape.
     """
-    name, (step, own, like, elementwise) = type(user).__name__, _stand_in(user, group, world_size, device)
+    name, (step, own, like, elementwise) = type(user).__name__, _stand_in(user, group, world_size, like)
     try:
         kept = kept_for(step, own, like, elementwise=elementwise)
     except Exception as error:
@@ -95,20 +97,20 @@ def _kept(user: torch.optim.Optimizer, group: Group, world_size: int, device: to
     return kept
 
 
-def _counts(user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device) -> Counts:
-    step, own, like, elementwise = _stand_in(user, group, world_size, device)
+def _counts(user: torch.optim.Optimizer, group: Group, world_size: int, like: torch.Tensor) -> Counts:
+    step, own, like, elementwise = _stand_in(user, group, world_size, like)
     return counts_for(step, own, like, elementwise=elementwise)
 
 
 def _stand_in(
-    user: torch.optim.Optimizer, group: Group, world_size: int, device: torch.device
+    user: torch.optim.Optimizer, group: Group, world_size: int, like: torch.Tensor
 ) -> tuple[Step, dict[str, Any], torch.Tensor, bool]:
-    """What `kept_for` and `counts_for` take to ask the user's optimizer about a flat fp32 partition."""
+    """What `kept_for` and `counts_for` take to ask the user's optimizer about a flat partition."""
 
     def step(groups: list[dict[str, Any]]) -> Mapping[Any, Mapping[str, Any]]:
         state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         step_over(user, groups, state)
         return state
 
-    like = torch.empty(1, device=device).expand(capacity(group, world_size))
-    return step, hyperparameters(user.param_groups[group.user_group]), like, type(user) in ELEMENTWISE
+    whole = like.expand(capacity(group, world_size))
+    return step, hyperparameters(user.param_groups[group.user_group]), whole, type(user) in ELEMENTWISE

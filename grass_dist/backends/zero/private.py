@@ -18,6 +18,9 @@ RECOMPUTES_FROZEN = ">=0.19.3"
 """Stage 3 of earlier releases releases a frozen parameter in the recomputation of a layer, before torch has compared
 what is recomputed with what was there, which fails."""
 
+ONLY_STAGE_3 = ">=0.17,<0.19"
+"""Some of these releases have faults at stages 1 and 2, in stock too (docs/deepspeed.md)."""
+
 DROPS_ON_CPU = ">=0.19,<0.19.8"
 """Stages 1 and 2 of these releases sort gradients by the names of types on a GPU before they reduce them: on a CPU none
 has such a name, and the ranks' gradients are never added up. No error comes, in stock neither."""
@@ -114,6 +117,11 @@ PARAMETER = ("ds_id", "ds_numel", "ds_shape", "ds_tensor")
 """Attributes of a ZeRO-3 parameter: its flat shard, and the size of the whole."""
 
 
+SECONDARY = "ds_secondary_tensor"
+"""Attribute of a ZeRO-3 parameter: with ``zero_hpz_partition_size``, a copy of the weights that a few ranks gather
+from; None where it is to be made again of the next gather."""
+
+
 def stock_classes() -> tuple[type, type]:
     """DeepSpeed's ZeRO optimizers: that of stages 1 and 2, and that of stage 3."""
     import deepspeed.runtime.engine as engine
@@ -183,7 +191,7 @@ def check_classes(stage12: type, stage3: type, version: str) -> None:
     """
     from packaging.specifiers import SpecifierSet  # DeepSpeed depends on it
 
-    if not SpecifierSet(SUPPORTED).contains(version, prereleases=True):
+    if not any(SpecifierSet(fine).contains(version, prereleases=True) for fine in (SUPPORTED, ONLY_STAGE_3)):
         raise GrassError(f"DeepSpeed {version} is not supported; {_advice()}")
     for cls, names in ((stage12, STAGE_1_AND_2), (stage3, STAGE_3)):
         if missing := [name for name in names.methods if not hasattr(cls, name)]:
@@ -191,13 +199,18 @@ def check_classes(stage12: type, stage3: type, version: str) -> None:
 
 
 def check_reduction(stage: int, version: str, *, on_cpu: bool) -> None:
-    """Refuses a release that does not reduce gradients on this device.
+    """Refuses a release that is wrong at this stage, or does not reduce gradients on this device.
 
     Raises:
         GrassError: names the release and the ways out.
     """
     from packaging.specifiers import SpecifierSet
 
+    if stage < 3 and SpecifierSet(ONLY_STAGE_3).contains(version, prereleases=True):
+        raise GrassError(
+            f"DeepSpeed {version} is not supported at ZeRO stage {stage}, where releases of 0.17 and 0.18 have faults, "
+            'without GRASS too: install DeepSpeed 0.19 or later, or set "stage": 3.'
+        )
     if on_cpu and stage < 3 and SpecifierSet(DROPS_ON_CPU).contains(version, prereleases=True):
         raise GrassError(
             f"DeepSpeed {version} does not add up the ranks' gradients on a CPU at ZeRO stage {stage}, so each rank "

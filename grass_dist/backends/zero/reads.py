@@ -17,8 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from grass_dist.backends.zero.groups import Extent, Group, extents, numel_of, partition_numel, zero_shard
-from grass_dist.backends.zero.private import FRAGMENT, LINKED, MAPPING, OPTIMIZER, check_linked
+from grass_dist.backends.zero.groups import (
+    Extent,
+    Group,
+    extents,
+    numel_of,
+    partition_numel,
+    shard_changed,
+    zero_shard,
+)
+from grass_dist.backends.zero.private import FRAGMENT, LINKED, MAPPING, OPTIMIZER, SECONDARY, check_linked
 from grass_dist.backends.zero.states import GroupState, Made, ZeroStates
 from grass_dist.errors import GrassError
 from grass_dist.model.discovery import Unit
@@ -130,8 +138,14 @@ class Reads:
         """ZeRO-3: sets this rank's shard of master or moment, with its padding, as `set_full` does.
 
         Raises:
-            GrassError: as `set_full`.
+            GrassError: as `set_full`; or the weights of a layer that rests are copied to a few ranks (hpZ), which do
+                not know what one rank writes.
         """
+        if key is None and not self.trains(param) and getattr(param, SECONDARY, None) is not None:
+            raise GrassError(
+                "safe_set_local_fp32_param cannot set a layer that rests while zero_hpz_partition_size is above 1: use "
+                "safe_set_full_fp32_param, on all ranks."
+            )
         part = self._asked(param, value, zero_shard(param).numel(), key)
         if part is not None:
             self._write(part, value.detach().reshape(-1), key)
@@ -227,7 +241,7 @@ class Reads:
             return None
         if value.numel() != numel:
             raise GrassError(f"A value of {value.numel()} elements was given for {part.name}, which takes {numel}.")
-        if key is None and not part.own.numel and param.dtype != torch.float32:
+        if key is None and not part.own.numel and param.dtype != part.own.dtype:
             self._begin(part.own.group.unit.name)
             part = self._part(param)
         if key is None and part is not None:
@@ -267,6 +281,7 @@ class Reads:
         own.changed |= own.master is not None
         if key is None and own.param is None and _sharded(part.param):
             zero_shard(part.param)[: mine.numel()].copy_(mine)
+            shard_changed(part.param)
 
     def _begin(self, unit: str) -> None:
         groups = [own for own in self._states.of.values() if own.group.unit.name == unit]
@@ -279,8 +294,8 @@ class Reads:
         if not own.has_master:
             return own, numel, None, {}
         if _sharded(order[0]):
-            return own, numel, torch.cat([zero_shard(p).reshape(-1) for p in order]).float(), {}
-        flat = torch.cat([p.reshape(-1) for p in order]).float()
+            return own, numel, torch.cat([zero_shard(p).reshape(-1) for p in order]).to(own.dtype), {}
+        flat = torch.cat([p.reshape(-1) for p in order]).to(own.dtype)
         return own, numel, flat[self._rank * numel :][:numel], {}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_dist.backends.zero.groups import Group, zero_shard
+from grass_dist.backends.zero.groups import Group, shard_changed, zero_shard
 from grass_dist.backends.zero.private import Names
 from grass_dist.backends.zero.states import MASTER, GroupState, ZeroStates
 from grass_dist.errors import GrassError
@@ -106,7 +106,7 @@ def _master(own: GroupState) -> torch.Tensor:
         return _saved(own, master[: own.saved])
     # The weights are their own masters, or never train. The latter are widened for the file, in host memory.
     shards = [zero_shard(param).detach().reshape(-1) for param in own.group.params]
-    return torch.cat([s if s.dtype == torch.float32 else s.cpu().float() for s in shards])
+    return torch.cat([s if s.dtype == own.dtype else s.cpu().to(own.dtype) for s in shards])
 
 
 def _moments(own: GroupState) -> dict[str, Any]:
@@ -140,6 +140,7 @@ def _fill_shards(group: Group, master: torch.Tensor) -> None:
             shard = zero_shard(param)
             shard.copy_(master[start : start + shard.numel()].view_as(shard))
             start += shard.numel()
+            shard_changed(param)
 
 
 @contextmanager

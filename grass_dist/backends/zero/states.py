@@ -28,13 +28,23 @@ class GroupState(TargetState):
         lists: the group's entries in DeepSpeed's state, of the time when it last trained.
         saved: elements of the master that DeepSpeed saves, without padding.
         numel: elements of the partition; 0 if the group has no state yet.
-        changed: whether there is more to the state than fp32 copies of the weights as they are.
+        dtype: of the master; weights of this dtype may be their own.
+        changed: whether there is more to the state than copies of the weights as they are.
         noted: whether ``lists`` and ``saved`` are of this state.
         foreseen: elements that a partition must have which a state was made for before DeepSpeed made one; else 0.
     """
 
-    def __init__(self, group: Group, kept: Kept, counts: Counts, world_size: int, *, has_master: bool) -> None:
-        self.group, self.has_master, self._counts = group, has_master, counts
+    def __init__(
+        self,
+        group: Group,
+        kept: Kept,
+        counts: Counts,
+        world_size: int,
+        *,
+        has_master: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.group, self.has_master, self._counts, self.dtype = group, has_master, counts, dtype
         self.lists: dict[str, Any] = {}
         self.numel = self.saved = self.foreseen = 0
         self.changed = self.noted = False
@@ -42,7 +52,7 @@ class GroupState(TargetState):
         self._capacity = capacity(group, world_size)
         shape = torch.Size([self._capacity])
         own = [(key, shape, dtype) for key, _, dtype in kept]
-        super().__init__(group.unit.name, [(MASTER, shape, torch.float32), *own] if has_master else own)
+        super().__init__(group.unit.name, [(MASTER, shape, dtype), *own] if has_master else own)
 
     def adopt(self, param: torch.Tensor, state: dict[Any, dict[str, Any]]) -> None:
         """A new ZeRO optimizer has made ``param`` for this group: takes it over, or gives it what there is."""

@@ -1,0 +1,144 @@
+"""DeepSpeed's own unit tests on a CPU, in stock and with `grass_dist.initialize` for `deepspeed.initialize`.
+
+    python -m integration_tests.deepspeed_tests --checkout DIR [--mode block|plain] [-k WORDS] [--json FILE] [FILE ...]
+
+DIR is a checkout of DeepSpeed's repository, near the release that is installed. With the mode "block" an engine has a
+block in which all layers train without a probe, where the model has layers; with "plain" it has none. What passes
+in stock runs once more in the mode. With ``--json`` results are kept, and those that the file has are not run again.
+
+Stock compiles operators when a test first needs them, which takes minutes: build them before, or tests seem to hang.
+TORCH_EXTENSIONS_DIR must be a folder that no other process uses: locks of operators that are built are removed there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from integration_tests.support import deepspeed_door
+
+FILES = """
+    runtime/zero/test_zero_tensor_fragment.py runtime/zero/test_zero_context.py
+    runtime/zero/test_zero_context_return.py runtime/zero/test_zero_context_ancestry.py
+    runtime/zero/test_ignore_unused_parameters.py runtime/zero/test_zero_grad_clip.py
+    runtime/zero/test_zero_leaf_module.py runtime/zero/test_zero_dynamic_class.py
+    runtime/zero/test_zero_nesting_init.py runtime/zero/test_unwrap_model.py
+    runtime/zero/test_zero_allreduce_fetch_params.py runtime/zero/test_zero_late_module_attach.py
+    runtime/zero/test_zero_hook_attribute_delegation.py runtime/zero/test_zero_autocast_mixed_dtype.py
+    runtime/zero/test_zeropp.py runtime/zero/test_zero_config.py checkpoint/test_latest_checkpoint.py
+    checkpoint/test_lr_scheduler.py checkpoint/test_other_optimizer.py checkpoint/test_shared_weights.py
+    checkpoint/test_sparse.py checkpoint/test_tag_validation.py checkpoint/test_mics_optimizer.py
+    checkpoint/test_zero_optimizer.py checkpoint/test_universal_checkpoint.py
+    runtime/half_precision/test_dynamic_loss_scale.py runtime/half_precision/test_zero_optim_overflow.py
+    runtime/half_precision/test_fp16.py runtime/test_ds_config_dict.py runtime/test_ds_config_model.py
+    runtime/test_ds_initialize.py runtime/test_lr_schedulers.py runtime/test_no_sync_ctxt.py
+    runtime/test_multi_output_model.py runtime/test_multiple_models.py runtime/test_mup_optimizers.py
+    runtime/test_autocast.py v1/half_precision/test_bf16.py v1/half_precision/test_with_autocast.py
+    v1/half_precision/test_mixed_precision_dtype.py v1/zero/test_zero.py v1/zero/test_zero_autocast.py
+    v1/zero/test_offload_states.py v1/zero/test_zero_coalesce_grad_reduction.py v1/zero/test_zero_user_backward.py
+    v1/zero/test_zero_hook_count_regression.py v1/zero/test_zero_activation_checkpoint_lifecycle.py
+    v1/zero/test_zero_cpu_offload_grad_accum.py
+"""
+"""Of DeepSpeed's tests/unit: those that make ZeRO engines, load and save, or read a configuration."""
+SECONDS = 900
+"""For one file."""
+
+Results = dict[str, dict]
+"""By test: the mode, and what came of it there."""
+
+
+def main(
+    files: Annotated[list[str] | None, typer.Argument(help="Files of DeepSpeed's tests/unit, instead of all.")] = None,
+    checkout: Annotated[Path, typer.Option(help="A checkout of DeepSpeed.")] = Path("DeepSpeed"),
+    mode: Annotated[Literal["block", "plain"], typer.Option(help="How our engines are made.")] = "block",
+    k: Annotated[str, typer.Option("-k", help="As pytest's -k.")] = "",
+    kept: Annotated[Path | None, typer.Option("--json", help="Where results are kept.")] = None,
+) -> None:
+    """Runs DeepSpeed's unit tests in stock, then with our function; prints what differs."""
+    if not (checkout / "tests/unit/common.py").is_file():
+        raise typer.BadParameter(f"{checkout} has no tests/unit/common.py: it is no checkout of DeepSpeed")
+    results: Results = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    for name in files or FILES.split():
+        if not (checkout / "tests/unit" / name).is_file():
+            print(f"{name}: this checkout has no such file", flush=True)
+            continue
+        for door in ("stock", mode):
+            _run(checkout, name, door, k, results)
+            if kept:
+                kept.write_text(json.dumps(results, indent=1))
+        print(f"{name}: {_counts(results, mode, name)}", flush=True)
+    print(_table(results, mode))
+
+
+def _run(checkout: Path, name: str, door: str, k: str, results: Results) -> None:
+    """Runs what the results lack of a file: all of it in stock, then what has passed there."""
+    path = f"unit/{name}"
+    of_file = {test: told for test, told in results.items() if test.startswith(path + "::")}
+    if door == "stock":
+        chosen = [] if of_file and not k else [path]
+    else:
+        chosen = [t for t, told in of_file.items() if told.get("stock", {}).get("outcome") == "passed"]
+        chosen = [t for t in chosen if door not in of_file[t]]
+    for _ in range(2):
+        if chosen:
+            _start(checkout, name, door, k, chosen, results)
+        of_file = {test: told for test, told in results.items() if test.startswith(path + "::")}
+        # On a busy machine a process may be late: what hung gets a second try.
+        chosen = [test for test, told in of_file.items() if deepspeed_door.HUNG in told.get(door, {}).get("why", "")]
+
+
+def _start(checkout: Path, name: str, door: str, k: str, chosen: list[str], results: Results) -> None:
+    """Runs pytest over files or tests, and adds what it tells."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "results"
+        told.touch()
+        root, plugin = Path(__file__).parents[1], deepspeed_door.__name__
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin]
+        command += ["--basetemp", f"{folder}/tmp", *(["-k", k] if k else []), *chosen]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "LOCAL_SIZE": "4",  # so many CPU devices there are
+            "DS_DISABLE_REUSE_DIST_ENV": "1",  # what a test leaves behind must not reach the next
+            deepspeed_door.MODE: door,
+            deepspeed_door.RESULTS: str(told),
+        }
+        tests = checkout / "tests"
+        try:
+            subprocess.run(command, cwd=tests, env=environment, capture_output=True, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            print(f"{name}: not done after {SECONDS} s", flush=True)
+        for line in map(json.loads, told.read_text().splitlines()):
+            results.setdefault(line.pop("test"), {})[door] = line
+
+
+def _counts(results: Results, mode: str, name: str) -> str:
+    of_file = [told for test, told in results.items() if test.startswith(f"unit/{name}::")]
+    seen = Counter(told[mode]["outcome"] for told in of_file if mode in told)
+    stock = Counter(told["stock"]["outcome"] for told in of_file if "stock" in told)
+    return f"stock {dict(stock)}; {mode} {dict(seen)}"
+
+
+def _table(results: Results, mode: str) -> str:
+    """What passes in both, and each reason for which a test differs, with how many do."""
+    both = [told for told in results.values() if told.get("stock", {}).get("outcome") == "passed" and mode in told]
+    passed = [told for told in both if told[mode]["outcome"] == "passed"]
+    with_block = [told for told in passed if any("layers" in made for made in told[mode]["engines"])]
+    why = Counter(told[mode]["why"] for told in both if told[mode]["outcome"] != "passed")
+    rows = [f"{len(both)} pass in stock, {len(passed)} of them in {mode}, {len(with_block)} of those with a block"]
+    rows += [f"{count:4d}  {reason}" for reason, count in why.most_common()]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

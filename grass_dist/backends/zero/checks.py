@@ -72,7 +72,8 @@ def check_axes(mpu: Any, mesh_param: Any) -> None:
         raise ConfigError("mesh_param", mesh_param, problem, fix)
     if mpu is None or hasattr(mpu, "initialize_sequence_parallel"):  # as DeepSpeed tells Ulysses' one from others
         return
-    if (parts := mpu.get_model_parallel_world_size()) > 1:
+    names = "get_tensor_model_parallel_world_size", "get_model_parallel_world_size"  # Megatron has either
+    if (parts := max(getattr(mpu, name, lambda: 1)() for name in names)) > 1:
         problem = f"its {parts} model-parallel ranks hold parts of each layer, and would draw different layers"
         fix = "use GrassOptimizer with parallelize_module and fully_shard, or ZeRO-3 alone"
         raise ConfigError("mpu", type(mpu).__name__, problem, fix)

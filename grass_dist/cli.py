@@ -102,7 +102,9 @@ def export(
 @app.command()
 def convert(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, for --resume.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder of a run, for --resume; or for engine.load_checkpoint.")
+    ],
     universal: Annotated[
         bool, typer.Option("--universal", help="Write DeepSpeed's universal form, for engine.load_checkpoint.")
     ] = False,

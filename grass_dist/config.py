@@ -393,6 +393,7 @@ def check_num_layers(config: GrassConfig, num_layers: int) -> None:
     Raises:
         ConfigError: γ is larger than the number of layers, or a fixed layer does not exist.
     """
+    check_effective(config, num_layers)
     if config.active_layers > num_layers:
         raise ConfigError(
             "active_layers",
@@ -410,7 +411,7 @@ def check_num_layers(config: GrassConfig, num_layers: int) -> None:
 def _one_sentence(error: ValidationError, model: type[BaseModel]) -> ConfigError:
     """The first problem of a pydantic error as a `ConfigError`; how many more there are is said with it."""
     details = error.errors(include_url=False)
-    first = details[0]
+    first = next((one for one in details if one["type"] != "missing"), details[0])  # a wrong name tells why one lacks
     field = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
     more = f" (and {len(details) - 1} more such errors)" if len(details) > 1 else ""
     cause = first.get("ctx", {}).get("error")

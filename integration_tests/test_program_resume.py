@@ -167,6 +167,10 @@ def test_a_second_signal_ends_a_rank_that_waits_at_once(config):
 REFUSED = {
     "another method": (["grass.active_layers=3"], r"grass.active_layers=3: the run that it goes on with has 2; set it"),
     "other batches": (["train.global_batch_size=4"], r"train.global_batch_size=4: .* has 8"),
+    "another form of temperature": (
+        ["grass.temperature.effective_layers=2"],
+        r"grass.temperature=\{'effective_layers': 2.0\}: the run that it goes on with has 1.0; set it to 1.0",
+    ),
     "another dtype": (["model.dtype=bfloat16"], r"in float32, and this run trains it in bfloat16: set model.dtype"),
     "no checkpoint": (["--resume", "/nowhere"], r"/nowhere is not a folder"),
 }

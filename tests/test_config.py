@@ -32,6 +32,10 @@ from grass_dist.errors import ConfigError
         ({"temperature": "low"}, "temperature='low': it must be a number or {effective_layers: n}"),
         ({"temperature": {"effective_layers": 0.5}}, "temperature.effective_layers=0.5: .* greater than or equal to 1"),
         ({"temperature": {"effective_layers": 2, "n": 5}}, "temperature.n=5: there is no such setting"),
+        (
+            {"temperature": {"effective": 5}},
+            "temperature.effective=5: there is no such setting; did you mean 'effective_l",
+        ),
         ({"exploration": 1.5}, "exploration=1.5: .* less than or equal to 1"),
         ({"sampler": "middle", "active_parameters": 0.5}, "active_parameters=0.5: sampler='middle' takes blocks"),
         ({"temperature": math.nan}, "temperature=nan: it must be finite"),

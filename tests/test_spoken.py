@@ -131,3 +131,18 @@ def test_layers_without_a_gradient_in_the_probe_are_told(caplog):
     assert "2 of 8 layers had no gradient in any step of the probe (layers.6, layers.7)" in caplog.text
     with pytest.raises(ConfigError, match="observer='object': it cannot be called"):
         optimizer.grass.add_observer(object())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": {"effective_layers": 3}}, "gradient norms (as uneven as among 3); "),
+        ({"temperature": {"effective_layers": 3}, "exploration": 0.1}, "(as uneven as among 3, 10 % of it even); "),
+        ({"sampler": "middle", "exploration": 0.1}, "the middle ones (grass.exploration without effect); "),
+        ({"sampler": "uniform", "temperature": 2.0}, "drawn evenly (grass.temperature without effect); "),
+        ({"temperature": 0.5}, "drawn by gradient norms; "),
+    ],
+)
+def test_how_even_draws_are_made_is_said_where_it_is_set(settings, said):
+    started = Started(("layers",), ("a", "b"), 4, {}, (), 0.0)
+    assert said in about_run(GrassConfig(active_layers=1, **settings), started, 2)

@@ -65,6 +65,11 @@ def test_the_position_and_the_groups_are_there(trained: Trained, made: Path) -> 
     assert set(common[UPDATED_PARAMS_KEY]) == trained_names
 
 
+def test_inspect_says_what_it_is(made: Path) -> None:
+    told = CliRunner().invoke(app, ["inspect", str(made.parent)])
+    assert told.exit_code == 1 and "holds a universal checkpoint of DeepSpeed" in " ".join(told.output.split())
+
+
 def test_there_is_nothing_besides_after_a_refusal(trained: Trained, made: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already; give another folder"):
         to_universal(trained.checkpoints / "step-000004", made.parent)

@@ -54,7 +54,10 @@ class Fsdp2Backend(HookedBackend):
 
     def rest_weights(self) -> None:
         problem = "fully_shard divides the weights and says where they are"
-        fix = "pass fully_shard offload_policy=CPUOffloadPolicy(), which keeps this rank's part in host memory"
+        fix = (
+            "pass fully_shard offload_policy=CPUOffloadPolicy(), which keeps this rank's part in host memory; in the "
+            "training program use parallel: single or ddp, or ZeRO-3 of DeepSpeed with offload_param"
+        )
         raise ConfigError("grass.offload.weights", "host", problem, fix)
 
     def attach(self, layers: Sequence[Unit], roles: Sequence[Unit], sink: GradientSink, arrived: Arrived) -> None:

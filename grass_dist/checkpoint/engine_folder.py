@@ -55,6 +55,11 @@ def read_engine_checkpoint(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: a file is missing, damaged, or of a run without GRASS.
     """
+    if (folder / "latest_universal").is_file():
+        raise CheckpointError(
+            f"{folder} holds a universal checkpoint of DeepSpeed, which this command does not show: load it by "
+            'engine.load_checkpoint with "checkpoint": {"load_universal": true}.'
+        )
     if (where := engine_checkpoint(folder)) is None:
         return None
     if not (files := sorted(where.glob(_STATES.format(0)))):

@@ -1,7 +1,7 @@
 """Converts a checkpoint into DeepSpeed's universal form, in one process on the CPU: a folder for each parameter.
 
 `engine.load_checkpoint` of a GRASS engine reads it with any number of ranks and at any stage, where its ds_config has
-``"checkpoint": {"load_universal": true}``.
+``"checkpoint": {"load_universal": true}``. A stock engine does not read it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_s
 def to_universal(source: Path, out: Path) -> Path:
     """Writes the weights, states and position of ``source``, of either kind, below ``out``; returns the new folder.
 
+    It is then the one that DeepSpeed loads from ``out``, also where later steps are there.
     It takes memory for the largest tensor. Buffers are left out: DeepSpeed loads none of this form. So are the states
     of generators and the schedule of learning rates.
 

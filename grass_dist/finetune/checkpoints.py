@@ -119,7 +119,7 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
     run = checkpoint.state.run
     if not isinstance(saved := run.get("config"), dict) or not _is_flat(saved) or len(flatten(saved)) > 1000:
         raise CheckpointError(f"{checkpoint.folder} was not saved by a fine-tune: it has no configuration.")
-    before, now = flatten(saved), flatten(config.model_dump(mode="json"))
+    before, now = (_with_temperature(flatten(of)) for of in (saved, config.model_dump(mode="json")))
     changed = []
     for name in sorted(set(before) | set(now)):
         # Checkpoints of before there were several tasks do not name one.
@@ -140,6 +140,12 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
             "with its own data only."
         )
     return changed
+
+
+def _with_temperature(flat: dict[str, Any]) -> dict[str, Any]:
+    """The settings with ``grass.temperature`` as one value, of either form."""
+    name = "grass.temperature.effective_layers"
+    return {**flat, "grass.temperature": {"effective_layers": flat.pop(name)}} if name in flat else flat
 
 
 def _without_others(roles: Any) -> Any:

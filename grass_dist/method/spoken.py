@@ -20,6 +20,8 @@ _DRAWN = {
     "fixed": "always the same",
 }
 
+_DEFAULTS = {name: GrassConfig.model_fields[name].default for name in ("temperature", "exploration")}
+
 
 def about_run(config: GrassConfig, started: Started, probing: int) -> str:
     """The sentence of a start.
@@ -44,13 +46,14 @@ def about_run(config: GrassConfig, started: Started, probing: int) -> str:
 
 
 def about_evenness(config: GrassConfig) -> str:
-    """How even draws by importances are made, where the user says so in layers; else nothing."""
-    if "norms" not in _DRAWN.get(config.sampler, ""):
-        return ""
+    """How even draws by importances are made, where the user sets it, or that this has no effect; else nothing."""
     wanted, explored = config.temperature, config.exploration
+    if "norms" not in _DRAWN.get(config.sampler, "norms"):
+        idle = [f"grass.{name}" for name in _DEFAULTS if getattr(config, name) != _DEFAULTS[name]]
+        return f" ({' and '.join(idle)} without effect)" if idle else ""
     parts = []
     if isinstance(wanted, EffectiveLayers):
-        parts.append(f"as uneven as among {wanted.effective_layers:g} layers")
+        parts.append(f"as uneven as among {wanted.effective_layers:g}")
     if explored:
         parts.append(f"{100 * explored:.3g} % of it even")
     return f" ({', '.join(parts)})" if parts else ""

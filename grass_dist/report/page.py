@@ -273,12 +273,21 @@ def _evenness(run: RunRecord) -> str:
     if abs(sum(known) - 1) > 1e-6 or min(known) <= 0 or max(known) - min(known) < 1e-9:
         return ""
     among = f"a uniform draw among {effective_layers(known):.3g} of {run.info.num_layers} layers"
-    told = f"The last probabilities have the entropy of {among}; the largest is {max(known) / min(known):.3g} times "
+    told = (
+        f"The last probabilities have the entropy of {among}; the largest is {_times(max(known) / min(known))} times "
+    )
     temperature = run.info.grass.get("temperature")
     hint = f" A grass.temperature below {temperature:g} sharpens them." if isinstance(temperature, int | float) else ""
     if isinstance(temperature, Mapping) and isinstance(wanted := temperature.get("effective_layers"), int | float):
-        hint = f" grass.temperature asks for {wanted:.3g} layers."
+        hint = f" grass.temperature asks for {wanted:.3g}."
+    explored = run.info.grass.get("exploration")
+    if isinstance(explored, int | float) and explored:
+        hint += f" A share of {explored:.3g} of it is a uniform draw (grass.exploration)."
     return f"{told}the smallest.{hint}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio < 1e6 else "over a million"
 
 
 def untrained(run: RunRecord) -> list[str]:

@@ -109,6 +109,15 @@ class Universal:
         return {**self.position, "measured": {**self.position["measured"], "rows": rows}}
 
     def _take_settings(self) -> None:
+        """Takes the hyperparameters of the parameter groups, and says so where a learning rate is another one."""
+        before = [group["lr"] for group in self._zero.param_groups]
+        self._take_groups()
+        rates = [float(group["lr"]) for group in self._zero.param_groups]
+        if rates != [float(rate) for rate in before]:
+            shown = ", ".join(dict.fromkeys(f"{rate:.4g}" for rate in rates))
+            say(world(), f"The learning rates are those of the checkpoint ({shown}); set others after loading it.")
+
+    def _take_groups(self) -> None:
         zero, saved = self._zero, self.common.get(_GROUPS, [])
         numbers = {tuple(key): i for i, key in enumerate(self.common.get(GROUPS_KEY, []))}
         for group in zero.every:

@@ -43,6 +43,42 @@ def at_each(function, *args: Any, stages: tuple[int, ...] = (1, 2, 3)) -> list[A
     return [pytest.param(TWO(function, stage, *args), id=f"{named}stage{stage}") for stage in stages]
 
 
+# Compilation.
+
+
+def compiled(rank: int, world_size: int, stage: int) -> dict[str, Any]:
+    """The same run with `engine.compile()` and without; a backend that counts graphs and runs them as they are."""
+    graphs: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, _: list) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    told: dict[str, Any] = {}
+    for way in ("plain", "compiled"):
+        torch._dynamo.reset()
+        engine = make_engine(ds_config(stage, {**SETTINGS, "sampling_interval": 1, "update_interval": 1}))
+        if way == "compiled":
+            engine.compile(backend=counting)
+            assert engine.is_compiled
+        counts = []
+        for step in range(24):
+            train_step(engine, step, rank, world_size, 1)
+            counts.append(len(graphs))
+        told[way] = weights_of(engine), counts
+        engine.destroy()
+    return told
+
+
+@scenarios(*at_each(compiled))
+def test_compile_makes_few_graphs_whatever_is_drawn(runs):
+    for told in runs:
+        (plain, none), (weights, counts) = told["plain"], told["compiled"]
+        print("graphs after each step", counts)
+        assert none[-1] == 0 < counts[-1] and same(plain, weights)
+        assert counts[-1] == counts[12], "no draw makes another graph"
+
+
 # Boundaries by hand.
 
 

@@ -17,6 +17,7 @@ from grass_dist.backends.zero.private import ENGINE_BOUNDARY, ENGINE_EXPORTS, EN
 from grass_dist.backends.zero.saved_state import trainable
 from grass_dist.backends.zero.universal import begin_from_universal
 from grass_dist.errors import CheckpointError, GrassError
+from grass_dist.model.compiled import compile_layers
 from grass_dist.ranks import say, world
 
 Flags = Sequence[tuple[nn.Parameter, bool]]
@@ -27,7 +28,7 @@ def wrap_methods(engine: Any, flags: Flags) -> None:
     """Wraps methods of this engine; their arguments, results and files are DeepSpeed's."""
     around = {"save_checkpoint": _saving, "load_checkpoint": _loading, **dict.fromkeys(ENGINE_EXPORTS, _exporting)}
     around["destroy"] = functools.partial(_destroying, flags)
-    around["set_gradient_accumulation_boundary"] = _ending
+    around |= {"set_gradient_accumulation_boundary": _ending, "compile": _compiling}
     around |= dict.fromkeys(("no_sync", "coalesce_grad_reduction"), _accumulating)
     for name, wrap in around.items():
         if (stock := getattr(engine, name, None)) is None:  # of later releases
@@ -43,6 +44,25 @@ def _ending(engine: Any, stock: Callable[[bool], None]) -> Callable[[bool], None
         engine.grass.backend.accumulate(bool(is_boundary))
 
     return set_gradient_accumulation_boundary
+
+
+def _compiling(engine: Any, stock: Callable[..., None]) -> Callable[..., None]:
+    """`compile` compiles each layer by itself: of the whole model there would be another graph after each draw."""
+
+    def compile(*args: Any, **kwargs: Any) -> None:
+        module, layers = engine.module, [unit.name for unit in engine.grass.layers]
+
+        def each(**options: Any) -> None:
+            compile_layers(module, layers, **options)
+            say(world(), f"engine.compile() compiles each of the {len(layers)} layers by itself, and nothing else.")
+
+        module.compile = each  # which DeepSpeed calls
+        try:
+            stock(*args, **kwargs)
+        finally:
+            del module.compile
+
+    return compile
 
 
 def _accumulating(engine: Any, stock: Callable[[], Any]) -> Callable[[], Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,16 +39,28 @@ def to_dcp(source: Path, out: Path) -> Path:
 def _rewrite(checkpoint: Checkpoint, out: Path) -> Path:
     if checkpoint.manifest.kind == "dcp":
         raise CheckpointError(f"{checkpoint.folder} is in that format already.")
-    final = out / folder_name(checkpoint.step)
+    with new_folder(out, checkpoint.step) as writing:
+        (writing / files.TENSORS).mkdir()
+        _write_tensors(checkpoint.tensors(), writing / files.TENSORS)
+        _copy_rest(checkpoint, writing)
+        return files.commit(writing, _manifest(checkpoint, writing))
+
+
+@contextmanager
+def new_folder(out: Path, step: int) -> Iterator[Path]:
+    """Makes a folder to write the checkpoint of ``step`` into, which the block renames; it is gone if the block fails.
+
+    Raises:
+        CheckpointError: there is such a checkpoint in ``out``, or the block has failed.
+    """
+    final = out / folder_name(step)
     if final.exists():
         raise CheckpointError(f"{final} exists already; give another folder.")
     writing = out / f".{final.name}.writing"
     shutil.rmtree(writing, ignore_errors=True)
     try:
-        (writing / files.TENSORS).mkdir(parents=True)
-        _write_tensors(checkpoint.tensors(), writing / files.TENSORS)
-        _copy_rest(checkpoint, writing)
-        return files.commit(writing, _manifest(checkpoint, writing))
+        writing.mkdir(parents=True)
+        yield writing
     except CheckpointException as error:  # no subclass of Exception
         raise CheckpointError(f"{final} was not written: {describe_error(error.failures[0][0])}") from error
     except Exception as error:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 
 from grass_dist.backends.zero.saved_state import GRASS_KEY, TOTAL_KEY, UPDATED_PARAMS_KEY
 from grass_dist.checkpoint import disk, files
+from grass_dist.checkpoint.convert import new_folder
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.folders import folder_name
 from grass_dist.checkpoint.loading import Checkpoint, open_checkpoint
@@ -22,7 +22,7 @@ from grass_dist.checkpoint.per_rank import measured_of
 from grass_dist.checkpoint.pieces import decode, state_key
 from grass_dist.errors import CheckpointError
 from grass_dist.method.saved import CLASS, SETTINGS
-from grass_dist.ranks import Ranks, describe_error
+from grass_dist.ranks import Ranks
 from grass_dist.states.layer_state import MASTER
 from grass_dist.states.update_rule import HOW
 
@@ -44,32 +44,20 @@ def to_universal(source: Path, out: Path) -> Path:
         CheckpointError: the source is damaged, its optimizer keeps something that has no place in this form, there is
             such a folder already, or writing fails; then nothing is left.
     """
-    with open_checkpoint(source) as checkpoint:
-        final = out / folder_name(checkpoint.step)
-        if final.exists():
-            raise CheckpointError(f"{final} exists already; give another folder.")
-        writing = out / f".{final.name}.writing"
-        shutil.rmtree(writing, ignore_errors=True)
-        try:
-            states = dict(_states_of(checkpoint))
-            (writing / "zero").mkdir(parents=True)
-            reader = checkpoint.tensors()
-            for name, entry in checkpoint.manifest.weights.items():
-                if (dtype := getattr(torch, entry.dtype, None)) is not None and dtype.is_floating_point:
-                    _write_param(writing / "zero" / _plain(name), reader, name, entry.shape, dtype, states.get(name))
-            torch.save(_common(checkpoint, reader, states), writing / "zero" / "optimizer_state.pt")
-            for name in _MODEL_FILES:
-                torch.save(_counters(checkpoint), writing / name)
-            disk.sync_tree(writing)
-            writing.rename(final)
-            _point_at(final)
-            return final
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(f"{final} was not written: {describe_error(error)}") from error
-        finally:
-            shutil.rmtree(writing, ignore_errors=True)
+    with open_checkpoint(source) as checkpoint, new_folder(out, checkpoint.step) as writing:
+        states = dict(_states_of(checkpoint))
+        (writing / "zero").mkdir()
+        reader = checkpoint.tensors()
+        for name, entry in checkpoint.manifest.weights.items():
+            if (dtype := getattr(torch, entry.dtype, None)) is not None and dtype.is_floating_point:
+                _write_param(writing / "zero" / _plain(name), reader, name, entry.shape, dtype, states.get(name))
+        torch.save(_common(checkpoint, reader, states), writing / "zero" / "optimizer_state.pt")
+        for name in _MODEL_FILES:
+            torch.save(_counters(checkpoint), writing / name)
+        disk.sync_tree(writing)
+        final = writing.rename(out / folder_name(checkpoint.step))
+        _point_at(final)
+        return final
 
 
 def _point_at(final: Path) -> None:

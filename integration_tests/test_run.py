@@ -74,6 +74,7 @@ def test_accelerate_launch_and_around_it(settings, tmp_path):
     check(run([*outside, SCRIPT, str(tmp_path)], tmp_path))
 
 
+@pytest.mark.long  # one rank was seen to abort after it had printed everything, in one of six runs
 def test_deepspeed_zero2_with_and_without_a_block(settings, tmp_path):
     pytest.importorskip("deepspeed")
     launcher = [str(BIN / "deepspeed"), "--log_level", "warning", "--num_gpus", "2"]

@@ -208,8 +208,8 @@ def check_reduction(stage: int, version: str, *, on_cpu: bool) -> None:
 
     if stage < 3 and SpecifierSet(ONLY_STAGE_3).contains(version, prereleases=True):
         raise GrassError(
-            f"DeepSpeed {version} is not supported at ZeRO stage {stage}, where releases of 0.17 and 0.18 have faults, "
-            'without GRASS too: install DeepSpeed 0.19 or later, or set "stage": 3.'
+            f"DeepSpeed {version} is not supported at ZeRO stage {stage}, where the releases of 0.17 and 0.18 that "
+            'were tested failed: install DeepSpeed 0.19 or later, or set "stage": 3.'
         )
     if on_cpu and stage < 3 and SpecifierSet(DROPS_ON_CPU).contains(version, prereleases=True):
         raise GrassError(

@@ -72,7 +72,8 @@ class GrassController:
         self._next: Sampled | None = None
         # ZeRO-3 may keep its shards elsewhere, and weights may rest in host memory.
         device = backend.sharding.weights_come_to or layers[0].params[0][1].device
-        self._sums = SquareSums([len(unit.params) for unit in layers], device)
+        alike = backend.ranks.world_size if backend.measures_alike else 1
+        self._sums = SquareSums([len(unit.params) for unit in layers], device, alike)
         self.arrived = False
         self.started: Started | None = None
         backend.attach(layers, roles, self._sums.put, self._note_arrival)

@@ -33,8 +33,9 @@ def peak_bytes(job: Callable[[], object]) -> int:
     with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
         job()
     held = most = 0
-    for event in found.events() or ():
-        if event.name == "[memory]":
-            held += event.device_memory_usage or event.cpu_memory_usage
+    profiler: Any = found.profiler
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
             most = max(most, held)
     return most

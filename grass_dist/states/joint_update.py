@@ -88,7 +88,10 @@ def _widen_gradients(targets: Sequence[ParamState]) -> None:
     for device, pairs in found.items():
         sizes = [math.ceil(grad.numel() / ALIGNED) * ALIGNED for _, grad in pairs]
         flat = torch.empty(sum(sizes), dtype=torch.float32, device=device)
-        wide = [part[: grad.numel()].view(grad.shape) for part, (_, grad) in zip(flat.split(sizes), pairs, strict=True)]
+        wide = [
+            part.narrow(0, 0, grad.numel()).view(grad.shape)
+            for part, (_, grad) in zip(flat.split(sizes), pairs, strict=True)
+        ]
         torch._foreach_copy_(wide, [grad for _, grad in pairs])
         for (own, _), grad in zip(pairs, wide, strict=True):
             own.target.grad = grad

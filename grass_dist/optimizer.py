@@ -26,6 +26,7 @@ from grass_dist.method.spoken import about_unmeasured, about_woken
 from grass_dist.model.discovery import Unit
 from grass_dist.model.groups import ParamGroups
 from grass_dist.ranks import say, together
+from grass_dist.states.joint_update import update_together
 from grass_dist.states.moving import MovingStates
 from grass_dist.states.unit_optimizer import UnitOptimizer, set_training_of
 from grass_dist.states.update_rule import HOW, has_modes
@@ -179,13 +180,17 @@ class GrassOptimizer(torch.optim.Optimizer):
             return loss
         self.grass.finish_gradients()
         if self.grass.phase == "train":
-            for layer in reversed(self.grass.active_layers):  # the order in which the backward finished them
-                if layer not in self._updated:
-                    self._states.update(layer, partial(self._update, self._layer_optimizers[layer]))
+            # In the order in which the backward finished them: at once what stays where it is, the others one by one.
+            layers = [layer for layer in reversed(self.grass.active_layers) if layer not in self._updated]
             self._updated.clear()
-            for optimizer in self._role_optimizers:
-                with torch.profiler.record_function(f"GRASS::update ({optimizer.unit.name})"):
-                    self._update(optimizer)
+            resting = self._states.resting(layers)
+            joint = [*(self._layer_optimizers[layer] for layer in resting), *self._role_optimizers]
+            names = ", ".join(optimizer.name for optimizer in joint)
+            if joint:
+                self._states.update_all(names, resting, partial(self._update, joint))
+            for layer in layers:
+                if layer not in resting:
+                    self._states.update(layer, partial(self._update, [self._layer_optimizers[layer]]))
             self._states.finish()
             self._backend.sharding.publish(self.grass.trainable_units())
         self._backend.end_step()
@@ -467,7 +472,7 @@ class GrassOptimizer(torch.optim.Optimizer):
         optimizer = self._layer_optimizers[unit.index]
 
         def job() -> None:
-            self._update(optimizer)
+            self._update([optimizer])
             for _, param in unit.params:
                 param.grad = None
 
@@ -488,8 +493,8 @@ class GrassOptimizer(torch.optim.Optimizer):
             load()
         self._view.show(optimizer)
 
-    def _update(self, optimizer: UnitOptimizer) -> None:
-        first = not optimizer.has_state
-        optimizer.step(self.param_groups)
-        if first:
+    def _update(self, optimizers: Sequence[UnitOptimizer]) -> None:
+        new = [optimizer for optimizer in optimizers if not optimizer.has_state]
+        update_together(optimizers, self.param_groups)
+        for optimizer in new:
             self._view.show(optimizer)

@@ -98,10 +98,20 @@ def drive(
     for step in range(steps):
         order = rng.sample(layers, active) if shuffled else list(reversed(layers))
         updates = rng.random() < 0.9
-        for layer in order if updates else []:
-            number = float(rng.randint(1, 9))
-            with on():
-                update(states, layer, toys[layer], number, weights[layer], inline=inline)
+        numbers = {layer: float(rng.randint(1, 9)) for layer in order if updates}
+        resting = [] if inline else states.resting(list(numbers))
+
+        def update_resting(numbers=numbers, resting=resting) -> None:
+            for layer in resting:
+                toys[layer].update(numbers[layer], weights[layer])
+
+        with on():
+            if resting:
+                states.update_all("", resting, update_resting)
+            for layer, number in numbers.items():
+                if layer not in resting:
+                    update(states, layer, toys[layer], number, weights[layer], inline=inline)
+        for layer, number in numbers.items():
             known[layer] = expected(*known[layer], number)
         if updates:
             check_places(states, layers, told, slots)

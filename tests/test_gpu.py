@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.backends.host_sums import HostSums
+from grass_dist.method.measurement import norms
 from grass_dist.states.layout import Field, Layout
 from grass_dist.states.slots import SlotPool
 from grass_dist.states.store import PAGE, LayerStateStore
@@ -299,3 +300,15 @@ def test_moments_are_rounded_on_their_way_to_the_host():
     torch.cuda.synchronize()
     transfers.to_device("x", layout.runs(slot, store[0]), [left]).synchronize()
     assert torch.equal(views[0].cpu(), numbers) and torch.equal(views[1].cpu(), numbers.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_copy_no_gradient(dtype):
+    tensors = [(torch.randn(size, device="cuda") * 1e-3).to(dtype) for size in (1 << 24, 5)]
+    exact = [tensor.double().norm() for tensor in tensors]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = norms(tensors)
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)

@@ -376,25 +376,31 @@ def test_states_are_told_what_is_drawn_and_what_is_frozen(states, monkeypatch):
 
     def listen(name, original):
         def told(self, *args):
-            calls.append((name, *args[: 1 if name == "update" else 2]))
+            calls.append((name, tuple(args[1])) if name == "update_all" else (name, *args[: 1 + (name != "update")]))
             return original(self, *args)
 
         monkeypatch.setattr(states, name, told)
 
-    for name in ("expect", "leave", "enter", "update", "finish"):
+    for name in ("expect", "leave", "enter", "update", "update_all", "finish"):
         listen(name, getattr(states, name))
     mode = {ResidentStates: "none", IntervalStates: "interval", StreamedStates: "stream"}[states]
     sizes = {"active_layers": 3, "sampling_interval": 3, "draw_ahead": 2}
     model = tiny()
     optimizer = grass(model, sampler="cyclic", probe_steps=0, offload={"mode": mode, "slots": 2}, **sizes)
     take_steps(model, optimizer, range(4))
-    updates = [("update", 2), ("update", 1), ("update", 0), ("finish",)]
+
+    def updates(*layers, where_they_are):
+        if where_they_are:
+            return [("update_all", layers), ("finish",)]
+        return [("update_all", ()), *(("update", layer) for layer in layers), ("finish",)]
+
+    always, between = mode == "none", mode != "stream"
     assert calls == [
         *[("leave", (0, 1, 2)), ("enter", (0, 1, 2))],
-        *[*updates, ("expect", (3, 4, 5), 2)],
-        *[*updates, ("expect", (3, 4, 5), 1)],
-        *[*updates, ("leave", (3, 4, 5)), ("enter", (3, 4, 5))],
-        *[("update", 5), ("update", 4), ("update", 3), ("finish",), ("expect", (0, 6, 7), 2)],
+        *[*updates(2, 1, 0, where_they_are=always), ("expect", (3, 4, 5), 2)],
+        *[*updates(2, 1, 0, where_they_are=between), ("expect", (3, 4, 5), 1)],
+        *[*updates(2, 1, 0, where_they_are=always), ("leave", (3, 4, 5)), ("enter", (3, 4, 5))],
+        *[*updates(5, 4, 3, where_they_are=always), ("expect", (0, 6, 7), 2)],
     ]
 
 

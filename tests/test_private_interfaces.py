@@ -185,3 +185,14 @@ def test_autograd_tells_of_the_backward_that_runs():
     assert not in_backward()
     y.sum().backward()
     assert told == [True, "after", "end"] and not in_backward()
+
+
+def test_many_tensors_take_one_operator():
+    tensors = [torch.ones(3, dtype=torch.bfloat16), torch.full((2, 2), 2.0, dtype=torch.bfloat16)]
+    norms = torch._foreach_norm(tensors, 2.0, dtype=torch.float64)
+    assert [norm.dtype for norm in norms] == [torch.float64] * 2
+    torch.testing.assert_close(torch.stack(list(norms)), torch.tensor([3.0**0.5, 4.0], dtype=torch.float64))
+    wide = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    torch._foreach_copy_(wide, tensors)
+    torch._foreach_mul_(tensors, torch.tensor(0.5))
+    assert [tensor.flatten()[0].item() for tensor in (*wide, *tensors)] == [1.0, 2.0, 0.5, 1.0]

@@ -287,16 +287,24 @@ def test_moves_are_told_in_a_sentence(run_dir: Path, tmp_path: Path) -> None:
         assert sentence in text_of(small_run(tmp_path / str(number), [step(1, [0], **moved)]))
 
 
+def test_switches_are_told_in_a_sentence(run_dir: Path, tmp_path: Path) -> None:
+    assert "of layers took" not in text_of(run_dir)  # the record is of before they were counted
+    for switches, told in ((1, "1 switch of layers took 4 ms of the host,"), (3, "3 switches of layers took 12 ms")):
+        steps = [step(k, [0], switch_seconds=0.004 if k <= switches else 0.0) for k in range(1, 6)]
+        assert told in text_of(small_run(tmp_path / str(switches), steps))
+
+
 def test_costs_of_a_step_are_what_came_since_the_last_one() -> None:
     traffic = Traffic(5, 7, 2, 0.5, 0.125)
-    grass = SimpleNamespace(bytes_reduced=100, traffic=traffic)
+    grass = SimpleNamespace(bytes_reduced=100, traffic=traffic, switch_seconds=1.0)
     run: Any = SimpleNamespace(grass=grass, state_bytes=10, host_state_bytes=20)
     costs = StepCosts(run)
     traffic.bytes_to_device, traffic.seconds, grass.bytes_reduced = 25, 0.75, 140  # the very object, as the engine does
+    grass.switch_seconds = 1.5
     first = costs.of_step()
     assert first == {
         "bytes_reduced": 40, "bytes_to_device": 20, "bytes_to_host": 0, "transfer_seconds": 0.25, "wait_seconds": 0,
-        "weight_bytes_to_device": 0, "weight_bytes_to_host": 0,
+        "weight_bytes_to_device": 0, "weight_bytes_to_host": 0, "switch_seconds": 0.5,
         "state_bytes": 10, "host_state_bytes": 20,
     }  # fmt: skip
     traffic.bytes_to_host, traffic.waited, run.host_state_bytes = 8, 0.625, 0

@@ -17,7 +17,7 @@ from grass_dist.backends.host_sums import HostSums
 from grass_dist.backends.later import refuse_later_wrapping
 from grass_dist.errors import GrassError
 from grass_dist.method.interfaces import Arrived, GradientHooks, GradientSink
-from grass_dist.method.measurement import sum_of_squares
+from grass_dist.method.measurement import norms
 from grass_dist.model.discovery import Unit
 from grass_dist.model.sharding import Sharding
 from grass_dist.model.units import GradientHook, shown_names
@@ -76,6 +76,8 @@ class HookedBackend(GradientHooks):
         self._sums: HostSums | None = None
         self._on_final: weakref.WeakMethod[Callable[[Unit], None]] | None = None
         self._final: dict[str, set[int]] = {}  # slots of each unit whose gradients are final
+        self._unmeasured: tuple[Unit | None, dict[int, torch.Tensor]] = None, {}  # gradients of a layer, by slot
+        self._lowest: int | None = None  # of the layers that train
         self._trainable: set[str] = set()
         self._frozen: dict[str, None] = {}  # parameters that someone else has frozen while they trained
         self._looked = False
@@ -166,6 +168,7 @@ class HookedBackend(GradientHooks):
         self._by_name = {unit.name: unit for unit in self._units}
         self._mark = FiniteMark(roles or layers, self.sharding)
         self._sink, self._arrived = sink, arrived
+        self._counted = {unit.name: sum(self.sharding.counts(p) for _, p in unit.params) for unit in self._layers}
         for unit in self._units:
             for slot, (_, param) in enumerate(unit.params):
                 hook = GradientHook(self._on_hook, unit.name, slot)
@@ -203,6 +206,7 @@ class HookedBackend(GradientHooks):
                 if unit.name not in on:
                     param.grad = None
         self._probing, self._measuring = probing, measuring
+        self._lowest = min((unit.index for unit in units if unit.index is not None), default=None)
         self._begin_step()
         if not probing or self.accumulation_steps == 1:
             self._sums = None
@@ -216,6 +220,7 @@ class HookedBackend(GradientHooks):
             )
 
     def finish_gradients(self) -> None:
+        self._measure_layer()
         if self._probing and self._sums is not None:
             for name, slot in self._sums.pending():
                 unit = self._by_name[name]
@@ -245,6 +250,7 @@ class HookedBackend(GradientHooks):
         self._fired.clear()
         self._final.clear()
         self._updated.clear()
+        self._unmeasured = None, {}
         self._forwards, self._answered = 0, False
 
     def _on_gradient(self, unit: Unit, slot: int, param: nn.Parameter) -> None:
@@ -271,11 +277,35 @@ class HookedBackend(GradientHooks):
 
     def _reduce(self, unit: Unit, slot: int, param: nn.Parameter, grad: torch.Tensor) -> None:
         """Reduces ``grad`` over the ranks and delivers it; here it has been reduced before the hook fired."""
-        counts = self._measuring and unit.index is not None and self.sharding.counts(param)
-        squares = sum_of_squares(grad) if counts or self._probing else None
-        if counts and squares is not None and unit.index is not None:
-            self._sink(unit.index, slot, squares)
-        if self._probing and squares is not None:
+        counts = self._measuring and self.sharding.counts(param)
+        if self._probing:
+            [norm] = norms([grad])
+            if counts and unit.index is not None:
+                self._sink(unit.index, slot, norm)
             param.grad = None
-            self._mark.show(squares)
+            self._mark.show(norm)
+        else:
+            self._measure(unit, slot, grad, counts=counts)
         self._is_final(unit, (slot,))
+
+    def _measure(self, unit: Unit, slot: int, grad: torch.Tensor, *, counts: bool) -> None:
+        """Has the norms of a layer taken by one operator: when all its gradients are there, or another unit's come.
+
+        Those of the lowest layer are taken one by one, since nothing may come after them before somebody clips.
+        """
+        if self._unmeasured[0] is not unit:
+            self._measure_layer()
+            self._unmeasured = unit, {}
+        if unit.index is None:
+            return
+        if counts:
+            self._unmeasured[1][slot] = grad
+        if unit.index == self._lowest or len(self._unmeasured[1]) == self._counted[unit.name]:
+            self._measure_layer()
+
+    def _measure_layer(self) -> None:
+        unit, grads = self._unmeasured
+        self._unmeasured = None, {}
+        if unit is not None and unit.index is not None and grads:
+            for slot, norm in zip(grads, norms(list(grads.values())), strict=True):
+                self._sink(unit.index, slot, norm)

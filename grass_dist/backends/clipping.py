@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from grass_dist.method.measurement import sum_of_squares
+from grass_dist.method.measurement import norms
 from grass_dist.model.sharding import Sharding
 
 
@@ -25,13 +25,14 @@ def clip_grads(params: Sequence[nn.Parameter], max_norm: float, norm_type: float
     if norm_type != 2.0 or not any(p.grad is not None and p.grad.dtype in low for p in params):
         return _clip_by_torch(params, max_norm, norm_type)
     grads = [(p, sharding.local(p.grad)) for p in params if p.grad is not None]
-    mine = torch.stack(
-        [sum_of_squares(g) if sharding.counts(p) else g.new_zeros((), dtype=torch.float64) for p, g in grads]
-    )
-    total = sharding.ranks.sum_over_ranks(mine.sum()).sqrt()
+    counted = norms([grad for param, grad in grads if sharding.counts(param)])
+    device = grads[0][1].device
+    counted = counted or [torch.zeros((), dtype=torch.float64, device=device)]
+    squares = torch.stack([norm.to(device) for norm in counted]).square().sum()
+    total = sharding.ranks.sum_over_ranks(squares).sqrt()
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for _, grad in grads:
-        grad.mul_(scale.to(grad.device, torch.float32))
+    for place in dict.fromkeys(grad.device for _, grad in grads):
+        torch._foreach_mul_([grad for _, grad in grads if grad.device == place], scale.to(place, torch.float32))
     return total.float()
 
 

@@ -19,7 +19,7 @@ from grass_dist.backends.base import TWICE, HookedBackend, device_of
 from grass_dist.backends.dtensors import DTensorSharding, dtensor_of
 from grass_dist.errors import ConfigError, GrassError, UnsupportedModel
 from grass_dist.method.interfaces import Arrived, GradientSink
-from grass_dist.method.measurement import sum_of_squares
+from grass_dist.method.measurement import norms
 from grass_dist.model.compiled import is_compiled
 from grass_dist.model.discovery import Unit
 from grass_dist.model.units import shown_names
@@ -428,13 +428,13 @@ class DdpBackend(HookedBackend):
             return
         flat = bucket.take()
         measured = self._measuring and bucket.unit.index is not None
-        squares = sum_of_squares(flat) if measured or self._probing else None
-        if measured and squares is not None and bucket.unit.index is not None:
-            # Every rank has the whole average, and adds 1/N of its sum: so every rank's measurements are the same, and
-            # those that rank 0 saves (as Trainer does) are enough to resume from.
-            self._sink(bucket.unit.index, bucket.number, squares / self.ranks.world_size)
-        if self._probing and squares is not None:
+        norm = norms([flat])[0] if measured or self._probing else None
+        if measured and norm is not None and bucket.unit.index is not None:
+            # Every rank has the whole average (`measures_alike`): so every rank's measurements are the same, and those
+            # that rank 0 saves (as Trainer does) are enough to resume from.
+            self._sink(bucket.unit.index, bucket.number, norm)
+        if self._probing and norm is not None:
             for param in bucket.params.values():
                 param.grad = None
-            self._mark.show(squares)
+            self._mark.show(norm)
         self._is_final(bucket.unit, bucket.params)

@@ -28,12 +28,12 @@ class FiniteMark:
         with_rows = [p for p in params if _all_ranks_have_rows(p, ranks)]
         self._param = min(with_rows, key=nn.Parameter.numel) if with_rows else max(params, key=nn.Parameter.numel)
 
-    def show(self, squares: torch.Tensor) -> None:
-        """Takes the sum of squares of a gradient, a 0-dim tensor on the device; the host waits for nothing."""
+    def show(self, norm: torch.Tensor) -> None:
+        """Takes the norm of a gradient, a 0-dim tensor on the device; the host waits for nothing."""
         if self._param.grad is None:
             self._param.grad = torch.zeros_like(self._param)
         mark = self._sharding.local(self._param.grad)
-        mark.add_((squares * 0).to(mark.device))  # a layer's parameter may rest in host memory
+        mark.add_((norm * 0).to(mark.device))  # a layer's parameter may rest in host memory
 
     def hide(self) -> None:
         self._param.grad = None

@@ -21,13 +21,30 @@ Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """What the host is told of a step, the same on all ranks."""
+
+    total: float
+    """The summed loss of all ranks' micro-batches, unscaled."""
+    norm: float | None
+    """The norm of the gradients, before clipping; None in the probe and without clipping."""
+    tokens: int
+    """The number of targets of the global batch."""
+    flags: list[float]
+    """Sums over the ranks of the flags that each gave."""
+
+
+Tell = Callable[[torch.Tensor, torch.Tensor | float | None], Told]
+"""Takes the summed loss of this rank's micro-batches, an fp64 scalar on the device, and the norm of the gradients.
+
+Called once in a step, by all ranks. The host waits for the device there, and in no other place of a step."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stepped:
     """The result of an optimizer step."""
 
-    total: torch.Tensor
-    """The summed loss of this rank's micro-batches, unscaled."""
-    norm: float | None
-    """The norm of the gradients, before clipping; None in the probe and without clipping."""
+    told: Told
     applied: bool
     """True if the step counts. It does not if a loss or gradient was not finite in training. Equal on all ranks."""
 
@@ -47,13 +64,14 @@ class Run(Protocol):
         """The module that a forward calls; all ranks call it equally often."""
         ...
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss) -> Stepped:
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss, tell: Tell) -> Stepped:
         """Takes one optimizer step with clipping. If a gradient is not finite, no rank updates.
 
         Args:
             batches: all micro-batches of this rank, on its device.
             scale: the factor on their summed loss that makes the mean over the ranks that of the global batch.
             loss: of the task.
+            tell: see `Tell`.
         """
         ...
 

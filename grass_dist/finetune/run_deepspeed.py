@@ -22,7 +22,7 @@ from grass_dist.events import Observer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.deepspeed_config import check, fill, read_ds_config
 from grass_dist.finetune.export import gather_zero, save_pretrained
-from grass_dist.finetune.parallel import Loss, Stepped
+from grass_dist.finetune.parallel import Loss, Stepped, Tell
 from grass_dist.finetune.questions import answer_from_folder
 from grass_dist.finetune.setup import (
     accumulation_steps,
@@ -121,7 +121,7 @@ class DeepSpeedRun:
         self._accumulation, self._clip = accumulation_steps(config, world), config.train.clip_grad_norm
         self._world, self._keep = world, keep
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss) -> Stepped:
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss, tell: Tell) -> Stepped:
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         probing = self.grass.phase == "probe"
         for batch in batches:
@@ -130,9 +130,9 @@ class DeepSpeedRun:
             self.model.backward(summed * (scale * self._accumulation))
             self.model.step()  # updates after the last one
             total += summed.detach()
-        norm = None if probing or self._clip is None else float(self.model.get_global_grad_norm())
-        finite = norm is None or math.isfinite(norm)
-        return Stepped(total, norm, applied=probing or (finite and not self.model.optimizer.overflow))
+        told = tell(total, None if probing or self._clip is None else self.model.get_global_grad_norm())
+        finite = told.norm is None or math.isfinite(told.norm)
+        return Stepped(told, applied=probing or (finite and not self.model.optimizer.overflow))
 
     def holdings(self) -> Holdings:
         return ZeroHoldings(self.model)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +20,7 @@ from grass_dist.events import Observer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.export import gather_torch, save_pretrained
 from grass_dist.finetune.optimizers import optimizer_of
-from grass_dist.finetune.parallel import Loss, Stepped
+from grass_dist.finetune.parallel import Loss, Stepped, Tell, Told
 from grass_dist.finetune.setup import accumulation_steps, check_ranks, load_model, parameter_groups
 from grass_dist.finetune.tasks.base import Batch, Task
 from grass_dist.job.world import World
@@ -66,35 +65,33 @@ class TorchRun:
         self.model, self.optimizer, self.grass = model, optimizer, optimizer.grass
         self._clip, self._world = clip, world
 
-    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss) -> Stepped:
+    def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss, tell: Tell) -> Stepped:
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for number, batch in enumerate(batches):
             with _reduce_only(self.model, last=number == len(batches) - 1):
                 summed = loss(self.model, batch)
                 (summed * scale).backward()
             total += summed.detach()
-        norm, applied = None, True
-        if self.grass.phase == "train":
-            if self._clip is not None:
-                norm = self.optimizer.clip_grad_norm_(self._clip).item()
-            applied = self._is_finite(total, norm)
+        trains = self.grass.phase == "train"
+        norm = None
+        if trains and self._clip is not None:
+            norm = self.optimizer.clip_grad_norm_(self._clip)
+        told = tell(total, norm)  # before the update, which depends on it
+        applied = not trains or self._is_finite(told)
         if applied:
             self.optimizer.step()
         else:
             self.grass.finish_gradients()
             self.grass.skip_step()
         self.optimizer.zero_grad()
-        return Stepped(total, norm, applied)
+        return Stepped(told, applied)
 
-    def _is_finite(self, total: torch.Tensor, norm: float | None) -> bool:
+    def _is_finite(self, told: Told) -> bool:
         """Says whether the step may update, by the norm of all gradients or, without it, by the loss of all ranks."""
-        if norm is not None:
-            return math.isfinite(norm)
-        if self.grass.config.offload.update_in_backward:
-            return True  # layers have been updated by now
-        bad = (~torch.isfinite(total)).to(torch.int32)
-        dist.all_reduce(bad)
-        return not bad.item()
+        if told.norm is not None:
+            return math.isfinite(told.norm)
+        # With updates in the backward layers have been updated by now.
+        return bool(self.grass.config.offload.update_in_backward) or math.isfinite(told.total)
 
     def holdings(self) -> Holdings:
         return self.optimizer.holdings()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from grass_dist.finetune.data.batches import Example
-from grass_dist.finetune.parallel import Run
+from grass_dist.finetune.parallel import Run, Told
 from grass_dist.finetune.tasks.base import Batch, Task
 from grass_dist.job.world import World
 
@@ -50,12 +50,12 @@ def train_step(
 
     The loss is the mean over the targets of the *global* batch, so it does not depend on how the batch was cut
     into ranks and micro-batches. Besides the gradients, an all-reduce of 8 bytes goes over the wire, and one of 8 bytes
-    for the loss and for each flag.
+    for the loss and for each flag. The host waits for the device once, for the loss, the norm and all that is counted.
 
     Args:
         micro_batches: of equal size, as `MicroBatches` gives them.
         step: its number, from 1.
-        flags: gives at the end of the step the numbers that the ranks add up.
+        flags: gives after the backward the numbers that the ranks add up.
     """
 
     def collated() -> list[Batch]:
@@ -67,20 +67,31 @@ def train_step(
 
     with world.during(f"the reading of the files of step {step}"):
         made = world.together(collated) if task.reads_files else collated()
-    batches = [{name: t.to(world.device, non_blocking=True) for name, t in batch.items()} for batch in made]
+    batches = [{name: sent(tensor, world.device) for name, tensor in batch.items()} for batch in made]
     tokens = torch.stack([task.targets(batch) for batch in batches]).sum()
     with world.during(f"the sum of the tokens of step {step}"):
         dist.all_reduce(tokens)
+
+    def tell(total: torch.Tensor, norm: torch.Tensor | float | None) -> Told:
+        with world.during(f"the sum of the losses of step {step}"):
+            sums = torch.cat([total.reshape(1), sent(torch.tensor(list(flags()), dtype=torch.float64), world.device)])
+            dist.all_reduce(sums)
+            whole = [tokens.reshape(1), *([norm.reshape(1)] if torch.is_tensor(norm) else [])]
+            loss, *rest = torch.cat([sums, *(value.to(sums) for value in whole)]).tolist()
+        if torch.is_tensor(norm):
+            norm = float(rest.pop())
+        return Told(loss, norm, int(rest.pop()), rest)
+
     with world.during(f"the forward, backward and update of step {step}"):
         # The backends average over the ranks, so each rank's sum counts world.size-fold.
-        stepped = run.step(batches, world.size / tokens.clamp(min=1), task.loss)
-    told = torch.tensor(list(flags()), dtype=torch.float64, device=world.device)
-    with world.during(f"the sum of the losses of step {step}"):
-        sums = torch.cat([stepped.total.reshape(1), told])
-        dist.all_reduce(sums)
-        total, *counted = sums.tolist()
-    count = int(tokens.item())
-    return StepResult(total / max(count, 1), stepped.norm, count, stepped.applied, counted)
+        stepped = run.step(batches, world.size / tokens.clamp(min=1), task.loss, tell)
+    told = stepped.told
+    return StepResult(told.total / max(told.tokens, 1), told.norm, told.tokens, stepped.applied, told.flags)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on ``device``, through pinned memory on a GPU: the host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()

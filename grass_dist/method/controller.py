@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,6 +41,8 @@ class GrassController:
         step: optimizer steps completed, those of the probe included.
         skipped: steps that were not applied, on all ranks alike: a loss or gradient was not finite, or there was no
             backward in a step of the probe.
+        switch_seconds: how long this process has been busy with switches of layers; on a GPU the copies that they begin
+            run on.
         started: what the run trains, and what never trains.
         arrived: whether a backward has given a gradient since the last step ended or began anew.
         layers: those that compete, of which a `Unit.number` is the place in the model's stack.
@@ -67,12 +70,14 @@ class GrassController:
         self._observers = list(observers)
         self.step = 0
         self.skipped = 0
+        self.switch_seconds = 0.0
         self._trained: set[int] = set()
         self.active_layers: tuple[int, ...] = tuple(range(len(layers)))
         self._next: Sampled | None = None
         # ZeRO-3 may keep its shards elsewhere, and weights may rest in host memory.
         device = backend.sharding.weights_come_to or layers[0].params[0][1].device
-        self._sums = SquareSums([len(unit.params) for unit in layers], device)
+        alike = backend.ranks.world_size if backend.measures_alike else 1
+        self._sums = SquareSums([len(unit.params) for unit in layers], device, alike)
         self.arrived = False
         self.started: Started | None = None
         backend.attach(layers, roles, self._sums.put, self._note_arrival)
@@ -305,6 +310,7 @@ class GrassController:
         self._next = Sampled(at, drawn, chosen, self.probabilities, drawn_at=self.step)
 
     def _switch(self) -> None:
+        began = time.perf_counter()
         if self._next is None:  # resumed from a state that was saved before layers were drawn ahead
             self._draw()
         assert self._next is not None
@@ -313,6 +319,7 @@ class GrassController:
         self.states.leave(self.active_layers)
         self._set_trainable()
         self.states.enter(self.active_layers)
+        self.switch_seconds += time.perf_counter() - began
         probed, numbers = self.schedule.probe_ends(self.step), [self.numbers[i] for i in self.active_layers]
         if probed and (idle := [unit.name for unit, m in zip(self.layers, self.importances, strict=True) if m == 0]):
             say(self.backend.ranks, about_idle(idle, len(self.layers)))

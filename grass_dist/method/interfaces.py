@@ -14,7 +14,7 @@ from grass_dist.model.sharding import Sharding
 from grass_dist.ranks import Ranks
 
 GradientSink = Callable[[int, int, torch.Tensor], None]
-"""(layer index, slot below the layer's number of parameters, this rank's part of the sum of squares: fp64 scalar on
+"""(layer index, slot below the layer's number of parameters, norm of this rank's part of its gradient: fp64 scalar on
 the device). A slot that is given twice in a step keeps the later value."""
 
 Arrived = Callable[[int | None], None]
@@ -33,8 +33,8 @@ class GradientHooks(ABC):
     """The way of wrapping, as checkpoints and reports name it."""
     sharding: Sharding
     measures_alike: bool = False
-    """Whether each rank delivers 1/N of the sum of all, so that the ranks' measurements are equal; else those of its
-    own shards."""
+    """Whether each rank delivers the norms of the whole gradients, of which its share is 1/N, so that the ranks'
+    measurements are equal; else those of its own shards."""
     bytes_reduced: int = 0
     """Gradient bytes that this rank has put into reduce-scatter and all-reduce since the start."""
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from grass_dist.config import OffloadConfig, slot_count
+from grass_dist.config import MOST_AT_ONCE, OffloadConfig, slot_count
 from grass_dist.plan.runs import Method, PlannedRun, grass_config, lora_elements, trained_roles
 from grass_dist.plan.shape import ModelShape, Shapes, elements_in
 
@@ -277,10 +277,13 @@ class _Counts:
         return Memory(0, gradients, 0, 0, buffers, "end of the backward")
 
     def update(self) -> Memory:
-        """The unit with most entries is updated, with its gradients in fp32 and what AdamW computes on the way."""
+        """Units are updated at once, or the one with most entries, with gradients in fp32 and what AdamW computes."""
         run, shape = self.run, self.shape
         units = [-(-self.layer_trained // run.state_shards), *_role_state_elements(shape, run, self.method)]
-        buffers = run.update_bytes * max(units) + self._resting_buckets()
+        largest = max(units)
+        if not run.backend.startswith("zero"):
+            largest = max(largest, min(sum(units) + units[0] * (self.method.active_layers - 1), MOST_AT_ONCE))
+        buffers = run.update_bytes * largest + self._resting_buckets()
         gradients = gradients_of(shape, run, self.method)
         if run.backend == "ddp":
             whole = max(self.layer_trained, *self.roles.values(), 0)

@@ -35,6 +35,7 @@ from grass_dist.plan.memory import Memory, states_of
 from grass_dist.plan.runs import GROUP, Method, PlannedRun, grass_config, optimizer_of
 from grass_dist.plan.shape import ModelShape
 from grass_dist.ranks import world
+from grass_dist.states.joint_update import update_together
 from grass_dist.states.unit_optimizer import UnitOptimizer
 
 SIMULATED = ("single", "fsdp2", "hsdp", "ddp")
@@ -166,8 +167,7 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
             backend.set_trainable(units, probing=False, measuring=False)
             _loss(model, run, batch).backward()
             with torch.no_grad():
-                for optimizer in optimizers:
-                    optimizer.step([GROUP])
+                update_together(optimizers, [GROUP])
         return peak(), states
 
 

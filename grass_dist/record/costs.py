@@ -54,4 +54,5 @@ class StepCosts:
             "weight_bytes_to_host": traffic.weight_bytes_to_host,
             "transfer_seconds": traffic.seconds,
             "wait_seconds": traffic.waited,
+            "switch_seconds": grass.switch_seconds,
         }

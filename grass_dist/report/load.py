@@ -100,6 +100,7 @@ class StepEvent:
     weight_bytes_to_host: Count = 0
     transfer_seconds: float = 0.0
     wait_seconds: float = 0.0
+    switch_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

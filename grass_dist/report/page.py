@@ -46,6 +46,11 @@ class Numbers:
     """Seconds in which copies ran, both directions added up."""
     waiting: float
     """Seconds in which training waited for a copy."""
+    switching: float
+    """Seconds in which the host switched layers."""
+    switches: int
+    training: float
+    """Seconds of all training steps."""
     first_eval: EvalEvent | None
     last_eval: EvalEvent | None
 
@@ -133,6 +138,9 @@ def numbers(run: RunRecord) -> Numbers:
         bytes_to_host=sum(step.bytes_to_host for step in run.steps),
         copying=sum(step.transfer_seconds for step in run.steps),
         waiting=sum(step.wait_seconds for step in run.steps),
+        switching=sum(step.switch_seconds for step in run.steps),
+        switches=sum(step.switch_seconds > 0 for step in run.steps),
+        training=seconds,
         first_eval=run.evals[0] if run.evals else None,
         last_eval=run.evals[-1] if run.evals else None,
     )
@@ -252,7 +260,19 @@ def _state_card(found: Numbers) -> Card:
 
 
 def _moves(found: Numbers) -> str:
-    """Says in one sentence what moving states has cost this rank."""
+    """Says what moving states and switching layers has cost this rank."""
+    return " ".join(told for told in (_copies(found), _switches(found)) if told)
+
+
+def _switches(found: Numbers) -> str:
+    if not (found.switches and found.training):
+        return ""
+    times = "1 switch of layers" if found.switches == 1 else f"{found.switches:,} switches of layers"
+    share = 100 * found.switching / found.training
+    return f"{times} took {_time_text(found.switching)} of the host, {share:.2g}% of the time of the training steps."
+
+
+def _copies(found: Numbers) -> str:
     if not found.bytes_to_device + found.bytes_to_host + found.weights_to_device:
         return ""
     ways = f"moved {_bytes_text(found.bytes_to_device)} to the device and {_bytes_text(found.bytes_to_host)} back"

@@ -82,7 +82,19 @@ class MovingStates(ABC):
 
         place.updated = self.transfers.compute(f"GRASS::update ({place.state.name})", bound, [place.arrived])
         self._updates.append(place.updated)
+        place.rests = True
         self._after_update(layer)
+
+    def resting(self, layers: Sequence[int]) -> list[int]:
+        """Those of ``layers`` whose states the next update finds where they are, and leaves there: see `update_all`."""
+        return []
+
+    def update_all(self, names: str, layers: Sequence[int], job: Callable[[], None]) -> None:
+        """Has ``job`` update ``layers``, which are `resting`, and what never moves; ``names`` are of all these."""
+        updated = self.transfers.compute(f"GRASS::update ({names})", job, [])
+        for layer in layers:
+            self._places[layer].updated = updated
+        self._updates.append(updated)
 
     def ready(self, layer: int) -> None:
         """Binds the state for a caller that updates the layer itself, now: which what is computed next may use."""
@@ -176,7 +188,7 @@ class MovingStates(ABC):
     def _in(self, layer: int) -> None:
         """Takes a slot for ``layer`` and begins to bring its state, if it has one."""
         place, slot = self._places[layer], self.pool.take()
-        place.slot = slot
+        place.slot, place.rests = slot, False
         if place.holds:
             runs = place.state.layout.runs(slot.flat, place.host)
             place.arrived = self.transfers.to_device(place.state.name, runs, after=[slot.free, place.left])
@@ -251,6 +263,10 @@ class IntervalStates(MovingStates):
         first = len(new) == len(set(layers) - set(self._active))  # none of them has come yet
         if steps <= self._prefetch_steps and new and first and len(self.pool):
             self._in(new[0])
+
+    def resting(self, layers: Sequence[int]) -> list[int]:
+        stay = layers if self._next is None else self._next
+        return [i for i in layers if i in stay and self._places[i].slot is not None and self._places[i].rests]
 
     def _after_update(self, layer: int) -> None:
         if self._next is not None and layer not in self._next:

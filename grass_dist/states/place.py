@@ -22,6 +22,7 @@ class Place:
     host: torch.Tensor
     slot: Slot | None = None
     holds: bool = False  # whether there is a state yet
+    rests: bool = False  # it has been updated in this slot, so the compute has waited for it
     arrived: StreamEvent = DONE  # it is in its slot
     updated: StreamEvent = DONE  # nothing computes on it in its slot
     left: StreamEvent = DONE  # the host's buffer has it

@@ -30,6 +30,13 @@ class ResidentStates:
         with torch.profiler.record_function(f"GRASS::update ({self._states[layer].name})"):
             job()
 
+    def resting(self, layers: Sequence[int]) -> list[int]:
+        return list(layers)
+
+    def update_all(self, names: str, layers: Sequence[int], job: Callable[[], None]) -> None:
+        with torch.profiler.record_function(f"GRASS::update ({names})"):
+            job()
+
     def put(self, layer: int, fill: Callable[[], None] | None) -> None:
         if fill is not None:
             fill()

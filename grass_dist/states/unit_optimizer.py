@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,10 +43,17 @@ def step_over(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], st
     if type(optimizer) is torch.optim.Adagrad and (new := [p for g in groups for p in g["params"] if not state.get(p)]):
         for param, made in torch.optim.Adagrad(new, **optimizer.defaults).state.items():
             state[param].update(made)
+    with stepping_over(optimizer, groups, state):
+        optimizer.step()
+
+
+@contextmanager
+def stepping_over(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], state: Any) -> Iterator[None]:
+    """While it lasts, ``optimizer`` has other parameter groups and states than its own."""
     own = optimizer.param_groups, optimizer.state
     optimizer.param_groups, optimizer.state = groups, state
     try:
-        optimizer.step()
+        yield
     finally:
         optimizer.param_groups, optimizer.state = own
 
@@ -89,6 +97,11 @@ class ParamState(TargetState):
     def divided(self) -> bool:
         """Whether this rank holds a part of what is updated as a whole."""
         return not self._shards and self._sharding.local(view := self.view) is not view
+
+    @property
+    def plain(self) -> bool:
+        """Whether what is updated is a plain tensor."""
+        return self._shards or self._sharding.local(self.target) is self.target
 
     def stand_in(self, groups: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], torch.Tensor]:
         """Hyperparameters of the parameter, and a tensor like what is updated for it."""
@@ -137,13 +150,15 @@ class ParamState(TargetState):
 
     def take_gradient(self) -> None:
         """Gives what is updated the gradient of the parameter, or none."""
-        grad, target = self.weights.grad, self.target
-        if target is self.weights:
-            return
-        self.follow_weights()
-        if grad is not None:
-            grad = (self._sharding.state_shard(grad) if self._shards else grad).to(target.dtype)
-        target.grad = grad
+        if (target := self.target) is not self.weights:
+            self.follow_weights()
+            grad = self.gradient()
+            target.grad = None if grad is None else grad.to(target.dtype)
+
+    def gradient(self) -> torch.Tensor | None:
+        """The gradient of what is updated, in the dtype of the parameter."""
+        grad = self.weights.grad
+        return self._sharding.state_shard(grad) if grad is not None and self._shards else grad
 
     def follow_weights(self) -> None:
         """Takes over where the weights lie, if whoever shards them has moved them."""
@@ -153,11 +168,16 @@ class ParamState(TargetState):
 
     def give_update(self) -> None:
         """Brings an update from the master to the weights."""
+        self.end_update()
+        if self.master is not None:
+            self.view.copy_(self.master)
+
+    def end_update(self) -> None:
+        """Drops the gradient of what was updated, if that is not the parameter's."""
         if (target := self.target) is not self.weights:
             target.grad = None
             if self.master is not None:
                 self.master = target.detach()  # a class may have given it other memory
-                self.view.copy_(self.master)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the state, this rank's part of each."""
@@ -270,8 +290,7 @@ class UnitOptimizer:
         if self.inner is None:
             self.create(groups)
         assert self.inner is not None
-        for group in self.inner.param_groups:
-            group.update(self._given(groups[group["user_group"]]))
+        self.follow_groups(groups)
         for own in self.targets:
             own.take_gradient()
         before = [dict(group) for group in self.inner.param_groups]
@@ -281,6 +300,11 @@ class UnitOptimizer:
         for own in self.targets:
             own.state = self.inner.state[own.target]
             own.give_update()
+
+    def follow_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over the hyperparameters of the user's ``groups``, where there is a state."""
+        for group in self.inner.param_groups if self.inner is not None else ():
+            group.update(self._given(groups[group["user_group"]]))
 
     def _given(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The hyperparameters of a group that are the user's, and not what the class keeps there."""

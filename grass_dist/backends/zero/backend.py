@@ -13,7 +13,7 @@ from grass_dist.backends.zero.groups import Group, groups_of, numel_of, zero_sha
 from grass_dist.backends.zero.narrow import NarrowZero
 from grass_dist.errors import GrassError
 from grass_dist.method.interfaces import Arrived, GradientHooks, GradientSink
-from grass_dist.method.measurement import sum_of_squares
+from grass_dist.method.measurement import norms
 from grass_dist.model.discovery import Unit
 from grass_dist.model.experts import give_idle_experts_zeros
 from grass_dist.model.sharding import Sharding
@@ -211,14 +211,17 @@ class ZeroBackend(GradientHooks):
     def gradients_ready(self) -> None:
         """Reads DeepSpeed's averaged gradients in a step, before they are clipped."""
         self.verify()
-        scale = float(self.zero.loss_scale) ** 2
-        once = 0
+        once, measured = 0, list[tuple[Group, torch.Tensor]]()
         for i, group in enumerate(self.zero.groups):
             once += sum(map(self._bytes_of, group.params))
             if self._measuring and group.unit.index is not None:
-                parts = [sum_of_squares(part) for part in self.zero.partition_grads_of(i)]
-                if parts:
-                    self._sink(group.unit.index, group.slot, torch.stack(parts).sum() / scale)
+                measured += [(group, part) for part in self.zero.partition_grads_of(i)]
+        of: dict[tuple[int, int], list[torch.Tensor]] = {}
+        for (group, _), norm in zip(measured, norms([part for _, part in measured]), strict=True):
+            assert group.unit.index is not None
+            of.setdefault((group.unit.index, group.slot), []).append(norm)
+        for place, parts in of.items():
+            self._sink(*place, torch.linalg.vector_norm(torch.stack(parts)) / float(self.zero.loss_scale))
         arrived, self._arrived_bytes = self._arrived_bytes, 0
         if self.ranks.world_size > 1:  # ZeRO-1 reduces once a step, the others each micro-batch
             self.bytes_reduced += arrived if self.stage >= 2 else once
@@ -271,10 +274,10 @@ class ZeroBackend(GradientHooks):
 
     def _report(self, unit: Unit, shard: torch.Tensor) -> None:
         assert unit.index is not None
-        squares = sum_of_squares(shard) / float(self.zero.loss_scale) ** 2
-        self._squares.append(squares)
+        norm = norms([shard])[0] / float(self.zero.loss_scale)
+        self._squares.append(norm.square())
         if self._measuring:
-            self._sink(unit.index, 0, squares)
+            self._sink(unit.index, 0, norm)
 
     def rest_step(self) -> bool:
         """Ends a step in which nothing trains. Returns whether a gradient overflowed on some rank."""

@@ -25,6 +25,7 @@ from grass_dist.backends.zero.private import CARRIED, Names, check_instance, che
 from grass_dist.backends.zero.reads import Reads
 from grass_dist.backends.zero.saved_state import GRASS_KEY, GROUPS_KEY, TOTAL_KEY, take_over, trainable, whole_state
 from grass_dist.backends.zero.states import ZeroStates
+from grass_dist.backends.zero.switching import nothing_but_constructing
 from grass_dist.errors import CheckpointError, GrassError
 from grass_dist.method.controller import GrassController
 from grass_dist.method.saved import SETTINGS, check_clock, other_settings, settings_of
@@ -278,7 +279,8 @@ class NarrowZero(_Stock):
     def _construct(self, groups: Sequence[Group]) -> None:
         carried = {name: self.__dict__[name] for name in CARRIED if self._built and name in self.__dict__}
         own = GroupsOptimizer(self.user_optimizer, groups, lambda m: self.states.updating(m, self.optimizer.state))
-        with _quiet() if self._built else nullcontext():
+        params = [param for group in groups for param in group.params if hasattr(param, "ds_tensor")]
+        with _quiet(self, params) if self._built else nullcontext():
             super().__init__(**{**self.arguments, "init_optimizer": own})
         self.__dict__.update(carried)
         if not self._built:
@@ -297,7 +299,8 @@ class NarrowZero(_Stock):
 
     def _release(self) -> None:
         """Takes DeepSpeed's hooks and references off the parameters."""
-        self.destroy()
+        with nothing_but_constructing(self):
+            self.destroy()
 
     # --- checkpoints
 
@@ -374,13 +377,14 @@ class NarrowZero(_Stock):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(zero: NarrowZero, params: Sequence[nn.Parameter]) -> Iterator[None]:
     """DeepSpeed tells its whole set-up whenever a ZeRO optimizer is constructed; once is enough."""
     from deepspeed.utils import logger
 
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        yield
+        with nothing_but_constructing(zero, params):
+            yield
     finally:
         logger.setLevel(level)

@@ -252,7 +252,7 @@ CONFIGURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "scaled before": ((1,), {"prescale_gradients": True}),
     "scaled before without scatter": ((2, 3), {"prescale_gradients": True, **WITHOUT_SCATTER}),
     "divided before": ((1,), {"gradient_predivide_factor": 2.0}),
-    "divided before without scatter": ((2,), {"gradient_predivide_factor": 4.0, **WITHOUT_SCATTER}),
+    "divided before without scatter": ((2, 3), {"gradient_predivide_factor": 4.0, **WITHOUT_SCATTER}),
 }
 """Options, by what they do: stages at which they run, and the options."""
 

@@ -158,15 +158,15 @@ CONDITIONS: dict[str, tuple[str, str, str]] = {
         "set zero_optimization.reduce_scatter to false",
     ),
     "gradient_predivide_factor": ("other than a positive number", "it must be a positive number", "use 1.0"),
-    "gradient_predivide_factor at 2": (
-        "at stage 2 with `reduce_scatter`, the default",
+    "gradient_predivide_factor with reduce_scatter": (
+        "at stages 2 and 3 with `reduce_scatter`, the default",
         _SCATTERS,
         "set zero_optimization.reduce_scatter to false, or use stage 1",
     ),
     "gradient_predivide_factor at 3": (
-        "at stage 3",
-        "stage 3 of DeepSpeed leaves a factor in the gradients if it equals the number of ranks",
-        "use 1.0, or stage 2",
+        "at stage 3 if it is the number of ranks",
+        "stage 3 of DeepSpeed then divides gradients by it and does not multiply them back",
+        "use another factor, or stage 2",
     ),
     "zero_optimization.offload_param.device": _WHOLE,
     "zero_optimization.cpu_offload_param": _WHOLE,

@@ -744,3 +744,9 @@ def test_a_factor_that_is_the_number_of_ranks(stage, ranks, refused):
         return
     with pytest.raises(ConfigError, match=r"gradient_predivide_factor=4.0: .*; use another factor, or stage 2"):
         refuse_factor(config, ranks)
+
+
+@pytest.mark.parametrize(("value", "said"), [(False, True), ("false", True), (True, False), (None, False)])
+def test_unused_parameters_are_not_asked_for_and_that_is_said(value, said):
+    told = split_ds_config(plus({"zero_optimization.ignore_unused_parameters": value})).said
+    assert any("ignore_unused_parameters has no effect under GRASS" in sentence for sentence in told) == said

@@ -129,6 +129,14 @@ def _note(line: str) -> None:
         file.write(line + "\n")
 
 
+def _called(function: Callable[..., Any], *given: Any) -> Any:
+    """Calls it; a failure of `pytest.raises` would end the process of a pool, and what waits for it would hang."""
+    try:
+        return function(*given)
+    except pytest.fail.Exception as error:
+        raise AssertionError(str(error)) from None
+
+
 class _Pool:
     """A pool whose processes have our function, and which ends when a test hangs."""
 
@@ -137,7 +145,7 @@ class _Pool:
 
     def starmap_async(self, function: Callable[..., Any], args: Sequence[Any]) -> _Pool:
         # Each call to a process of its own: a process that is ready sooner could take both.
-        self._calls = [self._pool.apply_async(function, given) for given in args]
+        self._calls = [self._pool.apply_async(_called, (function, *given)) for given in args]
         return self
 
     def get(self, timeout: float) -> list[Any]:

@@ -22,8 +22,10 @@ from grass_dist.backends.zero.options import (
     REFUSED,
     REMOVED,
     REMOVED_OF_ZERO,
+    UNUSED,
     among,
     enabled,
+    off,
     on,
     over,
     refusal,
@@ -300,8 +302,10 @@ def _take_disabled_out(config: dict[str, Any]) -> None:
 
 
 def _is_set(config: Mapping[str, Any], path: str) -> bool:
-    """Whether an option, or a section, is there and is not off."""
+    """Whether an option, or a section, is there and asks for something."""
     value = _at(config, path)
+    if path == UNUSED:  # DeepSpeed's default is true
+        return value is not None and off(value)
     return value is not None and value is not False and value != {}
 
 

@@ -136,10 +136,12 @@ REMOVED_OF_ZERO = {
 """Options that newer releases of DeepSpeed no longer have."""
 
 
+UNUSED = "zero_optimization.ignore_unused_parameters"
 IDLE: dict[str, str] = {
     "zero_optimization.sub_group_size": "each group of parameters is one sub-group",
     "zero_optimization.cpu_offload_use_pin_memory": "host memory is pinned on a GPU",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "it is Muon's alone",
+    UNUSED: "DeepSpeed asks for a gradient of every parameter in its update on the host alone",
     "bf16.immediate_grad_update": "it is for an optimizer of DeepSpeed's that GRASS does not use",
     "optimizer.legacy_fusion": "it is for optimizers without ZeRO",
     "use_data_before_expert_parallelism": "there is no expert parallelism",
@@ -205,7 +207,7 @@ _ZERO = """
     allgather_bucket_size overlap_comm load_from_fp32_weights stage3_prefetch_bucket_size
     stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
     stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_use_all_reduce_for_fetch_params
-    stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save ignore_unused_parameters round_robin_gradients
+    stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save round_robin_gradients
     memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings
     enable_sanity_checks leaf_module.classes leaf_module.names leaf_module.name_suffixes
 """

@@ -74,7 +74,12 @@ BF16 = ("bf16", "bfloat16")
 
 REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     # dotted path, the values that are refused, the problem, the fix
-    ("zero_optimization.offload_param.device", not_among("none", "cpu"), "weights go to host memory", "use 'cpu'"),
+    (
+        "zero_optimization.offload_param.device",
+        not_among("none", "cpu"),
+        "DeepSpeed moves what trains to host memory for good, and has no function that sends a layer back to NVMe",
+        "use 'cpu'",
+    ),
     (
         "zero_optimization.offload_optimizer.device",
         not_among("none", "cpu", "nvme"),

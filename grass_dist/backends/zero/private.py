@@ -19,8 +19,8 @@ RECOMPUTES_FROZEN = ">=0.19.3"
 what is recomputed with what was there, which fails."""
 
 ONLY_STAGE_3 = ">=0.17,<0.19"
-"""Releases with faults at stages 1 and 2, in stock: an overflow that only some ranks see, gradients of micro-batches that
-are lost or divided twice, flat buffers in an autograd graph (docs/deepspeed.md)."""
+"""Releases with faults at stages 1 and 2, in stock: an overflow that some ranks do not see, gradients of micro-batches
+that are lost or divided twice, flat buffers in an autograd graph (docs/deepspeed.md)."""
 
 DROPS_ON_CPU = ">=0.19,<0.19.8"
 """Stages 1 and 2 of these releases sort gradients by the names of types on a GPU before they reduce them: on a CPU none

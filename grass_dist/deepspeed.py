@@ -13,7 +13,14 @@ from torch import nn
 
 from grass_dist.backends.zero.backend import ZeroBackend, ZeroSharding
 from grass_dist.backends.zero.checks import check_axes, check_group, check_model, check_optimizer, is_new_adagrad
-from grass_dist.backends.zero.ds_config import ZeroSetup, has_grass, load_ds_config, sequence_ranks, split_ds_config
+from grass_dist.backends.zero.ds_config import (
+    ZeroSetup,
+    has_grass,
+    load_ds_config,
+    refuse_factor,
+    sequence_ranks,
+    split_ds_config,
+)
 from grass_dist.backends.zero.engine import wrap_methods
 from grass_dist.backends.zero.groups import dtype_of_masters, groups_of, weights_on_host
 from grass_dist.backends.zero.jit import accelerator, on_cpu, spare_the_compiler
@@ -292,6 +299,7 @@ def _agree(problem: GrassError | None, setup: ZeroSetup | None) -> ZeroSetup:
         if problem is not None:
             raise problem
         assert setup is not None
+        refuse_factor(setup.ds_config, world().world_size)
         return setup
 
     def compared(setup: ZeroSetup) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """DeepSpeed's own unit tests on a CPU, in stock and with `grass_dist.initialize` for `deepspeed.initialize`.
 
-    python -m integration_tests.deepspeed_tests --checkout DIR [--mode block|plain] [-k WORDS] [--json FILE] [FILE ...]
+    python -m integration_tests.deepspeed_tests --checkout DIR [--mode block|plain] [-k WORDS] [--results FILE] [FILES]
 
 DIR is a checkout of DeepSpeed's repository, near the release that is installed. With the mode "block" an engine has a
 block in which all layers train without a probe, where the model has layers; with "plain" it has none. What passes
-in stock runs once more in the mode. With ``--json`` results are kept, and those that the file has are not run again.
+in stock runs once more in the mode. With ``--results`` each result is appended to a file as it comes, one line of JSON,
+and a test whose result is there is not run again: a run that was stopped goes on where it was.
 
 Stock compiles operators when a test first needs them, which takes minutes: build them before, or tests seem to hang.
 TORCH_EXTENSIONS_DIR must be a folder that no other process uses: locks of operators that are built are removed there.
@@ -12,7 +13,6 @@ TORCH_EXTENSIONS_DIR must be a folder that no other process uses: locks of opera
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
+import pytest
 import typer
 
 from integration_tests.support import deepspeed_door
@@ -49,10 +50,7 @@ FILES = """
 """
 """Of DeepSpeed's tests/unit: those that make ZeRO engines, load and save, or read a configuration."""
 SECONDS = 900
-"""For one file."""
-
-Results = dict[str, dict]
-"""By test: the mode, and what came of it there."""
+"""For one start of pytest; what is left then has the next one."""
 
 
 def main(
@@ -60,49 +58,39 @@ def main(
     checkout: Annotated[Path, typer.Option(help="A checkout of DeepSpeed.")] = Path("DeepSpeed"),
     mode: Annotated[Literal["block", "plain"], typer.Option(help="How our engines are made.")] = "block",
     k: Annotated[str, typer.Option("-k", help="As pytest's -k.")] = "",
-    kept: Annotated[Path | None, typer.Option("--json", help="Where results are kept.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Where results are kept, one line of JSON each.")] = None,
 ) -> None:
     """Runs DeepSpeed's unit tests in stock, then with our function; prints what differs."""
     if not (checkout / "tests/unit/common.py").is_file():
         raise typer.BadParameter(f"{checkout} has no tests/unit/common.py: it is no checkout of DeepSpeed")
-    results: Results = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    for name in files or FILES.split():
-        if not (checkout / "tests/unit" / name).is_file():
-            print(f"{name}: this checkout has no such file", flush=True)
-            continue
-        for door in ("stock", mode):
-            _run(checkout, name, door, k, results)
-            if kept:
-                kept.write_text(json.dumps(results, indent=1))
-        print(f"{name}: {_counts(results, mode, name)}", flush=True)
-    print(_table(results, mode))
-
-
-def _run(checkout: Path, name: str, door: str, k: str, results: Results) -> None:
-    """Runs what the results lack of a file: all of it in stock, then what has passed there."""
-    path = f"unit/{name}"
-    of_file = {test: told for test, told in results.items() if test.startswith(path + "::")}
-    if door == "stock":
-        chosen = [] if of_file and not k else [path]
-    else:
-        chosen = [t for t, told in of_file.items() if told.get("stock", {}).get("outcome") == "passed"]
-        chosen = [t for t in chosen if door not in of_file[t]]
-    for _ in range(2):
-        if chosen:
-            _start(checkout, name, door, k, chosen, results)
-        of_file = {test: told for test, told in results.items() if test.startswith(path + "::")}
-        # On a busy machine a process may be late: what hung gets a second try.
-        chosen = [test for test, told in of_file.items() if deepspeed_door.HUNG in told.get(door, {}).get("why", "")]
-
-
-def _start(checkout: Path, name: str, door: str, k: str, chosen: list[str], results: Results) -> None:
-    """Runs pytest over files or tests, and adds what it tells."""
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "results"
+        told = results.absolute() if results else Path(folder) / "results"
         told.touch()
-        root, plugin = Path(__file__).parents[1], deepspeed_door.__name__
+        for name in files or FILES.split():
+            if not (checkout / "tests/unit" / name).is_file():
+                print(f"{name}: this checkout has no such file", flush=True)
+                continue
+            for door in ("stock", mode):
+                _run(checkout, name, door, k, told)
+            print(f"{name}: {_counts(deepspeed_door.read(told), mode, name)}", flush=True)
+        print(_table(deepspeed_door.read(told), mode))
+
+
+def _run(checkout: Path, name: str, door: str, k: str, told: Path) -> None:
+    """Runs what the results lack of a file: all of it in stock, and what has passed there in a mode."""
+    before = -1
+    while told.stat().st_size > before:  # a start without a result leaves nothing to start again for
+        before = told.stat().st_size
+        if _start(checkout, name, door, k, told):
+            break
+
+
+def _start(checkout: Path, name: str, door: str, k: str, told: Path) -> bool:
+    """Starts pytest over a file; whether all of it ran, and nothing failed that could get another try."""
+    root, plugin = Path(__file__).parents[1], deepspeed_door.__name__
+    with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin]
-        command += ["--basetemp", f"{folder}/tmp", *(["-k", k] if k else []), *chosen]
+        command += ["--basetemp", f"{folder}/tmp", *(["-k", k] if k else []), f"unit/{name}"]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -115,21 +103,23 @@ def _start(checkout: Path, name: str, door: str, k: str, chosen: list[str], resu
         }
         tests = checkout / "tests"
         try:
-            subprocess.run(command, cwd=tests, env=environment, capture_output=True, timeout=SECONDS, check=False)
+            ended = subprocess.run(
+                command, cwd=tests, env=environment, capture_output=True, timeout=SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
-            print(f"{name}: not done after {SECONDS} s", flush=True)
-        for line in map(json.loads, told.read_text().splitlines()):
-            results.setdefault(line.pop("test"), {})[door] = line
+            print(f"{name}: not done in {door} after {SECONDS} s", flush=True)
+            return False
+    return ended.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
-def _counts(results: Results, mode: str, name: str) -> str:
+def _counts(results: deepspeed_door.Results, mode: str, name: str) -> str:
     of_file = [told for test, told in results.items() if test.startswith(f"unit/{name}::")]
     seen = Counter(told[mode]["outcome"] for told in of_file if mode in told)
     stock = Counter(told["stock"]["outcome"] for told in of_file if "stock" in told)
     return f"stock {dict(stock)}; {mode} {dict(seen)}"
 
 
-def _table(results: Results, mode: str) -> str:
+def _table(results: deepspeed_door.Results, mode: str) -> str:
     """What passes in both, and each reason for which a test differs, with how many do."""
     both = [told for told in results.values() if told.get("stock", {}).get("outcome") == "passed" and mode in told]
     passed = [told for told in both if told[mode]["outcome"] == "passed"]

@@ -17,7 +17,11 @@ from typer.testing import CliRunner
 
 import grass_dist
 from grass_dist.backends.zero.private import SECONDARY
+from grass_dist.checkpoint.deepspeed_save import DeepSpeedSnapshot
+from grass_dist.checkpoint.saving import write_snapshot
+from grass_dist.checkpoint.zero_run import ZeroHoldings
 from grass_dist.cli import app
+from grass_dist.ranks import world
 from integration_tests.support.model import ADAMW, LAYERS, LENGTH, global_batch, small_llama
 from integration_tests.support.ranks import refused, run_ranks
 from integration_tests.support.scenarios import FOLDER, Spawn, scenarios
@@ -252,7 +256,7 @@ CONFIGURED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "scaled before": ((1,), {"prescale_gradients": True}),
     "scaled before without scatter": ((2, 3), {"prescale_gradients": True, **WITHOUT_SCATTER}),
     "divided before": ((1,), {"gradient_predivide_factor": 2.0}),
-    "divided before without scatter": ((2,), {"gradient_predivide_factor": 4.0, **WITHOUT_SCATTER}),
+    "divided before without scatter": ((2, 3), {"gradient_predivide_factor": 4.0, **WITHOUT_SCATTER}),
 }
 """Options, by what they do: stages at which they run, and the options."""
 
@@ -311,7 +315,7 @@ KEPT = {"bf16": (BF16_STATES, {torch.bfloat16}), "adagrad": ({**BF16, "optimizer
 
 
 def goes_on(rank: int, world_size: int, stage: int, name: str, folder: str) -> dict[str, Any]:
-    """Whether a new engine goes on as the old one does, saved in two ways; and whether states have their dtypes."""
+    """Whether a new engine goes on as the old one does, saved in three ways; and whether states have their dtypes."""
     options, dtypes = KEPT[name]
     config = ds_config(stage, SETTINGS, 1, torch.bfloat16) | options
     engine, told = engine_of(config, torch.bfloat16), {}
@@ -319,18 +323,20 @@ def goes_on(rank: int, world_size: int, stage: int, name: str, folder: str) -> d
         if step == 5:
             engine.save_checkpoint(folder + "/engine")
             grass_dist.save_checkpoint(folder + "/ours", engine, step)
+            snapshot = DeepSpeedSnapshot.take(ZeroHoldings(engine), step)  # as the training program saves
+            write_snapshot(Path(folder) / "theirs", snapshot, world(), keep=1)
         train_step(engine, step, rank, world_size, 1)
     end = weights_of(engine)
     found = (own.tensors() for own in engine.optimizer.states.of.values())
     told["dtypes"] = {tensor.dtype for tensors in found for tensor in tensors if tensor.numel() > 1} == dtypes
     engine.destroy()
-    for way in ("engine", "ours"):
+    for way in ("engine", "ours", "theirs"):
         again = engine_of(config, torch.bfloat16)
         train_step(again, 50, rank, world_size, 1)
         if way == "engine":
             again.load_checkpoint(folder + "/engine")
         else:
-            grass_dist.load_checkpoint(folder + "/ours", again)
+            grass_dist.load_checkpoint(f"{folder}/{way}", again)
         for step in range(5, 8):
             train_step(again, step, rank, world_size, 1)
         told[way] = same(weights_of(again), end)
@@ -340,7 +346,7 @@ def goes_on(rank: int, world_size: int, stage: int, name: str, folder: str) -> d
 
 @scenarios(*at_each(goes_on, "bf16", FOLDER), *at_each(goes_on, "adagrad", FOLDER))
 def test_other_states_are_saved_and_go_on(runs):
-    assert runs == [{"dtypes": True, "engine": True, "ours": True}] * 2
+    assert runs == [{"dtypes": True, "engine": True, "ours": True, "theirs": True}] * 2
 
 
 # hpZ: weights are gathered from a copy that a few ranks share.

@@ -163,6 +163,12 @@ CASES: dict[str, tuple[Callable[[int, Path], str], str]] = {
         "zero_optimization.offload_optimizer.nvme_path",
     ),
     "ZeRO++": (lambda rank, folder: zero3(zero_quantized_weights=True), "zero_optimization.zero_quantized_weights"),
+    "a factor that is the number of ranks": (
+        lambda rank, folder: started(
+            ds_config(3, SETTINGS, zero={"reduce_scatter": False}, gradient_predivide_factor=2.0)
+        ),
+        "gradient_predivide_factor=2.0",
+    ),
     "not JSON": (lambda rank, folder: started(file_with("{", folder, f"broken{rank}.json")), "config"),
     "file missing on one rank": (
         lambda rank, folder: started(

@@ -6,7 +6,9 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -29,8 +31,15 @@ SAVED_AT, STEPS = 7, 13
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 
-def saved(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> dict[str, Any]:
-    engine = make_engine(ds_config(stage, SETTINGS, 1, dtype), dtype)
+def saved(
+    rank: int,
+    world_size: int,
+    stage: int,
+    folder: str,
+    dtype: torch.dtype,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    engine = make_engine(ds_config(stage, SETTINGS, 1, dtype, **more), dtype)
     for step in range(STEPS):
         if step == SAVED_AT:
             engine.save_checkpoint(folder, tag="there", client_state={"mine": step})
@@ -39,8 +48,15 @@ def saved(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtyp
     return {"weights": weights_of(engine), "importances": engine.grass.importances}
 
 
-def gone_on(rank: int, world_size: int, stage: int, folder: str, dtype: torch.dtype) -> dict[str, Any]:
-    engine = make_engine(ds_config(stage, SETTINGS, 1, dtype, **UNIVERSAL), dtype)
+def gone_on(
+    rank: int,
+    world_size: int,
+    stage: int,
+    folder: str,
+    dtype: torch.dtype,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    engine = make_engine(ds_config(stage, SETTINGS, 1, dtype, **UNIVERSAL, **more), dtype)
     train_step(engine, 0, rank, world_size, 1)  # what is loaded replaces what there is
     path, client = engine.load_checkpoint(folder)
     assert path and client["mine"] == SAVED_AT == engine.global_steps == engine.grass.step
@@ -144,6 +160,19 @@ def test_a_universal_checkpoint_goes_on_anywhere(stage, dtype, tmp_path):
         name = "model.layers.0.mlp.up_proj.weight"
         file = torch.load(tmp_path / "universal/zero" / name / "fp32.pt", weights_only=False)
         assert torch.equal(stock[0]["weights"][name].view(-1), file.view(-1))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_states_in_bf16_go_on_from_a_universal_checkpoint(stage, tmp_path):
+    """Files with the name "fp32" then hold masters in bf16; another engine may have wider ones."""
+    states = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+    straight = run_ranks(2, saved, stage, str(tmp_path), torch.bfloat16, states, timeout=200)
+    converted(tmp_path)
+    for ranks, more in ((2, states), (1, states), (2, {})):
+        runs = run_ranks(ranks, gone_on, stage, str(tmp_path), torch.bfloat16, more, timeout=200)
+        far = worst(runs, straight[0])
+        print(f"ZeRO-{stage}, states in bf16: 2 to {ranks} ranks{'' if more else ', states in fp32'}, {far:.1e}")
+        assert far == 0 if (ranks, more) == (2, states) else far <= 1e-2  # a few roundings to bf16
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -136,7 +136,7 @@ def test_any_other_auto_is_left_to_deepspeed():
         ({"zero_optimization": {"stage": 4}}, "parallel.config.zero_optimization.stage=4: there is no such stage"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
-            "parallel.config.zero_optimization.offload_param.device='nvme': weights go to host memory; ",
+            "parallel.config.zero_optimization.offload_param.device='nvme': DeepSpeed moves what trains to host memory",
         ),
     ],
 )

@@ -18,7 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import create_model
 
-from grass_dist.backends.zero.ds_config import OPTIMIZER_TYPES, REFUSED, has_grass, load_ds_config, split_ds_config
+from grass_dist.backends.zero.ds_config import (
+    OPTIMIZER_TYPES,
+    REFUSED,
+    has_grass,
+    load_ds_config,
+    refuse_factor,
+    split_ds_config,
+)
 from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
 from grass_dist.states.update_rule import ELEMENTWISE
@@ -387,10 +394,7 @@ MASTERS = "bf16_master_weights_and_grads"
         ({"prescale_gradients": "true", "zero_optimization.stage": 3}, "prescale_gradients"),
         ({"gradient_predivide_factor": 2}, "gradient_predivide_factor"),
         ({"gradient_predivide_factor": 0.5, "zero_optimization.reduce_scatter": True}, "gradient_predivide_factor"),
-        (
-            {"gradient_predivide_factor": 2.0, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
-            "gradient_predivide_factor",
-        ),
+        ({"gradient_predivide_factor": 2.0, "zero_optimization.stage": 3}, "gradient_predivide_factor"),
         *(
             ({"gradient_predivide_factor": odd, "zero_optimization.stage": 1}, "gradient_predivide_factor")
             for odd in (0, -1, "x", True, float("nan"), float("inf"))
@@ -418,6 +422,7 @@ def test_scaling_that_the_stage_cannot(changes, field):
         {"gradient_predivide_factor": 2, "zero_optimization.stage": 1},
         {"gradient_predivide_factor": 0.5, "zero_optimization.reduce_scatter": False},
         {"gradient_predivide_factor": 1.0, "zero_optimization.stage": 3},
+        {"gradient_predivide_factor": 4.0, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
         {"torch_autocast": {"enabled": False, "dtype": "float16"}},
         {"communication_data_type": "fp32", "bf16.enabled": True},
@@ -728,3 +733,20 @@ def test_a_missing_file(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("config", [None, 3, ["a"], b"a.json"])
 def test_what_is_no_configuration(config):
     assert refusal(config, load_ds_config).problem == "this is no ds_config"
+
+
+@pytest.mark.parametrize(("stage", "ranks", "refused"), [(3, 4, True), (3, 2, False), (3, 1, False), (2, 4, False)])
+def test_a_factor_that_is_the_number_of_ranks(stage, ranks, refused):
+    zero = {"stage": stage, "reduce_scatter": False}
+    config = split_ds_config(plus({"gradient_predivide_factor": 4.0, "zero_optimization": zero})).ds_config
+    if not refused:
+        refuse_factor(config, ranks)
+        return
+    with pytest.raises(ConfigError, match=r"gradient_predivide_factor=4.0: .*; use another factor, or stage 2"):
+        refuse_factor(config, ranks)
+
+
+@pytest.mark.parametrize(("value", "said"), [(False, True), ("false", True), (True, False), (None, False)])
+def test_unused_parameters_are_not_asked_for_and_that_is_said(value, said):
+    told = split_ds_config(plus({"zero_optimization.ignore_unused_parameters": value})).said
+    assert any("ignore_unused_parameters has no effect under GRASS" in sentence for sentence in told) == said

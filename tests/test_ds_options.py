@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from docs import generate
 from grass_dist.backends.zero.ds_config import split_ds_config
-from grass_dist.backends.zero.options import CONDITIONS, IDLE, REFUSED, REMOVED, rows
+from grass_dist.backends.zero.options import CONDITIONS, IDLE, REFUSED, REMOVED, UNUSED, rows
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed")
@@ -135,7 +135,7 @@ def test_what_has_no_effect_is_said_at_the_start(path):
     config: dict[str, Any] = {"train_batch_size": 1, "zero_optimization": {"stage": 2}, "grass": {}}
     section, _, key = path.rpartition(".")
     if section:
-        config.setdefault(section, {})[key] = 5
+        config.setdefault(section, {})[key] = False if path == UNUSED else 5
     else:
         config[path] = {"block_size": 5}
     (sentence,) = split_ds_config(config).said

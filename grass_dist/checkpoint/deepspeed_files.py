@@ -76,6 +76,8 @@ class FileLayout(Stored):
     """The groups, in the order of DeepSpeed's files."""
     frozen: Annotated[list[Placed], FailFast()]
     """The parameters that never train."""
+    masters: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of the masters in the files: bf16 with `bf16_master_weights_and_grads`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class _Sources:
                 moments: Way = ("optimizer_state_dict", self._names.optimizer_key, "state", index, key)
                 found.append((state_key(extent.name, key), dtype, masters if key == MASTER else moments))
         for key, dtype, way in found:
-            kept = torch.float32 if way == masters else dtype
+            kept = getattr(torch, self._layout.masters) if way == masters else dtype
             self._add(key, extent.numel, dtype, Source(extent.start, extent.length, file, way, extent.at, kept))
 
     def _add_weights(self, names: set[str]) -> None:

@@ -76,7 +76,9 @@ class ZeroHoldings:
         ]
         trained = {param for group in zero.every for param in group.params}
         frozen = [placed(param) for param in self._names if param not in trained]
-        return FileLayout(stage=self._stage, groups=groups, frozen=frozen)
+        [dtype] = {own.dtype for own in zero.states.of.values()}
+        masters = "bfloat16" if dtype == torch.bfloat16 else "float32"
+        return FileLayout(stage=self._stage, groups=groups, frozen=frozen, masters=masters)
 
     def _placed(self, param: nn.Parameter) -> Placed:
         shard = zero_shard(param).numel() if self._stage == 3 else 0

@@ -20,11 +20,11 @@ from grass_dist.states.transfer import TransferEngine
 
 @dataclass(slots=True)
 class Window:
-    """A slot through which the weights of every K-th layer pass."""
+    """A slot through which the weights of every K-th layer that rests pass."""
 
     slot: Slot
     views: dict[int, list[torch.Tensor]]
-    """For each of these layers its parameters in the slot."""
+    """For each layer that has passed its parameters in the slot."""
     layer: int | None = None
     """Whose weights it has, or gets."""
     arrived: StreamEvent = DONE
@@ -35,9 +35,10 @@ class Window:
 class HostWeights:
     """Brings the weights of a layer before its forward and before its backward; they go without a copy.
 
-    A layer that does not train has one slot for the whole run, ``layer % slots``, since autograd remembers where the
+    The layers that do not train have slots in turn, for as long as the same layers train. Autograd remembers where the
     weights were that a forward used: when the backward comes to them, they are there again, at the same address. So
-    nothing that autograd saves is touched. Neighbours have different slots: while one computes, the next ones come.
+    nothing that autograd saves is touched. Neighbours have different slots: while one computes, the next ones come, and
+    the last ones of a forward are all there when the backward begins.
 
     Every wait is for an event, and named below by what goes wrong without it:
 
@@ -78,9 +79,9 @@ class HostWeights:
         self._closed = False
         self.epoch = 0
         """Changes when other layers become active: what a forward before that has saved lies elsewhere now."""
+        self._slot_of: dict[int, int] = {}  # of each layer that rests and has weights
+        self._assign()
         for n, layer in enumerate(layers):
-            window = self._window(n)
-            window.views[n] = layer.views(window.slot.flat)
             layer.bound = [param.data for _, param in layer.params]
             for (_, param), view in zip(layer.params, self._hosts[n], strict=True):
                 view.copy_(param.detach())
@@ -104,6 +105,7 @@ class HostWeights:
             del self._homes[n]
             self._layers[n].bind(self._hosts[n])
             self.pool.give(slot)
+        self._assign()
         self.epoch += bool(going)
 
     def enter(self, active: Sequence[int]) -> None:
@@ -119,7 +121,7 @@ class HostWeights:
         for n, arrived in zip(coming, arriving, strict=True):
             self.transfers.wait(arrived)
             self._layers[n].bind(self._layers[n].views(self._homes[n].flat))
-            self._empty(n)
+        self._assign()
         self.epoch += bool(coming)
 
     def harvest(self) -> Traffic:
@@ -154,7 +156,7 @@ class HostWeights:
 
     def forward_begins(self, n: int) -> None:
         """Binds the weights of a layer to its slot, once they are there, and begins to bring the next ones."""
-        if n in self._homes or self._closed:
+        if n not in self._slot_of or self._closed:
             return
         again = in_backward()
         if not again and self._backward is not None:
@@ -162,7 +164,7 @@ class HostWeights:
         self._take_over(n)
         self._bring(n, trusted=n in self._running or again)
         self._running.append(n)
-        self._layers[n].bind(self._window(n).views[n])
+        self._layers[n].bind(self._views(n))
         self._prefetch(n, down=again and self._last != n - 1)
         self._last = n
 
@@ -172,7 +174,7 @@ class HostWeights:
         Args:
             differentiable: whether a backward may come; None where that is not known.
         """
-        if n in self._homes or self._closed:
+        if n not in self._slot_of or self._closed:
             return
         if differentiable is not None and not in_backward():
             self._differentiable[n] = differentiable
@@ -199,7 +201,7 @@ class HostWeights:
                 "and with grass.offload.weights='host' its weights have moved: call backward() before "
                 "optimizer.step()."
             )
-        if n in self._homes or n == self._backward or self._closed:
+        if n not in self._slot_of or n == self._backward or self._closed:
             return
         if torch.is_grad_enabled():
             raise GrassError(
@@ -211,7 +213,7 @@ class HostWeights:
         self._backward_ends()
         self._backward = n
         self._bring(n, trusted=True)
-        self._layers[n].bind(self._window(n).views[n])
+        self._layers[n].bind(self._views(n))
         self._prefetch(n, down=True)
 
     def _backward_ends(self) -> None:
@@ -246,8 +248,23 @@ class HostWeights:
 
     # --- the ways
 
+    def _assign(self) -> None:
+        """Gives slots to the layers that rest, in turn. What a slot has of another layer is not to be used again."""
+        resting = [n for n, layer in enumerate(self._layers) if layer.params and n not in self._homes]
+        self._slot_of = {n: turn % len(self._windows) for turn, n in enumerate(resting)}
+        for at, window in enumerate(self._windows):
+            if window.layer is not None and self._slot_of.get(window.layer) != at:
+                window.layer = None
+
     def _window(self, n: int) -> Window:
-        return self._windows[n % len(self._windows)]
+        return self._windows[self._slot_of[n]]
+
+    def _views(self, n: int) -> list[torch.Tensor]:
+        """The parameters of a layer in its slot."""
+        window = self._window(n)
+        if n not in window.views:
+            window.views[n] = self._layers[n].views(window.slot.flat)
+        return window.views[n]
 
     def _bring(self, n: int, *, trusted: bool) -> None:
         """Has the compute wait until a layer is in its slot, and begins to bring it if it is not on its way.
@@ -264,8 +281,8 @@ class HostWeights:
                 assert window.layer is not None
                 raise GrassError(
                     f"{self._layers[n].name} runs within {self._layers[window.layer].name}, and both have the same of "
-                    f"{len(self._windows)} slots on the device: set grass.offload.weight_slots to a number that does "
-                    f"not divide {abs(n - window.layer)}, or weights='resident'."
+                    f"{len(self._windows)} slots on the device: set grass.offload.weight_slots to more than "
+                    f"{abs(n - window.layer)}, or weights='resident'."
                 )
             self._copy(n)
         self.transfers.wait(window.arrived)
@@ -291,11 +308,11 @@ class HostWeights:
 
     def _prefetch(self, n: int, *, down: bool) -> None:
         """Begins to bring the layers that are used after ``n``, as far as there are slots that nothing uses."""
-        taken = {n % len(self._windows)} if n in range(len(self._layers)) and n not in self._homes else set()
+        taken = {self._slot_of[n]} if n in self._slot_of else set()
         for other in range(n - 1, -1, -1) if down else range(n + 1, len(self._layers)):
-            if other in self._homes or not self._layers[other].params:
+            if other not in self._slot_of:
                 continue
-            at, window = other % len(self._windows), self._window(other)
+            at, window = self._slot_of[other], self._window(other)
             if at in taken or window.layer in self._running or (down and not self._differentiable[other]):
                 return
             taken.add(at)

@@ -1,8 +1,8 @@
 """A pytest plugin for DeepSpeed's own unit tests: in them `deepspeed.initialize` is `grass_dist.initialize`.
 
 `integration_tests.deepspeed_tests` starts pytest with it. ``GRASS_DOOR`` says how an engine is made: "stock",
-"plain" (our function without a block), or "block" (all layers train, without a probe). Results go to the file
-``GRASS_DOOR_RESULTS``, one line of JSON a test.
+"plain" (our function without a block), or "block" (all layers train, without a probe). Results are appended to the
+file ``GRASS_DOOR_RESULTS``, one line of JSON a test; what it has is not run again, and no test that fails in stock.
 """
 
 from __future__ import annotations
@@ -33,6 +33,26 @@ MODE, RESULTS = "GRASS_DOOR", "GRASS_DOOR_RESULTS"
 SECONDS = 120
 """After so many a test that DeepSpeed's pool waits for is taken for hung."""
 HUNG = f"the test hung for {SECONDS} s"
+_UNENDED = {"outcome": "failed", "why": "the process of pytest ended in it", "engines": []}
+TRIES = 2
+"""On a busy machine a process may be late: what hung gets a second try."""
+
+Results = dict[str, dict[str, dict]]
+"""By test and mode, what came of it."""
+
+
+def read(told: Path) -> Results:
+    """The results of a file. A test that began and did not end has ended its process, or was stopped with it."""
+    results: Results = {}
+    for line in told.read_text().splitlines():
+        try:
+            result = json.loads(line)
+        except ValueError:
+            continue  # cut off when its run was stopped
+        of_test = results.setdefault(result["test"], {})
+        tries = of_test.get(result["mode"], {}).get("tries", 0) + ("outcome" not in result)
+        of_test[result["mode"]] = {**_UNENDED, **result, "tries": tries}
+    return results
 
 
 def install(after: Callable[..., None] | None = None, *args: Any) -> None:
@@ -109,6 +129,14 @@ def _note(line: str) -> None:
         file.write(line + "\n")
 
 
+def _called(function: Callable[..., Any], *given: Any) -> Any:
+    """Calls it; a failure of `pytest.raises` would end the process of a pool, and what waits for it would hang."""
+    try:
+        return function(*given)
+    except pytest.fail.Exception as error:
+        raise AssertionError(str(error)) from None
+
+
 class _Pool:
     """A pool whose processes have our function, and which ends when a test hangs."""
 
@@ -117,7 +145,7 @@ class _Pool:
 
     def starmap_async(self, function: Callable[..., Any], args: Sequence[Any]) -> _Pool:
         # Each call to a process of its own: a process that is ready sooner could take both.
-        self._calls = [self._pool.apply_async(function, given) for given in args]
+        self._calls = [self._pool.apply_async(_called, (function, *given)) for given in args]
         return self
 
     def get(self, timeout: float) -> list[Any]:
@@ -156,8 +184,36 @@ def pytest_configure(config: pytest.Config) -> None:
     install()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    results, mode = read(Path(os.environ[RESULTS])), os.environ[MODE]
+    left = [item for item in items if _is_left(results.get(item.nodeid, {}), mode)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = left
+
+
+def _is_left(told: dict[str, dict], mode: str) -> bool:
+    """Whether a test has to run in a mode, given what came of it so far."""
+    if mode != "stock" and told.get("stock", {}).get("outcome") != "passed":
+        return False
+    again = mode in told and any(why in told[mode]["why"] for why in (HUNG, _UNENDED["why"]))
+    return mode not in told or (again and told[mode]["tries"] < TRIES)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     import_module("unit.common").mp.Pool = _Pool  # of the checkout, in whose folder pytest runs
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _tell(nodeid)
+
+
+def pytest_unconfigure() -> None:
+    Path(os.environ[RESULTS] + ".engines").unlink(missing_ok=True)
+
+
+def _tell(test: str, **result: Any) -> None:
+    with Path(os.environ[RESULTS]).open("a") as file:
+        file.write(json.dumps({"test": test, "mode": os.environ[MODE], **result}) + "\n")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -167,9 +223,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
         engines = Path(os.environ[RESULTS] + ".engines")
         made = sorted(set(engines.read_text().splitlines()))
         engines.write_text("")
-        line = {"test": item.nodeid, "outcome": report.outcome, "why": _why(report), "engines": made}
-        with Path(os.environ[RESULTS]).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        _tell(item.nodeid, outcome=report.outcome, why=_why(report), engines=made)
     return report
 
 

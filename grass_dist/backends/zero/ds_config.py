@@ -22,8 +22,10 @@ from grass_dist.backends.zero.options import (
     REFUSED,
     REMOVED,
     REMOVED_OF_ZERO,
+    UNUSED,
     among,
     enabled,
+    off,
     on,
     over,
     refusal,
@@ -229,11 +231,25 @@ def _refuse_scaling(config: Mapping[str, Any]) -> None:
     if (factor := _at(config, name)) is not None and not among("1", "1.0")(factor):
         if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < math.inf:
             raise ConfigError(name, factor, *refusal(name))
-        if scatters or stage == 3:
-            raise ConfigError(name, factor, *refusal(f"{name} at {stage}"))
+        if scatters:
+            raise ConfigError(name, factor, *refusal(f"{name} with reduce_scatter"))
     cast, casts = _at(config, "torch_autocast.dtype"), _at(config, "torch_autocast.enabled")
     if casts is not None and on(casts) and not among(*BF16, "torch.bfloat16")(cast):
         raise ConfigError("torch_autocast.dtype", cast, *refusal("torch_autocast.dtype"))
+
+
+def refuse_factor(config: Mapping[str, Any], ranks: int) -> None:
+    """
+    Args:
+        config: for DeepSpeed, as `split_ds_config` makes it.
+        ranks: over which it averages gradients.
+
+    Raises:
+        ConfigError: it would leave a factor in the gradients.
+    """
+    factor = _at(config, name := "gradient_predivide_factor")
+    if config["zero_optimization"]["stage"] == 3 and ranks > 1 and factor == ranks:
+        raise ConfigError(name, factor, *refusal(f"{name} at 3"))
 
 
 def _with_folder(grass: GrassConfig, config: Mapping[str, Any], said: list[str]) -> GrassConfig:
@@ -286,8 +302,10 @@ def _take_disabled_out(config: dict[str, Any]) -> None:
 
 
 def _is_set(config: Mapping[str, Any], path: str) -> bool:
-    """Whether an option, or a section, is there and is not off."""
+    """Whether an option, or a section, is there and asks for something."""
     value = _at(config, path)
+    if path == UNUSED:  # DeepSpeed's default is true
+        return value is not None and off(value)
     return value is not None and value is not False and value != {}
 
 

@@ -74,7 +74,12 @@ BF16 = ("bf16", "bfloat16")
 
 REFUSED: tuple[tuple[str, Values, str, str], ...] = (
     # dotted path, the values that are refused, the problem, the fix
-    ("zero_optimization.offload_param.device", not_among("none", "cpu"), "weights go to host memory", "use 'cpu'"),
+    (
+        "zero_optimization.offload_param.device",
+        not_among("none", "cpu"),
+        "DeepSpeed moves what trains to host memory for good, and has no function that sends a layer back to NVMe",
+        "use 'cpu'",
+    ),
     (
         "zero_optimization.offload_optimizer.device",
         not_among("none", "cpu", "nvme"),
@@ -136,10 +141,12 @@ REMOVED_OF_ZERO = {
 """Options that newer releases of DeepSpeed no longer have."""
 
 
+UNUSED = "zero_optimization.ignore_unused_parameters"
 IDLE: dict[str, str] = {
     "zero_optimization.sub_group_size": "each group of parameters is one sub-group",
     "zero_optimization.cpu_offload_use_pin_memory": "host memory is pinned on a GPU",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "it is Muon's alone",
+    UNUSED: "DeepSpeed asks for a gradient of every parameter in its update on the host alone",
     "bf16.immediate_grad_update": "it is for an optimizer of DeepSpeed's that GRASS does not use",
     "optimizer.legacy_fusion": "it is for optimizers without ZeRO",
     "use_data_before_expert_parallelism": "there is no expert parallelism",
@@ -158,15 +165,15 @@ CONDITIONS: dict[str, tuple[str, str, str]] = {
         "set zero_optimization.reduce_scatter to false",
     ),
     "gradient_predivide_factor": ("other than a positive number", "it must be a positive number", "use 1.0"),
-    "gradient_predivide_factor at 2": (
-        "at stage 2 with `reduce_scatter`, the default",
+    "gradient_predivide_factor with reduce_scatter": (
+        "at stages 2 and 3 with `reduce_scatter`, the default",
         _SCATTERS,
         "set zero_optimization.reduce_scatter to false, or use stage 1",
     ),
     "gradient_predivide_factor at 3": (
-        "at stage 3",
-        "stage 3 of DeepSpeed leaves a factor in the gradients if it equals the number of ranks",
-        "use 1.0, or stage 2",
+        "at stage 3 if it is the number of ranks",
+        "stage 3 of DeepSpeed then divides gradients by it and does not multiply them back",
+        "use another factor, or stage 2",
     ),
     "zero_optimization.offload_param.device": _WHOLE,
     "zero_optimization.cpu_offload_param": _WHOLE,
@@ -205,7 +212,7 @@ _ZERO = """
     allgather_bucket_size overlap_comm load_from_fp32_weights stage3_prefetch_bucket_size
     stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_live_parameters
     stage3_max_reuse_distance stage3_gather_16bit_weights_on_model_save stage3_use_all_reduce_for_fetch_params
-    stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save ignore_unused_parameters round_robin_gradients
+    stage3_allgather_sequential stage3_gather_fp16_weights_on_model_save round_robin_gradients
     memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings
     enable_sanity_checks leaf_module.classes leaf_module.names leaf_module.name_suffixes
 """

@@ -19,7 +19,8 @@ RECOMPUTES_FROZEN = ">=0.19.3"
 what is recomputed with what was there, which fails."""
 
 ONLY_STAGE_3 = ">=0.17,<0.19"
-"""Some of these releases have faults at stages 1 and 2, in stock too (docs/deepspeed.md)."""
+"""Releases with faults at stages 1 and 2, in stock: an overflow that some ranks do not see, gradients of micro-batches
+that are lost or divided twice, flat buffers in an autograd graph (docs/deepspeed.md)."""
 
 DROPS_ON_CPU = ">=0.19,<0.19.8"
 """Stages 1 and 2 of these releases sort gradients by the names of types on a GPU before they reduce them: on a CPU none
@@ -93,6 +94,7 @@ CARRIED = (
     "overflow",
     "_global_grad_norm",
     "_backward_hook_state",  # holds what the engine registered
+    "_grad_acc_post_hooks",  # the same in 0.18.4
     "_is_gradient_accumulation_boundary",
 )
 """Attributes that are kept when the optimizer is constructed again: the loss scale, and what the engine has put in or

@@ -58,7 +58,7 @@ from grass_dist.job.peers import lost_peer
 from grass_dist.job.signals import LeaveSignals, exit_code
 from grass_dist.job.world import World
 from grass_dist.method.schedule import too_short_for
-from grass_dist.model.discovery import find_layers
+from grass_dist.model.adapters import layers_of
 from grass_dist.record.about import what_trains
 
 RESUME = "the run can go on with --resume auto"
@@ -175,7 +175,7 @@ def finetune(
         world.together(lambda: task.set_padding(*padding))
         world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
         start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
-        layers = find_layers(model, config.grass.layers)
+        layers = layers_of(model, config.grass)
         about = describe_run(config, world, parallel.name, layers, data, model)
         about["example"] = task.shown(data.first)
         record, answer = record_of(checkpoint) if checkpoint else (0, None)

@@ -117,6 +117,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def adapter_config(model: nn.Module) -> Any:
+    """The `LoraConfig` of what `add_adapters` has added; None where it has added nothing."""
+    return next((configs[NAME] for configs in _configs(model) if NAME in configs), None)
+
+
 def names_of_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters that peft has added to a model."""
     found = [c for m in model.modules() if isinstance(c := getattr(m, "peft_config", None), Mapping)]

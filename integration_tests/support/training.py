@@ -44,6 +44,7 @@ def train_grass(
     sync_every_micro_batch: bool = True,
     frozen: Sequence[int] = (),
     make: Callable[[torch.dtype, Sequence[int]], nn.Module] = small_llama,
+    groups: Callable[[nn.Module], list[dict]] = decay_groups,
 ) -> dict:
     reduce_dtype = torch.float32 if dtype != torch.float32 else None
     config = grass_dist.GrassConfig(**settings)
@@ -54,7 +55,7 @@ def train_grass(
         torch.optim.AdamW,
         ADAMW,
         config=config,
-        params=decay_groups(model),
+        params=groups(model),
         gradient_accumulation_steps=accumulation,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from integration_tests.support.lora import SETTINGS, STEPS, with_lora
 from integration_tests.support.parity import check_parity
+from integration_tests.support.program import events, run_all, run_program
 from integration_tests.support.reference import run_reference
 from integration_tests.support.scenarios import FOUR, TWO, Spawn, scenarios
 from integration_tests.support.training import train_grass
@@ -46,3 +53,76 @@ def with_zero(rank: int, world_size: int, stage: int, **how: Any) -> dict[str, A
 )
 def test_ranks_are_one_process(runs, reference):
     check_parity(runs, reference)
+
+
+# The program: it saves, goes on with other ranks, and writes an ordinary folder.
+
+LORA = [f"grass.adapters.{name}={value}" for name, value in SETTINGS["adapters"].items()]
+SAVE = ["train.eps=1e-6", "train.checkpoint.every=6", "train.checkpoint.keep=5"]
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> Path:
+    """A run of two ranks under FSDP2, saved after 6 and all 10 steps."""
+    return run_all(config, 2, "name=whole", *LORA, *SAVE)
+
+
+def check_same(run: Path, whole: Path) -> None:
+    from safetensors.torch import load_file
+
+    mine, theirs = events(run, "step"), events(whole, "step")[-len(events(run, "step")) :]
+    assert [s["active_layers"] for s in mine] == [s["active_layers"] for s in theirs]
+    assert [s["loss"] for s in mine] == pytest.approx([s["loss"] for s in theirs], abs=2e-4)
+    ours, wanted = (load_file(r / "model" / "model.safetensors") for r in (run, whole))
+    assert ours.keys() == wanted.keys() and not any("lora" in name or "base_layer" in name for name in ours)
+    assert max((ours[n] - p).abs().max().item() for n, p in wanted.items()) < 1e-4
+
+
+def test_the_program_writes_a_merged_model_and_a_record(whole, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    facts = json.loads((whole / "run.json").read_text())
+    adapters = sum(4 * sum(m.weight.shape) for n, m in model.named_modules() if n.endswith("proj"))
+    assert facts["layer_numel"] == [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    assert facts["params_total"] == sum(p.numel() for p in model.parameters()) + adapters
+    assert "adapters" in facts["trains"]["told"] and len(facts["trains"]["roles"]["adapters"]) == 2 * 7 * 6
+    code = "from grass_dist.cli import app; app()"
+    command = [sys.executable, "-c", code, "export", str(whole), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", whole / "model"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (1, ["parallel=single"]),
+        (2, ["parallel=ddp"]),
+        (2, ["parallel=deepspeed", "parallel.config=zero3.json"]),
+    ],
+    ids=lambda v: str(v),
+)
+def test_a_run_goes_on_with_other_ranks_and_backends(config, whole, ranks, parallel):
+    saved = whole / "checkpoints" / "step-000006"
+    name = f"then-{ranks}-{parallel[0].partition('=')[2]}"
+    given = ["--config", str(config), f"name={name}", "--resume", str(saved), *LORA, *SAVE, *parallel]
+    ended = run_program([given] * ranks, timeout=200)
+    assert [rank.code for rank in ended] == [0] * ranks, ended[0].err
+    check_same(whole.with_name(name), whole)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_under_zero_the_program_trains_saves_and_goes_on(config, whole, stage):
+    parallel = ["parallel=deepspeed", f"parallel.config=zero{stage}.json"]
+    name = f"zero{stage}"
+    run = run_all(config, 2, f"name={name}", *parallel, *LORA, *SAVE, timeout=200)
+    check_same(run, whole)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-000010")
+    given = ["--config", str(config), f"name={name}", "--resume", "auto", *parallel, *LORA, *SAVE]
+    ended = run_program([given] * 2, timeout=200)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err
+    check_same(run, whole)

@@ -212,6 +212,7 @@ def plan(
     always_active: Annotated[
         str, typer.Option(help="Roles that GRASS trains at every step, or none.")
     ] = "embeddings,final_norm,lm_head,others",
+    adapters: Annotated[int, typer.Option(min=0, help="Rank of adapters beside the drawn layers; 0: none.")] = 0,
     sampling_interval: Annotated[int, typer.Option(help="Steps between two switches to other layers.")] = 50,
     doctor_json: Annotated[Path | None, typer.Option("--from", help="JSON of grass-dist doctor: its speeds.")] = None,
     tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a GPU by its data sheet.")] = None,

@@ -140,7 +140,7 @@ class Prepared:
         if self.config.offload.weights == "resident":
             return None, states
         where = self.config, self.backend.ranks, self.device
-        weights = place_weights(self.model, self.stack, self.layers, *where, undo=undo.callback)
+        weights = place_weights(self.model, self.stack, self.layers, self.roles, *where, undo=undo.callback)
         return weights, StatesAndWeights(states, weights)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,13 +23,22 @@ from grass_dist import (
     merge_adapters,
 )
 from grass_dist.cli import app
+from grass_dist.config import AdapterConfig
 from grass_dist.model.adapters import adapter_parameters, lora_layers, merged_weights
+from grass_dist.plan.choose import estimate
+from grass_dist.plan.memory import states_of, weights_of
+from grass_dist.plan.runs import PlannedRun, grass_config, methods_of, traversed, with_adapters
+from grass_dist.plan.shape import shape_of_config
+from grass_dist.plan.simulate import can_simulate
+from grass_dist.plan.speeds import Speeds
 from integration_tests.support.lora import LINEAR, SETTINGS, STEPS, lora, with_lora
 from integration_tests.support.model import ADAMW, decay_groups, global_batch, small_llama
 from integration_tests.support.parity import check_parity
 from integration_tests.support.reference import run_reference
 from integration_tests.support.training import train_grass
 from tests.test_export import IDS, train
+from tests.test_quantised import InBuffers
+from tests.test_quantised import quantised as quantised_model
 from tests.tiny import take_steps, tiny
 
 peft = pytest.importorskip("peft")
@@ -343,6 +353,9 @@ def test_models_whose_adapters_cannot_be_a_role_are_refused(make, kind, sentence
 
 
 def test_a_quantised_base_under_new_adapters_is_refused():
+    gptq = quantised_model(InBuffers, torch.int32)
+    with pytest.raises(UnsupportedModel, match=r"layers are quantised \(layers\.0\.up\.qweight is of torch\.int32\)"):
+        optimizer_of(gptq, adapters={"rank": 2, "alpha": 4})
     model = tiny()
     model.layers[3].down.weight = nn.Parameter(model.layers[3].down.weight.detach().to(torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModel, match=r"layers are quantised \(layers\.3\.down\.weight is of torch\.int8\)"):
@@ -360,3 +373,44 @@ def test_base_weights_that_are_not_passed_are_missed():
     config = GrassConfig(**FEW, always_active=("adapters",))
     with pytest.raises(GrassError, match="has a parameter to train; leave requires_grad on"):
         GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config, params=mine)
+
+
+# What is planned.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_counts_weights_and_states_of_a_run(dtype):
+    model = small_llama(getattr(torch, dtype))
+    config = {**FEW, "adapters": {"rank": 4, "alpha": 8}, "offload": {"mode": "none"}}
+    optimizer = optimizer_of(model, **config)
+    for step in range(6):  # the layers of three rounds
+        x = global_batch(step)
+        model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    run = PlannedRun(
+        gpus=1, gpus_per_host=1, gpu_bytes=1e9, seq_len=16, backend="single", dtype=dtype, offload="none", adapters=4
+    )
+    plain = shape_of_config("small", small_llama().config)
+    method = next(m for m in methods_of(plain, run) if (m.name, m.active_layers) == ("grass", 2))
+    shape = with_adapters(plain, run, method)
+    assert method.label == "GRASS γ=2 + adapters r=4"
+    assert weights_of(shape, run, method) == sum(p.nbytes for p in model.parameters())
+    never = [unit for i, unit in enumerate(optimizer.grass.layers) if i in optimizer.grass.never_trained]
+    lacking = sum(unit.numel for unit in never) * run.bytes_of_state
+    steps = 4 * sum(1 for p in model.parameters())
+    assert 0 <= optimizer.state_bytes - (states_of(shape, run, method)[0] - lacking) <= steps
+    assert traversed(shape, method) == 1.0 and not can_simulate(run, method)
+    assert grass_config(run, method).adapters == AdapterConfig(rank=4, alpha=8)
+    plans = [estimate(plain, r, m, Speeds()) for r in (run, replace(run, adapters=0)) for m in methods_of(plain, r)]
+    half = len(plans) // 2
+    for with_, without in zip(plans[:half], plans[half:], strict=True):
+        more = with_.method.name == "grass"
+        assert (with_.memory.total > without.memory.total, with_.time.compute > without.time.compute) == (more, more)
+
+
+def test_a_planned_rank_that_fits_no_weight_is_refused():
+    run = PlannedRun(gpus=1, gpus_per_host=1, gpu_bytes=1e9, seq_len=16, backend="single", adapters=33)
+    shape = shape_of_config("small", small_llama().config)
+    with pytest.raises(ConfigError, match=r"--adapters=33: small has a weight of 32 x 64 in a layer; use 32 or less"):
+        estimate(shape, run, methods_of(shape, run)[-1], Speeds())

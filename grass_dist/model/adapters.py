@@ -17,6 +17,7 @@ from grass_dist.config import ADAPTERS, AdapterConfig, GrassConfig
 from grass_dist.errors import ConfigError, GrassError, UnsupportedModel
 from grass_dist.model.discovery import LayerMap, find_layers
 from grass_dist.model.names import matches, near
+from grass_dist.model.units import is_quantised
 
 NAME = "grass"
 """Name of the adapter that `add_adapters` adds."""
@@ -37,6 +38,7 @@ def add_adapters(model: nn.Module, config: GrassConfig) -> nn.Module:
 
     Raises:
         ConfigError: the section does not fit the model, or the model has other adapters already.
+        UnsupportedModel: the layers are quantised.
         GrassError: peft is not installed.
     """
     wanted = config.adapters
@@ -350,6 +352,7 @@ def _targets(model: nn.Module, found: LayerMap, wanted: AdapterConfig) -> list[s
 
     Raises:
         ConfigError: there is none, or the rank is above a dimension of one.
+        UnsupportedModel: the layers are quantised.
     """
     inside = [
         (unit.name, name)
@@ -358,6 +361,15 @@ def _targets(model: nn.Module, found: LayerMap, wanted: AdapterConfig) -> list[s
         if _is_linear(module)
     ]
     names = list(dict.fromkeys(name for _, name in inside))
+    for unit in found.layers:
+        buffers = [(f"{unit.name}.{n}", b) for n, b in model.get_submodule(unit.name).named_buffers() if b.ndim > 1]
+        for name, tensor in (*unit.params, *buffers):
+            if is_quantised(tensor):
+                raise UnsupportedModel(
+                    f"The layers are quantised ({name} is of {tensor.dtype}), and their weights would train beside "
+                    "grass.adapters: load the model without quantization, or give a PeftModel without grass.adapters, "
+                    "whose adapters are all that trains."
+                )
     if wanted.target != "all-linear":
         local = {name: name.removeprefix(f"{layer}.") for layer, name in inside}
         for pattern in wanted.target:
@@ -372,12 +384,6 @@ def _targets(model: nn.Module, found: LayerMap, wanted: AdapterConfig) -> list[s
     for name in names:
         weight: Any = model.get_submodule(name).weight
         shape = tuple(getattr(weight, "ds_shape", weight.shape))
-        if not weight.is_floating_point() or weight.dtype.itemsize == 1:
-            raise UnsupportedModel(
-                f"The layers are quantised ({name}.weight is of {weight.dtype}), and their weights would train beside "
-                "grass.adapters: load the model without quantization, or give a PeftModel without grass.adapters, "
-                "whose adapters are all that trains."
-            )
         if wanted.rank > min(shape):
             problem = f"{name} has a weight of {' x '.join(map(str, shape))}"
             fix = f"use {min(shape)} or less, or name modules in adapters.target"

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+import grass_dist
 from integration_tests.support.lora import SETTINGS, STEPS, with_lora
+from integration_tests.support.model import ADAMW, small_llama, wrapped
 from integration_tests.support.parity import check_parity
 from integration_tests.support.program import events, run_all, run_program
+from integration_tests.support.ranks import refused
 from integration_tests.support.reference import run_reference
 from integration_tests.support.scenarios import FOUR, TWO, Spawn, scenarios
 from integration_tests.support.training import train_grass
@@ -53,6 +56,18 @@ def with_zero(rank: int, world_size: int, stage: int, **how: Any) -> dict[str, A
 )
 def test_ranks_are_one_process(runs, reference):
     check_parity(runs, reference)
+
+
+def wrapped_without(rank: int, world_size: int, backend: str) -> str:
+    model = wrapped(small_llama(), backend, world_size)
+    return refused(lambda: grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=dict(SETTINGS)))
+
+
+@scenarios(TWO(wrapped_without, "fsdp2"), TWO(wrapped_without, "ddp"))
+def test_a_wrapped_model_has_its_adapters_by_then(runs):
+    for sentence in runs:
+        assert sentence.startswith("ConfigError: grass.adapters=") and "has no adapters, which come before" in sentence
+        assert sentence.endswith("call grass_dist.add_adapters(model, config) before you wrap it.")
 
 
 # The program: it saves, goes on with other ranks, and writes an ordinary folder.

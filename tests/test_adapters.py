@@ -299,7 +299,7 @@ REFUSED = {
         r"adapters\.target='q_proj': no linear module of the layers has that name",
     ),
     "an embedding": ({"target": ["embed"]}, r"adapters\.target='embed': no linear module of the layers"),
-    "no target": ({"target": []}, r"adapters\.target=\[\]: it names no module"),
+    "no target": ({"target": []}, r"adapters\.target=\[\]: it names no linear module"),
     "a rank of nothing": ({"rank": 0}, r"adapters\.rank=0"),
     "a rate that is none": ({"learning_rate": float("nan")}, r"adapters\.learning_rate=nan: it must be finite"),
     "dropout of all": ({"dropout": 1.0}, r"adapters\.dropout=1"),

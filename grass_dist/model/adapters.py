@@ -378,9 +378,9 @@ def _targets(model: nn.Module, found: LayerMap, wanted: AdapterConfig) -> list[s
                 raise ConfigError("adapters.target", pattern, problem, near(pattern, local.values(), ("all-linear",)))
         names = [name for name in names if any(_is_named(local[name], pattern) for pattern in wanted.target)]
     if not names:
-        raise ConfigError(
-            "adapters.target", "all-linear", "the layers have no linear module", "leave grass.adapters out"
-        )
+        given = wanted.target if wanted.target == "all-linear" else list(wanted.target)
+        problem = "it names no linear module of the layers"
+        raise ConfigError("adapters.target", given, problem, "use 'all-linear', or leave grass.adapters out")
     for name in names:
         weight: Any = model.get_submodule(name).weight
         shape = tuple(getattr(weight, "ds_shape", weight.shape))

@@ -81,6 +81,17 @@ def test_wherever_states_and_weights_rest_the_run_is_the_same(reference, offload
     check_parity([train_grass(0, 1, "single", {**SETTINGS, "offload": offload}, STEPS)], reference)
 
 
+def test_layers_may_be_updated_in_the_backward():
+    def run(early: bool) -> dict[str, torch.Tensor]:
+        model = tiny()
+        offload = {"mode": "stream", "update_in_backward": early}
+        take_steps(model, optimizer_of(model, adapters={"rank": 2, "alpha": 4}, offload=offload), range(6))
+        return model.state_dict()
+
+    one, other = run(False), run(True)
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
 def test_the_optimizer_adds_them_as_a_group_of_their_own():
     model = tiny()
     optimizer = optimizer_of(model, adapters={"rank": 2, "alpha": 4, "learning_rate": 0.5})
@@ -365,6 +376,12 @@ def test_a_quantised_base_under_new_adapters_is_refused():
 def test_adapters_are_not_added_to_a_model_that_has_some():
     with pytest.raises(ConfigError, match=r"adapters of peft already \(default\); leave grass\.adapters out and list"):
         optimizer_of(peft_model(), adapters={"rank": 2, "alpha": 4})
+
+
+def test_a_model_with_adapters_of_another_rank_is_refused():
+    model = add_adapters(tiny(), GrassConfig(**FEW, adapters={"rank": 2, "alpha": 4}))
+    with pytest.raises(ConfigError, match=r"adapters\.rank=4: the model was given adapters of rank=2 by add_adapters"):
+        optimizer_of(model, adapters={"rank": 4, "alpha": 4})
 
 
 def test_base_weights_that_are_not_passed_are_missed():

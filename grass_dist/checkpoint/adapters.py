@@ -66,17 +66,19 @@ def take_adapters(
         return list(weights), None
     config = _settings(checkpoint)
     scale, turned = config["lora_alpha"] / config["r"], bool(config.get("fan_in_fan_out"))
-    of = {w.key: w for w in factors.values()}
+    of, modules = {w.key: w for w in factors.values()}, {module for module, _ in factors}
     plain = []
     for weight in weights:
         if weight.key in of:
             continue
-        module = weight.key.removesuffix(".base_layer.weight")
-        named = replace(weight, key=plain_name(weight.key), source=weight.key)
-        a, b = factors.pop((module, "A"), None), factors.pop((module, "B"), None)
-        if module == weight.key or (a is None and b is None):
+        module, under, leaf = weight.key.rpartition(".base_layer.")
+        named = weight
+        if under and module in modules:
+            named = replace(weight, key=plain_name(weight.key, module), source=weight.key)
+        if named is weight or leaf != "weight":
             plain.append(named)
             continue
+        a, b = factors.pop((module, "A"), None), factors.pop((module, "B"), None)
         if a is None or b is None or (shape := _fits(weight, a, b, turned)) is None:
             raise CheckpointError(f"{checkpoint.folder}: the adapter of {module!r:.80} does not fit its weight.")
         plain.append(named if apart else replace(named, factors=(a, b), scale=scale, transposed=shape))

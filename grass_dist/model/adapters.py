@@ -42,7 +42,10 @@ def add_adapters(model: nn.Module, config: GrassConfig) -> nn.Module:
         GrassError: peft is not installed.
     """
     wanted = config.adapters
-    if wanted is None or names_of_adapters(model) == [NAME]:
+    if wanted is None:
+        return model
+    if names_of_adapters(model) == [NAME]:
+        _check_added(adapter_config(model), wanted)
         return model
     peft = _peft()
     if names := names_of_adapters(model):
@@ -292,18 +295,33 @@ def merged_weights(model: nn.Module, whole: Mapping[str, torch.Tensor]) -> dict[
     """
     if not whole:
         return {}
-    left = dict(whole)
+    left, renamed = dict(whole), dict[str, str]()
     for name, layer in lora_layers(model):
         a, b = left.pop(f"{name}.lora_A.{NAME}.weight"), left.pop(f"{name}.lora_B.{NAME}.weight")
         key = f"{name}.base_layer.weight"
         turned = bool(getattr(layer, "fan_in_fan_out", False))
         left[key] = merged(left[key], a, b, layer.scaling[NAME], transposed=turned)
-    return {plain_name(name): tensor for name, tensor in left.items()}
+        under = f"{name}.base_layer."
+        renamed |= {n: plain_name(n, name) for n in (f"{under}weight", f"{under}bias")}
+    return {renamed.get(name, name): tensor for name, tensor in left.items()}
 
 
-def plain_name(key: str) -> str:
-    """The name in the plain model of a weight that is under an adapter."""
-    return key.replace(".base_layer.", ".")
+def plain_name(key: str, module: str) -> str:
+    """The name in the plain model of a weight that is under the adapter of ``module``."""
+    return key.replace(f"{module}.base_layer.", f"{module}.", 1)
+
+
+def _check_added(added: Any, wanted: AdapterConfig) -> None:
+    """
+    Raises:
+        ConfigError: the adapters of an earlier `add_adapters` are others than those that are wanted now.
+    """
+    pairs = {"rank": (added.r, wanted.rank), "alpha": (added.lora_alpha, wanted.alpha)}
+    pairs["dropout"] = added.lora_dropout, wanted.dropout
+    for name, (there, here) in pairs.items():
+        if there != here:
+            problem = f"the model was given adapters of {name}={there} by add_adapters"
+            raise ConfigError(f"adapters.{name}", here, problem, "use the same GrassConfig, or another model")
 
 
 def _peft() -> Any:

@@ -97,7 +97,7 @@ def export(
         from grass_dist.checkpoint.export import export as write
 
         shard_bytes = parse_size("--max-shard-size", max_shard_size)
-        how = {"max_shard_bytes": shard_bytes, "overwrite": overwrite, "apart": adapters}
+        how: dict[str, Any] = {"max_shard_bytes": shard_bytes, "overwrite": overwrite, "apart": adapters}
         done = write(run, out, step=step, **how, tell=warn)
         files = "1 file" if done.shards == 1 else f"{done.shards} files"
         typer.echo(f"{done.folder}: the model after step {done.step}, {_size(done.nbytes)} in {files}")

@@ -35,7 +35,14 @@ from grass_dist.method.changes import ChangeLog
 from grass_dist.method.controller import GrassController
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
-from grass_dist.model.adapters import add_adapters, begin_adapters, layers_of, split_in
+from grass_dist.model.adapters import (
+    add_adapters,
+    begin_adapters,
+    layers_of,
+    names_of_adapters,
+    remove_adapters,
+    split_in,
+)
 from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
 from grass_dist.model.discovery import LayerMap, Unit
 from grass_dist.model.experts import expert_blocks, idle_experts_move
@@ -119,6 +126,7 @@ def _start(
     if given.get("lr_scheduler") is None and setup.scheduler is not None:
         given["lr_scheduler"] = functools.partial(_scheduler, *setup.scheduler)
     model: nn.Module = given["model"]
+    bare = not names_of_adapters(model)
     together(world(), lambda: _add_adapters(model, setup))
     flags = [(param, param.requires_grad) for param in model.parameters()]
     made: list[ZeroMethod] = []
@@ -136,6 +144,8 @@ def _start(
             method.grass.detach()
         for param, flag in flags:
             param.requires_grad_(flag)
+        if bare:
+            remove_adapters(model)
         raise
     if "gradient_clipping" not in setup.ds_config:
         say(

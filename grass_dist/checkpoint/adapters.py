@@ -124,7 +124,8 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     name = f"{files.MODEL}/{CONFIG}"
     config = files.read_json(checkpoint.folder / name) if name in checkpoint.manifest.files else None
-    numbers = [config.get(key) for key in ("r", "lora_alpha")] if isinstance(config, dict) else []
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 < n < 2**31 for n in numbers):
-        raise CheckpointError(f"{checkpoint.folder} has adapters, and no usable {name} that says their scale.")
-    return config
+    if isinstance(config, dict):
+        numbers = [config.get(key) for key in ("r", "lora_alpha")]
+        if all(isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < 2**31 for n in numbers):
+            return config
+    raise CheckpointError(f"{checkpoint.folder} has adapters, and no usable {name} that says their scale.")

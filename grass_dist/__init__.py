@@ -12,7 +12,7 @@ from grass_dist.version import __version__ as __version__
 if TYPE_CHECKING:
     from grass_dist.backends.muon import MuonAdamW
     from grass_dist.checkpoint.api import AsyncCheckpointer, load_checkpoint, save_checkpoint
-    from grass_dist.config import GrassConfig, OffloadConfig
+    from grass_dist.config import AdapterConfig, GrassConfig, OffloadConfig
     from grass_dist.deepspeed import initialize
     from grass_dist.errors import CheckpointError, ConfigError, GrassError, RanksDisagree, StateError, UnsupportedModel
     from grass_dist.events import Observer, Refreshed, Sampled, Started
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from grass_dist.huggingface.sync import WeightSync
     from grass_dist.method.controller import GrassController
     from grass_dist.method.samplers import RoundGenerator, register_sampler
+    from grass_dist.model.adapters import adapter_groups, add_adapters, merge_adapters
     from grass_dist.model.chunked_loss import chunk_loss
     from grass_dist.model.discovery import find_layers
     from grass_dist.optimizer import GrassOptimizer
 
 __all__ = [
+    "AdapterConfig",
     "AsyncCheckpointer",
     "CheckpointError",
     "ConfigError",
@@ -45,19 +47,22 @@ __all__ = [
     "StateError",
     "UnsupportedModel",
     "WeightSync",
+    "adapter_groups",
+    "add_adapters",
     "chunk_loss",
     "disable",
     "enable",
     "find_layers",
     "initialize",
     "load_checkpoint",
+    "merge_adapters",
     "register_sampler",
     "save_checkpoint",
 ]
 
 _MODULES = {
     "checkpoint.api": ("AsyncCheckpointer", "load_checkpoint", "save_checkpoint"),
-    "config": ("GrassConfig", "OffloadConfig"),
+    "config": ("AdapterConfig", "GrassConfig", "OffloadConfig"),
     "deepspeed": ("initialize",),
     "errors": ("CheckpointError", "ConfigError", "GrassError", "RanksDisagree", "StateError", "UnsupportedModel"),
     "events": ("Observer", "Refreshed", "Sampled", "Started"),
@@ -66,6 +71,7 @@ _MODULES = {
     "huggingface.sync": ("WeightSync",),
     "method.controller": ("GrassController",),
     "method.samplers": ("RoundGenerator", "register_sampler"),
+    "model.adapters": ("adapter_groups", "add_adapters", "merge_adapters"),
     "model.chunked_loss": ("chunk_loss",),
     "model.discovery": ("find_layers",),
     "optimizer": ("GrassOptimizer",),

@@ -88,13 +88,17 @@ def export(
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; left out, the newest good one.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, e.g. 4GB or 500MB.")] = "4GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in OUT.")] = False,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Keep adapters apart, in OUT/adapter, instead of merging them.")
+    ] = False,
 ) -> None:
-    """Write the model of a checkpoint to OUT as an ordinary Hugging Face folder."""
+    """Write the model of a checkpoint to OUT as an ordinary Hugging Face folder, with its adapters merged."""
     with one_sentence_errors():
         from grass_dist.checkpoint.export import export as write
 
         shard_bytes = parse_size("--max-shard-size", max_shard_size)
-        done = write(run, out, step=step, max_shard_bytes=shard_bytes, overwrite=overwrite, tell=warn)
+        how: dict[str, Any] = {"max_shard_bytes": shard_bytes, "overwrite": overwrite, "apart": adapters}
+        done = write(run, out, step=step, **how, tell=warn)
         files = "1 file" if done.shards == 1 else f"{done.shards} files"
         typer.echo(f"{done.folder}: the model after step {done.step}, {_size(done.nbytes)} in {files}")
 
@@ -211,6 +215,7 @@ def plan(
     always_active: Annotated[
         str, typer.Option(help="Roles that GRASS trains at every step, or none.")
     ] = "embeddings,final_norm,lm_head,others",
+    adapters: Annotated[int, typer.Option(min=0, help="Rank of adapters beside the drawn layers; 0: none.")] = 0,
     sampling_interval: Annotated[int, typer.Option(help="Steps between two switches to other layers.")] = 50,
     doctor_json: Annotated[Path | None, typer.Option("--from", help="JSON of grass-dist doctor: its speeds.")] = None,
     tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a GPU by its data sheet.")] = None,

@@ -13,6 +13,8 @@ from grass_dist.errors import ConfigError
 
 Role = Literal["embeddings", "final_norm", "lm_head", "others"]
 ROLES: tuple[Role, ...] = get_args(Role)
+ADAPTERS = "adapters"
+"""The role of what adapters add to a model. It trains at every step where it is asked for."""
 
 
 class StrictModel(BaseModel):
@@ -121,6 +123,37 @@ class EffectiveLayers(StrictModel):
         return _finite(value)
 
 
+class AdapterConfig(StrictModel):
+    """LoRA on the linear weights of the layers, which trains at every step beside the layers that are drawn."""
+
+    rank: int = Field(ge=1)
+    """Rank of each adapter (r), at most the smaller dimension of every weight that gets one."""
+
+    alpha: float = Field(gt=0)
+    """What an adapter adds is multiplied by alpha / rank."""
+
+    target: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear`: every linear weight of the layers. Or a list: names of modules in a layer (`q_proj`,
+    `self_attn.q_proj`), or patterns with `*`. The head and the embeddings get no adapter."""
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of the adapters, on which a schedule works as on any other. null: that of their parameter
+    group."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of what goes into an adapter, while the model trains."""
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _list_to_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("alpha", "learning_rate", "dropout", mode="before")
+    @classmethod
+    def _finite_number(cls, value: Any) -> Any:
+        return _finite(value)
+
+
 def _finite(value: Any) -> Any:
     """An int as a float, which it stands for; anything else is left to pydantic."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -188,9 +221,14 @@ class GrassConfig(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the draws. They depend on (seed, round) alone: not on the generators of torch, not on the rank."""
 
+    adapters: AdapterConfig | None = None
+    """LoRA on every layer, which trains at every step after the probe, while the drawn layers' own weights train too
+    (docs/adapters.md). It needs `peft`. null: none."""
+
     always_active: tuple[str, ...] = ROLES
-    """What trains at every step outside the layers: roles (`embeddings`, `final_norm`, `lm_head`, and `others` for all
-    that has none of these, such as a classifier), FQNs of modules and parameters, and patterns with `*`, with or
+    """What trains at every step outside the layers: roles (`embeddings`, `final_norm`, `lm_head`, `others` for all
+    that has none of these, such as a classifier, and `adapters` for those that a model of `peft` brings along,
+    docs/adapters.md#a-model-that-has-adapters), FQNs of modules and parameters, and patterns with `*`, with or
     without the prefixes of wrappers. What is not listed is frozen. Without `embeddings` the backward stops at the
     lowest active layer. Tied embeddings train if `embeddings` or `lm_head` is listed. `others` may have as many
     elements as the `active_layers` largest layers; what is listed by name has no limit (docs/models.md#others)."""
@@ -249,6 +287,11 @@ class GrassConfig(StrictModel):
         if _finite(value) <= 0:
             raise ValueError("must be above 0")
         return float(value)
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether adapters are a role, which trains at every step, and base weights alone are what is drawn."""
+        return self.adapters is not None or ADAPTERS in self.always_active
 
     @property
     def lead(self) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 
 from grass_dist.backends import backend_for, trains_alone
 from grass_dist.backends.base import SPARSE, HookedBackend
+from grass_dist.backends.single import SingleBackend
 from grass_dist.config import GrassConfig, as_config, check_num_layers
 from grass_dist.errors import ConfigError, GrassError, UnsupportedModel
 from grass_dist.events import Started
@@ -19,8 +20,16 @@ from grass_dist.method.changes import ChangeLog
 from grass_dist.method.interfaces import LayerStates
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
+from grass_dist.model.adapters import (
+    add_adapters,
+    begin_adapters,
+    layers_of,
+    names_of_adapters,
+    remove_adapters,
+    split_groups,
+)
 from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
-from grass_dist.model.discovery import Unit, find_layers
+from grass_dist.model.discovery import Unit
 from grass_dist.model.experts import idle_experts_move
 from grass_dist.model.groups import full_groups, shortly
 from grass_dist.model.names import freeze_named
@@ -131,7 +140,7 @@ class Prepared:
         if self.config.offload.weights == "resident":
             return None, states
         where = self.config, self.backend.ranks, self.device
-        weights = place_weights(self.model, self.stack, self.layers, *where, undo=undo.callback)
+        weights = place_weights(self.model, self.stack, self.layers, self.roles, *where, undo=undo.callback)
         return weights, StatesAndWeights(states, weights)
 
     @property
@@ -163,15 +172,18 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
         raise ConfigError("shard_states", given.shard_states, "is neither True nor False", "use one of them")
     optimizer_class, kwargs = class_and_arguments(given.optimizer_class, given.optimizer_kwargs)
     refuse_second(model)
+    bare: list[nn.Module] = []
+    backend = _add_adapters(model, config, steps, bare)
+    undo.callback(lambda: [remove_adapters(each) for each in bare])
     undo.callback(restore_flags, [(param, param.requires_grad) for param in model.parameters()])
-    backend = backend_for(model, steps)
     if config.offload.weights == "host":
         backend.rest_weights()
     undo.callback(backend.detach)  # its hooks would change how the model trains without it
 
+    woken = begin_adapters(model, config)
     unmatched = freeze_named(model, config)
-    groups = begin(*_full_groups(model, given.params, optimizer_class, kwargs))
-    found = find_layers(model, config.layers, [p for group in groups for p in group["params"]])
+    groups = begin(*_full_groups(model, given.params, optimizer_class, kwargs, config))
+    found = layers_of(model, config, [p for group in groups for p in group["params"]])
     check_num_layers(config, len(found.layers))
     make_sampler(config, len(found.layers))
     layers, roles = choose_units(model, found, config, groups)
@@ -185,6 +197,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
         backend.sharding.divide_states(units)
 
     told = [
+        woken,
         unmatched,
         several_stacks(found),
         frozen_layers(found, layers),
@@ -207,6 +220,7 @@ def prepare(given: Given, undo: ExitStack, begin: Callable[[Groups, dict[str, An
         problem = f"states of layers would stay on the device, which take more than weights: {fallback}"
         raise ConfigError("grass.offload.weights", "host", problem, "use weights='resident', or another optimizer")
     sentences = [sentence for sentence in told if sentence]
+    bare.clear()  # adapters stay from here on
     return Prepared(
         model,
         config,
@@ -240,13 +254,37 @@ def _check_observers(observers: Any) -> None:
             raise ConfigError(f"observers[{number}]", shortly(observer), "it cannot be called", fix)
 
 
+def _add_adapters(model: nn.Module, config: GrassConfig, steps: int, bare: list[nn.Module]) -> HookedBackend:
+    """Adds the adapters of ``config``, unless the model has them, and gives the backend.
+
+    Args:
+        bare: gets the model if it had none.
+
+    Raises:
+        ConfigError: the model is wrapped already.
+    """
+    backend = backend_for(model, steps)
+    if config.adapters is not None and not names_of_adapters(model) and not isinstance(backend, SingleBackend):
+        problem = f"the model is wrapped for {backend.name} and has no adapters, which come before"
+        fix = "call grass_dist.add_adapters(model, config) before you wrap it"
+        raise ConfigError("grass.adapters", config.adapters.model_dump(), problem, fix)
+    if config.adapters is not None and not names_of_adapters(model):
+        bare.append(model)
+    add_adapters(model, config)
+    return backend
+
+
 def _full_groups(
-    model: nn.Module, params: Any, optimizer_class: type[torch.optim.Optimizer], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    params: Any,
+    optimizer_class: type[torch.optim.Optimizer],
+    kwargs: Mapping[str, Any],
+    config: GrassConfig,
 ) -> tuple[Groups, dict[str, Any]]:
     """Does what `full_groups` does, and names the class that takes what Muon does not."""
     check_class(optimizer_class)
     try:
-        return full_groups(model, params, optimizer_class, kwargs)
+        return full_groups(model, params, optimizer_class, kwargs, lambda listed: split_groups(listed, model, config))
     except ValueError as error:
         if optimizer_class is torch.optim.Muon and "2D" in str(error):
             fix = "use grass_dist.MuonAdamW, which updates the others by AdamW"

@@ -42,8 +42,16 @@ from grass_dist.method.changes import ChangeLog
 from grass_dist.method.controller import GrassController
 from grass_dist.method.samplers import make_sampler
 from grass_dist.method.watch import GradientWatch
+from grass_dist.model.adapters import (
+    add_adapters,
+    begin_adapters,
+    layers_of,
+    names_of_adapters,
+    remove_adapters,
+    split_in,
+)
 from grass_dist.model.compiled import compiled_whole, too_low_recompile_limit
-from grass_dist.model.discovery import LayerMap, Unit, find_layers
+from grass_dist.model.discovery import LayerMap, Unit
 from grass_dist.model.experts import expert_blocks, idle_experts_move
 from grass_dist.model.names import freeze_named
 from grass_dist.model.tied import tied_weights
@@ -125,6 +133,8 @@ def _start(
     if given.get("lr_scheduler") is None and setup.scheduler is not None:
         given["lr_scheduler"] = functools.partial(_scheduler, *setup.scheduler)
     model: nn.Module = given["model"]
+    bare = not names_of_adapters(model)
+    together(world(), lambda: _add_adapters(model, setup))
     flags = [(param, param.requires_grad) for param in model.parameters()]
     made: list[ZeroMethod] = []
 
@@ -141,6 +151,8 @@ def _start(
             method.grass.detach()
         for param, flag in flags:
             param.requires_grad_(flag)
+        if bare:
+            remove_adapters(model)
         raise
     if "gradient_clipping" not in setup.ds_config:
         say(
@@ -173,8 +185,8 @@ class ZeroMethod:
         user, config, stage = arguments["init_optimizer"], setup.grass, max(setup.stage, 1)
         sharding = ZeroSharding(Ranks(arguments["dp_process_group"]))
         check_group(sharding.ranks)
-        found, layers, roles, still, unmatched = _choose(model, setup, user, sharding)
-        told = [unmatched, several_stacks(found), frozen_layers(found, layers), tied_weights(model, [*layers, *roles])]
+        found, layers, roles, still, said = _choose(model, setup, user, sharding)
+        told = [*said, several_stacks(found), frozen_layers(found, layers), tied_weights(model, [*layers, *roles])]
         told += [compiled_whole(model, layers), too_low_recompile_limit(model, layers)]
         told += [_gather_with_experts(model, layers)] if stage == 3 else []
         told += [idle_experts_move(model, layers)]
@@ -221,14 +233,14 @@ def _sequence_ranks(arguments: dict[str, Any], stage: int) -> int:
     return sequence_ranks(arguments.get("mpu"))
 
 
-_Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...], str | None]
+_Chosen = tuple[LayerMap, tuple[Unit, ...], tuple[Unit, ...], tuple[tuple[str, nn.Parameter], ...], list[str | None]]
 """(layers of the model, those that compete, roles that train, what the user's optimizer has and GRASS never trains,
-what `freeze_named` says)"""
+what `begin_adapters` and `freeze_named` say)"""
 
 
 def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sharding: ZeroSharding) -> _Chosen:
     """Chooses what trains, on all ranks alike."""
-    config, groups = setup.grass, user.param_groups
+    config = setup.grass
 
     def choose() -> _Chosen:
         try:
@@ -236,8 +248,10 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
             check_optimizer(user, setup)
             if is_new_adagrad(user):
                 user.state.clear()  # a layer gets its states when it first trains
-            unmatched = freeze_named(model, config)
-            found = find_layers(model, config.layers, [p for group in groups for p in group["params"]])
+            said = [begin_adapters(model, config), freeze_named(model, config)]
+            split_in(user, model, config)
+            groups = user.param_groups
+            found = layers_of(model, config, [p for group in groups for p in group["params"]])
             check_num_layers(config, len(found.layers))
             make_sampler(config, len(found.layers))
             given = {p for group in groups for p in group["params"] if p.requires_grad}
@@ -247,12 +261,21 @@ def _choose(model: nn.Module, setup: ZeroSetup, user: torch.optim.Optimizer, sha
             check_one_device([*layers, *roles])
         except ConfigError as error:
             raise error if error.field == "optimizer" else error.under("grass") from None
-        return found, layers, roles, still, unmatched
+        return found, layers, roles, still, said
 
     kwargs = {k: v for k, v in user.defaults.items() if k != "params"}
     return together(
-        sharding.ranks, choose, lambda made: fingerprint(config, made[0], made[1], groups, type(user), kwargs)
+        sharding.ranks,
+        choose,
+        lambda made: fingerprint(config, made[0], made[1], user.param_groups, type(user), kwargs),
     )
+
+
+def _add_adapters(model: nn.Module, setup: ZeroSetup) -> None:
+    try:
+        add_adapters(model, setup.grass)
+    except ConfigError as error:
+        raise error.under("grass") from None
 
 
 def _gather_with_experts(model: nn.Module, layers: Sequence[Unit]) -> str | None:

@@ -28,6 +28,8 @@ from grass_dist.checkpoint.saving import write_snapshot
 from grass_dist.checkpoint.snapshot import Snapshot
 from grass_dist.cli import app
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
+from grass_dist.finetune.export import write_model_files
+from grass_dist.model.adapters import adapter_config
 from grass_dist.ranks import Ranks
 from grass_dist.terminal import parse_size
 from integration_tests.support.program import make_model
@@ -52,9 +54,8 @@ class Trained:
 
     def save(self, step: int, *, with_model: bool = True, extra: dict[str, Any] | None = None) -> Path:
         def add(writing: Path) -> None:
-            self.model.config.save_pretrained(writing / files.MODEL)
             self.model.generation_config.save_pretrained(writing / files.MODEL)
-            self.tokenizer.save_pretrained(writing / files.MODEL)
+            write_model_files(self.model.config, self.tokenizer, adapter_config(self.model), writing / files.MODEL)
 
         config = {"grass": self.optimizer.grass.config.model_dump(mode="json")}
         extra = {"config": config, "step": step} if extra is None else extra

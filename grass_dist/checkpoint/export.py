@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from grass_dist.checkpoint import disk, files
+from grass_dist.checkpoint.adapters import ADAPTER, CONFIG, Adapter, Weight, read_weights, take_adapters
 from grass_dist.checkpoint.dcp import TensorReader
 from grass_dist.checkpoint.engine_folder import engine_checkpoint
 from grass_dist.checkpoint.folders import CHECKPOINTS, checkpoints_in, step_of
@@ -25,20 +26,6 @@ from grass_dist.ranks import describe_error
 from grass_dist.regular_files import give_usual_modes
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """A tensor of the model."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    numel: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +101,20 @@ def export(
     step: int | None = None,
     max_shard_bytes: int = 4 * 10**9,
     overwrite: bool = False,
+    apart: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Writes the model of a checkpoint into the folder ``out``, which `from_pretrained` loads.
 
-    One shard is in memory at a time; of the optimizer states only the checksums are computed. ``out`` appears when it
-    is complete.
+    Adapters are merged into the weights, unless they are kept ``apart``. One shard is in memory at a time; of the
+    optimizer states only the checksums are computed. ``out`` appears when it is complete.
 
     Args:
         run: the folder of a run, whose newest good checkpoint is taken, or of a checkpoint.
         step: the step of the checkpoint, if it is not the newest one.
         max_shard_bytes: the most bytes of a file of weights, unless a single tensor has more.
         overwrite: whether an ``out`` that holds a model is replaced.
+        apart: whether adapters are written beside the weights under them, into ``out / "adapter"``, as peft saves them.
         tell: called with a sentence on each newer checkpoint that is damaged, and on code that was copied.
 
     Raises:
@@ -136,7 +125,7 @@ def export(
         out = out.resolve()
         _check_out(out, overwrite)
         with find_checkpoint(run, step, tell) as checkpoint:
-            return _export(checkpoint, out, max_shard_bytes, overwrite, tell)
+            return _export(checkpoint, out, max_shard_bytes, overwrite, apart, tell)
     except GrassError:
         raise
     except Exception as error:  # a full disk, or whatever else: a sentence, as everywhere
@@ -144,14 +133,20 @@ def export(
 
 
 def _export(
-    checkpoint: Checkpoint, out: Path, max_shard_bytes: int, overwrite: bool, tell: Callable[[str], None]
+    checkpoint: Checkpoint,
+    out: Path,
+    max_shard_bytes: int,
+    overwrite: bool,
+    apart: bool,
+    tell: Callable[[str], None],
 ) -> Exported:
     if checkpoint.folder.resolve().is_relative_to(out):
         raise GrassError(f"{out} holds the checkpoint {checkpoint.folder}; choose another folder.")
     reader = checkpoint.tensors()
-    shards = split(model_weights(checkpoint, reader), max_shard_bytes)
-    _check_space(out, checkpoint, shards)
-    _write(checkpoint, reader, shards, out, overwrite)
+    weights, adapter = take_adapters(checkpoint, model_weights(checkpoint, reader), apart=apart)
+    shards = split(weights, max_shard_bytes)
+    _check_space(out, checkpoint, [*shards, *([adapter.weights] if adapter else [])])
+    _write(checkpoint, reader, shards, adapter, out, overwrite)
     if code := [name for name in _model_files(checkpoint) if name.endswith(".py")]:
         tell(
             f"{out} has code that came with the checkpoint ({', '.join(code):.200}): it was copied and not run. "
@@ -210,7 +205,12 @@ def _nbytes(weights: Sequence[Weight]) -> int:
 
 
 def _write(
-    checkpoint: Checkpoint, reader: TensorReader, shards: Sequence[Sequence[Weight]], out: Path, overwrite: bool
+    checkpoint: Checkpoint,
+    reader: TensorReader,
+    shards: Sequence[Sequence[Weight]],
+    adapter: Adapter | None,
+    out: Path,
+    overwrite: bool,
 ) -> None:
     """Writes into a hidden folder and renames it to ``out``. If that fails, nothing is left."""
     made = [parent for parent in out.parents if not parent.exists()]
@@ -226,6 +226,11 @@ def _write(
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(map(_nbytes, shards))}, "weight_map": weight_map}
             _write_json(temporary / "model.safetensors.index.json", index)
+        if adapter is not None:
+            (temporary / ADAPTER).mkdir()
+            _write_json(temporary / ADAPTER / CONFIG, adapter.config)
+            _write_shard(reader, adapter.weights, temporary / ADAPTER / "adapter_model.safetensors")
+            disk.sync(temporary / ADAPTER)
         give_usual_modes(temporary)
         disk.sync(temporary)
         disk.put_in_place(temporary, out, temporary.with_suffix(".replaced") if overwrite else None)
@@ -240,9 +245,8 @@ def _write(
 def _write_shard(reader: TensorReader, shard: Sequence[Weight], file: Path) -> None:
     from safetensors.torch import save_file
 
-    flat = {weight.key: torch.empty(weight.numel, dtype=weight.dtype) for weight in shard}
-    reader.read_all([(key, 0, tensor) for key, tensor in flat.items() if tensor.numel()])
-    save_file({w.key: flat[w.key].view(w.shape) for w in shard}, file, metadata={"format": "pt"})
+    tensors = {weight.key: tensor for weight, tensor in zip(shard, read_weights(reader, shard), strict=True)}
+    save_file(tensors, file, metadata={"format": "pt"})
     disk.sync(file)
 
 
@@ -277,7 +281,7 @@ def _model_files(checkpoint: Checkpoint) -> list[str]:
             f"{where} has no {inside}config.json, since no fine-tune of the program saved it: load it into its model, "
             "and call the model's save_pretrained."
         )
-    left_out = (f"{inside}config.json", f"{inside}adapter_config.json", *_WEIGHTS)
+    left_out = (f"{inside}config.json", f"{inside}{CONFIG}", *_WEIGHTS)
     return [n for n in checkpoint.manifest.files if n.startswith(inside) and not n.lower().endswith(left_out)]
 
 

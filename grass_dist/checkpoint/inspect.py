@@ -19,7 +19,7 @@ from grass_dist.checkpoint.loading import Checkpoint, EngineState, look_at, open
 from grass_dist.checkpoint.model import fqn
 from grass_dist.checkpoint.pieces import Entries, decode
 from grass_dist.checkpoint.together import together
-from grass_dist.config import ROLES, GrassConfig, among_competing, check_competing, check_num_layers
+from grass_dist.config import ADAPTERS, ROLES, GrassConfig, among_competing, check_competing, check_num_layers
 from grass_dist.errors import CheckpointError, ConfigError
 from grass_dist.method.samplers import make_sampler, probe_steps
 from grass_dist.method.schedule import Schedule
@@ -109,7 +109,7 @@ def describe(checkpoint: Checkpoint, run: Path) -> dict[str, Any]:
         and {"layers": [numbers[i] for i in engine.next.active_layers], "from_step": engine.next.step},
         "times_trained_by": (METRICS if draws else files.STATE) if counted else None,
         "layers": layers,
-        "roles": [unit for name, unit in units.items() if name in ROLES],
+        "roles": [unit for name, unit in units.items() if name in (*ROLES, ADAPTERS)],
         "state_bytes": sum(unit["state_bytes"] for unit in units.values()),
         "notes": notes,
     }
@@ -218,7 +218,7 @@ def _layers(
 ) -> list[dict[str, Any]]:
     engine = checkpoint.state.engine
     importances, probabilities = engine.tracker.importances, _probabilities(engine, config, notes)
-    names = layer_names(checkpoint, [name for name in units if name not in ROLES])
+    names = layer_names(checkpoint, [name for name in units if name not in (*ROLES, ADAPTERS)])
     if names is None:
         notes.append("Which weights are whose layer's is not found, so states of layers are left out.")
     counted = not units or any(unit["times_trained"] is not None for unit in units.values())

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grass_dist.checkpoint import disk
 from grass_dist.errors import GrassError
 from grass_dist.job.world import World
+from grass_dist.model.adapters import merged_weights
 from grass_dist.ranks import describe_error
 from grass_dist.regular_files import give_usual_modes
 
@@ -50,7 +51,7 @@ def gather_zero(module: nn.Module, world: World) -> dict[str, torch.Tensor]:
 
 
 def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: Path, world: World) -> None:
-    """Writes ``whole``, the gathered weights, with config and tokenizer, on the main rank.
+    """Writes ``whole``, the gathered weights, with config and tokenizer, on the main rank. Adapters are merged.
 
     ``folder`` appears when all of it is on the disk, and replaces an earlier one.
 
@@ -64,7 +65,7 @@ def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: P
         model.config.use_cache = True
     try:
         with disk.written_beside(folder) as writing:
-            model.save_pretrained(writing, state_dict=whole)
+            model.save_pretrained(writing, state_dict=merged_weights(model, whole))
             tokenizer.save_pretrained(writing)
             give_usual_modes(writing)
     except Exception as error:  # a full disk comes as an error of whichever library writes
@@ -77,7 +78,13 @@ def save_pretrained(model: Any, whole: dict[str, Any], tokenizer: Any, folder: P
             model.config.use_cache = False
 
 
-def write_model_files(config: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes the files of a Hugging Face folder besides the weights."""
+def write_model_files(config: Any, tokenizer: Any, adapter: Any, folder: Path) -> None:
+    """Writes the files of a Hugging Face folder besides the weights.
+
+    Args:
+        adapter: the `LoraConfig` of the adapters, if the model has some.
+    """
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if adapter is not None:
+        adapter.save_pretrained(folder)

@@ -142,7 +142,7 @@ class Loop:
     def _scheduler(self, start: Position) -> torch.optim.lr_scheduler.LambdaLR:
         settings = self.config.train
         for group in self.run.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = settings.learning_rate
+            group["initial_lr"] = group["lr"]  # train.learning_rate, or that of the adapters
         factor = setup.learning_rate_factor(settings, settings.max_steps - self.run.grass.schedule.probe_steps)
         return torch.optim.lr_scheduler.LambdaLR(self.run.optimizer, factor, last_epoch=start.updates - 1)
 

@@ -58,7 +58,7 @@ from grass_dist.job.peers import lost_peer
 from grass_dist.job.signals import LeaveSignals, exit_code
 from grass_dist.job.world import World
 from grass_dist.method.schedule import too_short_for
-from grass_dist.model.discovery import find_layers
+from grass_dist.model.adapters import adapter_config, layers_of
 from grass_dist.record.about import what_trains
 
 RESUME = "the run can go on with --resume auto"
@@ -175,7 +175,7 @@ def finetune(
         world.together(lambda: task.set_padding(*padding))
         world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
         start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
-        layers = find_layers(model, config.grass.layers)
+        layers = layers_of(model, config.grass)
         about = describe_run(config, world, parallel.name, layers, data, model)
         about["example"] = task.shown(data.first)
         record, answer = record_of(checkpoint) if checkpoint else (0, None)
@@ -190,7 +190,7 @@ def finetune(
         run = parallel.start(model, layers, [later := Later()])
         if run.grass.started is not None:
             about["trains"] = what_trains(run.grass.started)
-        settings = model.config
+        settings, adapter = model.config, adapter_config(model)
         del model, layers  # the run has what it needs of them
         exact = resume_run(checkpoint, run, config.train.seed, world) if checkpoint else True
         # All input is good: now may files go.
@@ -217,7 +217,7 @@ def finetune(
             if log:
                 log.saved(saved)
 
-        add_model = partial(write_model_files, settings, task.processor)
+        add_model = partial(write_model_files, settings, task.processor, adapter)
         checkpoints = Checkpoints(config, world, run, folder.path, add_model, tell, start.step)
         loop = Loop(config, world, run, data, task, reporter, log, checkpoints, signals, state)
         return _train(loop, start, answer, folder.path, guard)

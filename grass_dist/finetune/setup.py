@@ -21,9 +21,9 @@ from grass_dist.finetune.data.batches import check_divides
 from grass_dist.finetune.hub import hub_problem, loading_options
 from grass_dist.finetune.tasks.base import Task
 from grass_dist.job.world import World
+from grass_dist.model.adapters import add_adapters, layers_of
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.chunked_loss import chunk_loss
-from grass_dist.model.discovery import find_layers
 from grass_dist.model.foreign import too_deep
 from grass_dist.model.names import freeze_named
 from grass_dist.model.packaged import resolve_model
@@ -98,8 +98,9 @@ def load_model(config: RunConfig, device: torch.device, task: Task | None = None
         task.check_model(model)
     _check_dropout(settings, model.config.to_dict())
     try:
+        add_adapters(model, config.grass)
         freeze_named(model, config.grass)
-        layers = find_layers(model, config.grass.layers)
+        layers = layers_of(model, config.grass)
         check_num_layers(config.grass, len(layers.layers))
         always_active_roles(model, layers, config.grass)
     except ConfigError as error:

@@ -1,11 +1,12 @@
 """`enable`: GRASS under a Hugging Face Trainer, a trainer of TRL, or a loop over Accelerate.
 
-Five public functions of these libraries are wrapped, once, and `disable` puts them back:
+Six public functions of these libraries are wrapped, once, and `disable` puts them back:
 
 - `deepspeed.initialize`, which Accelerate looks up when it prepares, becomes `grass_dist.initialize`.
 - `accelerate.Accelerator.prepare` replaces the optimizer by a `GrassOptimizer`, without DeepSpeed.
 - `transformers.Trainer.train` tells of its micro-batches: Trainer counts them itself and tells Accelerate of one.
   While it runs, a callback probes before its loop, tells of draws, and marks checkpoints (`write_marker`).
+- `transformers.Trainer.create_optimizer` gives adapters (``grass.adapters``) a parameter group of their own.
 - `transformers.Trainer.evaluation_loop` evaluates before `train` under ZeRO, too.
 - `transformers.Trainer.log` adds the method's numbers to the logs.
 
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 
 from grass_dist.config import GrassConfig
 from grass_dist.events import Observer
+from grass_dist.huggingface.adapters import create_with_adapters
 from grass_dist.huggingface.logs import log_numbers
 from grass_dist.huggingface.prepare import prepare_with_grass
 from grass_dist.huggingface.switch import Switch, give_back_all, module_if_usable, unwrap_all, wrap
@@ -64,6 +66,7 @@ def enable(
         wrap(accelerate.Accelerator, "prepare", prepare_with_grass)
     if transformers := module_if_usable("transformers"):
         wrap(transformers.Trainer, "train", train_with_grass)
+        wrap(transformers.Trainer, "create_optimizer", create_with_adapters)
         wrap(transformers.Trainer, "evaluation_loop", evaluate_with_grass)
         wrap(transformers.Trainer, "log", log_numbers)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from grass_dist.errors import GrassError
 from grass_dist.method.controller import GrassController
-from grass_dist.model.discovery import LayerMap, find_layers
+from grass_dist.model.adapters import layers_of
+from grass_dist.model.discovery import LayerMap
 from grass_dist.record.about import about_run, what_trains
 from grass_dist.record.writers import JsonLines, length_until
 from grass_dist.regular_files import read_regular, replace_file
@@ -47,7 +48,8 @@ def describe(
 
     model, backend = kwargs["model"], grass.backend
     assert grass.started is not None  # as it is once the method has been made
-    found = find_layers(model, grass.started.stacks)  # what is frozen now says nothing of them
+    # What is frozen now says nothing of the stacks.
+    found = layers_of(model, grass.config.model_copy(update={"layers": grass.started.stacks}))
     competing = {unit.number: unit.params for unit in grass.layers}
     stage = getattr(backend, "stage", None)
     settings = _telling(args)

@@ -16,6 +16,7 @@ from grass_dist.checkpoint.marker import write_marker
 from grass_dist.checkpoint.torch_states import method_of
 from grass_dist.config import GrassConfig
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
+from grass_dist.huggingface.adapters import check_added
 from grass_dist.huggingface.arguments import arguments_of, release_embeddings
 from grass_dist.huggingface.fsdp import (
     FsdpStates,
@@ -29,6 +30,7 @@ from grass_dist.huggingface.resume import start_again
 from grass_dist.huggingface.switch import RESUMED, TRAINING, Switch, configured, give_back_later
 from grass_dist.huggingface.zero import trains_by_grass
 from grass_dist.method.controller import GrassController
+from grass_dist.model.adapters import split_in
 from grass_dist.optimizer import GrassOptimizer
 from grass_dist.ranks import say
 from grass_dist.states.refused import check_class
@@ -83,6 +85,8 @@ def put_grass_in(accelerated: Any, accelerator: Any, models: Sequence[nn.Module]
     if trainer is not None and sharded_at_load(trainer):
         model = trainer.model  # which Trainer does not prepare
     model = checked_model(inner, accelerator, model)
+    check_added(model, config)
+    split_in(inner, model, config)
     grass = GrassOptimizer(
         model,
         type(inner),

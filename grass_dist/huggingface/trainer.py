@@ -10,6 +10,7 @@ from typing import Any
 
 from grass_dist.checkpoint.marker import MARKER, read_marker, write_marker
 from grass_dist.errors import ConfigError, GrassError
+from grass_dist.huggingface.adapters import load_base, ready_adapters, save_base
 from grass_dist.huggingface.fsdp import end_loading, states_beside
 from grass_dist.huggingface.logs import LayerLog, controller_of
 from grass_dist.huggingface.probe import run_probe
@@ -28,6 +29,7 @@ def train_with_grass(stock: Callable[..., Any], trainer: Any, *args: Any, **kwar
     check_resumed(trainer, folder)
     check_recomputation(trainer)
     _free_engine(trainer)
+    ready_adapters(trainer)
     if folder is not None:
         RESUMED[id(trainer)] = folder
     if Switch.report and not reports_of(trainer):
@@ -141,6 +143,7 @@ def _watcher_class() -> type:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             end_loading(self._trainer)
+            load_base(self._trainer, RESUMED.get(id(self._trainer)))
             self._grass = grass = controller_of(self._trainer)
             if grass is None:
                 return
@@ -162,6 +165,8 @@ def _watcher_class() -> type:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             if (states := states_beside(self._trainer)) is not None:
                 states.save(folder, self._trainer.lr_scheduler)
+            if folder.is_dir():
+                save_base(self._trainer, folder)
             if args.should_save and folder.is_dir() and self._grass is not None:
                 write_marker(folder, self._grass)
 

@@ -16,14 +16,14 @@ SETTINGS = "settings"
 CLASS = "optimizer class"
 
 _DEFAULTS = GrassConfig().model_dump()
-_LATER = ("freeze", "active_parameters", "exploration")
+_LATER = ("adapters", "freeze", "active_parameters", "exploration")
 
 
 def settings_of(grass: GrassController, class_name: str | None = None) -> dict[str, Any]:
     """The settings that must not change within a run, as JSON holds them: all but where the states are.
 
-    The role ``others``, ``freeze``, ``active_parameters`` and ``exploration`` are among them only where they are set:
-    older releases did not have them.
+    The role ``others``, ``adapters``, ``freeze``, ``active_parameters`` and ``exploration`` are among them only where
+    they are set: older releases did not have them.
 
     Args:
         class_name: of the optimizer class; None where another one may go on.

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-from grass_dist.config import ROLES, GrassConfig
+from grass_dist.config import ADAPTERS, ROLES, GrassConfig
 from grass_dist.errors import ConfigError
 from grass_dist.model.discovery import LayerMap, NamedParameter, Unit
 from grass_dist.model.names import matches, near
@@ -35,6 +35,8 @@ def always_active_roles(
     if trained is None:
         trained = {id(p) for p in model.parameters() if p.requires_grad}
     wanted, named = set(config.always_active), _named(model, found, config, trained)
+    if config.adapters is not None:
+        wanted.add(ADAPTERS)
     if "lm_head" in wanted and "lm_head" not in {unit.name for unit in found.roles}:
         wanted.add("embeddings")
     others = set(map(id, found.others))
@@ -53,7 +55,7 @@ def always_active_roles(
 
 def _named(model: nn.Module, found: LayerMap, config: GrassConfig, trained: Collection[int]) -> set[int]:
     """Ids of the parameters that ``always_active`` names by FQN or pattern."""
-    if not (patterns := [name for name in config.always_active if name not in ROLES]):
+    if not (patterns := [name for name in config.always_active if name not in (*ROLES, ADAPTERS)]):
         return set()
     names = [(bare_name(name), id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     inside = {id(p): unit.name for unit in found.layers for _, p in unit.params}

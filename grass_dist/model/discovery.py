@@ -7,13 +7,13 @@ off the trunk in *branches* (an embedding, a norm, a head, a vision tower). Each
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
 
-from grass_dist.config import ROLES, Role
+from grass_dist.config import ADAPTERS, ROLES, Role
 from grass_dist.errors import UnsupportedModel
 from grass_dist.model.stacks import (
     children_of,
@@ -54,7 +54,7 @@ class LayerMap:
 
     stacks: tuple[str, ...]  # FQNs of the lists of layers, e.g. "model.layers" ("" where the model itself is the list)
     layers: tuple[Unit, ...]  # of all stacks, in the order of the model; a child without parameters is no layer
-    roles: tuple[Unit, ...]  # those that the model has, in the order of ROLES and without "others"
+    roles: tuple[Unit, ...]  # those that the model has, in the order of ROLES and without "others"; then adapters
     other: tuple[NamedParameter, ...] = field(repr=False)  # no layer and no role of its own: a classifier, a projector
     aside: frozenset[str] = field(
         default=frozenset(), repr=False
@@ -77,7 +77,11 @@ class LayerMap:
 
 
 def find_layers(
-    model: nn.Module, layers: str | Sequence[str] | None = None, params: Iterable[nn.Parameter] | None = None
+    model: nn.Module,
+    layers: str | Sequence[str] | None = None,
+    params: Iterable[nn.Parameter] | None = None,
+    *,
+    added: Collection[int] = (),
 ) -> LayerMap:
     """Finds the layers of ``model`` and sorts the parameters outside of them.
 
@@ -108,10 +112,11 @@ def find_layers(
     every = {name: block for of in blocks.values() for name, block in of.items()}
 
     # Roles first: a layer that holds the embedding or the head too (multi-token prediction) leaves them their role.
-    found = [_roles(modules, stack, blocks[stack]) for stack in stacks]
-    home: dict[int, int | Role] = {
+    found = [_roles(modules, stack, blocks[stack], added) for stack in stacks]
+    home: dict[int, int | str] = {
         at: role for role in reversed(ROLES) for roles in found for at, own in roles.items() if own == role
     }
+    home |= dict.fromkeys(added, ADAPTERS)
     kept: list[str] = []
     for name, block in every.items():
         own = [id(p) for p in block.parameters()]
@@ -119,7 +124,8 @@ def find_layers(
             for at in own:
                 home.setdefault(at, len(kept))
             kept.append(name)
-    params_of: dict[int | Role | None, list[NamedParameter]] = {key: [] for key in (*range(len(kept)), *ROLES, None)}
+    keys = (*range(len(kept)), *ROLES, ADAPTERS, None)
+    params_of: dict[int | str | None, list[NamedParameter]] = {key: [] for key in keys}
     for name, p in model.named_parameters():
         params_of[home.get(id(p))].append((name, p))
 
@@ -135,7 +141,7 @@ def find_layers(
     return LayerMap(
         stacks=tuple(stacks),
         layers=tuple(Unit(name, index, tuple(params_of[index]), index) for index, name in enumerate(kept)),
-        roles=tuple(Unit(role, None, tuple(params_of[role])) for role in ROLES if params_of[role]),
+        roles=tuple(Unit(role, None, tuple(params_of[role])) for role in (*ROLES, ADAPTERS) if params_of[role]),
         other=tuple(params_of[None]),
         aside=frozenset(name for name, p in params_of[None] if id(p) in beside),
     )
@@ -165,7 +171,9 @@ class _Widths(NamedTuple):
         return "embeddings" if shape == self else "lm_head" if shape == self[::-1] else None
 
 
-def _roles(modules: dict[str, nn.Module], stack: str, blocks: dict[str, nn.Module]) -> dict[int, Role]:
+def _roles(
+    modules: dict[str, nn.Module], stack: str, blocks: dict[str, nn.Module], added: Collection[int]
+) -> dict[int, Role]:
     """The roles of the parameters that have one, by their ids. A tied parameter has the first of its roles."""
     parts = stack.split(".") if stack else []
     trunk = {name: modules[name] for name in (".".join(parts[:n]) for n in range(len(parts) + 1))}
@@ -186,7 +194,8 @@ def _roles(modules: dict[str, nn.Module], stack: str, blocks: dict[str, nn.Modul
 
     embedding: int | None = getattr(source, "embedding_dim", None)
     # Nearly every parameter of a block has the width of the residual stream among its dimensions.
-    sizes = Counter(d for block in blocks.values() for p in block.parameters() for d in set(shape_of(p)) if d > 1)
+    own = [p for block in blocks.values() for p in block.parameters() if id(p) not in added]
+    sizes = Counter(d for p in own for d in set(shape_of(p)) if d > 1)
     widths = _Widths(embedding, max(sizes, key=lambda d: (sizes[d], d == embedding), default=None))
 
     roles: dict[str, Role | None] = {}

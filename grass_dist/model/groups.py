@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def full_groups(
     params: ParamGroups | None,
     optimizer_class: type[torch.optim.Optimizer],
     kwargs: Mapping[str, Any],
+    split: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The user's groups with every hyperparameter filled in by the optimizer class, and its defaults.
 
@@ -36,12 +37,16 @@ def full_groups(
     state when they are made, and some take matrices alone. Where parameters come with names, as from
     ``model.named_parameters()``, each group has them as its ``param_names``.
 
+    Args:
+        split: makes other groups of the user's.
+
     Raises:
         ConfigError: there is nothing to train, or something that is no parameter of the model.
         Exception: what the optimizer class raises for such groups or arguments.
     """
     groups = _listed(model, params)
     _refuse_strangers(model, groups)
+    groups = split(groups)
     stand_ins = [{**g, "params": [_stand_in(p) for p in g["params"]]} for g in groups]
     template = optimizer_class([g for g in stand_ins if g["params"]], **kwargs)
     filled = iter(template.param_groups)

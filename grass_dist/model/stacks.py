@@ -15,8 +15,8 @@ from grass_dist.errors import ConfigError, UnsupportedModel
 _LARGE_SHARE = 0.25
 _WIDER = 2  # how many times as large the largest block of a stage is than that of another one
 _LISTS = (nn.ModuleList, nn.Sequential)
-# What DDP, torch.compile, FSDP1 and activation checkpointing put into an FQN.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What DDP, torch.compile, FSDP1, activation checkpointing and adapters put into an FQN.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
 
 
 class _Stack(NamedTuple):

@@ -186,7 +186,7 @@ _INDEXES = (torch.bool, torch.int64)
 """Dtypes of buffers that are masks and tables of positions, and no weights."""
 
 
-def _is_quantised(tensor: torch.Tensor) -> bool:
+def is_quantised(tensor: torch.Tensor) -> bool:
     """Whether a tensor is of a dtype that weights have only when they are quantised."""
     if tensor.is_floating_point():
         return tensor.dtype.itemsize == 1
@@ -202,7 +202,7 @@ def _refuse_quantised(model: nn.Module, found: LayerMap, layers: Sequence[Unit])
     whole = {unit.name: unit for unit in found.layers}
     for unit in layers:
         buffers = [(f"{unit.name}.{n}", b) for n, b in model.get_submodule(unit.name).named_buffers() if b.ndim > 1]
-        odd = [(n, t) for n, t in (*whole[unit.name].params, *buffers) if _is_quantised(t)]
+        odd = [(n, t) for n, t in (*whole[unit.name].params, *buffers) if is_quantised(t)]
         if odd and all(len(shape_of(p)) < 2 for _, p in unit.params):
             trains = shown_names([n.removeprefix(unit.name + ".") for n, _ in unit.params])
             raise UnsupportedModel(

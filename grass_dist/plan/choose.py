@@ -10,7 +10,7 @@ from grass_dist.config import GrassConfig
 from grass_dist.errors import ConfigError
 from grass_dist.plan.cost import StepBytes, StepTime, step_bytes, step_time
 from grass_dist.plan.memory import Memory, host_bytes, memory_of, weights_of
-from grass_dist.plan.runs import Method, PlannedRun, methods_of
+from grass_dist.plan.runs import Method, PlannedRun, methods_of, with_adapters
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 from grass_dist.terminal import size
@@ -60,6 +60,7 @@ def estimate(
     Args:
         memory: as it was simulated; None takes the closed form.
     """
+    shape = with_adapters(shape, run, method)
     return Estimate(
         run,
         method,
@@ -77,7 +78,8 @@ def check_weights(shape: ModelShape, run: PlannedRun) -> None:
     Raises:
         ConfigError: the weights alone are more than a GPU has.
     """
-    if (weights := weights_of(shape, run, Method("grass", 1, run.roles))) < run.gpu_bytes:
+    method = Method("grass", 1, run.always, run.adapters)
+    if (weights := weights_of(with_adapters(shape, run, method), run, method)) < run.gpu_bytes:
         return
     whole = shape.numel * run.weight_bytes
     needed = int(whole // run.gpu_bytes) + 1
@@ -192,4 +194,4 @@ def _more_gpus(run: PlannedRun) -> Iterator[tuple[str, PlannedRun]]:
 
 
 def _grass(shape: ModelShape, run: PlannedRun, gamma: int) -> Method:
-    return Method("grass", min(gamma, shape.num_layers), run.roles)
+    return Method("grass", min(gamma, shape.num_layers), run.always, run.adapters)

@@ -63,6 +63,7 @@ class PlanOptions:
     logits: str = "whole"
     dtype: str = "bfloat16"
     always_active: str = ",".join(ROLES)
+    adapters: int = 0
     sampling_interval: int = 50
     doctor: Path | None = None
     tflops: float | None = None
@@ -99,7 +100,11 @@ def plan_run(options: PlanOptions, tell: Callable[[str], None]) -> None:
     points, assumed = list[Point](), ""
     if counts:
         gamma = min(USUAL_GAMMA, shape.num_layers)
-        method = choice.recommended.method if choice.recommended else Method("grass", gamma, choice.run.roles)
+        method = (
+            choice.recommended.method
+            if choice.recommended
+            else Method("grass", gamma, choice.run.always, choice.run.adapters)
+        )
         points = scale(shape, choice.run, method, speeds, counts)
         assumed = assumptions(shape, choice.run, method, speeds)
     show(shape, choice, speeds, points, assumed)
@@ -129,7 +134,7 @@ def plan(
     taken = chosen
     # The simulation may find more than the closed form by which the first was chosen.
     for tried in [chosen, *runs[runs.index(chosen) + 1 :]]:
-        first = method or Method("grass", 1, tried.roles)
+        first = method or Method("grass", 1, tried.always, tried.adapters)
         memories = {} if options.fast else _simulated(shape, tried, first, tell)
         found = tuple(estimate(shape, tried, m, speeds, memories.get(m)) for m in methods_of(shape, tried))
         recommended = _recommended(found)
@@ -242,6 +247,7 @@ def _planned_run(options: PlanOptions, speeds: Speeds) -> PlannedRun:
         checkpointing=bool(options.checkpointing),
         logits=cast(Any, options.logits),
         roles=_roles(options.always_active),
+        adapters=options.adapters,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from grass_dist.plan.memory import WEIGHT_SLOTS, slots_of, states_of
 from grass_dist.plan.pairs import BINS
-from grass_dist.plan.runs import Method, PlannedRun, head_trains, lora_elements, trained_roles, traversed
+from grass_dist.plan.runs import Method, PlannedRun, adapters_in, head_trains, lora_elements, trained_roles, traversed
 from grass_dist.plan.shape import ModelShape, elements_in
 from grass_dist.plan.speeds import Speeds
 from grass_dist.report.wire import Sent, sent
@@ -68,7 +68,7 @@ def flops(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, fl
     """FLOP of one micro-batch on a rank: those of the forward, and those of the backward."""
     layers, f, tokens = shape.num_layers, traversed(shape, method), run.tokens
     matrices, attention, head, frozen = _multiplied(shape, run)
-    adapters = lora_elements(shape) * layers * tokens if method.name == "lora" else 0
+    adapters = tokens * (lora_elements(shape) * layers if method.name == "lora" else adapters_in(shape, method))
     forward = 2 * (matrices + head + adapters + attention + frozen)
     share = 0.0 if method.name == "lora" else method.active_layers / layers
     backward = f * (2 * (matrices + adapters) + 4 * attention) + 2 * share * matrices + 2 * adapters
@@ -113,10 +113,12 @@ def _wire(shape: ModelShape, run: PlannedRun, method: Method) -> _Wire:
     roles, f = trained_roles(shape, method), traversed(shape, method)
     layer = lora_elements(shape) if method.name == "lora" else shape.layer_numel
     layers = method.active_layers * layer
-    tail = sum(roles.values()) if run.backend in ("fsdp2", "hsdp") else roles.get("embeddings", 0)
+    inside = adapters_in(shape, method)
+    tail = sum(roles.values()) - inside if run.backend in ("fsdp2", "hsdp") else roles.get("embeddings", 0)
+    tail += inside if run.backend == "ddp" else 0  # one bucket of all adapters, the lowest layer's too
     early = layers + sum(roles.values()) - tail
     if run.backend in ("fsdp2", "hsdp", "zero3"):
-        gather = w * shape.layers_numel * f
+        gather = w * (shape.layers_numel + inside) * f
         return _Wire(w * shape.numel, gather, r * early, r * tail, 0)
     return _Wire(0, 0, w * early, w * tail, w * (layers + sum(roles.values())))
 

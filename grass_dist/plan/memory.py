@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from grass_dist.config import MOST_AT_ONCE, OffloadConfig, slot_count
-from grass_dist.plan.runs import Method, PlannedRun, grass_config, lora_elements, trained_roles
+from grass_dist.config import ADAPTERS, MOST_AT_ONCE, OffloadConfig, slot_count
+from grass_dist.plan.runs import Method, PlannedRun, adapters_in, grass_config, lora_elements, trained_roles
 from grass_dist.plan.shape import ModelShape, Shapes, elements_in
 
 FRAGMENTATION_SHARE = 0.08
@@ -176,13 +176,14 @@ def zero_settings(shape: ModelShape, run: PlannedRun) -> dict[str, int | bool]:
     """Returns the ``zero_optimization`` that the plan counts with and writes, whose buckets are as long as a layer."""
     stage, layer = int(run.backend[-1]), max(shape.layer_numel, 10**6)
     common: dict[str, int | bool] = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": layer}
+    around = [elements_in(shapes) for name, shapes in shape.roles.items() if name != ADAPTERS]
     if stage < 3:
         return {**common, "allgather_bucket_size": layer}
     return {
         **common,
         "stage3_prefetch_bucket_size": layer,
         "stage3_param_persistence_threshold": 10 * shape.hidden,
-        "stage3_max_live_parameters": 2 * layer + max(map(elements_in, shape.roles.values()), default=0),
+        "stage3_max_live_parameters": 2 * layer + max(around, default=0),
         "stage3_max_reuse_distance": layer,
     }
 
@@ -205,8 +206,9 @@ class _Counts:
     """Counts what there is at each moment, without weights and states."""
 
     def __init__(self, shape: ModelShape, run: PlannedRun, method: Method, acts: Activations) -> None:
-        self.shape, self.run, self.method, self.acts = shape, run, method, acts
+        self.shape, self.run, self.method = shape, run, method
         w, total, gamma = run.weight_bytes, shape.num_layers, method.active_layers
+        self.inside = adapters_in(shape, method) / total  # adapters of a layer, which are in its group
         self.layer = shape.layer_numel
         self.roles = trained_roles(shape, method)
         self.layer_trained = lora_elements(shape) if method.name == "lora" else self.layer
@@ -215,11 +217,19 @@ class _Counts:
         self.head_grad = w * head
         of_each = _gradient_elements(shape, run, method, in_backward=True)
         self.reduced_layer, self.reduced_roles = (w * n for n in of_each)
+        self.reduced_adapters = w * _held(shape.roles[ADAPTERS], run) if self.inside else 0
+        trained, frozen = acts.trained_layer, acts.frozen_layer
+        if self.inside:  # which need the inputs of all matrices, and keep what they have made of them
+            matrices = sum(len(s) == 2 for s in max(shape.layers, key=elements_in))
+            trained = frozen = trained + w * run.tokens * run.adapters * matrices
+        self.acts = replace(acts, trained_layer=trained, frozen_layer=frozen)
         if run.checkpointing:
             self.layers = total * acts.kept_layer
         else:
-            self.layers = gamma * acts.trained_layer + (total - gamma) * acts.frozen_layer
-        self.gathered_root = w * sum(map(elements_in, shape.roles.values())) if run.backend in ("fsdp2", "hsdp") else 0
+            self.layers = gamma * trained + (total - gamma) * frozen
+        around = sum(elements_in(shapes) for name, shapes in shape.roles.items() if name != ADAPTERS)
+        self.gathered_root = w * around if run.backend in ("fsdp2", "hsdp") else 0
+        self.layer += self.inside
         self.held = self._accumulated()
 
     def _accumulated(self) -> float:
@@ -245,10 +255,12 @@ class _Counts:
         acts -= done * (self.acts.kept_layer if self.run.checkpointing else self.acts.trained_layer)
         buffers = self.gathered_root + self.head_grad + self._buckets()
         if self.run.backend in ("fsdp2", "hsdp"):
-            buffers += 2 * w * self.layer + (w + r * (1 + 1 / shards)) * self.layer_trained
+            buffers += 2 * w * self.layer + (w + r * (1 + 1 / shards)) * (self.layer_trained + self.inside)
         elif self.run.backend in ("zero3", "ddp", "single"):
             buffers += w * self.layer_trained if self.run.backend == "zero3" else w * self._largest()
-        gradients = max(self.held, done * self.reduced_layer)
+        # DDP's bucket has those of all adapters as soon as the first one comes.
+        share = 1.0 if self.run.backend == "ddp" else done / self.shape.num_layers
+        gradients = max(self.held, done * self.reduced_layer + share * self.reduced_adapters)
         return Memory(0, gradients, 0, acts, buffers, "backward")
 
     def recomputing(self) -> Memory:
@@ -266,11 +278,12 @@ class _Counts:
 
     def backward_end(self) -> Memory:
         """The roles' gradients are being reduced. FSDP2 does that last, and all together."""
-        w, r, roles = self.run.weight_bytes, self.run.reduce_bytes, sum(self.roles.values())
+        w, r = self.run.weight_bytes, self.run.reduce_bytes
+        roles = sum(n for name, n in self.roles.items() if name != ADAPTERS)
         gradients = self.method.active_layers * self.reduced_layer + self.reduced_roles
         buffers = self.gathered_root + self._buckets()
         if self.run.backend in ("fsdp2", "hsdp"):
-            gradients -= self.reduced_roles
+            gradients -= self.reduced_roles - self.reduced_adapters
             buffers += (w + r * (1 + 1 / self.run.shards)) * roles
         elif self.run.backend in ("ddp", "single"):
             buffers += w * self._largest()

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from grass_dist.config import ROLES, GrassConfig, OffloadConfig, Role
+from grass_dist.config import ADAPTERS, ROLES, AdapterConfig, GrassConfig, OffloadConfig, Role
 from grass_dist.errors import ConfigError
 from grass_dist.model.discovery import Unit
 from grass_dist.model.sharding import Sharding
@@ -65,6 +65,8 @@ class PlannedRun:
     """Whether the logits of all tokens are there at once."""
     roles: tuple[Role, ...] = ROLES
     """Roles that GRASS trains at every step. Full fine-tuning and LISA train all of them."""
+    adapters: int = 0
+    """Rank of the adapters that GRASS trains on every matrix of the layers; 0: there are none."""
     sampling_interval: int = 50
     state_bytes: int | None = None
     """Bytes of state of a trained element. None counts what `UnitOptimizer` keeps: two fp32 moments, and an fp32 master
@@ -73,6 +75,8 @@ class PlannedRun:
     def __post_init__(self) -> None:
         for option in ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "sampling_interval"):
             check_whole(f"--{option.replace('_', '-')}", getattr(self, option), LARGEST.get(option) or 2**31)
+        if self.adapters:
+            check_whole("--adapters", self.adapters, 2**16)
         allowed = {
             "backend": BACKENDS,
             "offload": OFFLOADS,
@@ -147,6 +151,11 @@ class PlannedRun:
         return -(-self.gpus // self.gpus_per_host)
 
     @property
+    def always(self) -> tuple[str, ...]:
+        """The roles of GRASS, with that of the adapters."""
+        return (*self.roles, ADAPTERS) if self.adapters else self.roles
+
+    @property
     def named_checkpointing(self) -> str:
         return f"activation checkpointing {'on' if self.checkpointing else 'off'}"
 
@@ -167,12 +176,15 @@ class Method:
     name: Literal["full", "lora", "lisa", "grass"]
     active_layers: int
     """Layers that train at a time (γ)."""
-    roles: tuple[Role, ...] = ROLES
+    roles: tuple[str, ...] = ROLES
+    adapters: int = 0
+    """Rank of the adapters that it trains beside the layers; 0: there are none."""
 
     @property
     def label(self) -> str:
         names = {"full": "full fine-tuning", "lora": f"LoRA r={LORA_RANK}", "lisa": "LISA", "grass": "GRASS"}
-        return names[self.name] + (f" γ={self.active_layers}" if self.name in ("lisa", "grass") else "")
+        with_ = f" + adapters r={self.adapters}" if self.adapters else ""
+        return names[self.name] + (f" γ={self.active_layers}" if self.name in ("lisa", "grass") else "") + with_
 
 
 def methods_of(shape: ModelShape, run: PlannedRun) -> list[Method]:
@@ -184,20 +196,42 @@ def methods_of(shape: ModelShape, run: PlannedRun) -> list[Method]:
         Method("full", most),
         Method("lora", most, ()),
         Method("lisa", lisa),
-        *(Method("grass", gamma, run.roles) for gamma in gammas),
+        *(Method("grass", gamma, run.always, run.adapters) for gamma in gammas),
     ]
 
 
 def grass_config(run: PlannedRun, method: Method) -> GrassConfig:
     """Returns the configuration by which ``method`` trains in ``run``."""
     weights: Any = {"weights": "host"} if run.weights == "host" and run.backend != "zero3" else {}
+    added: Any = {}
+    if ADAPTERS in method.roles:
+        added = {"adapters": AdapterConfig(rank=run.adapters, alpha=2 * run.adapters)}
     return GrassConfig(
         active_layers=method.active_layers,
         sampling_interval=run.sampling_interval,
         update_interval=run.sampling_interval,
-        always_active=method.roles,
+        always_active=tuple(role for role in method.roles if role != ADAPTERS),
+        **added,
         offload=OffloadConfig(mode=run.offload, **weights),
     )
+
+
+def with_adapters(shape: ModelShape, run: PlannedRun, method: Method) -> ModelShape:
+    """The shape of what ``method`` trains: with adapters on every matrix of the layers as a role, if it has them."""
+    if ADAPTERS not in method.roles or ADAPTERS in shape.roles:
+        return shape
+    added = []
+    for matrix in (s for layer in shape.layers for s in layer if len(s) == 2):
+        if run.adapters > min(matrix):
+            problem = f"{shape.name} has a weight of {' x '.join(map(str, matrix))} in a layer"
+            raise ConfigError("--adapters", run.adapters, problem, f"use {min(matrix)} or less")
+        added += [(run.adapters, matrix[1]), (matrix[0], run.adapters)]
+    return replace(shape, roles={**shape.roles, ADAPTERS: tuple(added)})
+
+
+def adapters_in(shape: ModelShape, method: Method) -> int:
+    """Elements of the adapters that train beside layers; LoRA alone is not counted."""
+    return trained_roles(shape, method).get(ADAPTERS, 0)
 
 
 def trained_roles(shape: ModelShape, method: Method) -> dict[str, int]:
@@ -220,7 +254,7 @@ def lora_elements(shape: ModelShape) -> int:
 def traversed(shape: ModelShape, method: Method) -> float:
     """Mean share, over all draws, of the layers that a gradient passes through (f_above in docs/plan.md, Time)."""
     total, gamma = shape.num_layers, method.active_layers
-    if method.name in ("full", "lora") or "embeddings" in trained_roles(shape, method):
+    if method.name in ("full", "lora") or {"embeddings", ADAPTERS} & trained_roles(shape, method).keys():
         return 1.0
     return 1 - (total - gamma) / (gamma + 1) / total
 

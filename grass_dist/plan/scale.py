@@ -10,7 +10,7 @@ from pathlib import Path
 from grass_dist.errors import ConfigError
 from grass_dist.plan.cost import step_time
 from grass_dist.plan.memory import memory_of
-from grass_dist.plan.runs import Method, PlannedBackend, PlannedRun
+from grass_dist.plan.runs import Method, PlannedBackend, PlannedRun, with_adapters
 from grass_dist.plan.shape import ModelShape
 from grass_dist.plan.speeds import Speeds
 
@@ -49,7 +49,7 @@ def parse_scale(text: str) -> list[int]:
 
 def scale(shape: ModelShape, run: PlannedRun, method: Method, speeds: Speeds, counts: Sequence[int]) -> list[Point]:
     """Plans FSDP2, HSDP (a replica on each host), ZeRO-2 and ZeRO-3 on each number of GPUs, the batch of a GPU held."""
-    points = []
+    points, shape = [], with_adapters(shape, run, method)
     for backend in NAMES:
         for gpus in counts:
             hosts = -(-gpus // run.gpus_per_host)

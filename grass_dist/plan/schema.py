@@ -2,7 +2,7 @@
 
 version, model, params, num_layers, gpus, gpus_per_host, hosts, gpu_memory_bytes, seq_len_tokens, micro_batch,
 accumulation, backend, replicate, offload, weights, logits, dtype, activation_checkpointing, always_active,
-sampling_interval_steps
+adapters (their rank, or null), sampling_interval_steps
 
 speeds         flop_per_s, flop_share, device_bytes_per_s, pcie_bytes_per_s, within_bytes_per_s, across_bytes_per_s,
                within_latency_s, across_latency_s, and measured: the names of those that the doctor measured
@@ -65,6 +65,7 @@ def plan_json(shape: ModelShape, choice: Choice, speeds: Speeds, points: Sequenc
         "seq_len_tokens": run.seq_len,
         "activation_checkpointing": run.checkpointing,
         "always_active": list(run.roles),
+        "adapters": run.adapters or None,
         "sampling_interval_steps": run.sampling_interval,
         "speeds": {name: value for name, value in asdict(speeds).items() if name not in _UNPRINTED},
         "rows": [_row(shape, row, full) for row in choice.rows],

@@ -23,7 +23,7 @@ from grass_dist.backends.ddp import DdpSharding
 from grass_dist.backends.fsdp2 import Fsdp2Backend
 from grass_dist.backends.single import SingleBackend
 from grass_dist.backends.wrapping import shard, shard_mesh
-from grass_dist.config import GrassConfig
+from grass_dist.config import ADAPTERS, GrassConfig
 from grass_dist.errors import GrassError
 from grass_dist.model.always import always_active_roles
 from grass_dist.model.chunked_loss import chunk_loss
@@ -55,10 +55,10 @@ _PART_OF_KIND = {
 
 
 def can_simulate(run: PlannedRun, method: Method) -> bool:
-    """Says whether `simulate` can: without DeepSpeed, LoRA and weights on the host, with one micro-batch a step and
-    stock state sizes.
+    """Says whether `simulate` can: without DeepSpeed, LoRA, adapters and weights on the host, with one micro-batch a
+    step and stock state sizes.
     """
-    stock = method.name != "lora" and run.accumulation == 1 and run.state_bytes is None
+    stock = method.name != "lora" and ADAPTERS not in method.roles and run.accumulation == 1 and run.state_bytes is None
     return run.backend in SIMULATED and stock and not run.rests(method)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
 
-from grass_dist.config import GrassConfig
+from grass_dist.config import ADAPTERS, GrassConfig
 from grass_dist.errors import ConfigError
 from grass_dist.events import Traffic
 from grass_dist.model.compiled import is_compiled, is_wrapper_of_compile
@@ -28,14 +28,17 @@ from grass_dist.states.weights import HostWeights
 OF_WEIGHTS = Use("a layer's weights", "use grass.offload.weights='resident'")
 
 
-def resting(model: nn.Module, layers: Sequence[str]) -> tuple[list[LayerWeights], list[str]]:
+def resting(
+    model: nn.Module, layers: Sequence[str], always: Collection[int] = ()
+) -> tuple[list[LayerWeights], list[str]]:
     """The parameters of each layer that may rest in host memory, and the names of those that may not.
 
     Those stay on the device that a module outside of their layer has as well (tied weights), that are not contiguous,
-    and that are of another class than `nn.Parameter` (quantised ones).
+    and that are of another class than `nn.Parameter` (quantised ones). Adapters, which always train, are not counted.
 
     Args:
         layers: FQNs of the whole stack.
+        always: ids of the parameters that train at every step.
     """
     homes: defaultdict[int, set[str | None]] = defaultdict(set)
     named: dict[int, tuple[str, nn.Parameter]] = {}
@@ -46,7 +49,7 @@ def resting(model: nn.Module, layers: Sequence[str]) -> tuple[list[LayerWeights]
     stay = []
     for key, (name, param) in named.items():
         home, *others = homes[key]
-        if home is None and not others:
+        if key in always or (home is None and not others):
             continue
         plain = type(param) is nn.Parameter and type(param.data) is torch.Tensor and param.is_contiguous()
         if home is not None and not others and plain and param.numel():
@@ -69,6 +72,7 @@ def place_weights(
     model: nn.Module,
     stack: Sequence[str],
     competing: Sequence[Unit],
+    roles: Sequence[Unit],
     config: GrassConfig,
     ranks: Ranks,
     device: torch.device,
@@ -82,6 +86,7 @@ def place_weights(
     Args:
         stack: FQNs of all layers.
         competing: those that compete.
+        roles: what trains at every step.
         device: that computes.
         undo: is given what gives the model back as it was, when there is something to give back.
 
@@ -91,7 +96,7 @@ def place_weights(
 
     def check() -> tuple[list[LayerWeights], list[str]]:
         refuse_compiled(model)
-        return resting(model, stack)
+        return resting(model, stack, {id(p) for unit in roles if unit.name == ADAPTERS for _, p in unit.params})
 
     layers, stay = together(ranks, check)
     slots = min(config.offload.weight_slots, len(stack))

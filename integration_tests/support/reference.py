@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +34,11 @@ def probabilities(m: list[float], temperature: float) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def run_reference(settings: dict, steps: int, dtype: torch.dtype = torch.float32, frozen: Sequence[int] = ()) -> dict:
-    """The trajectory of `small_llama`."""
-    model = small_llama(dtype, frozen)
+def run_reference(
+    settings: dict, steps: int, dtype: torch.dtype = torch.float32, frozen: Sequence[int] = (), make: Any = small_llama
+) -> dict:
+    """The trajectory of `small_llama`, or of what ``make`` makes of it."""
+    model = make(dtype, frozen)
     layers = [layer for i, layer in enumerate(model.model.layers) if i not in frozen]
 
     def loss_at(step: int) -> torch.Tensor:
@@ -50,13 +53,15 @@ def follow(
 ) -> dict:
     """The trajectory of any model, of which ``layers`` compete and all else with ``requires_grad`` trains always.
 
+    Adapters in the layers, by their names in peft, train always as well, at the rate of ``settings["adapters"]``.
+
     Args:
         loss_at: the loss of the global batch of a step.
     """
     known: set[int] = set()
     units = []
     for layer in layers:  # what two layers share is the first one's
-        units.append([p for p in layer.parameters() if id(p) not in known])
+        units.append([p for n, p in layer.named_parameters() if id(p) not in known and "lora_" not in n])
         known.update(map(id, units[-1]))
     names = {id(p): n for n, p in model.named_parameters()}
     in_layers = {id(p) for unit in units for p in unit}
@@ -72,7 +77,11 @@ def follow(
         return torch.optim.AdamW([g for g in groups if g["params"]], **ADAMW)
 
     optimizers = [adamw(unit) for unit in units]
-    role_optimizer = adamw(roles)
+    role_optimizer = adamw([p for p in roles if "lora_" not in names[id(p)]])
+    adapters = [p for p in roles if "lora_" in names[id(p)]]
+    always = [(role_optimizer, ADAMW["lr"])]
+    if adapters:
+        always.append((adamw(adapters), settings["adapters"]["learning_rate"]))
     probe, interval, update = settings["probe_steps"], settings["sampling_interval"], settings["update_interval"]
     ahead = settings.get("draw_ahead")
     if ahead is None:
@@ -112,9 +121,9 @@ def follow(
         for p in live:
             master[id(p)].grad = None if p.grad is None else p.grad.float()
         log["norms"].append(torch.nn.utils.clip_grad_norm_([master[id(p)] for p in live], CLIP).item())
-        for optimizer in [*[optimizers[i] for i in active], role_optimizer]:
+        for optimizer, rate in [*[(optimizers[i], ADAMW["lr"]) for i in active], *always]:
             for group in optimizer.param_groups:
-                group["lr"] = ADAMW["lr"] * schedule(step)
+                group["lr"] = rate * schedule(step)
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -42,15 +43,19 @@ def train_grass(
     dtype: torch.dtype = torch.float32,
     sync_every_micro_batch: bool = True,
     frozen: Sequence[int] = (),
+    make: Callable[[torch.dtype, Sequence[int]], nn.Module] = small_llama,
+    groups: Callable[[nn.Module], list[dict]] = decay_groups,
 ) -> dict:
     reduce_dtype = torch.float32 if dtype != torch.float32 else None
-    model = wrapped(small_llama(dtype, frozen), backend, world_size, reduce_dtype)
+    config = grass_dist.GrassConfig(**settings)
+    model = grass_dist.add_adapters(make(dtype, frozen), config)
+    model = wrapped(model, backend, world_size, reduce_dtype)
     optimizer = grass_dist.GrassOptimizer(
         model,
         torch.optim.AdamW,
         ADAMW,
-        config=grass_dist.GrassConfig(**settings),
-        params=decay_groups(model),
+        config=config,
+        params=groups(model),
         gradient_accumulation_steps=accumulation,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

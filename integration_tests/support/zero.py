@@ -9,6 +9,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 
+import grass_dist
 from grass_dist.deepspeed import initialize
 from integration_tests.support.model import ADAMW, CLIP, GLOBAL_BATCH, decay_groups, global_batch, schedule, small_llama
 
@@ -45,7 +46,12 @@ def full(param: torch.nn.Parameter) -> torch.Tensor:
 
 def make_engine(config: dict, dtype: torch.dtype = torch.float32, model=None):
     model = small_llama(dtype) if model is None else model
-    optimizer = torch.optim.AdamW(decay_groups(model), **ADAMW)
+    groups = decay_groups(model)
+    if "grass" in config:
+        method = grass_dist.GrassConfig(**config["grass"])
+        grass_dist.add_adapters(model, method)
+        groups = grass_dist.adapter_groups(model, method, decay_groups(model))
+    optimizer = torch.optim.AdamW(groups, **ADAMW)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     engine, *_ = initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
@@ -68,10 +74,19 @@ def train_step(engine, step: int, rank: int, world_size: int, accumulation: int)
 
 
 def train_zero(
-    rank, world_size, stage, settings, steps, accumulation=2, dtype=torch.float32, zero=None, frozen=()
+    rank,
+    world_size,
+    stage,
+    settings,
+    steps,
+    accumulation=2,
+    dtype=torch.float32,
+    zero=None,
+    frozen=(),
+    make=small_llama,
 ) -> dict:
     config = ds_config(stage, settings, accumulation, dtype, zero)
-    engine = make_engine(config, dtype, small_llama(dtype, frozen))
+    engine = make_engine(config, dtype, make(dtype, frozen))
     log = {"active": [], "importances": [], "losses": [], "norms": [], "frozen_moved": 0, "frozen_grads": 0}
     grass = engine.grass
     units = [[p for _, p in unit.params] for unit in grass.layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
@@ -13,9 +13,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from grass_dist.finetune.data.batches import Example
+from grass_dist.finetune.feed import StepData
 from grass_dist.finetune.parallel import Run
-from grass_dist.finetune.tasks.base import Batch, Task
+from grass_dist.finetune.tasks.base import Task
 from grass_dist.job.world import World
+from grass_dist.record.speed import Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class StepResult:
     """Number of targets: tokens, or rows that have a label as a whole."""
     applied: bool
     """True if anything was updated: nothing is where a loss or gradient is not finite."""
+    positions: Positions
+    """Of all ranks."""
     flags: list[float]
     """Sums over the ranks of the flags that each gave."""
 
@@ -40,7 +44,7 @@ class StepResult:
 
 def train_step(
     run: Run,
-    micro_batches: Sequence[Sequence[Example]],
+    data: StepData,
     task: Task,
     world: World,
     step: int,
@@ -50,37 +54,28 @@ def train_step(
 
     The loss is the mean over the targets of the *global* batch, so it does not depend on how the batch was cut
     into ranks and micro-batches. Besides the gradients, an all-reduce of 8 bytes goes over the wire, and one of 8 bytes
-    for the loss and for each flag.
+    for the loss, for each of three counts of positions, and for each flag.
 
     Args:
-        micro_batches: of equal size, as `MicroBatches` gives them.
+        data: of this rank, as `Feed` gives it.
         step: its number, from 1.
         flags: gives at the end of the step the numbers that the ranks add up.
     """
 
-    def collated() -> list[Batch]:
-        made = []
-        for number, micro in enumerate(micro_batches):
-            first = (number * world.size + world.rank) * len(micro)  # place in the global batch: see `share`
-            made.append(task.collate([task.vary(each, step, first + place) for place, each in enumerate(micro)]))
-        return made
-
-    with world.during(f"the reading of the files of step {step}"):
-        made = world.together(collated) if task.reads_files else collated()
-    batches = [{name: t.to(world.device, non_blocking=True) for name, t in batch.items()} for batch in made]
-    tokens = torch.stack([task.targets(batch) for batch in batches]).sum()
+    tokens = torch.stack([task.targets(batch) for batch in data.batches]).sum()
     with world.during(f"the sum of the tokens of step {step}"):
         dist.all_reduce(tokens)
     with world.during(f"the forward, backward and update of step {step}"):
         # The backends average over the ranks, so each rank's sum counts world.size-fold.
-        stepped = run.step(batches, world.size / tokens.clamp(min=1), task.loss)
-    told = torch.tensor(list(flags()), dtype=torch.float64, device=world.device)
+        stepped = run.step(data.batches, world.size / tokens.clamp(min=1), task.loss)
+    told = torch.tensor([*astuple(data.positions), *flags()], dtype=torch.float64, device=world.device)
     with world.during(f"the sum of the losses of step {step}"):
         sums = torch.cat([stepped.total.reshape(1), told])
         dist.all_reduce(sums)
-        total, *counted = sums.tolist()
+        total, positions, padding, squares, *counted = sums.tolist()
     count = int(tokens.item())
-    return StepResult(total / max(count, 1), stepped.norm, count, stepped.applied, counted)
+    everywhere = Positions(positions, padding, squares)
+    return StepResult(total / max(count, 1), stepped.norm, count, stepped.applied, everywhere, counted)
 
 
 @torch.no_grad()

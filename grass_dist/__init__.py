@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from grass_dist.huggingface.sync import WeightSync
     from grass_dist.method.controller import GrassController
     from grass_dist.method.samplers import RoundGenerator, register_sampler
+    from grass_dist.model.chunked_loss import chunk_loss
     from grass_dist.model.discovery import find_layers
     from grass_dist.optimizer import GrassOptimizer
 
@@ -44,6 +45,7 @@ __all__ = [
     "StateError",
     "UnsupportedModel",
     "WeightSync",
+    "chunk_loss",
     "disable",
     "enable",
     "find_layers",
@@ -64,6 +66,7 @@ _MODULES = {
     "huggingface.sync": ("WeightSync",),
     "method.controller": ("GrassController",),
     "method.samplers": ("RoundGenerator", "register_sampler"),
+    "model.chunked_loss": ("chunk_loss",),
     "model.discovery": ("find_layers",),
     "optimizer": ("GrassOptimizer",),
     "backends.muon": ("MuonAdamW",),

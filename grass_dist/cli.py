@@ -204,6 +204,9 @@ def plan(
         str, typer.Option(help="resident, or host: layers that do not train now rest there (single, ddp, zero3).")
     ] = "resident",
     checkpointing: Annotated[bool | None, typer.Option(help="Activation checkpointing; left out, chosen.")] = None,
+    logits: Annotated[
+        str, typer.Option(help="whole, or chunked: those of a few tokens at a time (model.logits).")
+    ] = "whole",
     dtype: Annotated[str, typer.Option(help="Dtype of the weights: bfloat16 or float32.")] = "bfloat16",
     always_active: Annotated[
         str, typer.Option(help="Roles that GRASS trains at every step, or none.")

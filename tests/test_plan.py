@@ -152,6 +152,8 @@ CASES = [
     ("hsdp", 8, {"replicate": 2}, GRASS),
     ("ddp", 2, {}, FULL),
     ("ddp", 8, {}, GRASS),
+    ("single", 1, {"logits": "chunked"}, GRASS),
+    ("fsdp2", 8, {"logits": "chunked", "checkpointing": True}, Method("grass", 2, ())),
 ]
 
 

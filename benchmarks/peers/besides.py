@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--model", default="packaged:smollm2-135m")
     parser.add_argument("--workers", type=int, default=2, help="trainings of one rank at a time, a core each")
     parser.add_argument("--only", choices=("tried", "ranks"))
+    parser.set_defaults(regime="short", steps=None)
     args = parser.parse_args()
 
     runs = read(RESULTS)

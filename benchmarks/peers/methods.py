@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import grass_dist
+from benchmarks.peers.regimes import Regime
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-ACTIVE, INTERVAL, PROBE = 4, 5, 5
-"""Layers that train at a time, steps between two draws, steps of the probe, which count as any other."""
+ACTIVE = 4
+"""Layers that train at a time."""
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Method:
 
 
 class Maker(Protocol):
-    def __call__(self, model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+    def __call__(self, model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
         """
         Args:
             model: as it was loaded; under more than one rank the method wraps it in DistributedDataParallel.
@@ -71,7 +72,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return nbytes(found)
 
 
-def plain(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+def plain(model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
     model = wrap(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, **ADAMW)
@@ -84,25 +85,25 @@ def plain(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
 
 
 def lora(rank: int, *, dora: bool = False) -> Maker:
-    def make(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+    def make(model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
         import peft
 
         settings = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", use_dora=dora
         )
         adapted = peft.get_peft_model(model, settings)  # type: ignore[arg-type]
-        return plain(adapted, lr, steps, seed)
+        return plain(adapted, lr, regime, seed)
 
     return make
 
 
 def grass(sampler: str, **settings: Any) -> Maker:
-    def make(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+    def make(model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
         model = wrap(model)
-        every = {"sampling_interval": INTERVAL, "update_interval": INTERVAL}
+        every = {"sampling_interval": regime.interval, "update_interval": regime.interval}
         own = {"active_layers": ACTIVE, **every, "sampler": sampler, "seed": seed}
         if sampler.startswith("grass"):
-            own["probe_steps"] = PROBE
+            own["probe_steps"] = regime.probe
         config = grass_dist.GrassConfig(**(own | settings))
         optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, {"lr": lr, **ADAMW}, config=config)
         return Method(
@@ -120,13 +121,13 @@ def grass(sampler: str, **settings: Any) -> Maker:
     return make
 
 
-def badam(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+def badam(model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
     from badam import BlockOptimizer
 
     blocks = sum(1 for _ in model.get_submodule("model.layers").children())
     model = wrap(model, freezes=True)
     inner = torch.optim.AdamW(model.parameters(), lr=lr, **ADAMW)
-    every = max(1, steps // blocks)  # so that nearly every block trains once, as it does in many epochs
+    every = max(1, regime.steps // blocks)  # so that nearly every block trains once, as it does in many epochs
     optimizer = BlockOptimizer(
         base_optimizer=inner, named_parameters_list=list(model.named_parameters()), switch_block_every=every, verbose=0
     )
@@ -140,7 +141,7 @@ def badam(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
     )
 
 
-def galore(model: nn.Module, lr: float, steps: int, seed: int) -> Method:
+def galore(model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
     from galore_torch import GaLoreAdamW
 
     settings = {"rank": 128, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std"}
@@ -172,9 +173,12 @@ METHODS: dict[str, tuple[Maker, tuple[float, float, float]]] = {
     "grass": (grass("grass"), (1e-4, 3e-4, 1e-3)),
     "grass-layers": (grass("grass", always_active=()), (3e-4, 1e-3, 3e-3)),
     "grass-static": (grass("grass-static"), (1e-4, 3e-4, 1e-3)),
+    "grass-third": (grass("grass", temperature={"effective_layers": 10}), (1e-4, 3e-4, 1e-3)),
     "cyclic": (grass("cyclic"), (1e-4, 3e-4, 1e-3)),
+    "random-cyclic": (grass("random-cyclic"), (1e-4, 3e-4, 1e-3)),
     "badam": (badam, (3e-4, 1e-3, 3e-3)),
     "lora16": (lora(16), (3e-4, 1e-3, 3e-3)),
+    "lora64": (lora(64), (1.5e-4, 5e-4, 1.5e-3)),
     "lora128": (lora(128), (1e-4, 3e-4, 1e-3)),
     "dora16": (lora(16, dora=True), (3e-4, 1e-3, 3e-3)),
     "galore": (galore, (3e-4, 1e-3, 3e-3)),

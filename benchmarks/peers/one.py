@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.peers.methods import MAKERS, Method, nbytes
-from benchmarks.peers.task import TESTS, accuracy, batches, held_out_loss, load_model, load_tokenizer, training_data
+from benchmarks.peers.regimes import REGIMES, Regime
+from benchmarks.peers.task import (
+    TESTS,
+    accuracy,
+    batches,
+    held_out_loss,
+    load_model,
+    load_tokenizer,
+    on_device,
+    training_data,
+)
 
-STEPS, WARM_UP, CLIP = 60, 4, 1.0
+CLIP = 1.0
 
 
 def weights_of(out: Path) -> Path:
     return out.with_suffix(".weights")
-
-
-def rate(step: int, steps: int) -> float:
-    """Factor of the learning rate: a linear rise, then a cosine to zero."""
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
 
 
 def own_part(batch: dict[str, torch.Tensor], rank: int, ranks: int) -> tuple[dict[str, torch.Tensor], float]:
@@ -54,7 +58,9 @@ def step(method: Method, batch: dict[str, torch.Tensor]) -> tuple[float, int, in
     """One step; its loss, and bytes and entries of the gradients that were there before the update."""
     ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own, share = own_part(batch, *ranks)
-    with torch.autocast("cpu", torch.bfloat16):
+    device = next(method.model.parameters()).device
+    own = on_device(own, device)
+    with torch.autocast(device.type, torch.bfloat16):
         loss = method.model(**own, use_cache=False).loss * share
     loss.backward()
     grads = [p.grad for p in method.model.parameters() if p.grad is not None]
@@ -65,16 +71,16 @@ def step(method: Method, batch: dict[str, torch.Tensor]) -> tuple[float, int, in
     return mean_over_ranks(loss.detach()), held, entries
 
 
-def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, steps: int) -> dict[str, Any]:
+def train(method: Method, whole: int, data: Any, tokenizer: Any, seed: int, regime: Regime) -> dict[str, Any]:
     """Trains it; what it lost, held and would have sent.
 
     Args:
         whole: parameters of the model as it was loaded.
     """
-    scheduler = torch.optim.lr_scheduler.LambdaLR(method.optimizer, lambda step: rate(step, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(method.optimizer, regime.rate)
     losses, shares, device, host = [], [], 0, 0
     method.model.train()
-    for _, batch in zip(range(steps), batches(data, tokenizer, seed), strict=False):
+    for _, batch in zip(range(regime.steps), batches(data, tokenizer, seed, regime.batch), strict=False):
         loss, held, entries = step(method, batch)
         device = max(device, nbytes(method.model.parameters()) + held + method.states() + method.extra())
         host = max(host, method.host())
@@ -108,31 +114,33 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="training problems; the test sets lie beside it")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="packaged:smollm2-135m")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--regime", choices=REGIMES, default="short")
+    parser.add_argument("--steps", type=int, help="other than the regime's")
     parser.add_argument("--judge", action="store_true")
     args = parser.parse_args()
+    regime = REGIMES[args.regime]
+    if args.steps is not None:
+        regime = replace(regime, steps=args.steps)
+    device = torch.device(regime.device if torch.cuda.is_available() else "cpu")
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
         dist.init_process_group("gloo")
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model)
-    model = load_model(args.model)
+    model = load_model(args.model).to(device)
     whole = sum(p.numel() for p in model.parameters())
-    method = MAKERS[args.method](model, args.lr, args.steps, args.seed)
+    method = MAKERS[args.method](model, args.lr, regime, args.seed)
     weights = weights_of(args.out)
     if args.judge:
         method.model.load_state_dict(torch.load(weights))
         judged = method.model.to(torch.bfloat16).eval()
-        told = json.loads(args.out.read_text())
-        write(
-            args.out,
-            told | {"accuracy": {name: accuracy(judged, tokenizer, args.data.parent / name) for name in TESTS}},
-        )
+        right = {name: accuracy(judged, tokenizer, args.data.parent / name, regime.questions) for name in TESTS}
+        write(args.out, json.loads(args.out.read_text()) | {"accuracy": right})
         weights.unlink()
         return
     data = training_data(args.data, tokenizer)
-    told = train(method, whole, data, tokenizer, args.seed, args.steps)
+    told = train(method, whole, data, tokenizer, args.seed, regime)
     if ranks > 1:
         rank = dist.get_rank()
         dist.barrier()
@@ -140,15 +148,16 @@ def main() -> None:
         if rank:
             return
     model = bare(method.model).eval()
-    torch.save(model.state_dict(), weights)
+    if regime.questions:
+        torch.save(model.state_dict(), weights)
     told |= {
         "method": args.method,
         "lr": args.lr,
         "seed": args.seed,
-        "steps": args.steps,
+        "steps": regime.steps,
         "settings": method.notes,
         "ranks": ranks,
-        "held_out_loss": held_out_loss(model, data, tokenizer),
+        "held_out_loss": held_out_loss(model, data, tokenizer, device),
         "torch": torch.__version__,
     }
     write(args.out, told)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers.methods import PROBE, grass
-from benchmarks.peers.one import STEPS, step
+from benchmarks.peers.methods import grass
+from benchmarks.peers.one import step
+from benchmarks.peers.regimes import REGIMES
 from benchmarks.peers.task import batches, load_model, load_tokenizer, training_data
 from grass_dist.method.importance import effective_layers, sampling_probabilities
 
@@ -26,9 +27,10 @@ def main() -> None:
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model)
-    method = grass("grass")(model, 3e-4, STEPS, 0)
+    regime = REGIMES["short"]
+    method = grass("grass")(model, 3e-4, regime, 0)
     data = training_data(args.data, tokenizer)
-    for _, batch in zip(range(PROBE), batches(data, tokenizer, 0), strict=False):
+    for _, batch in zip(range(regime.probe), batches(data, tokenizer, 0, regime.batch), strict=False):
         step(method, batch)
     found = np.array(method.optimizer.grass.importances)  # type: ignore[attr-defined]
     layers = {}

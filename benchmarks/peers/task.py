@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from grass_dist.finetune.data.config import DataConfig
 from grass_dist.finetune.data.loading import Data, load_data, render_prompt
 from grass_dist.model.packaged import resolve_model
 
-BATCH, MAX_LENGTH, HELD_OUT = 4, 96, 64
-QUESTIONS, ANSWER_TOKENS, AT_ONCE = 48, 52, 48
+MAX_LENGTH, HELD_OUT = 96, 64
+ANSWER_TOKENS, AT_ONCE = 52, 50
 TESTS = ("multiarith_test.json", "addsub_test.json")
 
 
@@ -56,15 +57,24 @@ def training_data(file: Path, tokenizer: Any) -> Data:
     return replace(data, train=train, held_out=held_out[:HELD_OUT])
 
 
-def batches(data: Data, tokenizer: Any, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Global batches in an order that depends on ``seed`` alone: every method of a seed trains on the same."""
-    order = np.random.Generator(np.random.Philox(key=[seed, 1])).permutation(len(data.train))
-    for first in range(0, len(order) - BATCH + 1, BATCH):
-        yield collate([data.train[int(i)] for i in order[first : first + BATCH]], tokenizer.pad_token_id)
+def batches(data: Data, tokenizer: Any, seed: int, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Global batches without end, in an order that depends on ``seed`` alone: all methods of a seed train on the same.
+
+    Args:
+        size: problems in a batch.
+    """
+    for epoch in itertools.count(1):
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(data.train))
+        for first in range(0, len(order) - size + 1, size):
+            yield collate([data.train[int(i)] for i in order[first : first + size]], tokenizer.pad_token_id)
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, data: Data, tokenizer: Any) -> float:
+def held_out_loss(model: nn.Module, data: Data, tokenizer: Any, device: torch.device) -> float:
     """Mean over the labelled tokens."""
     total, count = 0.0, 0
     for first in range(0, len(data.held_out), 8):
@@ -72,16 +82,16 @@ def held_out_loss(model: nn.Module, data: Data, tokenizer: Any) -> float:
             [data.held_out[i] for i in range(first, min(first + 8, len(data.held_out)))], tokenizer.pad_token_id
         )
         labels = int((batch["labels"][:, 1:] != -100).sum())
-        with torch.autocast("cpu", torch.bfloat16):
-            total += model(**batch, use_cache=False).loss.item() * labels
+        with torch.autocast(device.type, torch.bfloat16):
+            total += model(**on_device(batch, device), use_cache=False).loss.item() * labels
         count += labels
     return total / count
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, tokenizer: Any, file: Path) -> float:
-    """Share of the first problems of a test set whose greedy answer gives the right number."""
-    rows = json.loads(file.read_text())[:QUESTIONS]
+def accuracy(model: nn.Module, tokenizer: Any, file: Path, questions: int) -> float:
+    """Share of the first ``questions`` problems of a test set whose greedy answer gives the right number."""
+    rows = json.loads(file.read_text())[:questions]
     right = 0
     for first in range(0, len(rows), AT_ONCE):
         some = rows[first : first + AT_ONCE]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.methods import METHODS, PROBE
-from benchmarks.peers.one import STEPS, step
+from benchmarks.peers.methods import METHODS
+from benchmarks.peers.one import step
+from benchmarks.peers.regimes import REGIMES
 from benchmarks.peers.task import batches, load_model, load_tokenizer, training_data
 
 
@@ -31,13 +32,15 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     data = training_data(args.data, tokenizer)
     made = {}
-    for name, (make, (_, rate, _)) in METHODS.items():
+    regime = REGIMES["short"]
+    for name in regime.methods:
+        make, (_, rate, _) = METHODS[name]
         model = load_model(args.model)
-        made[name] = make(model, rate, STEPS, 0)
+        made[name] = make(model, rate, regime, 0)
     names = list(made)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    order = batches(data, tokenizer, 0)
-    for number in range(-PROBE - 1, args.rounds):
+    order = batches(data, tokenizer, 0, regime.batch)
+    for number in range(-regime.probe - 1, args.rounds):
         batch = next(order)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             began = time.perf_counter()

@@ -29,6 +29,12 @@ class ModelConfig(StrictModel):
     compile: Literal["layer"] | None = None
     """`layer`: each layer is compiled by torch.compile, with up to four graphs in all, whichever layers are drawn. It
     needs a C++ compiler. Not with deepspeed."""
+    logits: Literal["whole", "chunked", "liger"] = "whole"
+    """causal-lm only: how many logits there are at a time. `whole`: those of all tokens of a micro-batch, with their
+    probabilities and gradients in fp32, some 12 bytes × tokens × vocabulary. `chunked`: those of a few tokens, on any
+    device; the loss is the same but for rounding, and the gradient of the output head is summed chunk by chunk in the
+    dtype of the weights. `liger`: by the kernels of `liger-kernel` (`pip install 'grass-dist[liger]'`), on CUDA and
+    where they know the model."""
     trust_remote_code: bool = False
     """Allow code that comes with the model to run. `true` is your permission: the code runs on every rank with your
     rights, and the program says so when it starts. Look for it in a configuration that somebody gave you."""
@@ -313,6 +319,9 @@ class RunConfig(StrictModel):
     def _check_task(self) -> None:
         """Checks that the data have what the task learns, and no setting that it does not use."""
         data, task, parts = self.data, self.task, _LEARNS[self.task]
+        if self.model.logits != "whole" and task != "causal-lm":
+            problem = f"task={task} needs all logits at once"
+            raise ConfigError("model.logits", self.model.logits, problem, "leave it out")
         if data.learnt not in parts:
             needs = " or ".join(f"data.{part}" for part in parts)
             value = getattr(data, data.learnt)

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ import torch.distributed as dist
 from torch import nn
 
 from grass_dist.config import check_num_layers
-from grass_dist.errors import ConfigError, shorten
+from grass_dist.errors import ConfigError, UnsupportedModel, shorten
 from grass_dist.finetune.config import ModelConfig, RunConfig, TrainConfig
 from grass_dist.finetune.data.batches import check_divides
 from grass_dist.finetune.hub import hub_problem, loading_options
 from grass_dist.finetune.tasks.base import Task
 from grass_dist.job.world import World
 from grass_dist.model.always import always_active_roles
+from grass_dist.model.chunked_loss import chunk_loss
 from grass_dist.model.discovery import find_layers
 from grass_dist.model.foreign import too_deep
 from grass_dist.model.names import freeze_named
@@ -107,7 +109,32 @@ def load_model(config: RunConfig, device: torch.device, task: Task | None = None
     if settings.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        if (release := getattr(model, "disable_input_require_grads", None)) is not None:
+            release()  # which only reentrance needs: the backward would pass all frozen layers down to the embeddings
+    _set_logits(settings, model, device)
     return model.train()
+
+
+def _set_logits(settings: ModelConfig, model: Any, device: torch.device) -> None:
+    """Has the model make its loss as ``model.logits`` says.
+
+    Raises:
+        ConfigError: the model or this machine cannot.
+    """
+    if settings.logits == "chunked":
+        try:
+            chunk_loss(model)
+        except UnsupportedModel as error:
+            raise ConfigError("model.logits", "chunked", str(error).rstrip("."), "use whole") from error
+    elif settings.logits == "liger":
+        if device.type != "cuda":
+            raise ConfigError("model.logits", "liger", f"its kernels do not run on {device.type}", "use chunked")
+        if find_spec("liger_kernel") is None:
+            problem = "liger-kernel is not installed"
+            raise ConfigError("model.logits", "liger", problem, "pip install 'grass-dist[liger]', or use chunked")
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(model, {})
 
 
 def check_ranks(config: RunConfig, world: World) -> None:

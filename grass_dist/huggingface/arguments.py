@@ -70,3 +70,23 @@ def _stand_ins(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         {**group, "params": [nn.Parameter(torch.zeros([1] * p.ndim)) for p in group["params"]]}
         for group in optimizer.param_groups
     ]
+
+
+def is_reentrant(args: Any) -> bool:
+    """Whether Trainer's activation checkpointing, if these arguments have it on, is the reentrant one."""
+    import transformers
+    from packaging.version import Version  # transformers depends on it
+
+    given = args.gradient_checkpointing_kwargs or {}
+    return bool(given.get("use_reentrant", Version(transformers.__version__) < Version("5")))
+
+
+def release_embeddings(trainer: Any) -> None:
+    """Lets a backward end at the lowest layer that trains, where Trainer recomputes activations without reentrance.
+
+    transformers has the output of the embeddings require a gradient as soon as it recomputes, which only reentrant
+    checkpointing needs: a backward would go through all frozen layers to the very first.
+    """
+    release = getattr(getattr(trainer, "model", None), "disable_input_require_grads", None)
+    if release is not None and trainer.args.gradient_checkpointing and not is_reentrant(trainer.args):
+        release()

@@ -16,7 +16,7 @@ from grass_dist.checkpoint.marker import write_marker
 from grass_dist.checkpoint.torch_states import method_of
 from grass_dist.config import GrassConfig
 from grass_dist.errors import CheckpointError, ConfigError, GrassError
-from grass_dist.huggingface.arguments import arguments_of
+from grass_dist.huggingface.arguments import arguments_of, release_embeddings
 from grass_dist.huggingface.fsdp import (
     FsdpStates,
     StatesBeside,
@@ -36,9 +36,12 @@ from grass_dist.states.unit_optimizer import step_over
 
 
 def prepare_with_grass(stock: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+    trainer = next((t for t in reversed(TRAINING) if t.accelerator is accelerator), None)
     if accelerator.distributed_type == "DEEPSPEED":
         ds_config = accelerator.deepspeed_plugin.deepspeed_config
         if trains_by_grass(ds_config):
+            if trainer is not None:
+                release_embeddings(trainer)
             # or Accelerate makes a DeepSpeedCPUAdam of the optimizer, where the ds_config has offload_optimizer
             ds_config["zero_force_ds_cpu_optimizer"] = False
         prepared = stock(accelerator, *args, **kwargs)
@@ -49,6 +52,8 @@ def prepare_with_grass(stock: Callable[..., Any], accelerator: Any, *args: Any, 
     trains = any(isinstance(item, torch.optim.Optimizer) for item in args)
     config = configured() if trains else Switch.config
     prepared = stock(accelerator, *args, **kwargs)
+    if config is not None and trainer is not None:
+        release_embeddings(trainer)
     if config is not None:
         from accelerate.optimizer import AcceleratedOptimizer
 

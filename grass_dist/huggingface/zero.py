@@ -11,6 +11,7 @@ from grass_dist.backends.zero.private import RECOMPUTES_FROZEN, deepspeed_versio
 from grass_dist.config import GrassConfig
 from grass_dist.deepspeed import config_of, initialize_with
 from grass_dist.errors import ConfigError
+from grass_dist.huggingface.arguments import is_reentrant
 from grass_dist.huggingface.switch import Switch, compare_with_block, configured, give_back_later
 
 
@@ -23,15 +24,11 @@ def check_recomputation(trainer: Any) -> None:
     args, accelerator = trainer.args, trainer.accelerator
     if accelerator.distributed_type != "DEEPSPEED" or not args.gradient_checkpointing:
         return
-    import transformers
-    from packaging.specifiers import SpecifierSet  # both depend on it
-    from packaging.version import Version
+    from packaging.specifiers import SpecifierSet
 
-    given = args.gradient_checkpointing_kwargs or {}
-    reentrant = given.get("use_reentrant", Version(transformers.__version__) < Version("5"))
     fits = SpecifierSet(RECOMPUTES_FROZEN).contains(version := deepspeed_version(), prereleases=True)
     plugin = accelerator.deepspeed_plugin
-    if plugin.zero_stage == 3 and not reentrant and not fits and trains_by_grass(plugin.deepspeed_config):
+    if plugin.zero_stage == 3 and not is_reentrant(args) and not fits and trains_by_grass(plugin.deepspeed_config):
         problem = f"stage 3 of DeepSpeed {version} cannot recompute frozen layers without reentrance"
         fix = f'install DeepSpeed {RECOMPUTES_FROZEN}, or set gradient_checkpointing_kwargs={{"use_reentrant": True}}'
         raise ConfigError("gradient_checkpointing", True, problem, fix)

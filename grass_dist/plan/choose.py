@@ -128,7 +128,7 @@ def nearest_to_fitting(shape: ModelShape, runs: Sequence[PlannedRun], speeds: Sp
 def remedies(shape: ModelShape, near: Estimate, speeds: Speeds) -> list[str]:
     """Says what would make the nearest one fit: each change alone, else as many together as it takes."""
     run, names = near.run, list[str]()
-    changes = _changes(run)
+    changes = _changes(run, causal=shape.causal)
 
     def fitting(options: Iterable[tuple[str, PlannedRun]]) -> list[str]:
         """Says what GRASS with one layer takes under the first option under which it fits."""
@@ -154,7 +154,7 @@ def remedies(shape: ModelShape, near: Estimate, speeds: Speeds) -> list[str]:
     return [f"{tried}; the least was {size(least.memory.total)} a GPU."]
 
 
-def _changes(run: PlannedRun) -> dict[str, dict[str, Any]]:
+def _changes(run: PlannedRun, *, causal: bool) -> dict[str, dict[str, Any]]:
     """Returns the fields of each change of options that may save memory and is not made yet, by its options."""
     changes: list[tuple[bool, str, dict[str, Any]]] = [
         (run.backend in ("ddp", "single") and run.gpus > 1, "--backend fsdp2", {"backend": "fsdp2"}),
@@ -163,6 +163,7 @@ def _changes(run: PlannedRun) -> dict[str, dict[str, Any]]:
         (run.backend == "hsdp", "--backend fsdp2", {"backend": "fsdp2", "replicate": 1}),
         (run.offload != "stream", "--offload stream", {"offload": "stream"}),
         (not run.checkpointing, "--checkpointing", {"checkpointing": True}),
+        (run.logits == "whole" and causal, "--logits chunked", {"logits": "chunked"}),
         (run.micro_batch > 1, "--micro-batch 1", {"micro_batch": 1}),
         (run.accumulation > 1, "--accumulation 1", {"accumulation": 1}),
         ("embeddings" in run.roles, "--always-active none", {"roles": ()}),

@@ -60,6 +60,7 @@ class PlanOptions:
     offload: str | None = None
     weights: str = "resident"
     checkpointing: bool | None = None
+    logits: str = "whole"
     dtype: str = "bfloat16"
     always_active: str = ",".join(ROLES)
     sampling_interval: int = 50
@@ -89,6 +90,8 @@ def plan_run(options: PlanOptions, tell: Callable[[str], None]) -> None:
         raise ConfigError("--plot", str(options.plot), "it shows what --scale counts", "add e.g. --scale 8..4096")
     run, shape = _planned_run(options, speeds), _shape(options, tell)
     check_weights(shape, run)
+    if run.logits == "chunked" and not shape.causal:
+        raise ConfigError("--logits", "chunked", f"{shape.name} is no causal language model", "leave it out")
     if options.write and not shape.causal:
         problem = f"settings are written for causal language models, and {shape.name} is none"
         raise ConfigError("--write", str(options.write), problem, "leave it out, and take the settings from the plan")
@@ -237,6 +240,7 @@ def _planned_run(options: PlanOptions, speeds: Speeds) -> PlannedRun:
         offload=cast(Any, options.offload or "interval"),
         weights=cast(Any, options.weights),
         checkpointing=bool(options.checkpointing),
+        logits=cast(Any, options.logits),
         roles=_roles(options.always_active),
     )
 

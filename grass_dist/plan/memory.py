@@ -67,6 +67,8 @@ def activations_of(shape: ModelShape, run: PlannedRun) -> Activations:
     head = 4 * h + 4 + 2 * w * h
     # The loss's backward holds the log-probabilities, their gradient and that of the logits, each in fp32.
     loss = 12 * shape.vocab
+    if run.logits == "chunked":  # a chunk's in fp32 twice and in 16 bit twice, and the gradients of all hidden states
+        loss = min(h, shape.vocab) * (8 + (2 * w if w < 4 else 0)) + w * h
     flow = w * (2 * h + 2 * i) + 4 * h
     return Activations(*(tokens * nbytes for nbytes in (trained, frozen, w * h, head, loss, flow)))
 
@@ -231,7 +233,10 @@ class _Counts:
     def loss(self) -> Memory:
         """The loss has been taken; the backward begins."""
         acts = self.layers + self.acts.head + self.acts.loss
-        return Memory(0, self.held, 0, acts, self.gathered_root + self._buckets(), "loss")
+        buffers = self.gathered_root + self._buckets()
+        if self.run.logits == "chunked":  # which forms the head's gradient by now
+            buffers += self.head_grad
+        return Memory(0, self.held, 0, acts, buffers, "loss")
 
     def reducing(self, done: int) -> Memory:
         """The gradients of trained layer number ``done`` from the top are being reduced."""

@@ -22,6 +22,8 @@ Offload = Literal["interval", "stream", "none"]
 BACKENDS: tuple[PlannedBackend, ...] = get_args(PlannedBackend)
 Weights = Literal["resident", "host"]
 WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+Logits = Literal["whole", "chunked"]
+LOGITS: tuple[Logits, ...] = get_args(Logits)
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 WEIGHT_BYTES = {"bfloat16": 2, "float32": 4}
 LARGEST = {"gpus": 2**20, "accumulation": 2**16}
@@ -59,6 +61,8 @@ class PlannedRun:
     dtype: str = "bfloat16"
     checkpointing: bool = False
     """Activation checkpointing of each layer."""
+    logits: Logits = "whole"
+    """Whether the logits of all tokens are there at once."""
     roles: tuple[Role, ...] = ROLES
     """Roles that GRASS trains at every step. Full fine-tuning and LISA train all of them."""
     sampling_interval: int = 50
@@ -69,7 +73,13 @@ class PlannedRun:
     def __post_init__(self) -> None:
         for option in ("gpus", "gpus_per_host", "seq_len", "micro_batch", "accumulation", "sampling_interval"):
             check_whole(f"--{option.replace('_', '-')}", getattr(self, option), LARGEST.get(option) or 2**31)
-        allowed = {"backend": BACKENDS, "offload": OFFLOADS, "weights": WEIGHTS, "dtype": tuple(WEIGHT_BYTES)}
+        allowed = {
+            "backend": BACKENDS,
+            "offload": OFFLOADS,
+            "weights": WEIGHTS,
+            "logits": LOGITS,
+            "dtype": tuple(WEIGHT_BYTES),
+        }
         for option, known in allowed.items():
             if (value := getattr(self, option)) not in known:
                 raise ConfigError(f"--{option}", value, "it is not known", f"use one of {', '.join(known)}")

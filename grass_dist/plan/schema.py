@@ -1,7 +1,7 @@
 """Writes the JSON of ``grass-dist plan --json FILE``, in flat names with their units.
 
 version, model, params, num_layers, gpus, gpus_per_host, hosts, gpu_memory_bytes, seq_len_tokens, micro_batch,
-accumulation, backend, replicate, offload, weights, dtype, activation_checkpointing, always_active,
+accumulation, backend, replicate, offload, weights, logits, dtype, activation_checkpointing, always_active,
 sampling_interval_steps
 
 speeds         flop_per_s, flop_share, device_bytes_per_s, pcie_bytes_per_s, within_bytes_per_s, across_bytes_per_s,
@@ -44,6 +44,7 @@ _OF_RUN = (
     "replicate",
     "offload",
     "weights",
+    "logits",
     "dtype",
 )
 _UNPRINTED = ("device_bytes", "pinnable_bytes")

@@ -26,6 +26,7 @@ from grass_dist.backends.wrapping import shard, shard_mesh
 from grass_dist.config import GrassConfig
 from grass_dist.errors import GrassError
 from grass_dist.model.always import always_active_roles
+from grass_dist.model.chunked_loss import chunk_loss
 from grass_dist.model.discovery import LayerMap, Unit, find_layers
 from grass_dist.model.loss import summed_loss
 from grass_dist.model.sharding import Sharding
@@ -142,6 +143,10 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
         if run.checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # type: ignore[operator]
+            if (release := getattr(model, "disable_input_require_grads", None)) is not None:
+                release()
+        if run.logits == "chunked":
+            chunk_loss(model)
         backend = _wrapped(model, run, mesh)
         layers = find_layers(model)
         units = _training(model, layers, run, method)
@@ -154,16 +159,22 @@ def _peak_of_a_step(shape: ModelShape, run: PlannedRun, method: Method) -> tuple
             optimizers, states = _optimizers(units, backend.sharding)
             if mesh is None:
                 with torch.no_grad():
-                    summed_loss(model, {name: tensor[:, :2] for name, tensor in batch.items()})
+                    _loss(model, run, {name: tensor[:, :2] for name, tensor in batch.items()})
                 tracker.reset_mod_stats()
             roles = always_active_roles(model, layers, GrassConfig())
             backend.attach(layers.layers, roles, lambda *_: None, lambda _: None)
             backend.set_trainable(units, probing=False, measuring=False)
-            summed_loss(model, batch).backward()
+            _loss(model, run, batch).backward()
             with torch.no_grad():
                 for optimizer in optimizers:
                     optimizer.step([GROUP])
         return peak(), states
+
+
+def _loss(model: nn.Module, run: PlannedRun, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    if run.logits == "chunked":
+        return model(**batch, num_items_in_batch=1, use_cache=False).loss
+    return summed_loss(model, batch)
 
 
 def _optimizers(units: Sequence[Unit], sharding: Sharding) -> tuple[list[UnitOptimizer], int]:

@@ -41,6 +41,7 @@ def _memory_table(shape: ModelShape, choice: Choice) -> Any:
         f"{size(run.gpu_bytes)} on {hosts} · {run.backend}{replicas} · {run.dtype} · {run.micro_batch} × {run.seq_len} "
         f"tokens a GPU{f' × {run.accumulation}' if run.accumulation > 1 else ''} · offload {run.offload} · "
         f"{'weights on the host · ' if run.weights == 'host' else ''}"
+        f"{'logits in chunks · ' if run.logits == 'chunked' else ''}"
         f"{run.named_checkpointing}\nMemory of a GPU at its peak"
     )
     columns = ("", "weights", "gradients", "states", "activations", "buffers", "allowance", "runtime")

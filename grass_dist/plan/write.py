@@ -67,6 +67,7 @@ def settings_of(path: Path, shape: ModelShape, row: Estimate) -> dict[str, Any]:
             "name": name,
             "dtype": run.dtype,
             "activation_checkpointing": run.checkpointing,
+            **({"logits": run.logits} if run.logits != "whole" else {}),
         },
         "data": {
             "name": "reasoning-gym:gsm_symbolic",

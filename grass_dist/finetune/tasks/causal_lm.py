@@ -46,6 +46,14 @@ class CausalLm(Task):
         logits = model(**inputs_of(batch), use_cache=False).logits[:, :-1]
         return Predictions(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
 
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        if self.config.model.logits == "whole":
+            return super().loss(model, batch)
+        return model(**inputs_of(batch), labels=batch["labels"], num_items_in_batch=1, use_cache=False).loss
+
+    def measure(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, list[float]]:
+        return self.loss(model, batch), []
+
     def targets(self, batch: Batch) -> torch.Tensor:
         return (batch["labels"][:, 1:] != IGNORED).sum()
 

@@ -142,6 +142,7 @@ def test_the_share_of_the_peak_is_of_all_ranks(monkeypatch: pytest.MonkeyPatch):
 
 def test_lanes_are_times_of_the_stream_that_computes(monkeypatch: pytest.MonkeyPatch):
     seen: list[Any] = []
+    device = {"events": 0}  # that it has come to
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -151,19 +152,27 @@ def test_lanes_are_times_of_the_stream_that_computes(monkeypatch: pytest.MonkeyP
             seen.append(stream)
 
         def query(self) -> bool:
-            return self.number < 2
+            return self.number < device["events"]
 
         def elapsed_time(self, other: Event) -> float:
-            return 250.0 * (other.number - self.number)
+            assert other.query(), "the time of an event that has not come"
+            return 250.0 * (other.number - self.number) * (1 + self.number)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     lanes = Lanes(torch.device("cuda:1"))
-    lanes.begin()
-    lanes.end("backward")
-    lanes.end("update")
-    assert lanes.seconds() == {"backward": 0.25, "update": None}  # the device has not got so far
-    assert seen == ["stream of cuda:1"] * 3
+    found = []
+    for device["events"] in (2, 5, 9):  # within the first update, within the second one, after the third
+        lanes.begin()
+        lanes.end("backward")
+        lanes.end("update")
+        found.append(lanes.seconds())
+    assert found == [
+        {"backward": 0.25},  # the device has not ended the update
+        {"backward": 1.0, "update": 0.5},  # that of the step before
+        {"backward": 1.75, "update": 2.0},
+    ]
+    assert seen == ["stream of cuda:1"] * 9
 
 
 def test_lanes_on_a_cpu_are_times_of_the_thread():

@@ -9,7 +9,7 @@ import torch
 
 
 class Lanes:
-    """The seconds of each part of the last step.
+    """The seconds of each part of a step.
 
     On a GPU a part ends at an event of the stream that computes, so its time is that of the device. On a CPU it is that
     of this thread.
@@ -17,27 +17,35 @@ class Lanes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks: list[tuple[str, Any]] = []
+        self._last: Any = None
+        self._open: list[tuple[str, Any, Any]] = []  # name, begin and end of the parts whose time is not known
+        self._known: dict[str, float] = {}
 
     def begin(self) -> None:
         """Begins a step."""
-        self._marks = [("", self._now())]
+        self._last = self._now()
 
     def end(self, lane: str) -> None:
         """Ends the part ``lane``, which began where the one before ended."""
-        self._marks.append((lane, self._now()))
+        before, self._last = self._last, self._now()
+        self._open.append((lane, before, self._last))
 
-    def seconds(self) -> dict[str, float | None]:
-        """Returns the seconds by part; None if the device has not got so far yet."""
-        if self._device.type != "cuda":
-            return {lane: at - before for (_, before), (lane, at) in self._pairs()}
-        return {
-            lane: before.elapsed_time(at) / 1e3 if at.query() else None  # milliseconds
-            for (_, before), (lane, at) in self._pairs()
-        }
+    def seconds(self) -> dict[str, float]:
+        """Returns the seconds by part, of the last step in which the device has ended that part.
 
-    def _pairs(self) -> Any:
-        return zip(self._marks, self._marks[1:], strict=False)
+        On a GPU this may be the step before, since nothing waits for the device here; before the first end of a part
+        there is nothing of it.
+        """
+        while self._open:
+            lane, before, at = self._open[0]
+            if self._device.type != "cuda":
+                self._known[lane] = at - before
+            elif at.query():
+                self._known[lane] = before.elapsed_time(at) / 1e3  # milliseconds
+            else:
+                break
+            del self._open[0]
+        return dict(self._known)
 
     def _now(self) -> Any:
         if self._device.type != "cuda":

@@ -25,7 +25,7 @@ LAUNCH = $(BIN)/torchrun --nproc-per-node $(RANKS)
 endif
 ARGS ?=
 
-.PHONY: setup demo test lint unit processes integration long floors soak bench benchmarks docs clean
+.PHONY: setup demo test lint unit processes integration long floors soak bench gpu benchmarks docs clean
 
 setup: $(VENV)/.installed
 
@@ -74,6 +74,10 @@ soak: setup
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.step_time
+
+# What only a GPU can show, in eight minutes at most; ARGS="--parts slot,errors": some of it (docs/benchmarks.md).
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json $(ARGS)
 
 # All benchmarks, and docs/benchmarks.md from them; hours. DATA=FILE: training problems of the comparison.
 benchmarks: setup

@@ -13,11 +13,13 @@ from torch import nn
 from grass_dist.errors import GrassError
 from grass_dist.finetune.checkpoints import check_bad_steps
 from grass_dist.finetune.config import RunConfig
+from grass_dist.finetune.feed import StepData
 from grass_dist.finetune.run_torch import Torch
 from grass_dist.finetune.steps import train_step
 from grass_dist.finetune.tasks.causal_lm import CausalLm
 from grass_dist.job.world import World
 from grass_dist.model.discovery import find_layers
+from grass_dist.record.speed import positions_of
 from integration_tests.support.model import small_llama
 from integration_tests.support.scenarios import Spawn, scenarios
 from integration_tests.support.training import full
@@ -63,7 +65,8 @@ def spoiled(rank: int, world_size: int, backend: str, clip: float | None, spoil:
     for step in range(10):
         spoiler.what = spoil.get(step) if rank == world_size - 1 else None
         before = [full(p).clone() for p in run.model.parameters()]
-        result = train_step(run, [[EXAMPLES[rank]], [EXAMPLES[rank + 2]]], task, world, step)
+        batches = [task.collate([EXAMPLES[place]]) for place in (rank, rank + 2)]
+        result = train_step(run, StepData(batches, positions_of(batches)), task, world, step)
         told["moved"].append(
             any(not torch.equal(b, full(p)) for b, p in zip(before, run.model.parameters(), strict=True))
         )

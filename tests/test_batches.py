@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grass_dist.errors import ConfigError
-from grass_dist.finetune.data.batches import GlobalBatches, MicroBatches, check_divides, permutation, share
+from grass_dist.finetune.data.batches import (
+    Examples,
+    GlobalBatches,
+    MicroBatches,
+    check_divides,
+    permutation,
+    share,
+)
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -145,3 +153,51 @@ def test_no_examples():
         MicroBatches([], **options)
     with pytest.raises(ConfigError, match=r"^data\.streaming=True: the stream has no examples in epoch 0"):
         steps(FakeStream(0), 1, **options)
+
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, batch=st.integers(1, 9), seed=SEEDS, k=st.integers(0, 30))
+def test_grouped_epochs_are_permutations_that_depend_on_no_past(lengths, batch, seed, k):
+    n = len(lengths)
+    batches = GlobalBatches(n, batch, seed, np.array(lengths))
+    sequence = [index for step in range(-(-3 * n // batch)) for index in batches.indices(step)]
+    for epoch in range(3):
+        assert sorted(sequence[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert GlobalBatches(n, batch, seed, np.array(lengths)).indices(k) == batches.indices(k)
+
+
+def test_batches_of_one_length_are_made_in_every_epoch():
+    """Of 4 lengths, 25 of each; an epoch begins in the middle of a batch of 8."""
+    lengths = np.repeat([10, 20, 30, 40], 25)
+    batches = GlobalBatches(100, 8, 3, lengths)
+    found = [set(lengths[batches.indices(k)]) for k in range(50)]  # four epochs
+    whole = [k for k in range(50) if 8 * k // 100 == (8 * k + 7) // 100]
+    mixed = [k for k in whole if len(found[k]) > 1]
+    assert len(mixed) <= 4 * 4  # where a length ends within a batch, and the end of an epoch
+    firsts = [min(found[k]) for k in whole]
+    assert firsts != sorted(firsts), "batches come in a random order"
+
+
+def test_grouping_leaves_less_padding_on_any_number_of_ranks():
+    generator = np.random.default_rng(0)
+    train = Examples({"input_ids": [i] * int(m), "labels": [0]} for i, m in enumerate(generator.integers(1, 200, 400)))
+    assert train.lengths().tolist() == [len(example["input_ids"]) for example in train]
+
+    def padding(by_length: bool, world: int, micro: int) -> tuple[int, list[set[int]]]:
+        wasted, seen = 0, [set() for _ in range(20)]
+        options = {"seed": 1, "global_batch_size": 16, "micro_batch_size": micro, "world_size": world}
+        for rank in range(world):
+            source = MicroBatches(train, rank=rank, by_length=by_length, **options)
+            for step, parts in enumerate(islice(source, 20)):
+                for part in parts:
+                    sizes = [len(example["input_ids"]) for example in part]
+                    wasted += max(sizes) * len(sizes) - sum(sizes)
+                    seen[step] |= {example["input_ids"][0] for example in part}
+        return wasted, seen
+
+    grouped, of_two = padding(True, 2, 4)
+    assert grouped < padding(False, 2, 4)[0] / 5
+    assert of_two == padding(True, 1, 16)[1] == padding(True, 4, 2)[1]

@@ -225,6 +225,22 @@ def test_layers_of_different_sizes_and_speed(tmp_path: Path) -> None:
     assert (found.state_peak, found.state_full) == (350, 350 * 65 / 35)
 
 
+def test_speed_and_lanes_are_means_over_time(tmp_path: Path) -> None:
+    def fast(number: int, rate: float, seconds: float, **more: float) -> dict[str, Any]:
+        speed = {"tokens_per_second": rate, "flops_per_second": 1e10 * rate, "mfu": rate / 1e4, "data_seconds": 1.0}
+        return step(number, [0], seconds=seconds, backward_seconds=seconds / 2, update_seconds=1.0, **speed | more)
+
+    run = load_run(small_run(tmp_path, [fast(1, 100, 9.0), fast(2, 400, 4.0)]))  # 10 and 5 seconds with the data
+    [card] = [card for card in cards(numbers(run), run) if card.label == "Tokens a second"]
+    note = "2.0% of the peak of the GPUs, 2 TFLOP/s; in training steps; evaluation is left out"
+    assert (card.value, card.note) == ("200", note)
+    page = text_of(tmp_path)
+    assert (
+        "43% went to forward and backward, 13% to clipping, updates and switches, 13% to waiting for data, and 30%"
+        in page
+    )
+
+
 def test_full_state_counts_what_trains_wherever_states_are(tmp_path: Path) -> None:
     """10 bytes a parameter: states that stay, that go to host memory at the switch, and those of a slot at a time."""
     for name, held in (

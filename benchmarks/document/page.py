@@ -11,6 +11,7 @@ import jinja2
 
 from benchmarks import throughput
 from benchmarks.document import plots, tables
+from benchmarks.gpu import table as gpu
 from benchmarks.peers import __main__ as peers
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -38,11 +39,19 @@ def write_page(docs: Path = DOCS) -> None:
         tried=tried,
         ranks=ranks,
         on_gpu=on_gpu(results),
+        proofs=proofs(results),
     )
     (docs / "benchmarks.md").write_text(page)
     images = docs / "images"
     plots.draw_throughput(results["throughput_cpu"], images / "bench_throughput.svg")
     plots.draw_peers(trainings, images / "bench_peers.svg")
+
+
+def proofs(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `make gpu` has found, of each file gpu*.json: the machine, and tables. A trial on the CPU is no result."""
+    for name, record in results.items():
+        if name.startswith("gpu") and not record["tiny"]:
+            yield tables.machine(record["machine"]), "\n".join(gpu.markdown(record))
 
 
 def on_gpu(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -26,11 +26,13 @@ _FIXED = ("task", "data.", "grass.", "train.global_batch_size", "train.seed")
 _FREE = (
     *("name", "output_dir", "overwrite", "save_model", "sample_prompt", "answer_tokens", "parallel."),
     *("model.activation_checkpointing", "model.trust_remote_code", "model.allow_missing_weights"),
-    *("data.on_bad_line", "grass.offload."),
+    *("data.on_bad_line", "data.prefetch_steps", "grass.offload."),
     *("train.micro_batch_size", "train.eval_every", "train.timeout_seconds", "train.max_bad_steps", "train.checkpoint"),
 )
 """Settings that a run cannot change when it goes on, and settings that do not change what is trained. If any other
 setting has changed, the run says so."""
+_BEFORE = {"task": "causal-lm", "data.group_by_length": False}
+"""What a setting was before there was one, which older checkpoints do not name."""
 _SAID = ("data.name", "grass.offload.host_dtype")
 """Exceptions from both: the run may change them, and says so."""
 
@@ -122,8 +124,7 @@ def check_settings(config: RunConfig, checkpoint: Checkpoint, data: Mapping[str,
     before, now = (_with_temperature(flatten(of)) for of in (saved, config.model_dump(mode="json")))
     changed = []
     for name in sorted(set(before) | set(now)):
-        # Checkpoints of before there were several tasks do not name one.
-        old, new = before.get(name, "causal-lm" if name == "task" else None), now.get(name)
+        old, new = before.get(name, _BEFORE.get(name)), now.get(name)
         if old == new or (name.startswith(_FREE) and name not in _SAID):
             continue
         if name == "grass.always_active" and _without_others(old) == _without_others(new):

@@ -60,6 +60,7 @@ from grass_dist.job.world import World
 from grass_dist.method.schedule import too_short_for
 from grass_dist.model.adapters import adapter_config, layers_of
 from grass_dist.record.about import what_trains
+from grass_dist.record.speed import Speed, work_of
 
 RESUME = "the run can go on with --resume auto"
 """End of a sentence about a lost rank."""
@@ -176,6 +177,8 @@ def finetune(
         world.together(lambda: None, **data_is, **world.together(partial(model_identity, model)))
         start = world.together(lambda: _start(config, checkpoint, data_is, written, say))
         layers = layers_of(model, config.grass)
+        work = work_of(model, layers, recomputed=config.model.activation_checkpointing)
+        speed = Speed(work, world.device, next(model.parameters()).dtype, world.size)
         about = describe_run(config, world, parallel.name, layers, data, model)
         about["example"] = task.shown(data.first)
         record, answer = record_of(checkpoint) if checkpoint else (0, None)
@@ -219,7 +222,7 @@ def finetune(
 
         add_model = partial(write_model_files, settings, task.processor, adapter)
         checkpoints = Checkpoints(config, world, run, folder.path, add_model, tell, start.step)
-        loop = Loop(config, world, run, data, task, reporter, log, checkpoints, signals, state)
+        loop = Loop(config, world, run, data, task, reporter, log, speed, checkpoints, signals, state)
         return _train(loop, start, answer, folder.path, guard)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from grass_dist.checkpoint.pieces import Holdings
 from grass_dist.events import Observer
+from grass_dist.finetune.lanes import Lanes
 from grass_dist.finetune.tasks.base import Batch, Task
 from grass_dist.method.controller import GrassController
 from grass_dist.model.discovery import LayerMap
@@ -53,6 +54,8 @@ class Run(Protocol):
     """A model that trains on its ranks, from the first step to the saved model."""
 
     grass: GrassController
+    lanes: Lanes
+    """Times of the last step: "backward" (with the forward), and "update" (with clipping and a switch)."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

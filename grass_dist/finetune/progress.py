@@ -90,13 +90,15 @@ class Reporter:
         else:
             self.say(f"step {saved.step}: saved in {saved.seconds:.1f} s; training waited {saved.stall_seconds:.2f} s")
 
-    def step(self, step: int, phase: str, loss: float, seconds: float) -> None:
-        """Shows that ``step`` steps are done; the last one was of ``phase`` and took ``seconds``."""
+    def step(self, step: int, phase: str, loss: float, seconds: float, speed: str = "") -> None:
+        """Shows that ``step`` steps are done; the last one was of ``phase``, took ``seconds`` and had this speed."""
         numbers = f"loss {loss:.3f}" + (f"  held out {self._held_out:.3f}" if self._held_out is not None else "")
+        numbers += f"  {speed}" if speed else ""
         with self._guarded():
             self._bar.update(self._task, completed=step, description=phase, numbers=numbers)
         if not self._terminal and (step % max(1, self._max_steps // 20) == 0 or step == self._max_steps):
-            self.say(f"step {step}/{self._max_steps}  {phase}  loss {loss:.4f}  {seconds:.2f} s a step")
+            told = [f"step {step}/{self._max_steps}", phase, f"loss {loss:.4f}", f"{seconds:.2f} s a step", speed]
+            self.say("  ".join(part for part in told if part))
 
     def _guarded(self) -> AbstractContextManager[None]:
         return self._guard.around("the display", "the run goes on, and not all is shown")

@@ -22,6 +22,7 @@ from grass_dist.events import Observer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.deepspeed_config import check, fill, read_ds_config
 from grass_dist.finetune.export import gather_zero, save_pretrained
+from grass_dist.finetune.lanes import Lanes
 from grass_dist.finetune.parallel import Loss, Stepped, Tell
 from grass_dist.finetune.questions import answer_from_folder
 from grass_dist.finetune.setup import (
@@ -120,16 +121,21 @@ class DeepSpeedRun:
         self.model, self.optimizer, self.grass = engine, optimizer, engine.grass
         self._accumulation, self._clip = accumulation_steps(config, world), config.train.clip_grad_norm
         self._world, self._keep = world, keep
+        self.lanes = Lanes(world.device)
 
     def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss, tell: Tell) -> Stepped:
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         probing = self.grass.phase == "probe"
-        for batch in batches:
+        self.lanes.begin()
+        for number, batch in enumerate(batches, start=1):
             summed = loss(self.model, batch)
             # backward() divides by the steps of accumulation, and scale counts every micro-batch already.
             self.model.backward(summed * (scale * self._accumulation))
-            self.model.step()  # updates after the last one
             total += summed.detach()
+            if number == len(batches):
+                self.lanes.end("backward")
+            self.model.step()  # updates after the last one
+        self.lanes.end("update")
         told = tell(total, None if probing or self._clip is None else self.model.get_global_grad_norm())
         finite = told.norm is None or math.isfinite(told.norm)
         return Stepped(told, applied=probing or (finite and not self.model.optimizer.overflow))

@@ -19,6 +19,7 @@ from grass_dist.config import GrassConfig
 from grass_dist.events import Observer
 from grass_dist.finetune.config import RunConfig
 from grass_dist.finetune.export import gather_torch, save_pretrained
+from grass_dist.finetune.lanes import Lanes
 from grass_dist.finetune.optimizers import optimizer_of
 from grass_dist.finetune.parallel import Loss, Stepped, Tell, Told
 from grass_dist.finetune.setup import accumulation_steps, check_ranks, load_model, parameter_groups
@@ -64,14 +65,17 @@ class TorchRun:
     def __init__(self, model: nn.Module, optimizer: GrassOptimizer, clip: float | None, world: World) -> None:
         self.model, self.optimizer, self.grass = model, optimizer, optimizer.grass
         self._clip, self._world = clip, world
+        self.lanes = Lanes(world.device)
 
     def step(self, batches: Sequence[Batch], scale: torch.Tensor, loss: Loss, tell: Tell) -> Stepped:
+        self.lanes.begin()
         total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for number, batch in enumerate(batches):
             with _reduce_only(self.model, last=number == len(batches) - 1):
                 summed = loss(self.model, batch)
                 (summed * scale).backward()
             total += summed.detach()
+        self.lanes.end("backward")
         trains = self.grass.phase == "train"
         norm = None
         if trains and self._clip is not None:
@@ -84,6 +88,7 @@ class TorchRun:
             self.grass.finish_gradients()
             self.grass.skip_step()
         self.optimizer.zero_grad()
+        self.lanes.end("update")
         return Stepped(told, applied)
 
     def _is_finite(self, told: Told) -> bool:

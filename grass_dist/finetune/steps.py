@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 
 import torch
@@ -13,9 +13,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from grass_dist.finetune.data.batches import Example
+from grass_dist.finetune.feed import StepData
 from grass_dist.finetune.parallel import Run, Told
-from grass_dist.finetune.tasks.base import Batch, Task
+from grass_dist.finetune.tasks.base import Task
 from grass_dist.job.world import World
+from grass_dist.record.speed import Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class StepResult:
     """Number of targets: tokens, or rows that have a label as a whole."""
     applied: bool
     """True if anything was updated: nothing is where a loss or gradient is not finite."""
+    positions: Positions
+    """Of all ranks."""
     flags: list[float]
     """Sums over the ranks of the flags that each gave."""
 
@@ -40,7 +44,7 @@ class StepResult:
 
 def train_step(
     run: Run,
-    micro_batches: Sequence[Sequence[Example]],
+    data: StepData,
     task: Task,
     world: World,
     step: int,
@@ -50,31 +54,23 @@ def train_step(
 
     The loss is the mean over the targets of the *global* batch, so it does not depend on how the batch was cut
     into ranks and micro-batches. Besides the gradients, an all-reduce of 8 bytes goes over the wire, and one of 8 bytes
-    for the loss and for each flag. The host waits for the device once, for the loss, the norm and all that is counted.
+    for the loss, for each of three counts of positions, and for each flag. The host waits for the device once, for the
+    loss, the norm and all that is counted.
 
     Args:
-        micro_batches: of equal size, as `MicroBatches` gives them.
+        data: of this rank, as `Feed` gives it.
         step: its number, from 1.
         flags: gives after the backward the numbers that the ranks add up.
     """
 
-    def collated() -> list[Batch]:
-        made = []
-        for number, micro in enumerate(micro_batches):
-            first = (number * world.size + world.rank) * len(micro)  # place in the global batch: see `share`
-            made.append(task.collate([task.vary(each, step, first + place) for place, each in enumerate(micro)]))
-        return made
-
-    with world.during(f"the reading of the files of step {step}"):
-        made = world.together(collated) if task.reads_files else collated()
-    batches = [{name: sent(tensor, world.device) for name, tensor in batch.items()} for batch in made]
-    tokens = torch.stack([task.targets(batch) for batch in batches]).sum()
+    tokens = torch.stack([task.targets(batch) for batch in data.batches]).sum()
     with world.during(f"the sum of the tokens of step {step}"):
         dist.all_reduce(tokens)
 
     def tell(total: torch.Tensor, norm: torch.Tensor | float | None) -> Told:
         with world.during(f"the sum of the losses of step {step}"):
-            sums = torch.cat([total.reshape(1), sent(torch.tensor(list(flags()), dtype=torch.float64), world.device)])
+            counted = torch.tensor([*astuple(data.positions), *flags()], dtype=torch.float64)
+            sums = torch.cat([total.reshape(1), sent(counted, world.device)])
             dist.all_reduce(sums)
             whole = [tokens.reshape(1), *([norm.reshape(1)] if torch.is_tensor(norm) else [])]
             loss, *rest = torch.cat([sums, *(value.to(sums) for value in whole)]).tolist()
@@ -84,9 +80,10 @@ def train_step(
 
     with world.during(f"the forward, backward and update of step {step}"):
         # The backends average over the ranks, so each rank's sum counts world.size-fold.
-        stepped = run.step(batches, world.size / tokens.clamp(min=1), task.loss, tell)
+        stepped = run.step(data.batches, world.size / tokens.clamp(min=1), task.loss, tell)
     told = stepped.told
-    return StepResult(told.total / max(told.tokens, 1), told.norm, told.tokens, stepped.applied, told.flags)
+    positions, flagged = Positions(*told.flags[:3]), told.flags[3:]
+    return StepResult(told.total / max(told.tokens, 1), told.norm, told.tokens, stepped.applied, positions, flagged)
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from grass_dist.method.flops import Work, step_flops
 from grass_dist.plan.memory import WEIGHT_SLOTS, slots_of, states_of
 from grass_dist.plan.pairs import BINS
 from grass_dist.plan.runs import Method, PlannedRun, adapters_in, head_trains, lora_elements, trained_roles, traversed
@@ -69,13 +70,16 @@ def flops(shape: ModelShape, run: PlannedRun, method: Method) -> tuple[float, fl
     layers, f, tokens = shape.num_layers, traversed(shape, method), run.tokens
     matrices, attention, head, frozen = _multiplied(shape, run)
     adapters = tokens * (lora_elements(shape) * layers if method.name == "lora" else adapters_in(shape, method))
-    forward = 2 * (matrices + head + adapters + attention + frozen)
     share = 0.0 if method.name == "lora" else method.active_layers / layers
-    backward = f * (2 * (matrices + adapters) + 4 * attention) + 2 * share * matrices + 2 * adapters
-    backward += 2 * head * (2 if head_trains(shape, method) else 1)
-    if run.checkpointing:
-        backward += f * 2 * (matrices + adapters + attention)
-    return forward, backward
+    return step_flops(
+        Work(matrices + adapters, attention),
+        Work(f * (matrices + adapters), f * attention),
+        share * matrices + adapters,
+        head=head,
+        head_trains=head_trains(shape, method),
+        frozen=frozen,
+        recomputed=run.checkpointing,
+    )
 
 
 def _multiplied(shape: ModelShape, run: PlannedRun) -> tuple[float, float, float, float]:

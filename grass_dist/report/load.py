@@ -101,6 +101,13 @@ class StepEvent:
     transfer_seconds: float = 0.0
     wait_seconds: float = 0.0
     switch_seconds: float = 0.0
+    tokens_per_second: Measured = None
+    """None in older records, and where something else records; so are the fields below."""
+    flops_per_second: Measured = None
+    mfu: Measured = None
+    data_seconds: Measured = None
+    backward_seconds: Measured = None
+    update_seconds: Measured = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from grass_dist.errors import GrassError
 from grass_dist.method.importance import effective_layers
 from grass_dist.method.schedule import too_short_for
 from grass_dist.report.drawing import byte_unit
-from grass_dist.report.load import AnswerEvent, EvalEvent, RunInfo, RunRecord, relative
+from grass_dist.report.load import AnswerEvent, EvalEvent, RunInfo, RunRecord, StepEvent, relative
 from grass_dist.report.wire import Sent, sent
 
 
@@ -91,7 +91,7 @@ class AnswerPair:
 def render(run: RunRecord, pictures: Mapping[str, Path | None]) -> str:
     """Returns the whole page, with the pictures inside it."""
     found = numbers(run)
-    told = {"moves": _moves(found), "probability": _evenness(run)}
+    told = {"moves": _moves(found), "probability": _evenness(run), "cost": lanes(run)}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -183,7 +183,7 @@ def cards(found: Numbers, run: RunRecord) -> list[Card]:
     return [
         _loss_card(found.first_eval, found.last_eval),
         Card("Steps", f"{found.steps:,}{planned}", f"{found.probe_steps:,} of them the probe"),
-        Card("Tokens a second", _count_text(rate) if rate else "—", "in training steps; evaluation is left out"),
+        _speed_card(rate, run),
         Card("Parameters trained at a time", _percent(found.share), f"{share}, counting those outside the layers"),
         _bytes_card(found),
         _state_card(found),
@@ -257,6 +257,41 @@ def _state_card(found: Numbers) -> Card:
     rest = f" on the device, and up to {_bytes_text(found.host_peak)} in host memory" if found.host_peak else ""
     note = f"peak{rest}; full fine-tuning would hold {_bytes_text(found.state_full)} at the same bytes a parameter"
     return Card(label, _bytes_text(found.state_peak), note)
+
+
+def _speed_card(rate: float | None, run: RunRecord) -> Card:
+    """The tokens that the model reads where the record has them, else the targets; and FLOPs if they are known."""
+    note = "in training steps; evaluation is left out"
+    read = _over_time(run.train_steps, "tokens_per_second")
+    if (flops := _over_time(run.train_steps, "flops_per_second")) is not None:
+        note = f"{flops / 1e12:.3g} TFLOP/s; {note}"
+        if (mfu := _over_time(run.train_steps, "mfu")) is not None:
+            note = f"{_percent(mfu)} of the peak of the GPUs, {note}"
+    rate = rate if read is None else read
+    return Card("Tokens a second", _count_text(rate) if rate else "—", note)
+
+
+def _over_time(steps: Sequence[StepEvent], field: str) -> float | None:
+    """Mean of a rate over the time of the steps that have it; None if none has."""
+    known = [(value, s.seconds + (s.data_seconds or 0)) for s in steps if (value := getattr(s, field)) is not None]
+    seconds = sum(took for _, took in known)
+    return sum(value * took for value, took in known) / seconds if seconds > 0 else None
+
+
+def lanes(run: RunRecord) -> str:
+    """Says in a sentence what the time of the training steps went to; nothing if the record does not tell."""
+    steps = [s for s in run.train_steps if s.data_seconds is not None and s.backward_seconds is not None]
+    whole = sum(s.seconds + (s.data_seconds or 0) for s in steps)
+    if whole <= 0:
+        return ""
+    backward, update, data = (
+        sum(getattr(s, f"{lane}_seconds") or 0.0 for s in steps) / whole for lane in ("backward", "update", "data")
+    )
+    rest = max(0.0, 1 - backward - update - data)
+    return (
+        f"Of the time of the training steps, {_percent(backward)} went to forward and backward, {_percent(update)} to "
+        f"clipping, updates and switches, {_percent(data)} to waiting for data, and {_percent(rest)} to the rest."
+    )
 
 
 def _moves(found: Numbers) -> str:

@@ -61,6 +61,10 @@ class Examples:
         values = self._tokens.get(key)
         return int(np.frombuffer(values, dtype=np.intc).max()) if values else -1
 
+    def lengths(self) -> np.ndarray:
+        """Returns the number of input ids of each example: int64 array of shape (examples,)."""
+        return np.diff(np.frombuffer(self._ends.get("input_ids", array("q", [0])), dtype=np.int64))
+
     def digest(self) -> str:
         """Returns the SHA-256 of all examples in their order, in hexadecimal; for ``dated`` ones of what is learnt."""
         if self.dated:
@@ -153,20 +157,53 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key)).permutation(n)
 
 
+GROUPED = 50
+"""Global batches whose examples are sorted by their length among each other."""
+
+
+def grouped(order: np.ndarray, lengths: np.ndarray, size: int, first: int, seed: int, epoch: int) -> np.ndarray:
+    """Changes a random order so that examples of about the same length are in the same batch.
+
+    The order is cut into batches. Of each `GROUPED` of them the examples are sorted by length, so that padding is
+    short, and the batches are put into a random order again. It is a function of its arguments alone.
+
+    Args:
+        order: of an epoch: int64 array of shape (n,).
+        lengths: of the examples: int64 array of shape (n,).
+        size: of a batch.
+        first: number of examples at the start that complete a batch of the epoch before; they stay.
+    """
+    pieces = [order[:first]]
+    key = np.array([seed ^ 2**63, epoch], dtype=np.uint64)  # other numbers than those of `permutation`
+    generator = np.random.Generator(np.random.Philox(key=key))
+    for start in range(first, len(order), size * GROUPED):
+        part = order[start : start + size * GROUPED]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        whole = len(part) // size
+        batches = [part[at * size : (at + 1) * size] for at in range(whole)]
+        pieces += [batches[at] for at in generator.permutation(whole)]
+        pieces.append(part[whole * size :])  # the rest goes on into the next epoch
+    return np.concatenate(pieces)
+
+
 class GlobalBatches:
     """Global batch k is the k-th run of B entries in the endless sequence of shuffled epochs.
 
     No example is left out at the end of an epoch: the batch goes on into the next one, and an epoch may be
     shorter than a batch. It holds the order of one epoch, O(n).
 
+    Args:
+        lengths: of the examples, to have examples of about the same length in a batch: see `grouped`.
+
     Raises:
         ConfigError: there are no examples.
     """
 
-    def __init__(self, n: int, global_batch_size: int, seed: int) -> None:
+    def __init__(self, n: int, global_batch_size: int, seed: int, lengths: np.ndarray | None = None) -> None:
         if n < 1:
             raise ConfigError("data.name", n, "there are no examples to train on", "give a dataset that has some")
         self.n, self.global_batch_size, self.seed = n, global_batch_size, seed
+        self._lengths = lengths
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def indices(self, k: int) -> list[int]:
@@ -175,10 +212,18 @@ class GlobalBatches:
         while len(found) < self.global_batch_size:
             epoch, offset = divmod(k * self.global_batch_size + len(found), self.n)
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, permutation(self.n, self.seed, epoch)
+                self._epoch, self._order = epoch, self._order_of(epoch)
             missing = self.global_batch_size - len(found)
             found += self._order[offset : offset + missing].tolist()
         return found
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        order = permutation(self.n, self.seed, epoch)
+        if self._lengths is None:
+            return order
+        size = self.global_batch_size
+        first = min(-epoch * self.n % size, self.n)
+        return grouped(order, self._lengths, size, first, self.seed, epoch)
 
 
 def check_divides(global_batch_size: int, world_size: int, micro_batch_size: int) -> None:
@@ -221,6 +266,7 @@ class MicroBatches:
     Args:
         start_step: step at which a resumed run begins; what follows equals the tail of a run from 0. (A stream is
             walked up to there.)
+        by_length: examples of a global batch are of about the same length. Of examples in memory alone.
 
     Raises:
         ConfigError: global_batch_size is not a multiple of world_size * micro_batch_size, or there are no
@@ -237,12 +283,14 @@ class MicroBatches:
         rank: int,
         world_size: int,
         start_step: int = 0,
+        by_length: bool = False,
     ) -> None:
         check_divides(global_batch_size, world_size, micro_batch_size)
         self._train, self._seed, self._batch_size, self._start_step = train, seed, global_batch_size, start_step
         self._share = (rank, world_size, micro_batch_size)
         if not isinstance(train, ItemStream):
-            self._batches = GlobalBatches(len(train), global_batch_size, seed)
+            lengths = train.lengths() if by_length and isinstance(train, Examples) else None
+            self._batches = GlobalBatches(len(train), global_batch_size, seed, lengths)
 
     def __iter__(self) -> Iterator[list[list[Example]]]:
         train = self._train

@@ -125,6 +125,15 @@ class DataConfig(StrictModel):
     shuffle_buffer: int = Field(default=1000, ge=0)
     """Streaming only: number of rows that the shuffle draws from. 0 keeps the order of the stream."""
 
+    prefetch_steps: int = Field(default=2, ge=0)
+    """Number of steps whose micro-batches are read, collated and copied to the device before they are needed, by a
+    thread beside the training. What a step trains on does not depend on it. 0: each step waits for its own."""
+
+    group_by_length: bool = False
+    """Put examples of about the same length into a global batch, so that less of it is padding. The batches come in a
+    random order. Each epoch has every example once. It is refused with `streaming`, and with `packing`, which leaves
+    next to no padding."""
+
     limit: int | None = Field(default=None, ge=1)
     """Use only this many examples, the first ones, counted before any are held out."""
 
@@ -185,6 +194,10 @@ class DataConfig(StrictModel):
             raise ConfigError("labels", self.labels, "it must be two or more different names", "name each label once")
 
     def _check_source(self) -> None:
+        for other in ("streaming", "packing"):
+            if self.group_by_length and getattr(self, other):
+                why = {"streaming": "a stream does not know lengths ahead", "packing": "packed sequences are as long"}
+                raise ConfigError("group_by_length", True, f"{why[other]} ({other}: true)", "set it to false")
         generated = self.name.startswith(GENERATED)
         if generated and self.streaming:
             raise ConfigError("streaming", True, f"{self.name} is generated in memory", "set streaming to false")

@@ -94,24 +94,23 @@ def test_deepspeed_tells_in_what_it_reduces_and_refuses_states():
     assert f"raise {private.refused_states().__name__}(" in source and "world size" in source
 
 
-@pytest.mark.parametrize("version", ["0.19.0", "0.19.7"])
-def test_a_release_that_drops_gradients_is_refused_on_a_cpu(version):
-    with pytest.raises(GrassError, match=rf"{version} does not add up .* stage 2, .* install DeepSpeed 0.19.8"):
-        private.check_reduction(2, version, on_cpu=True)
-    private.check_reduction(3, version, on_cpu=True)
-    private.check_reduction(2, version, on_cpu=False)
-    for fine in ("0.16.9", "0.19.8", "0.20.0"):
-        private.check_reduction(1, fine, on_cpu=True)
-
-
-@pytest.mark.parametrize("version", ["0.17.0", "0.17.6", "0.18.9"])
+@pytest.mark.parametrize("version", ["0.17.0", "0.17.6", "0.18.9", "0.19.0", "0.19.4", "0.19.6"])
 def test_a_release_with_faults_below_stage_3_is_refused_there(version):
     for stage in (0, 1, 2):
         with pytest.raises(
-            GrassError, match=rf"{version} is not supported at ZeRO stage {stage}, .* install DeepSpeed 0.19"
+            GrassError, match=rf"{version} is not supported at ZeRO stage {stage}, .* install DeepSpeed 0.19.8"
         ):
             private.check_reduction(stage, version, on_cpu=False)
     private.check_reduction(3, version, on_cpu=True)
+
+
+def test_a_release_that_drops_gradients_is_refused_on_a_cpu():
+    with pytest.raises(GrassError, match=r"0.19.7 does not add up .* stage 2, .* install DeepSpeed 0.19.8"):
+        private.check_reduction(2, "0.19.7", on_cpu=True)
+    private.check_reduction(3, "0.19.7", on_cpu=True)
+    private.check_reduction(2, "0.19.7", on_cpu=False)
+    for fine in ("0.16.9", "0.19.8", "0.20.0"):
+        private.check_reduction(1, fine, on_cpu=True)
 
 
 @pytest.mark.parametrize("name", [*private.STAGE_1_AND_2.attributes, private.STAGE_1_AND_2.masters])

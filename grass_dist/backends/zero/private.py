@@ -18,7 +18,7 @@ RECOMPUTES_FROZEN = ">=0.19.3"
 """Stage 3 of earlier releases releases a frozen parameter in the recomputation of a layer, before torch has compared
 what is recomputed with what was there, which fails."""
 
-ONLY_STAGE_3 = ">=0.17,<0.19"
+ONLY_STAGE_3 = ">=0.17,<0.19.7"
 """Releases with faults at stages 1 and 2, in stock: an overflow that some ranks do not see, gradients of micro-batches
 that are lost or divided twice, flat buffers in an autograd graph (docs/deepspeed.md)."""
 
@@ -210,8 +210,9 @@ def check_reduction(stage: int, version: str, *, on_cpu: bool) -> None:
 
     if stage < 3 and SpecifierSet(ONLY_STAGE_3).contains(version, prereleases=True):
         raise GrassError(
-            f"DeepSpeed {version} is not supported at ZeRO stage {stage}, where the releases of 0.17 and 0.18 that "
-            'were tested failed: install DeepSpeed 0.19 or later, or set "stage": 3.'
+            f"DeepSpeed {version} is not supported at ZeRO stage {stage}, where the releases before 0.19.7 that were "
+            "tested lose gradients of micro-batches or scale them twice: install DeepSpeed 0.19.8 or later, or set "
+            '"stage": 3.'
         )
     if on_cpu and stage < 3 and SpecifierSet(DROPS_ON_CPU).contains(version, prereleases=True):
         raise GrassError(

@@ -51,7 +51,7 @@ def test_a_hundred_switches_allocate_no_memory_for_states(offload, dtype):
     assert after == slots
 
 
-def test_the_sums_of_a_probe_are_there_before_it_and_gone_after_it():
+def test_sums_of_a_probe_are_there_before_it_and_gone_after():
     model = tiny()
     settings: Any = {"active_layers": 2, "probe_steps": 3, "sampling_interval": 2, "update_interval": 2}
     config = GrassConfig(**settings)

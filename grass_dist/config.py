@@ -489,15 +489,6 @@ def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-MOST_AT_ONCE = 1 << 24
-"""Entries of several layers and roles that are updated by one call, unless one of them has more by itself.
-
-An update of all at once needs memory for all: fp32 gradients of 16-bit weights, and what a foreach implementation
-computes in between, 4 bytes an entry each. So it takes no more than that of the largest unit does, or 64 MiB each.
-Larger units keep a device busy for longer than their operators take to launch.
-"""
-
-
 def slot_count(config: GrassConfig, mode: OffloadMode, num_layers: int) -> int:
     """Slots on the device in a mode that moves states; "interval" has one more where layers come before the switch."""
     if mode == "stream":

@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grass_dist import GrassConfig, GrassOptimizer
 from grass_dist.backends.base import HookedBackend
 from grass_dist.config import OffloadConfig
+from grass_dist.finetune.feed import StepData
 from grass_dist.finetune.run_torch import TorchRun
 from grass_dist.finetune.steps import train_step
+from grass_dist.record.speed import Positions
 from grass_dist.states import plan
 from tests.fake_cuda import FakeCuda, fake_cuda
 from tests.offload_runs import make
@@ -177,9 +179,6 @@ def test_the_program_waits_once_a_step(clip, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     world: Any = SimpleNamespace(device=torch.device("cpu"), size=1, rank=0, during=lambda what: nullcontext())
     task: Any = SimpleNamespace(
-        reads_files=False,
-        collate=lambda rows: {"ids": torch.stack(rows)},
-        vary=lambda row, step, place: row,
         targets=lambda batch: torch.tensor(batch["ids"].numel()),
         loss=lambda model, batch: model(batch["ids"]).float().square().sum(),
     )
@@ -187,10 +186,10 @@ def test_the_program_waits_once_a_step(clip, monkeypatch):
     run, waits, seen = TorchRun(model, optimizer, clip, world), Waits(monkeypatch), 0
     for step in range(24):
         before, schedule = optimizer.grass.step, optimizer.grass.schedule
-        micro_batches: Any = [[torch.full((6,), (step + each) % 16) for _ in range(2)] for each in range(1)]
+        data = StepData([{"ids": torch.full((2, 6), step % 16)}], Positions(12, 0, 72))
         waits.counts.clear()
         with waits:
-            result = train_step(run, micro_batches, task, world, step + 1, lambda: [1.0, 2.0])
+            result = train_step(run, data, task, world, step + 1, lambda: [1.0, 2.0])
         if not (schedule.draw_due(before + 1) or schedule.refresh_due(before + 1) or schedule.probe_ends(before + 1)):
             seen += 1
             assert not {name: times for name, times in waits.counts.items() if name != "tolist"}

@@ -13,6 +13,7 @@ from benchmarks import throughput
 from benchmarks.document import plots, tables
 from benchmarks.gpu import table as gpu
 from benchmarks.peers import __main__ as peers
+from benchmarks.peers.regimes import REGIMES
 
 RESULTS = Path(__file__).parents[1] / "results"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -36,6 +37,8 @@ def write_page(docs: Path = DOCS) -> None:
         throughput=throughput,
         peers=peers,
         trainings=trainings,
+        long_runs=peers.read(REGIMES["long"].results),
+        longer=REGIMES["long"],
         tried=tried,
         ranks=ranks,
         on_gpu=on_gpu(results),

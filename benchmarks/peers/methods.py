@@ -121,6 +121,20 @@ def grass(sampler: str, **settings: Any) -> Maker:
     return make
 
 
+def beside(sampler: str, rank: int, ratio: float, **settings: Any) -> Maker:
+    """Layers that are drawn and adapters on all of them, without embeddings and head.
+
+    Args:
+        ratio: learning rate of the adapters over that of the layers.
+    """
+
+    def make(model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
+        adapters = {"rank": rank, "alpha": 2.0 * rank, "learning_rate": ratio * lr}
+        return grass(sampler, always_active=(), adapters=adapters, **settings)(model, lr, regime, seed)
+
+    return make
+
+
 def badam(model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
     from badam import BlockOptimizer
 
@@ -166,6 +180,8 @@ def galore(model: nn.Module, lr: float, regime: Regime, seed: int) -> Method:
     )
 
 
+THIRD = {"effective_layers": 10}
+"""Draws as uneven as uniform ones among a third of the 30 layers."""
 METHODS: dict[str, tuple[Maker, tuple[float, float, float]]] = {
     # and the three learning rates that are tried, a factor of some three apart
     "full": (plain, (3e-5, 1e-4, 3e-4)),
@@ -173,9 +189,13 @@ METHODS: dict[str, tuple[Maker, tuple[float, float, float]]] = {
     "grass": (grass("grass"), (1e-4, 3e-4, 1e-3)),
     "grass-layers": (grass("grass", always_active=()), (3e-4, 1e-3, 3e-3)),
     "grass-static": (grass("grass-static"), (1e-4, 3e-4, 1e-3)),
-    "grass-third": (grass("grass", temperature={"effective_layers": 10}), (1e-4, 3e-4, 1e-3)),
+    "grass-third": (grass("grass", temperature=THIRD), (1e-4, 3e-4, 1e-3)),
     "cyclic": (grass("cyclic"), (1e-4, 3e-4, 1e-3)),
     "random-cyclic": (grass("random-cyclic"), (1e-4, 3e-4, 1e-3)),
+    "grass-adapters16": (beside("grass", 16, 10 / 3, temperature=THIRD), (1e-4, 3e-4, 1e-3)),
+    "grass-adapters64": (beside("grass", 64, 5 / 3, temperature=THIRD), (1e-4, 3e-4, 1e-3)),
+    "lisa-adapters16": (beside("uniform", 16, 10 / 3), (1e-4, 3e-4, 1e-3)),
+    "lisa-adapters64": (beside("uniform", 64, 5 / 3), (1e-4, 3e-4, 1e-3)),
     "badam": (badam, (3e-4, 1e-3, 3e-3)),
     "lora16": (lora(16), (3e-4, 1e-3, 3e-3)),
     "lora64": (lora(64), (1.5e-4, 5e-4, 1.5e-3)),

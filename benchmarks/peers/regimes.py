@@ -44,8 +44,11 @@ class Regime:
 
 
 SHORT_METHODS = ("full", "lisa", "grass", "grass-layers", "grass-static", "cyclic", "badam", "lora16", "lora128")
+BESIDE = ("grass-adapters16", "grass-adapters64", "lisa-adapters16", "lisa-adapters64")
 REGIMES = {
-    "short": Regime("peers", 60, 4, 4, 5, 5, 48, (*SHORT_METHODS, "dora16", "galore")),
+    "short": Regime(
+        "peers", 60, 4, 4, 5, 5, 48, (*SHORT_METHODS, "dora16", "galore", "lora64", "grass-third", *BESIDE)
+    ),
     "long": Regime(
         "peers_long",
         400,
@@ -54,7 +57,7 @@ REGIMES = {
         25,
         12,
         200,
-        ("full", "lora16", "lora64", "lisa", "badam", "random-cyclic", "grass-third"),
+        ("full", "lora16", "lora64", "lisa", "badam", "random-cyclic", "grass-third", *BESIDE),
     ),
     "gpu": Regime(
         "peers_gpu",
@@ -64,7 +67,7 @@ REGIMES = {
         25,
         30,
         0,
-        ("full", "lora16", "lora64", "lisa", "badam", "grass-third"),
+        ("full", "lora16", "lora64", "lisa", "grass-third", "grass-adapters64"),
         device="cuda",
         seeds=(0,),
         search=False,

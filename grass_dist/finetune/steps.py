@@ -62,7 +62,6 @@ def train_step(
         step: its number, from 1.
         flags: gives after the backward the numbers that the ranks add up.
     """
-
     tokens = torch.stack([task.targets(batch) for batch in data.batches]).sum()
     with world.during(f"the sum of the tokens of step {step}"):
         dist.all_reduce(tokens)

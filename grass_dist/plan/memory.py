@@ -21,9 +21,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-from grass_dist.config import ADAPTERS, MOST_AT_ONCE, OffloadConfig, slot_count
+from grass_dist.config import ADAPTERS, OffloadConfig, slot_count
 from grass_dist.plan.runs import Method, PlannedRun, adapters_in, grass_config, lora_elements, trained_roles
 from grass_dist.plan.shape import ModelShape, Shapes, elements_in
+from grass_dist.states.joint_update import MOST_AT_ONCE
 
 FRAGMENTATION_SHARE = 0.08
 """Share of what a step allocates and frees (gradients, activations, buffers) that is lost to fragmentation."""

@@ -8,10 +8,17 @@ from typing import Any
 
 import torch
 
-from grass_dist.config import MOST_AT_ONCE
 from grass_dist.states.layer_state import materialize
 from grass_dist.states.unit_optimizer import ParamState, UnitOptimizer, stepping_over
 from grass_dist.states.update_rule import ELEMENTWISE, step_unseen
+
+MOST_AT_ONCE = 1 << 24
+"""Entries of several layers and roles that are updated by one call, unless one of them has more by itself.
+
+An update of all at once needs memory for all: fp32 gradients of 16-bit weights, and what a foreach implementation
+computes in between, 4 bytes an entry each. So it takes no more than that of the largest unit does, or 64 MiB each.
+Larger units keep a device busy for longer than their operators take to launch.
+"""
 
 ALIGNED = 16
 """Entries to which each gradient in fp32 is aligned, 64 bytes, for kernels that load several at once."""

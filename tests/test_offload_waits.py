@@ -255,6 +255,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ),
     **dict.fromkeys(
         [
+            ("weights", "HostWeights.__init__: without self._assign()"),
             ("weights", "HostWeights.__init__: without layer.bind(self._hosts[n])"),
             ("weights", "HostWeights.leave: without self._settle()"),
             ("weights", "HostWeights.leave: without layer.come_home()"),

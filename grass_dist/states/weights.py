@@ -105,7 +105,6 @@ class HostWeights:
             del self._homes[n]
             self._layers[n].bind(self._hosts[n])
             self.pool.give(slot)
-        self._assign()
         self.epoch += bool(going)
 
     def enter(self, active: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ from integration_tests.support.program import make_config, make_data, make_model
 STEPS = 60
 COLLECTIVE = 20
 """Seconds, `train.timeout_seconds`."""
-TIMES = re.compile(r"seconds|bytes_to|state_bytes")
+TIMES = re.compile(r"second|bytes_to|state_bytes|mfu")
 """In the record: what depends on when it was measured, or on where the states were when the run went on."""
 
 

@@ -60,8 +60,8 @@ def add_adapters(model: nn.Module, config: GrassConfig) -> nn.Module:
     lora = peft.LoraConfig(
         r=wanted.rank, lora_alpha=wanted.alpha, lora_dropout=wanted.dropout, target_modules=_pattern(model, targets)
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with torch.random.fork_rng({p.device.index for p in model.parameters() if p.device.type == "cuda"}):
+        torch.manual_seed(config.seed)  # of all devices: peft makes adapters where the weights are
         peft.inject_adapter_in_model(lora, model, adapter_name=NAME)
     for param, flag in flags:
         param.requires_grad_(flag)

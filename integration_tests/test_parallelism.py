@@ -25,7 +25,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 from transformers.distributed import DistributedConfig
 
 import grass_dist
-from integration_tests.support.model import ADAMW, CLIP, decay_groups, global_batch, schedule, small_llama, wrapped
+from integration_tests.support.model import (
+    ADAMW,
+    CLIP,
+    DRAWS,
+    decay_groups,
+    global_batch,
+    schedule,
+    small_llama,
+    wrapped,
+)
 from integration_tests.support.parallel import data_place, divided
 from integration_tests.support.parity import check_parity
 from integration_tests.support.ranks import refused, run_ranks
@@ -37,26 +46,17 @@ from integration_tests.support.wire import Wire
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 FOUR, TWO = Spawn(4, timeout=800), Spawn(2, timeout=400)
-SETTINGS = {
-    "active_layers": 2,
-    "probe_steps": 3,
-    "sampling_interval": 4,
-    "update_interval": 3,
-    "ema_alpha": 0.3,
-    "temperature": 0.5,
-    "seed": 15,
-}
 STEPS = 18
 BOTH, IN_PARTS, REPLICAS = "fsdp2+tp", "fsdp2+tp+sp", "hsdp+tp"
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return run_reference(SETTINGS, STEPS)
+    return run_reference(DRAWS, STEPS)
 
 
 def trained(rank: int, world_size: int, backend: str, **options: Any) -> dict:
-    run = train_grass(rank, world_size, backend, SETTINGS, STEPS, **options)
+    run = train_grass(rank, world_size, backend, DRAWS, STEPS, **options)
     return {**run, "losses": _mean_over(run["losses"])}
 
 
@@ -116,7 +116,7 @@ def clipped_by_torch(rank: int, world_size: int, backend: str) -> list[str]:
     """What torch's own clipping says where norms are on another mesh than matrices, and ours of other norms."""
     model = wrapped(small_llama(), backend, world_size)
     optimizer = grass_dist.GrassOptimizer(
-        model, torch.optim.AdamW, ADAMW, config={**SETTINGS, "probe_steps": 0, "active_layers": 8}
+        model, torch.optim.AdamW, ADAMW, config={**DRAWS, "probe_steps": 0, "active_layers": 8}
     )
     x = global_batch(0)
     model(input_ids=x, labels=x).loss.backward()
@@ -147,7 +147,7 @@ def bytes_of_a_step(rank: int, world_size: int, backend: str) -> dict[str, Any]:
     """Gradient bytes of a step of training, counted at the wire, and those of states on the device and the host."""
     model = wrapped(small_llama(), backend, world_size)
     config = grass_dist.GrassConfig(
-        **{**SETTINGS, "probe_steps": 0}, draw_ahead=0, always_active=(), offload={"mode": "none"}
+        **{**DRAWS, "probe_steps": 0}, draw_ahead=0, always_active=(), offload={"mode": "none"}
     )
     optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=config)
     place, places = data_place(backend, rank, world_size)
@@ -268,7 +268,7 @@ def by_columns(rank: int, world_size: int) -> dict[str, Any]:
     model = small_llama()
     for module in (*model.model.layers, model):
         fully_shard(module, shard_placement_fn=lambda param: Shard(param.ndim - 1))
-    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS, params=decay_groups(model))
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=DRAWS, params=decay_groups(model))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     active = []
     for step in range(10):
@@ -284,7 +284,7 @@ def by_columns(rank: int, world_size: int) -> dict[str, Any]:
 
 @scenarios(FOUR(by_columns))
 def test_fsdp2_may_shard_columns(runs):
-    reference = run_reference(SETTINGS, 10)
+    reference = run_reference(DRAWS, 10)
     for run in runs:
         assert run["active"] == reference["active"]
         assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) < 5e-6
@@ -293,7 +293,7 @@ def test_fsdp2_may_shard_columns(runs):
 def states_of_another_mesh(rank: int, world_size: int) -> str:
     """What is said of a state with as many entries on this rank, but others."""
     model = wrapped(small_llama(), BOTH, world_size)
-    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS)
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=DRAWS)
     param = model.model.layers[0].self_attn.q_proj.weight
     value = distribute_tensor(torch.zeros(param.shape), init_device_mesh("cpu", (4,)), [Shard(0)])
     assert local(value).shape == local(param).shape
@@ -320,7 +320,7 @@ def loaded_in_parts(model: PreTrainedModel, rank: int, folder: str, **sizes: int
 
 def by_transformers(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     model = loaded_in_parts(small_llama(), rank, folder, tp_size=2, fsdp_size=2)
-    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS, params=decay_groups(model))
+    optimizer = grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=DRAWS, params=decay_groups(model))
     active = []
     for step in range(10):
         active.append(optimizer.grass.active_layers)
@@ -335,7 +335,7 @@ def by_transformers(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 @scenarios(FOUR(by_transformers, FOLDER))
 def test_transformers_may_divide_the_model(runs, monkeypatch):
     monkeypatch.setattr("integration_tests.support.reference.schedule", lambda step: 1.0)
-    reference = run_reference(SETTINGS, 10)
+    reference = run_reference(DRAWS, 10)
     for run in runs:
         assert run["active"] == reference["active"]
         assert max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items()) < 5e-6
@@ -351,7 +351,7 @@ def refusals(rank: int, world_size: int, folder: str) -> dict[str, str]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
     def make(model: torch.nn.Module) -> str:
-        return refused(lambda: grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS))
+        return refused(lambda: grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=DRAWS))
 
     return {
         "tp on half of the ranks": make(divided(small_llama(), mesh["tp"])),
@@ -377,7 +377,7 @@ def sharded_over_pairs(rank: int, world_size: int) -> list[str]:
     mesh, model = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp")), small_llama()
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh["dp"])
-    grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=SETTINGS)
+    grass_dist.GrassOptimizer(model, torch.optim.AdamW, ADAMW, config=DRAWS)
     logging.getLogger("grass_dist").removeHandler(handler)
     return told
 

@@ -14,6 +14,7 @@ import grass_dist
 from integration_tests.support.model import (
     ADAMW,
     CLIP,
+    DRAWS,
     FROZEN,
     GLOBAL_BATCH,
     LAYERS,
@@ -30,25 +31,16 @@ from integration_tests.support.training import full, local, train_grass
 
 pytestmark = pytest.mark.timeout(420)
 
-SETTINGS = {
-    "active_layers": 2,
-    "probe_steps": 3,
-    "sampling_interval": 4,
-    "update_interval": 3,
-    "ema_alpha": 0.3,
-    "temperature": 0.5,
-    "seed": 15,  # with it, a refresh or draw at another step draws other layers
-}
 STEPS = 30
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return run_reference(SETTINGS, STEPS)
+    return run_reference(DRAWS, STEPS)
 
 
 def test_the_reference_run_tests_something(reference):
-    training = reference["active"][SETTINGS["probe_steps"] :]
+    training = reference["active"][DRAWS["probe_steps"] :]
     assert len(set(training)) >= 6 and len(reference["norms"]) == STEPS - 3
     assert min(reference["norms"]) > 0.5  # clipping binds at every step
     final = reference["importances"][-1]
@@ -59,26 +51,26 @@ def test_the_reference_run_tests_something(reference):
 
 
 def test_one_process(reference):
-    check_parity([train_grass(0, 1, "single", SETTINGS, STEPS)], reference)
+    check_parity([train_grass(0, 1, "single", DRAWS, STEPS)], reference)
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_one_process_that_draws_less_far_ahead(reference, ahead):
-    settings = {**SETTINGS, "draw_ahead": ahead}
+    settings = {**DRAWS, "draw_ahead": ahead}
     by_hand = run_reference(settings, STEPS)
     assert by_hand["active"] != reference["active"]
     check_parity([train_grass(0, 1, "single", settings, STEPS)], by_hand)
 
 
 def test_one_process_without_accumulation(reference):
-    check_parity([train_grass(0, 1, "single", SETTINGS, STEPS, accumulation=1)], reference)
+    check_parity([train_grass(0, 1, "single", DRAWS, STEPS, accumulation=1)], reference)
 
 
 # Several ranks.
 
 
 def trained(rank: int, world_size: int, backend: str, offload: str | None = None, **how: Any) -> dict[str, Any]:
-    settings = SETTINGS if offload is None else {**SETTINGS, "offload": {"mode": offload}}
+    settings = DRAWS if offload is None else {**DRAWS, "offload": {"mode": offload}}
     return train_grass(rank, world_size, backend, settings, STEPS, **how)
 
 
@@ -100,7 +92,7 @@ def test_four_ranks(runs, reference):
 
 @pytest.fixture(scope="module")
 def frozen_reference():
-    return run_reference(SETTINGS, STEPS, frozen=FROZEN)
+    return run_reference(DRAWS, STEPS, frozen=FROZEN)
 
 
 @scenarios(TWO(trained, "fsdp2", frozen=FROZEN), TWO(trained, "ddp", frozen=FROZEN))
@@ -111,7 +103,7 @@ def test_layers_that_the_user_has_frozen_do_not_compete(runs, frozen_reference):
 
 @pytest.fixture(scope="module")
 def bf16_reference():
-    return run_reference(SETTINGS, STEPS, torch.bfloat16)
+    return run_reference(DRAWS, STEPS, torch.bfloat16)
 
 
 @scenarios(
@@ -122,7 +114,7 @@ def bf16_reference():
 def test_bf16_weights_with_fp32_masters(runs, bf16_reference):
     assert runs[0]["active"] == runs[1]["active"] == bf16_reference["active"]
     moved = rounded = 0.0
-    start = run_reference(SETTINGS, 0, torch.bfloat16)["params"]
+    start = run_reference(DRAWS, 0, torch.bfloat16)["params"]
     for name, theirs in bf16_reference["params"].items():
         moved += (theirs - start[name]).square().sum().item()
         rounded += (runs[0]["params"][name] - theirs).square().sum().item()
@@ -174,7 +166,7 @@ def test_with_all_layers_and_no_probe_it_is_adamw_to_the_bit(runs):
 
 def saved_and_loaded(rank: int, world_size: int, backend: str) -> dict[str, Any]:
     """Two ends of a run saved between a draw and its switch: undisturbed, and of a new model that loaded it."""
-    settings = {**SETTINGS, "probe_steps": 2, "draw_ahead": 2}  # drawn after 8 steps, switched after 10
+    settings = {**DRAWS, "probe_steps": 2, "draw_ahead": 2}  # drawn after 8 steps, switched after 10
 
     def build(state=None):
         model = wrapped(small_llama(), backend, world_size)

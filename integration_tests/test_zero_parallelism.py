@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 import grass_dist
-from integration_tests.support.model import ADAMW, LENGTH, decay_groups, global_batch, schedule, small_llama
+from integration_tests.support.model import ADAMW, DRAWS, LENGTH, decay_groups, global_batch, schedule, small_llama
 from integration_tests.support.parity import check_parity
 from integration_tests.support.ranks import refused
 from integration_tests.support.reference import run_reference
@@ -27,22 +27,13 @@ from integration_tests.support.zero import ds_config, full, local
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 FOUR, WITH_ACCELERATE = Spawn(4, timeout=800), Spawn(4, timeout=400)
-SETTINGS = {
-    "active_layers": 2,
-    "probe_steps": 3,
-    "sampling_interval": 4,
-    "update_interval": 3,
-    "ema_alpha": 0.3,
-    "temperature": 0.5,
-    "seed": 15,
-}
 STEPS, SP, ROWS = 14, 2, 2
 """Steps, ranks of a sequence, and rows of a rank's batch: a step has as many micro-batches as ranks of a sequence."""
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return run_reference(SETTINGS, STEPS)
+    return run_reference(DRAWS, STEPS)
 
 
 def ulysses() -> Any:
@@ -93,7 +84,7 @@ def train_step(engine: Any, step: int, rank: int, mpu: Any, stage: int) -> float
 
 def trained(rank: int, world_size: int, stage: int) -> dict[str, Any]:
     mpu = ulysses()
-    engine = engine_of(ds_config(stage, SETTINGS, SP), mpu)
+    engine = engine_of(ds_config(stage, DRAWS, SP), mpu)
     grass, log = engine.grass, {"active": [], "importances": [], "losses": [], "norms": []}
     frozen_moved = frozen_grads = 0
     device = engine.optimizer.states.device_bytes
@@ -125,7 +116,7 @@ def with_accelerate(rank: int, world_size: int) -> dict[str, Any]:
     """A loop over Accelerate with ``ParallelismConfig(sp_size=2, sp_backend="deepspeed")``, at ZeRO-2."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch` does
     grass_dist.enable()
-    config = {**ds_config(2, SETTINGS, SP), "train_micro_batch_size_per_gpu": ROWS}
+    config = {**ds_config(2, DRAWS, SP), "train_micro_batch_size_per_gpu": ROWS}
     how = ParallelismConfig(
         dp_shard_size=world_size // SP,
         sp_size=SP,
@@ -158,7 +149,7 @@ def with_accelerate(rank: int, world_size: int) -> dict[str, Any]:
 @scenarios(WITH_ACCELERATE(with_accelerate))
 def test_ulysses_of_accelerate_is_the_run_of_one_process(runs, monkeypatch):
     monkeypatch.setattr("integration_tests.support.reference.schedule", lambda step: 1.0)
-    reference = run_reference(SETTINGS, STEPS)
+    reference = run_reference(DRAWS, STEPS)
     for run in runs:
         assert run["active"] == reference["active"]
         worst = max((run["params"][n] - p).abs().max().item() for n, p in reference["params"].items())

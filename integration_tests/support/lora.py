@@ -8,16 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from integration_tests.support.model import small_llama
+from integration_tests.support.model import DRAWS, small_llama
 
 SETTINGS = {
-    "active_layers": 2,
-    "probe_steps": 3,
-    "sampling_interval": 4,
-    "update_interval": 3,
-    "ema_alpha": 0.3,
-    "temperature": 0.5,
-    "seed": 15,
+    **DRAWS,
     "adapters": {"rank": 4, "alpha": 8, "learning_rate": 2e-3},
 }
 STEPS = 20

@@ -17,7 +17,15 @@ from integration_tests.support.parallel import divided_and_sharded
 LAYERS, GLOBAL_BATCH, LENGTH, VOCAB = 8, 8, 16, 128
 ADAMW = {"lr": 1e-3, "eps": 1e-6}
 CLIP = 0.5
-
+DRAWS = {
+    "active_layers": 2,
+    "probe_steps": 3,
+    "sampling_interval": 4,
+    "update_interval": 3,
+    "ema_alpha": 0.3,
+    "temperature": 0.5,
+    "seed": 15,  # with it, a refresh or draw at another step draws other layers
+}
 
 FROZEN = (0, 3)
 """Layers that a user has frozen, in the runs in which some are. Their models have a matrix without a role, too."""

@@ -19,6 +19,8 @@ from transformers import (
     MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 
 from grass_dist.errors import UnsupportedModel
@@ -199,3 +201,54 @@ def test_what_the_loss_cannot_be_made_of_is_refused():
         model(**batch_of(), logits_to_keep=3)
     with pytest.raises(UnsupportedModel, match="a ChunkedHead"):
         chunk_loss(model)
+
+
+def test_another_head_in_its_place_gives_whole_logits():
+    whole, chunked = llama(), llama()
+    chunk_loss(chunked)
+    for model in (whole, chunked):
+        torch.manual_seed(3)
+        model.resize_token_embeddings(140, mean_resizing=False)
+    one, other = whole(**batch_of()), chunked(**batch_of())
+    assert torch.equal(one.loss, other.loss) and torch.equal(one.logits, other.logits)
+
+
+def test_a_tuple_has_no_place_for_the_loss():
+    model = llama()
+    chunk_loss(model)
+    with pytest.raises(UnsupportedModel, match="return_dict=True"):
+        model(**batch_of(), return_dict=False)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_trainer_trains_and_evaluates_as_with_whole_logits(lora, tmp_path):
+    rows = [{name: tensor[i % 3] for name, tensor in batch_of().items()} for i in range(12)]
+    found = []
+    for chunked in (False, True):
+        model = llama()
+        if chunked:
+            chunk_loss(model)
+        if lora:
+            peft = pytest.importorskip("peft")
+            torch.manual_seed(1)
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+        args = TrainingArguments(
+            output_dir=str(tmp_path / str(chunked)),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            learning_rate=1e-2,
+            eval_strategy="steps",
+            eval_steps=3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            seed=5,
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4])
+        trainer.train()
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        found.append((weights, [row["loss"] for row in trainer.state.log_history if "loss" in row]))
+        found[-1][1].append(next(row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=2e-4, rtol=1e-3)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-3) and len(found[0][1]) == 4

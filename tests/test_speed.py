@@ -20,8 +20,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from grass_dist.config import GrassConfig
 from grass_dist.finetune.lanes import Lanes
 from grass_dist.method.flops import Work, lowest_reached, step_flops
+from grass_dist.model.adapters import adapter_parameters, add_adapters, layers_of
 from grass_dist.model.discovery import find_layers
 from grass_dist.record import speed
 from grass_dist.record.peaks import PEAKS, peak_of
@@ -39,7 +41,7 @@ def test_a_step_by_hand():
     forward, backward = step_flops(layers, reached, 20, head=7, head_trains=True, frozen=3, recomputed=True)
     assert (forward, backward) == (240, 120 + 24 + 40 + 28 + 132)
     assert step_flops(layers, reached, 20, head=7)[1] == 120 + 24 + 40 + 14
-    assert lowest_reached([3, 1], embeddings=False) == 1 and lowest_reached([3, 1], embeddings=True) == 0
+    assert lowest_reached([3, 1], down_to_all=False) == 1 and lowest_reached([3, 1], down_to_all=True) == 0
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -78,6 +80,26 @@ def test_torch_counts_the_same_flops(active, roles):
         model(input_ids=ids, labels=ids).loss.backward()
     whole = replace(work, attention=2 * work.attention)
     assert counter.get_total_flops() == whole.flops(active, roles, Positions(12, 0, 72))
+
+
+def test_torch_counts_the_same_flops_with_adapters():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False, attn_implementation="eager"))
+    config = GrassConfig(active_layers=2, adapters={"rank": 2, "alpha": 4}, always_active=())
+    add_adapters(model, config)
+    layers = layers_of(model, config)
+    work = work_of(model, layers, recomputed=False)
+    assert work is not None and work.adapters == sum(p.numel() for _, p in adapter_parameters(model)) > 0
+    ids = torch.arange(12).view(2, 6)
+    for roles, active in ((("adapters",), (0, 2)), ((), (2, 3))):
+        wanted = {id(p) for i in active for _, p in layers.layers[i].params}
+        wanted |= {id(p) for _, p in adapter_parameters(model) if roles}
+        for param in model.parameters():
+            param.requires_grad_(id(param) in wanted)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=ids).loss.backward()
+        whole = replace(work, attention=2 * work.attention)
+        assert counter.get_total_flops() == whole.flops(active, roles, Positions(12, 0, 72)), roles
 
 
 def test_models_that_are_counted_otherwise_are_left_out():

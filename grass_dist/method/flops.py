@@ -51,11 +51,11 @@ def step_flops(
     return forward, backward
 
 
-def lowest_reached(active: Collection[int], *, embeddings: bool) -> int:
+def lowest_reached(active: Collection[int], *, down_to_all: bool) -> int:
     """Returns the lowest layer that a gradient passes through.
 
     Args:
         active: indices of the layers that train, at least one.
-        embeddings: the embeddings train, which are below all layers.
+        down_to_all: embeddings train, which are below all layers, or adapters, which are in all of them.
     """
-    return 0 if embeddings else min(active)
+    return 0 if down_to_all else min(active)

@@ -74,6 +74,8 @@ class ChunkedHead(nn.Linear):
     def take_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keeps the labels from the model, which would ask for all logits. A forward pre-hook of the model."""
         self._waiting = self._given = None
+        if model.get_output_embeddings() is not self:  # type: ignore[operator]
+            return None  # somebody has put another head in its place, e.g. by resize_token_embeddings
         labels, targets, items = (kwargs.get(name) for name in ("labels", "shift_labels", "num_items_in_batch"))
         if targets is None and labels is not None:
             targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
@@ -97,6 +99,10 @@ class ChunkedHead(nn.Linear):
     def _check(self, model: nn.Module, output: Any, given: torch.Tensor) -> None:
         """Once: nothing but this head may have a say in the loss."""
         name, found = type(model).__name__, getattr(output, "logits", None)
+        if not hasattr(output, "logits"):
+            raise UnsupportedModel(
+                f"{name} returns a tuple, in which a chunked loss has no place: use return_dict=True."
+            )
         if found is not given and not _equal(found, given):
             raise UnsupportedModel(f"{name} changes its logits after the head, which a chunked loss leaves out.")
         if getattr(output, "aux_loss", None) is not None:

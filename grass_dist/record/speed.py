@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from grass_dist.config import ADAPTERS
 from grass_dist.method.flops import Work, lowest_reached, step_flops
+from grass_dist.model.adapters import adapter_parameters
 from grass_dist.model.discovery import LayerMap
 from grass_dist.model.experts import expert_blocks
 from grass_dist.model.stacks import shape_of
@@ -41,6 +43,8 @@ class ModelWork:
     """The output head is the table of the embeddings."""
     recomputed: bool
     """Activation checkpointing is on."""
+    adapters: int = 0
+    """Entries of the adapters of all layers, which train at every step where they are a role."""
 
     def flops(self, active: Collection[int], roles: Collection[str], positions: Positions) -> float:
         """Returns the FLOPs of forward and backward.
@@ -49,20 +53,24 @@ class ModelWork:
             active: numbers of the layers that train.
             roles: names of the roles that train.
         """
-        lowest = lowest_reached(active, embeddings="embeddings" in roles)
+        added = self.adapters if ADAPTERS in roles else 0
+        lowest = lowest_reached(active, down_to_all="embeddings" in roles or added > 0)
+        whole, reached = self._work(0, positions), self._work(lowest, positions)
         forward, backward = step_flops(
-            self._work(range(len(self.layers)), positions),
-            self._work(range(lowest, len(self.layers)), positions),
-            sum(self.layers[i] for i in active) * positions.count,
+            whole,
+            reached,
+            (sum(self.layers[i] for i in active) + added) * positions.count,
             head=self.head * positions.count,
             head_trains=("embeddings" if self.tied else "lm_head") in roles,
             recomputed=self.recomputed,
         )
         return forward + backward
 
-    def _work(self, layers: Sequence[int], positions: Positions) -> Work:
-        matrices = sum(self.layers[i] for i in layers) * positions.count
-        return Work(matrices, self.attention * len(layers) * positions.squares)
+    def _work(self, lowest: int, positions: Positions) -> Work:
+        """Of the layers from ``lowest`` on. Adapters multiply whether they train or not; a share of them is there."""
+        own = self.layers[lowest:]
+        added = self.adapters * len(own) / len(self.layers)
+        return Work((sum(own) + added) * positions.count, self.attention * len(own) * positions.squares)
 
 
 def work_of(model: Any, layers: LayerMap, *, recomputed: bool) -> ModelWork | None:
@@ -88,6 +96,7 @@ def work_of(model: Any, layers: LayerMap, *, recomputed: bool) -> ModelWork | No
     weight = getattr(table, "weight", None)
     inputs = model.get_input_embeddings() if weight is not None else None
     return ModelWork(
+        adapters=sum(math.prod(shape_of(p)) for _, p in adapter_parameters(model) if len(shape_of(p)) == 2),
         layers=tuple(sum(math.prod(shape_of(p)) for p in own if len(shape_of(p)) == 2) for own in params),
         attention=width * (1 if causal else 2),  # a causal query meets half of the keys, on average
         head=0 if weight is None else math.prod(shape_of(weight)),

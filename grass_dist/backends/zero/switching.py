@@ -5,7 +5,8 @@ collects garbage, waits for the device and for the other ranks, moves what train
 each parameter to put a hook on it, and makes a stream. A draw runs the constructor again, in the middle of training.
 
 All names here are DeepSpeed's own and not documented: globals of the modules of its two classes, and methods of a
-ZeRO-3 parameter. Checked on the releases of `private.SUPPORTED`; `tests/test_zero_switch.py` fails when they change.
+ZeRO-3 parameter. Checked on 0.19.8; `tests/test_zero_switch.py` fails when they change. Where a release lacks a name,
+its constructor does there what it always did: a switch is slower, and right.
 """
 
 from __future__ import annotations
